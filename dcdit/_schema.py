@@ -1,0 +1,133 @@
+"""Strict dataclasses: plain mappings in, one-line errors out. Every option carries its documentation and its bounds."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its meaning and the values it accepts (None is never out of bounds)."""
+    metadata = {"doc": doc, "at_least": at_least, "above": above, "below": below, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def build(cls: type, data: Any, where: str = "") -> Any:
+    """An instance of the dataclass ``cls`` (its fields may be dataclasses) from nested mappings.
+
+    Raises:
+        ValueError: unknown key. TypeError: a value of another type. Both name the key with the sections around it.
+    """
+    if not isinstance(data, dict):
+        raise TypeError(f"{where.rstrip('.') or 'configuration'} is {data!r}; accepted: a section of keys")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        if key not in hints:
+            known = ", ".join(hints)
+            raise ValueError(f"unknown configuration key '{where}{key}'; accepted: {known}{did_you_mean(key, hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = build(hints[key], {} if value is None else value, f"{where}{key}.")
+        else:
+            values[key] = _convert(value, hints[key], f"{where}{key}")
+    return cls(**values)
+
+
+def check_bounds(section: Any, where: str) -> None:
+    """Raise ValueError where an option of the dataclass instance is outside what its field accepts."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        accepted = _accepted(field.metadata)
+        if value is None or not accepted:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(_inside(v, field.metadata) for v in values):
+            hint = did_you_mean(value, field.metadata["choices"])
+            raise ValueError(f"{where}{field.name} is {value!r}; accepted: {accepted}{hint}")
+
+
+def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
+    if bounds["choices"]:
+        return value in bounds["choices"]
+    return (
+        (bounds["at_least"] is None or value >= bounds["at_least"])
+        and (bounds["above"] is None or value > bounds["above"])
+        and (bounds["below"] is None or value < bounds["below"])
+    )
+
+
+def _accepted(bounds: typing.Mapping[str, Any]) -> str:
+    if bounds["choices"]:
+        return ", ".join(bounds["choices"])
+    words = {"at_least": "at least", "above": "above", "below": "below"}
+    return " and ".join(f"{word} {bounds[key]:g}" for key, word in words.items() if bounds[key] is not None)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as the type ``hint``. Whole numbers pass as floats, and so does 1e-4, which YAML reads as text."""
+    for wanted in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        kind = typing.get_origin(wanted) or wanted
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            number = _finite(value)
+            if number is not None:
+                return number
+        elif kind is list and isinstance(value, list):
+            (item,) = typing.get_args(wanted)
+            return [_convert(v, item, f"{name}[{i}]") for i, v in enumerate(value)]
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    raise TypeError(f"{name} is {value!r}; accepted: {type_name(hint)}")
+
+
+def _finite(value: int | float | str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def type_name(hint: Any) -> str:
+    """A type as people write it: ``int or null``, ``list of float``."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(part) for part in typing.get_args(hint))
+    kind = typing.get_origin(hint) or hint
+    if kind is list:
+        return f"list of {type_name(typing.get_args(hint)[0])}"
+    return {type(None): "null", dict: "mapping", str: "text"}.get(kind, kind.__name__)
+
+
+def did_you_mean(name: Any, accepted: Iterable[str]) -> str:
+    """``; did you mean 'lr'?`` where one of the accepted names is close, else nothing."""
+    close = difflib.get_close_matches(str(name), list(accepted), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def describe(cls: type) -> str:
+    """Every key of a dataclass of sections with type, default and meaning, one per line."""
+    lines = []
+    hints = typing.get_type_hints(cls)
+    for section in dataclasses.fields(cls):
+        kind = hints[section.name]
+        types_of = typing.get_type_hints(kind)
+        default = kind()
+        lines.append(f"{section.name}: {kind.__doc__}")
+        for field in dataclasses.fields(kind):
+            value = getattr(default, field.name)
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            about = f"{type_name(types_of[field.name])}, default {shown}"
+            lines.append(f"  {section.name}.{field.name:<20} {field.metadata['doc']} ({about})")
+    return "\n".join(lines)

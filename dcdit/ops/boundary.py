@@ -1,0 +1,110 @@
+"""Boundary probabilities: how hard each position is to predict from its neighbours."""
+
+from torch import Tensor
+
+from dcdit.ops import _checks
+from dcdit.ops._backend import backend_for
+
+
+def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Cosine dissimilarity of neighbours in a sequence (H-Net, arXiv 2507.07955, section 2.2, equation 4).
+
+    ``p_t = (1 - cos(q_{t-1}, k_t)) / 2``, clamped to [0, 1]; the first position of every sequence has p = 1.
+
+    Args:
+        q, k: (B, L, D), or packed (S, D) with ``cu_seqlens``; same dtype.
+        cu_seqlens: int32 (B+1,).
+
+    Returns:
+        (B, L) or (S,), float32 (float64 for float64 input). Differentiable in q and k.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    _checks.check_float(q=q, k=k)
+    _checks.check_same(q=q, k=k)
+    if q.dim() != (3 if cu_seqlens is None else 2):
+        raise ValueError(f"q has shape {_checks.shape_of(q)}; accepted: (B, L, D), or (S, D) with cu_seqlens")
+    _checks.check_shape("k", k, tuple(q.shape), "the shape of q")
+    if cu_seqlens is not None:
+        _checks.check_device(q=q, cu_seqlens=cu_seqlens)
+        _checks.check_cu_seqlens(cu_seqlens, q.shape[0])
+    return backend_for(q).boundary_prob_cosine(q, k, cu_seqlens)
+
+
+def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cosine dissimilarity to the filtered neighbourhood on a grid (DC-DiT v1 router).
+
+    q and k are l2-normalised over D; kbar is the depthwise 3x3 convolution of k (zero padding); ``p = (1 - q.kbar)/2``,
+    clamped to [0, 1].
+
+    Args:
+        q, k: (B, L, D), same dtype.
+        weight: (D, 3, 3), rows by columns; the mean filter is 1/9 everywhere.
+        grid: (H, W) with H * W = L.
+
+    Returns:
+        (B, L), float32 (float64 for float64 input). Differentiable in q, k and weight.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or the grid do not fit.
+    """
+    _checks.check_float(q=q, k=k, weight=weight)
+    _checks.check_same(q=q, k=k)
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {_checks.shape_of(q)}; accepted: (B, L, D)")
+    _checks.check_shape("k", k, tuple(q.shape), "the shape of q")
+    _checks.check_shape("weight", weight, (q.shape[2], 3, 3), "(D, 3, 3)")
+    _checks.check_device(q=q, weight=weight)
+    _checks.check_grid(grid, q.shape[1])
+    return backend_for(q).boundary_prob_cosine2d(q, k, weight, tuple(grid))
+
+
+def boundary_prob_predictability(
+    features: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    num_groups: int = 8,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Tail of the predictability router (DC-DiT, arXiv 2603.06351, the default router).
+
+    ``p = sigmoid(out_weight . SiLU(GroupNorm(features)) + out_bias)``; the first and the last raster position are forced
+    to 1 and pass no gradient.
+
+    Args:
+        features: (B, C, H, W), contiguous or channels-last.
+        norm_weight, norm_bias: (C,), the affine of the group norm.
+        out_weight: (C,) or the (1, C, 1, 1) weight of a 1x1 convolution.
+        out_bias: () or (1,).
+        num_groups: groups of the norm; divides C.
+        eps: added to the variance.
+
+    Returns:
+        (B, H*W), float32 (float64 for float64 input). Differentiable in every tensor.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    _checks.check_float(
+        features=features, norm_weight=norm_weight, norm_bias=norm_bias, out_weight=out_weight, out_bias=out_bias
+    )
+    if features.dim() != 4:
+        raise ValueError(f"features has shape {_checks.shape_of(features)}; accepted: (B, C, H, W)")
+    channels = features.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")
+    _checks.check_shape("norm_weight", norm_weight, (channels,), "(C,)")
+    _checks.check_shape("norm_bias", norm_bias, (channels,), "(C,)")
+    if out_weight.numel() != channels:
+        raise ValueError(f"out_weight has shape {_checks.shape_of(out_weight)}; accepted: (C,) or (1, C, 1, 1)")
+    if out_bias.numel() != 1:
+        raise ValueError(f"out_bias has shape {_checks.shape_of(out_bias)}; accepted: () or (1,)")
+    _checks.check_device(
+        features=features, norm_weight=norm_weight, norm_bias=norm_bias, out_weight=out_weight, out_bias=out_bias
+    )
+    return backend_for(features).boundary_prob_predictability(
+        features, norm_weight, norm_bias, out_weight.reshape(channels), out_bias.reshape(()), num_groups, eps
+    )

@@ -1,0 +1,91 @@
+"""De-chunking: spread packed tokens back over the grid or the sequence, smoothed by the router's confidence."""
+
+from torch import Tensor
+
+from dcdit.ops import _checks
+from dcdit.ops._backend import backend_for
+from dcdit.ops.packing import check_packed
+from dcdit.ops.selection import TokenSelection
+
+MAX_SIGMA = 16.0
+
+
+def dechunk_spatial(
+    h: Tensor,
+    p: Tensor,
+    sel: TokenSelection,
+    grid: tuple[int, int],
+    sigma: float = 1.0,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Gaussian smoothing over the kept tokens, then nearest-token plug-back (DC-DiT, arXiv 2603.06351, de-chunking).
+
+    With ``q = clamp(p, 1e-4, 1 - 1e-4)`` and ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j`` over the kept tokens of the
+    same image, rows normalised with 1e-8 in the denominator: ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j``; each position
+    takes h' of its nearest kept token (Euclidean, ties to the lowest raster index). Linear cost in L.
+
+    Args:
+        h: (T, D) packed tokens.
+        p: (B, L), the probabilities the selection was made from.
+        sel: the selection.
+        grid: (H, W) with H * W = L.
+        sigma: standard deviation in grid cells, in (0, 16]; 1 at 256 px, 2 at 512 px.
+        gate: (B, L) confidence c of the straight-through gate: leaves the value as it is, and gets the gradient
+            ``<g_l, dechunked_l>``.
+        residual: (B, L, D) in h's dtype, added to the result.
+
+    Returns:
+        (B, L, D) in h's dtype. Differentiable in h, p, gate and residual.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, grid or sigma do not fit.
+    """
+    if sel.source_cu_seqlens is not None:
+        raise ValueError("dechunk_spatial needs a selection over a grid batch (B, L), not over packed sequences")
+    _check_common(h, p, sel, gate, residual)
+    _checks.check_grid(grid, p.shape[1])
+    if not 0.0 < sigma <= MAX_SIGMA:
+        raise ValueError(f"sigma is {sigma}; accepted: a number in (0, {MAX_SIGMA:g}] grid cells")
+    return backend_for(h).dechunk_spatial(h, p, sel, tuple(grid), float(sigma), gate, residual)
+
+
+def dechunk_ema(
+    h: Tensor,
+    p: Tensor,
+    sel: TokenSelection,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Exponential moving average over the kept tokens, held until the next one (H-Net, arXiv 2507.07955, section 2.2).
+
+    ``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}`` from 0 inside each sequence, with ``q = clamp(p, 1e-4, 1 - 1e-4)``; position
+    t takes hbar of the last kept token at or before it (0 where there is none).
+
+    Args:
+        h: (T, D) packed tokens.
+        p: (B, L) or (S,), the probabilities the selection was made from.
+        sel: the selection, over a grid batch or packed sequences.
+        gate: shape of p; straight-through gate as in :func:`dechunk_spatial`.
+        residual: (B, L, D) or (S, D) in h's dtype, added to the result.
+
+    Returns:
+        (B, L, D) or (S, D) in h's dtype. Differentiable in h, p, gate and residual.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    _check_common(h, p, sel, gate, residual)
+    return backend_for(h).dechunk_ema(h, p, sel, gate, residual)
+
+
+def _check_common(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> None:
+    _checks.check_float(h=h, p=p, gate=gate, residual=residual)
+    check_packed("h", h, sel)
+    _checks.check_shape("p", p, tuple(sel.mask.shape), "the shape of the selection's mask")
+    if gate is not None:
+        _checks.check_shape("gate", gate, tuple(p.shape), "the shape of p")
+    if residual is not None:
+        _checks.check_same(h=h, residual=residual)
+        _checks.check_shape("residual", residual, (*p.shape, h.shape[1]), "the shape of p plus (D,)")
+    _checks.check_device(h=h, p=p, gate=gate, residual=residual)

@@ -1,0 +1,38 @@
+"""The ratio loss that steers the router to a target compression."""
+
+from torch import Tensor
+
+from dcdit.ops import _checks
+from dcdit.ops._backend import backend_for
+
+
+def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
+    """``N/(N-1) * ((1-F)(1-G) + (N-1) F G)`` (H-Net, arXiv 2507.07955, section 2.3, equation 10; DC-DiT uses weight 0.03).
+
+    F is the mean of the mask (no gradient), G the mean of p, over groups of ``group_size`` images, then averaged. It is 1
+    where F = G = 1/N.
+
+    Args:
+        p: (B, L) or (S,).
+        natural_mask: bool, shape of p: the mask before any dropping.
+        target: N > 1, positions per kept token.
+        group_size: images per group, a divisor of B; None takes the whole batch.
+
+    Returns:
+        () float32 (float64 for float64 p). Differentiable in p.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, target or group size do not fit.
+    """
+    _checks.check_float(p=p)
+    _checks.check_shape("natural_mask", natural_mask, tuple(p.shape), "the shape of p")
+    _checks.check_device(p=p, natural_mask=natural_mask)
+    if natural_mask.dtype != natural_mask.bool().dtype:
+        raise TypeError(f"natural_mask has dtype {natural_mask.dtype}; accepted: bool")
+    if p.numel() == 0:
+        raise ValueError(f"p has shape {_checks.shape_of(p)}; accepted: at least one position")
+    if not target > 1:
+        raise ValueError(f"target is {target}; accepted: a compression N above 1")
+    if group_size is not None and (p.dim() != 2 or group_size < 1 or p.shape[0] % group_size):
+        raise ValueError(f"group_size is {group_size}; accepted: a divisor of the batch {p.shape[0]} of p (B, L)")
+    return backend_for(p).ratio_loss(p, natural_mask, float(target), group_size)

@@ -1,0 +1,88 @@
+"""adaLN modulation on packed tokens: per-image shift, scale and gate, looked up by segment, never expanded."""
+
+from torch import Tensor
+
+from dcdit.ops import _checks
+from dcdit.ops._backend import backend_for
+
+
+def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
+    """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]`` without affine (adaLN of DiT, arXiv 2212.09748, section 3.2).
+
+    Args:
+        t: (T, D) packed tokens.
+        shift, scale: (B, D), one row per image (column slices of a (B, 6D) tensor are fine).
+        cu_seqlens: int32 (B+1,); rows past ``cu_seqlens[-1]`` are slack and come back zero.
+        eps: added to the variance.
+
+    Returns:
+        (T, D) in t's dtype. Differentiable in t, shift and scale.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    _check_tokens(cu_seqlens, t=t)
+    _check_modulation(t, cu_seqlens, shift=shift, scale=scale)
+    return backend_for(t).modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``x + gate[seg] * y`` (adaLN-Zero residual of DiT, arXiv 2212.09748, section 3.2).
+
+    Args:
+        x, y: (T, D) packed tokens of one dtype.
+        gate: (B, D), one row per image.
+        cu_seqlens: int32 (B+1,); slack rows return x unchanged.
+
+    Returns:
+        (T, D) in x's dtype. Differentiable in x, y and gate.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    _check_tokens(cu_seqlens, x=x, y=y)
+    _check_modulation(x, cu_seqlens, gate=gate)
+    return backend_for(x).gated_add(x, y, gate, cu_seqlens)
+
+
+def gated_add_modulated_layer_norm(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """:func:`gated_add` followed by :func:`modulated_layer_norm` of its result, in one pass over the tokens.
+
+    Args:
+        x, y: (T, D) packed tokens of one dtype.
+        gate, shift, scale: (B, D).
+        cu_seqlens: int32 (B+1,).
+        eps: added to the variance.
+
+    Returns:
+        ``(x + gate[seg] * y, LayerNorm(x + gate[seg] * y) * (1 + scale[seg]) + shift[seg])``, both (T, D). The norm reads
+        the sum as it is stored, rounded to x's dtype. Differentiable in every float argument.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+    """
+    _check_tokens(cu_seqlens, x=x, y=y)
+    _check_modulation(x, cu_seqlens, gate=gate, shift=shift, scale=scale)
+    return backend_for(x).gated_add_modulated_layer_norm(x, y, gate, shift, scale, cu_seqlens, float(eps))
+
+
+def _check_tokens(cu_seqlens: Tensor, **tokens: Tensor) -> None:
+    _checks.check_float(**tokens)
+    _checks.check_same(**tokens)
+    (first_name, first), *others = tokens.items()
+    if first.dim() != 2:
+        raise ValueError(f"{first_name} has shape {_checks.shape_of(first)}; accepted: packed tokens (T, D)")
+    for name, tensor in others:
+        _checks.check_shape(name, tensor, tuple(first.shape), f"the shape of {first_name}")
+    _checks.check_device(**{first_name: first, "cu_seqlens": cu_seqlens})
+    _checks.check_cu_seqlens(cu_seqlens, first.shape[0], exact=False)
+
+
+def _check_modulation(t: Tensor, cu_seqlens: Tensor, **modulation: Tensor) -> None:
+    _checks.check_float(**modulation)
+    _checks.check_same(**modulation)
+    for name, tensor in modulation.items():
+        _checks.check_shape(name, tensor, (cu_seqlens.shape[0] - 1, t.shape[1]), "(B, D)")
+        _checks.check_device(**{"tokens": t, name: tensor})
