@@ -101,6 +101,7 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: i
 def run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
     """Call one of :data:`KERNELS`; every row of q must belong to a sequence or be masked by the caller."""
     function, accepted = _LOADED[name]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if name == "torch_varlen":
         args = (q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         # torch 2.10 spells causal as a flag, later versions as a window.

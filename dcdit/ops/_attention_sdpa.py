@@ -1,5 +1,7 @@
 """Varlen attention on ``scaled_dot_product_attention``: every device and dtype, no extra package."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ def sdpa_varlen(
 def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
     starts = cu_seqlens.tolist()
     out = []
-    for lo, hi in zip(starts[:-1], starts[1:], strict=True):
+    for lo, hi in pairwise(starts):
         q_i, k_i, v_i = (x[None, lo:hi].transpose(1, 2) for x in (q, k, v))
         # The sum of empty tensors stays in the autograd graph; SDPA itself need not be asked about zero rows.
         out_i = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=causal) if hi > lo else q_i + k_i + v_i
@@ -48,7 +50,7 @@ def _varlen_sdpa_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     starts = cu_seqlens.tolist()
-    for lo, hi in zip(starts[:-1], starts[1:], strict=True):
+    for lo, hi in pairwise(starts):
         grad_i, q_i, k_i, v_i = (x[lo:hi].transpose(0, 1).to(wide) for x in (grad, q, k, v))  # [H, M, d_h]
         scale = q.shape[-1] ** -0.5
         scores = q_i @ k_i.mT * scale  # [H, M, M]
@@ -68,9 +70,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tens
 
 
 @_varlen_sdpa_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -24,13 +24,13 @@ def varlen_attention(
     """``softmax(q k^T / sqrt(d_h)) v`` inside each sequence, never across sequences.
 
     ``"auto"`` takes the first that can run of ``"flash3"`` (Hopper), ``"flash4"`` (Blackwell, Hopper), ``"flash2"``,
-    ``"torch_varlen"`` (torch >= 2.10) and ``"sdpa"``. The first four need a GPU and float16 or bfloat16; float32 runs on
-    ``"sdpa"``, never silently rounded. Under ``torch.compile`` auto skips kernels that the compiler cannot trace. For
-    FlashAttention 3 or 4 without that restriction, call ``torch.nn.attention.activate_flash_attention_impl`` and use
-    ``"torch_varlen"``.
+    ``"torch_varlen"`` (torch >= 2.10) and ``"sdpa"``. The first four need a GPU and float16 or bfloat16; float32 runs
+    on ``"sdpa"``, never silently rounded. Under ``torch.compile`` auto skips kernels that the compiler cannot trace.
+    For FlashAttention 3 or 4 without that restriction, call ``torch.nn.attention.activate_flash_attention_impl`` and
+    use ``"torch_varlen"``.
 
-    ``"sdpa"`` runs one batched call when the lengths are equal (``T == B * max_seqlen`` and no slack); otherwise one call
-    per sequence, for which it reads ``cu_seqlens`` on the host: on a GPU that is a synchronisation.
+    ``"sdpa"`` runs one batched call when the lengths are equal (``T == B * max_seqlen`` and no slack); otherwise one
+    call per sequence, for which it reads ``cu_seqlens`` on the host: on a GPU that is a synchronisation.
 
     Args:
         q, k, v: (T, heads, d_h) packed tokens of one dtype.
@@ -46,8 +46,8 @@ def varlen_attention(
         bit for bit under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit; max_seqlen below the longest sequence (on a GPU only
-            with ``DCDIT_CHECK=1``); an unknown backend, or one that cannot run here.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; max_seqlen below the longest sequence (on a GPU
+            only with ``DCDIT_CHECK=1``); an unknown backend, or one that cannot run here.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, backend, slack)
     if q.shape[0] == 0 or cu_seqlens.shape[0] == 1:
@@ -67,9 +67,7 @@ def varlen_attention(
     return torch.where(used, run(name, q, k, v, cu_seqlens, max_seqlen, causal), 0.0)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, slack: bool
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, slack: bool) -> None:
     _checks.check_float(q=q, k=k, v=v)
     _checks.check_same(q=q, k=k, v=v)
     if q.dim() != 3:

@@ -1,0 +1,320 @@
+"""Varlen attention against the float64 definition, and the choice of its kernel."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcdit.ops import _attention_kernels as kernels
+from dcdit.ops import _backend, attention, reference
+from dcdit.ops.attention import attention_backends, varlen_attention
+
+LENGTHS = {
+    "equal": [5, 5, 5],
+    "ragged": [1, 40, 3, 17],
+    "empty_inside": [0, 6, 0, 0, 9, 0],
+    "all_empty": [0, 0],
+    "one": [1],
+    "none": [],
+}
+
+
+def cu_of(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def inputs(lengths, dtype=torch.float64, heads=3, head_dim=8, slack=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (sum(lengths) + slack, heads, head_dim)
+    qkv = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+    return qkv, cu_of(lengths), max(lengths, default=0)
+
+
+def value_and_grads(function, qkv, grad):
+    out = function(*qkv)
+    return out, *torch.autograd.grad(out, qkv, grad.to(out.dtype))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_matches_the_definition_in_float64(lengths, causal):
+    qkv, cu, longest = inputs(lengths)
+    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, causal), qkv, grad)
+    want = (
+        value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, causal), qkv, grad) if lengths else got
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [LENGTHS["equal"], LENGTHS["ragged"]], ids=["equal", "ragged"])
+def test_error_is_at_most_twice_that_of_the_plain_formula(lengths, dtype):
+    qkv, cu, longest = inputs(lengths, dtype, head_dim=32)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+
+    def plain(q, k, v):
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat(
+            [
+                torch.einsum("hqk,khd->qhd", (torch.einsum("qhd,khd->hqk", a, b) * a.shape[-1] ** -0.5).softmax(-1), c)
+                for a, b, c in parts
+            ]
+        )
+
+    truth = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest), exact, grad)
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest), qkv, grad)
+    peer = value_and_grads(plain, qkv, grad)
+    for a, b, c in zip(got, peer, truth, strict=True):
+        assert a.dtype == dtype
+        # One ulp of the largest entry on top, as in FlashAttention's own tests: at float32 the maximum of a few hundred
+        # roundings is luck.
+        floor = torch.finfo(dtype).eps * c.abs().max()
+        assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + floor
+
+
+def test_gradcheck():
+    qkv, cu, longest = inputs([2, 0, 3], heads=1, head_dim=4)
+    assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, cu, longest, causal=True), qkv)
+
+
+def test_equal_lengths_run_as_one_call_without_copies(monkeypatch):
+    seen = []
+
+    def spy(q, k, v, **options):
+        seen.append((q.shape, q.data_ptr()))
+        return sdpa(q, k, v, **options)
+
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    qkv = torch.randn(12, 3, 2, 8)
+    q, k, v = qkv.unbind(1)
+    varlen_attention(q, k, v, cu_of([4, 4, 4]), 4)
+    assert seen == [((3, 2, 4, 8), q.data_ptr())]
+    varlen_attention(q, k, v, cu_of([4, 3, 5]), 5)
+    assert len(seen) == 4
+
+
+def test_a_sequence_does_not_depend_on_the_others():
+    qkv, cu, longest = inputs([4, 9, 2], torch.float32)
+    together = varlen_attention(*qkv, cu, longest)
+    alone = varlen_attention(*(x[4:13] for x in qkv), cu_of([9]), 9)
+    torch.testing.assert_close(together[4:13], alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_slack_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
+    monkeypatch.setattr(_backend, "_forced", forced)
+    qkv, cu, longest = inputs(lengths, slack=7)
+    total = sum(lengths)
+    poisoned = [x.detach().clone() for x in qkv]
+    for x in poisoned:
+        x[total:] = float("nan")
+        x.requires_grad_()
+    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad[total:] = float("nan")
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, slack=True), poisoned, grad)
+    clean = [x.detach()[:total].requires_grad_() for x in qkv]
+    want = value_and_grads(lambda *x: varlen_attention(*x, cu, longest), clean, grad[:total])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a[:total], b, rtol=1e-12, atol=1e-12)
+        assert (a[total:] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("lengths", "slack"), [([6, 6], 0), ([6, 2, 9], 0), ([6, 6], 4), ([0, 5, 8], 3)], ids=str)
+def test_compiles_to_one_graph_on_the_cpu(lengths, slack, causal):
+    torch._dynamo.reset()
+    qkv, cu, longest = inputs(lengths, slack=slack)
+
+    def attend(q, k, v, cu_seqlens):
+        return varlen_attention(q, k, v, cu_seqlens, longest, causal, slack=slack > 0)
+
+    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    got = value_and_grads(lambda *x: compiled(*x, cu), qkv, grad)
+    want = value_and_grads(lambda *x: attend(*x, cu), qkv, grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_registered_op_passes_opcheck():
+    qkv, cu, _ = inputs([3, 0, 5], slack=2)
+    torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, True))
+
+
+# --- choosing a kernel: the machine is simulated, the kernels are stand-ins ----------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend to be on a GPU with these packages installed; what a package returns is written by the test."""
+
+    def pretend(capability, packages, hip=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(kernels, "_LOADED", {})
+        monkeypatch.setattr(kernels, "_is_registered", lambda op: op is not None)
+        real = kernels.importlib.import_module
+
+        def import_module(name):
+            if name in packages:
+                return SimpleNamespace(flash_attn_varlen_func=packages[name], varlen_attn=packages[name])
+            if name.startswith("torch"):
+                return real(name)
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+        monkeypatch.setattr(kernels, "importlib", SimpleNamespace(import_module=import_module))
+
+    kernels._missing.cache_clear()
+    yield pretend
+    kernels._missing.cache_clear()
+
+
+ALL = {name: lambda q, k, v, **_: q for name in ("flash_attn_interface", "flash_attn.cute", "flash_attn")}
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "compiling", "expected"),
+    [
+        ((9, 0), ALL, False, "flash3"),
+        ((9, 0), ALL, True, "flash3"),
+        ((10, 0), ALL, False, "flash4"),
+        ((10, 0), ALL, True, "flash2"),
+        ((8, 0), ALL, False, "flash2"),
+        ((9, 0), {}, False, "torch_varlen"),
+        ((7, 5), ALL, False, "sdpa"),
+    ],
+)
+def test_auto_takes_the_best_kernel(gpu, capability, packages, compiling, expected):
+    gpu(capability, packages)
+    assert kernels.choose("auto", CUDA, torch.bfloat16, 64, compiling) == expected
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.float64, 64), (torch.float16, 68)])
+def test_auto_never_rounds_or_pads(gpu, dtype, head_dim):
+    gpu((9, 0), ALL)
+    assert kernels.choose("auto", CUDA, dtype, head_dim, False) == "sdpa"
+
+
+def test_rocm_reports_hopper_numbers_but_is_not_hopper(gpu):
+    gpu((9, 4), ALL, hip="6.4")
+    assert kernels.choose("auto", CUDA, torch.bfloat16, 64, False) == "flash2"
+
+
+def test_report_says_why(gpu):
+    gpu((8, 0), {"flash_attn": ALL["flash_attn"]})
+    report = {name: (available, reason) for name, available, reason in attention_backends("cuda:0")}
+    assert list(report) == ["flash3", "flash4", "flash2", "torch_varlen", "sdpa"]
+    assert report["flash3"] == (False, "needs compute capability 9.x, not 8.0")
+    assert report["flash2"][0] and report["torch_varlen"][0] and report["sdpa"][0]
+
+
+def test_report_on_the_cpu_imports_nothing():
+    assert [name for name, available, _ in attention_backends("cpu") if available] == ["sdpa"]
+
+
+def test_a_broken_package_does_not_take_the_others_down(gpu):
+    gpu((9, 0), {"flash_attn": ALL["flash_attn"]})
+    report = {name: reason for name, _, reason in attention_backends(CUDA)}
+    assert "No module named 'flash_attn_interface'" in report["flash3"]
+    assert kernels.choose("auto", CUDA, torch.float16, 64, False) == "flash2"
+
+
+@pytest.mark.parametrize("name", ["flash3", "flash2", "flash4", "torch_varlen"])
+@pytest.mark.parametrize("slack", [0, 5])
+def test_a_kernel_that_leaves_slack_rows_unwritten(monkeypatch, name, slack):
+    """A stand-in with the kernels' contract: NaN in every row that belongs to no sequence, forward and backward."""
+    lengths = [4, 0, 7]
+    qkv, cu, longest = inputs(lengths, slack=slack)
+    total = sum(lengths)
+
+    class Unwritten(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            x = x.clone()
+            x[total:] = float("nan")
+            return x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Unwritten.forward(ctx, grad)
+
+    def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, deterministic=False):
+        assert cu_seqlens_k is cu_seqlens_q
+        assert max_seqlen_q == max_seqlen_k == longest
+        q, k, v = (Unwritten.apply(x) for x in (q, k, v))
+        out = reference.varlen_attention(q, k, v, cu_seqlens_q, max_seqlen_q, causal)
+        return Unwritten.apply(out), None
+
+    def native(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)):
+        return flash(q, k, v, cu_q, cu_k, max_q, max_k, causal=window_size == (-1, 0))[0]
+
+    function = native if name == "torch_varlen" else flash
+    accepted = frozenset(kernels.inspect.signature(function).parameters)
+    monkeypatch.setattr(kernels, "_LOADED", {name: (function, accepted)})
+    monkeypatch.setattr(attention, "choose", lambda *_: name)
+    with torch.no_grad():
+        for x in qkv:
+            x[total:] = float("nan")
+    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, slack=slack > 0), qkv, grad)
+    want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, True), qkv, grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_installed_torch_takes_our_arguments(monkeypatch):
+    """The signature of torch's own varlen op, on fake tensors: no GPU needed, no kernel run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    accepted = frozenset(kernels.inspect.signature(module.varlen_attn).parameters)
+    monkeypatch.setattr(kernels, "_LOADED", {"torch_varlen": (module.varlen_attn, accepted)})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(10, 2, 64, dtype=torch.bfloat16, device="meta")
+        cu = torch.empty(3, dtype=torch.int32, device="meta")
+        out = kernels.run("torch_varlen", q, q, q, cu, 6, True)
+    assert out.shape == q.shape and out.dtype == q.dtype
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+def bad(message, error=ValueError, **changes):
+    return pytest.param(changes, error, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        bad("k has shape", k=torch.zeros(6, 2, 4)),
+        bad("v has shape", v=torch.zeros(6, 1, 8)),
+        bad("packed heads", q=torch.zeros(6, 16)),
+        bad("k has dtype", TypeError, k=torch.zeros(6, 2, 8, dtype=torch.float64)),
+        bad("q has dtype torch.int64", TypeError, q=torch.zeros(6, 2, 8, dtype=torch.int64)),
+        bad("cu_seqlens has dtype torch.int64", TypeError, cu_seqlens=torch.tensor([0, 2, 6])),
+        bad("ends at 5", cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32)),
+        bad("ends at 7", cu_seqlens=torch.tensor([0, 2, 7], dtype=torch.int32), slack=True),
+        bad("descends", cu_seqlens=torch.tensor([0, 5, 4, 6], dtype=torch.int32)),
+        bad("starts at 1", cu_seqlens=torch.tensor([1, 2, 6], dtype=torch.int32)),
+        bad("longest sequence has 4 tokens", max_seqlen=3),
+        bad("max_seqlen is a Tensor", TypeError, max_seqlen=torch.tensor(4)),
+        bad("unknown attention backend 'flash5'", backend="flash5"),
+        bad("'flash2' needs a GPU, not cpu; available: sdpa, auto", backend="flash2"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    x = torch.zeros(6, 2, 8)
+    arguments = {
+        "q": x, "k": x, "v": x, "cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32), "max_seqlen": 4, **changes
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        varlen_attention(**arguments)
