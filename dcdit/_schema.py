@@ -56,7 +56,8 @@ def check_bounds(section: Any, where: str) -> None:
         values = value if isinstance(value, list) else [value]
         if not values or not all(_inside(v, field.metadata) for v in values):
             hint = did_you_mean(value, field.metadata["choices"])
-            raise ValueError(f"{where}{field.name} is {value!r}; accepted: {accepted}{hint}")
+            what = "a non-empty list of numbers " if isinstance(value, list) else ""
+            raise ValueError(f"{where}{field.name} is {value!r}; accepted: {what}{accepted}{hint}")
 
 
 def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
@@ -129,5 +130,6 @@ def describe(cls: type) -> str:
             value = getattr(default, field.name)
             shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             about = f"{type_name(types_of[field.name])}, default {shown}"
-            lines.append(f"  {section.name}.{field.name:<20} {field.metadata['doc']} ({about})")
+            name = f"{section.name}.{field.name}"
+            lines.append(f"  {name:<25} {field.metadata['doc']} ({about})")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ class ModelSection:
     name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
     image_size: int = option(256, "pixels per side; presets work on latents of an eighth of it", at_least=1)
     num_classes: int = option(1000, "number of labels", at_least=1)
-    overrides: dict[str, Any] = option({}, "fields of the model's own configuration that replace the preset's")
+    overrides: dict[str, Any] = option({}, "fields of the model's configuration that replace the preset's")  # noqa: RUF009
 
 
 @dataclass
@@ -75,7 +75,7 @@ class RouterSection:
     target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
     loss_weight: float = option(0.03, "weight of the ratio loss", at_least=0)
     group_size: int | None = option(16, "images per group of the ratio loss; null takes the whole batch", at_least=1)
-    drop_fractions: list[float] = option(
+    drop_fractions: list[float] = option(  # noqa: RUF009
         [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "one is drawn per step after the warm-up", at_least=0, below=1
     )
     drop_warmup_steps: int = option(5000, "steps without dropping", at_least=0)

@@ -1,0 +1,92 @@
+"""A folder of images: one class per subfolder, or a flat folder of one class."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dcdit.data._samples import Samples, Split, sample_rng, to_sample
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class ImageFolder(Samples):
+    """Images of a folder, the shorter side resized to ``size`` and a square of it cropped (random while training).
+
+    Args:
+        path: folder whose subfolders are the classes (in alphabetical order), or a flat folder of images (class 0).
+        size: pixels per side.
+        split: ``"train"`` or ``"held_out"``.
+        held_out: share of the images in the held-out split.
+        flip: mirror training images at random.
+        seed: sample n is a pure function of (seed, n).
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no image in it, images beside class folders, or (when it is read) a file that is no image.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        size: int = 256,
+        split: str = "train",
+        held_out: float = 0.1,
+        flip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"size is {size}; accepted: at least 1 pixel")
+        self.files, self.labels, self.class_names = _scan(Path(path))
+        self.split = Split(split, len(self.files), held_out, seed, path)
+        self.shape = (3, size, size)
+        self.random = split == "train"
+        self.flip = flip and self.random
+        self.seed = seed
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        item = self.split.item(n)
+        rng = sample_rng(self.seed, n)
+        position = rng.random() if self.random else 0.5
+        pixels = _read_square(self.files[item], self.shape[1], position)
+        if self.flip and rng.integers(2):
+            pixels = pixels[:, ::-1]
+        return to_sample(pixels), self.labels[item]
+
+
+def _scan(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    if not path.is_dir():
+        raise FileNotFoundError(f"no image folder {str(path)!r}")
+    flat = _images(path)
+    classes = {folder.name: _images(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    classes = {name: files for name, files in classes.items() if files}
+    if flat and classes:
+        raise ValueError(f"{path} holds images beside class folders ({next(iter(classes))!r}); only one of the two")
+    if not flat and not classes:
+        raise ValueError(f"no images in {str(path)!r}; accepted: {', '.join(SUFFIXES)}, in it or in class folders")
+    classes = classes or {path.name: flat}
+    files = [file for group in classes.values() for file in group]
+    labels = [label for label, group in enumerate(classes.values()) for _ in group]
+    return files, labels, tuple(classes)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
+
+
+def _read_square(path: Path, size: int, position: float) -> np.ndarray:
+    """A square of the image, at ``position`` in [0, 1] along its longer side, as uint8 (size, size, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            # Lets the JPEG decoder skip resolution that the resize would throw away.
+            image.draft("RGB", (2 * size, 2 * size))
+            rgb = image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+    width, height = rgb.size
+    side = min(width, height)
+    left, top = position * (width - side), position * (height - side)
+    box = (left, top, left + side, top + side)
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))

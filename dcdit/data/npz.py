@@ -1,0 +1,77 @@
+"""A NumPy archive of images or of latents that some encoder made."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.data._samples import Samples, Split, sample_rng, to_sample
+
+
+class NpzDataset(Samples):
+    """An ``.npz`` with ``labels`` (N,) integer, and ``images`` (N, H, W, 3) uint8 or ``latents`` (N, C, H, W) float.
+
+    The arrays are held in memory. Latents come as they are stored, in float32; only images are mirrored.
+
+    Args:
+        path: the archive, without pickled objects.
+        split, held_out, flip, seed: as in :class:`dcdit.data.ImageFolder`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an archive, or arrays that are missing or of another shape or type.
+    """
+
+    def __init__(
+        self, path: str | Path, split: str = "train", held_out: float = 0.1, flip: bool = True, seed: int = 0
+    ) -> None:
+        arrays = _load(Path(path))
+        self.latent = "latents" in arrays
+        self.values = arrays["latents"] if self.latent else arrays["images"]
+        self.labels = arrays["labels"]
+        _check(path, self.values, self.labels, self.latent)
+        n, *rest = self.values.shape
+        self.shape = tuple(rest) if self.latent else (rest[2], rest[0], rest[1])
+        self.class_names = tuple(str(label) for label in range(int(self.labels.max()) + 1))
+        self.split = Split(split, n, held_out, seed, path)
+        self.flip = flip and split == "train" and not self.latent
+        self.seed = seed
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        item = self.split.item(n)
+        value, label = self.values[item], int(self.labels[item])
+        if self.latent:
+            return torch.from_numpy(value.astype(np.float32)), label
+        if self.flip and sample_rng(self.seed, n).integers(2):
+            value = value[:, ::-1]
+        return to_sample(value), label
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no dataset file {str(path)!r}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            wanted = [name for name in ("images", "latents", "labels") if name in archive]
+            arrays = {name: archive[name] for name in wanted}
+            names = list(archive)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no readable .npz archive: {' '.join(str(error).split())}") from None
+    if len(arrays) != 2 or "labels" not in arrays:
+        raise ValueError(f"{path} holds {names}; accepted: labels, and either images or latents")
+    return arrays
+
+
+def _check(path: str | Path, values: np.ndarray, labels: np.ndarray, latent: bool) -> None:
+    if latent and (values.ndim != 4 or values.dtype.kind != "f"):
+        raise ValueError(f"{path}: latents are {values.dtype} {values.shape}; accepted: float (N, C, H, W)")
+    if not latent and (values.ndim != 4 or values.shape[3] != 3 or values.dtype != np.uint8):
+        raise ValueError(f"{path}: images are {values.dtype} {values.shape}; accepted: uint8 (N, H, W, 3)")
+    if labels.shape != values.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+        raise ValueError(
+            f"{path}: labels are {labels.dtype} {labels.shape}; accepted: {values.shape[0]} integers of at least 0"
+        )
+    if not labels.size:
+        raise ValueError(f"{path} holds no images")

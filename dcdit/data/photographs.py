@@ -1,0 +1,107 @@
+"""Random crops of the colour photographs inside the scikit-image package. Read from disk, never downloaded."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dcdit.data._samples import Samples, check_split, sample_rng, to_sample
+
+FILES = {
+    "astronaut": "astronaut.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "rocket": "rocket.jpg",
+    "galaxies": "hubble_deep_field.jpg",
+    "motorcycle": "motorcycle_left.png",
+}
+
+
+class Photographs(Samples):
+    """One class per photograph; sample n is a random crop of a random one.
+
+    Each photograph is cut in two along its longer side before anything else: the strip at its end is held out, and no
+    training crop reaches into it. A handful of photographs shows that the mechanism works, not that it generalises.
+
+    Args:
+        size: pixels per side of a crop.
+        downscale: each part is shrunk by this whole factor first, so that small crops show content.
+        split: ``"train"`` or ``"held_out"``.
+        held_out: share of the longer side that is held out; at least one crop wide, and none at 0.
+        flip: mirror training crops at random.
+        seed: sample n is a pure function of (seed, n); held-out samples do not depend on it.
+
+    Raises:
+        ModuleNotFoundError: scikit-image is missing.
+        FileNotFoundError: this scikit-image carries no such photograph.
+        ValueError: a photograph is too small for the crop, or a bad argument.
+    """
+
+    def __init__(
+        self,
+        size: int = 64,
+        downscale: int = 2,
+        split: str = "train",
+        held_out: float = 0.2,
+        flip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        check_split(split)
+        if size < 1 or downscale < 1:
+            raise ValueError(f"size is {size} and downscale {downscale}; accepted: whole numbers of at least 1")
+        if not 0 <= held_out < 1 or (held_out == 0 and split == "held_out"):
+            raise ValueError(
+                f"held_out is {held_out} for split {split!r}; accepted: a share in (0, 1), or 0 to train on all"
+            )
+        self.shape = (3, size, size)
+        self.class_names = tuple(FILES)
+        self.flip = flip and split == "train"
+        self.seed = seed if split == "train" else 0
+        self.parts = [_part(name, size, downscale, split, held_out) for name in FILES]
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        rng = sample_rng(self.seed, n)
+        label = int(rng.integers(len(self.parts)))
+        part, size = self.parts[label], self.shape[1]
+        top = int(rng.integers(part.shape[0] - size + 1))
+        left = int(rng.integers(part.shape[1] - size + 1))
+        crop = part[top : top + size, left : left + size]
+        if self.flip and rng.integers(2):
+            crop = crop[:, ::-1]
+        return to_sample(crop), label
+
+
+def split_box(width: int, height: int, crop: int, split: str, held_out: float) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a split's part of a photograph; ``crop`` is the side of a crop in its pixels."""
+    longer = max(width, height)
+    strip = max(round(longer * held_out), crop) if held_out else 0
+    lo, hi = (0, longer - strip) if split == "train" else (longer - strip, longer)
+    if hi - lo < crop or min(width, height) < crop:
+        raise ValueError(
+            f"{width}x{height} pixels are too few for a {split} part that fits crops of {crop}x{crop} of them"
+        )
+    return (lo, 0, hi, height) if width >= height else (0, lo, width, hi)
+
+
+def _part(name: str, size: int, downscale: int, split: str, held_out: float) -> np.ndarray:
+    from PIL import Image
+
+    path = _folder() / FILES[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"this scikit-image has no {path}; photographs are never downloaded")
+    with Image.open(path) as photograph:
+        try:
+            width, height = photograph.size
+            box = split_box(width, height, size * downscale, split, held_out)
+        except ValueError as error:
+            raise ValueError(f"photograph {name!r}: {error} (size {size}, downscale {downscale})") from None
+        # Cropped before it is shrunk, so that the filter mixes no held-out pixel into a training one.
+        return np.asarray(photograph.convert("RGB").crop(box).reduce(downscale))
+
+
+def _folder() -> Path:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("the photographs are files of scikit-image: pip install 'dcdit[train]'")
+    return Path(package.origin).parent / "data"
