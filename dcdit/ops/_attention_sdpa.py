@@ -16,13 +16,22 @@ def sdpa_varlen(
     ``cu_seqlens``: free on a CPU, one synchronisation on a GPU.
     """
     images = cu_seqlens.shape[0] - 1
-    if not slack and q.shape[0] == images * max_seqlen:
+    if not slack and known(q.shape[0] == images * max_seqlen):
         q, k, v = (x.unflatten(0, (images, max_seqlen)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1)
     if torch.compiler.is_compiling():
         # Lengths are data: the compiler sees one opaque op instead of the loop.
         return torch.ops.dcdit.varlen_sdpa(q, k, v, cu_seqlens, causal)
     return _ragged(q, k, v, cu_seqlens, causal)
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether it holds; False where the compiler cannot tell, because T is a size that depends on data."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(condition)
+    return bool(condition)
 
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dcdit.ops import _checks, reference
 from dcdit.ops._attention_kernels import NAMES, attention_backends, choose, run
-from dcdit.ops._attention_sdpa import sdpa_varlen
+from dcdit.ops._attention_sdpa import known, sdpa_varlen
 from dcdit.ops._backend import backend_name, value_checks_enabled
 
 __all__ = ["attention_backends", "varlen_attention"]
@@ -50,7 +50,7 @@ def varlen_attention(
             only with ``DCDIT_CHECK=1``); an unknown backend, or one that cannot run here.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, backend, slack)
-    if q.shape[0] == 0 or cu_seqlens.shape[0] == 1:
+    if known(q.shape[0] == 0) or cu_seqlens.shape[0] == 1:
         # No sequence: zeros that stay in the autograd graph without reading the rows.
         return (q + k + v).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
     if backend_name(q) == "reference":

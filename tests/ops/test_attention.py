@@ -143,6 +143,15 @@ def test_compiles_to_one_graph_on_the_cpu(lengths, slack, causal):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_compiles_when_the_number_of_tokens_depends_on_data():
+    torch._dynamo.reset()
+    q = torch.randn(9, 2, 8)
+    torch._dynamo.decorators.mark_unbacked(q, 0)
+    compiled = torch.compile(lambda q, cu: varlen_attention(q, q, q, cu, 5), fullgraph=True, backend="aot_eager")
+    cu = cu_of([4, 5])
+    torch.testing.assert_close(compiled(q, cu), varlen_attention(q, q, q, cu, 5))
+
+
 def test_the_registered_op_passes_opcheck():
     qkv, cu, _ = inputs([3, 0, 5], slack=2)
     torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, True))
