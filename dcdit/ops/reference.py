@@ -21,7 +21,7 @@ def _wide(x: Tensor) -> Tensor:
 # --- boundary probabilities ---------------------------------------------------------------------------------------
 
 
-def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     if cu_seqlens is None:
         if q.shape[1] == 0:
             return _wide(q).sum(-1)
@@ -47,8 +47,8 @@ def boundary_prob_predictability(
     norm_bias: Tensor,
     out_weight: Tensor,
     out_bias: Tensor,
-    num_groups: int,
-    eps: float,
+    num_groups: int = 8,
+    eps: float = 1e-5,
 ) -> Tensor:
     x = _wide(features)
     x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
@@ -63,11 +63,11 @@ def boundary_prob_predictability(
 
 def select_tokens(
     p: Tensor,
-    cu_seqlens: Tensor | None,
-    threshold: float,
-    drop_fraction: float | Tensor,
-    budget: int | None,
-    capacity: int | None,
+    cu_seqlens: Tensor | None = None,
+    threshold: float = 0.5,
+    drop_fraction: float | Tensor = 0.0,
+    budget: int | None = None,
+    capacity: int | None = None,
 ) -> TokenSelection:
     flat = p.flatten()
     starts = _image_starts(p, cu_seqlens)
@@ -102,12 +102,15 @@ def select_tokens(
     if capacity is not None:
         indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
     lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=p.device)
-    longest_source = max((hi - lo for lo, hi in zip(starts[:-1], starts[1:], strict=True)), default=0)
+    if budget is not None:
+        max_seqlen = budget
+    else:
+        max_seqlen = p.shape[-1] if capacity is not None else max(lengths, default=0)
     return TokenSelection(
         indices=indices,
         cu_seqlens=F.pad(lengths_tensor.cumsum(0), (1, 0)).to(torch.int32),
         lengths=lengths_tensor,
-        max_seqlen=budget if budget is not None else longest_source if capacity is not None else max(lengths, default=0),
+        max_seqlen=max_seqlen,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
         slots=torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32).view(p.shape),
@@ -127,7 +130,7 @@ def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> list[int]:
 # --- packing ------------------------------------------------------------------------------------------------------
 
 
-def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
+def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) -> Tensor:
     kept = sel.indices[sel.indices >= 0]
     tokens = x.reshape(-1, x.shape[-1])[kept]
     if bias is not None:
@@ -135,7 +138,7 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor
     return F.pad(tokens, (0, 0, 0, sel.indices.numel() - kept.numel()))
 
 
-def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
+def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
     real = sel.indices >= 0
     out = t.new_full((sel.mask.numel(), t.shape[-1]), fill)
     return out.index_put((sel.indices[real],), t[real]).view(*sel.mask.shape, t.shape[-1])
@@ -149,9 +152,9 @@ def dechunk_spatial(
     p: Tensor,
     sel: TokenSelection,
     grid: tuple[int, int],
-    sigma: float,
-    gate: Tensor | None,
-    residual: Tensor | None,
+    sigma: float = 1.0,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     height, width = grid
     rows = torch.arange(height, device=h.device).repeat_interleave(width)
@@ -174,7 +177,7 @@ def dechunk_spatial(
 
 
 def dechunk_ema(
-    h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None
+    h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     confidence = _wide(p).flatten().clamp(PROB_EPS, 1 - PROB_EPS)
     mask = sel.mask.flatten()
@@ -205,7 +208,7 @@ def _gate_and_residual(grown: Tensor, gate: Tensor | None, residual: Tensor | No
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
-def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None) -> Tensor:
+def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
     groups = 1 if group_size is None else p.shape[0] // group_size
     kept = natural_mask.reshape(groups, -1).to(_wide(p).dtype).mean(-1)
     mean_p = _wide(p).reshape(groups, -1).mean(-1)
@@ -216,7 +219,7 @@ def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int |
 # --- modulation ---------------------------------------------------------------------------------------------------
 
 
-def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
+def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
     normed = [
         F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + _wide(scale)[i]) + _wide(shift)[i]
         for i, tokens in enumerate(_split(_wide(t), cu_seqlens))
@@ -231,7 +234,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def gated_add_modulated_layer_norm(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     added = gated_add(x, y, gate, cu_seqlens)
     return added, modulated_layer_norm(added, shift, scale, cu_seqlens, eps)

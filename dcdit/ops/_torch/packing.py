@@ -1,0 +1,78 @@
+"""Gather and scatter of token rows, each the other's gradient."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from dcdit.ops._torch._common import wide
+from dcdit.ops.selection import TokenSelection
+
+
+def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
+    tokens = _GatherRows.apply(x.reshape(-1, x.shape[-1]), sel.indices)
+    if bias is None:
+        return tokens
+    slack = sel.indices < 0
+    position = torch.where(slack, -1, sel.indices % bias.shape[0])
+    return (wide(tokens) + _GatherShared.apply(wide(bias), position, sel.indices, sel.mask.shape[0])).to(x.dtype)
+
+
+def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
+    rows = _ScatterRows.apply(t, sel.indices, sel.mask.numel(), fill)
+    return rows.view(*sel.mask.shape, t.shape[-1])
+
+
+def take_rows(source: Tensor, indices: Tensor) -> Tensor:
+    """Rows of ``source`` at ``indices``; zeros where the index is negative."""
+    if source.shape[0] == 0:
+        return source.new_zeros(indices.shape[0], source.shape[1])
+    rows = source.index_select(0, indices.clamp(min=0))
+    return rows.masked_fill_((indices < 0)[:, None], 0)
+
+
+def put_rows(rows: Tensor, indices: Tensor, total: int, fill: float = 0.0) -> Tensor:
+    """(total, D) with ``rows`` at their distinct indices; rows with a negative index go nowhere."""
+    out = rows.new_full((total + 1, rows.shape[1]), fill)
+    out.index_put_((torch.where(indices < 0, total, indices),), rows)
+    return out[:total]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, source: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.total = source.shape[0]
+        return take_rows(source, indices)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return _ScatterRows.apply(grad, indices, ctx.total, 0.0), None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, indices: Tensor, total: int, fill: float) -> Tensor:
+        ctx.save_for_backward(indices)
+        return put_rows(rows, indices, total, fill)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (indices,) = ctx.saved_tensors
+        return _GatherRows.apply(grad, indices), None, None, None
+
+
+class _GatherShared(torch.autograd.Function):
+    """Rows of a table that every image shares; the gradient sums over the images in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, table: Tensor, position: Tensor, indices: Tensor, images: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.shape = (images, *table.shape)
+        return take_rows(table, position)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (indices,) = ctx.saved_tensors
+        images, length, width = ctx.shape
+        return put_rows(grad, indices, images * length).view(images, length, width).sum(0), None, None, None

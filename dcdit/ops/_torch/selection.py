@@ -1,0 +1,108 @@
+"""Token selection without loops over images; at most one size is read on the host."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcdit.ops._torch._common import segment_of_rows
+from dcdit.ops.selection import TokenSelection
+
+
+def select_tokens(
+    p: Tensor,
+    cu_seqlens: Tensor | None,
+    threshold: float,
+    drop_fraction: float | Tensor,
+    budget: int | None,
+    capacity: int | None,
+) -> TokenSelection:
+    images = _Images(p, cu_seqlens)
+    natural = p.flatten() > threshold
+    overflow = torch.zeros((), dtype=torch.int32, device=p.device)
+    if budget is not None:
+        mask = images.rank(images.ascending()) >= images.sizes_of_rows - budget
+    else:
+        best = images.best()
+        mask = natural | best
+        if isinstance(drop_fraction, Tensor) or drop_fraction > 0:
+            mask = images.drop(natural, drop_fraction) | best
+        if capacity is not None:
+            mask, overflow = _fit(images.p, mask, best, capacity)
+    kept_before = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
+    kept_starts = kept_before[images.starts]
+    lengths = kept_starts.diff()
+    if budget is not None:
+        total, max_seqlen = budget * images.count, budget
+    elif capacity is not None:
+        total, max_seqlen = capacity, p.shape[-1]
+    else:
+        longest = lengths.max() if images.count else kept_starts[0]
+        total, max_seqlen = torch.stack([kept_starts[-1], longest]).tolist()
+    return TokenSelection(
+        indices=_positions(mask, kept_before, total),
+        cu_seqlens=kept_starts,
+        lengths=lengths,
+        max_seqlen=max_seqlen,
+        mask=mask.view(p.shape),
+        natural_mask=natural.view(p.shape),
+        slots=torch.where(mask, kept_before[:-1], -1).view(p.shape),
+        overflow=overflow,
+        source_cu_seqlens=cu_seqlens,
+        prob_floor=0.0 if budget is not None else threshold,
+    )
+
+
+class _Images:
+    """The flattened probabilities and where each image lies in them."""
+
+    def __init__(self, p: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.p = p.flatten()
+        if cu_seqlens is None:
+            self.count, length = p.shape
+            self.starts = torch.arange(self.count + 1, device=p.device) * length
+        else:
+            self.count = cu_seqlens.shape[0] - 1
+            self.starts = cu_seqlens.long()
+        self.of_rows = segment_of_rows(self.starts.to(torch.int32), self.p.shape[0])
+        self.sizes_of_rows = self.starts.diff()[self.of_rows]
+        self.position = torch.arange(self.p.shape[0], device=p.device)
+
+    def best(self) -> Tensor:
+        """The highest p of each image, the last of equals."""
+        if self.p.shape[0] == 0:
+            return torch.zeros_like(self.p, dtype=torch.bool)
+        top = self.p.new_full((self.count,), -torch.inf).scatter_reduce(0, self.of_rows, self.p, "amax")
+        last = torch.where(self.p == top[self.of_rows], self.position, -1)
+        last = self.position.new_full((self.count,), -1).scatter_reduce(0, self.of_rows, last, "amax")
+        return self.position == last[self.of_rows]
+
+    def ascending(self, kept: Tensor | None = None) -> Tensor:
+        """Flat positions, image after image, by ascending p and then ascending index; what is not kept comes last."""
+        key = self.p if kept is None else torch.where(kept, self.p, torch.inf)
+        order = key.argsort(stable=True)
+        return order[self.of_rows[order].argsort(stable=True)]
+
+    def rank(self, order: Tensor) -> Tensor:
+        """Place of each position in the order of its own image."""
+        return torch.empty_like(order).scatter(0, order, self.position - self.starts[self.of_rows])
+
+    def drop(self, natural: Tensor, fraction: float | Tensor) -> Tensor:
+        """natural without the given fraction of lowest p per image."""
+        counts = F.pad(natural.cumsum(0), (1, 0))[self.starts].diff().float()
+        n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
+        return natural & (self.rank(self.ascending(natural)) >= n_drop.long()[self.of_rows])
+
+
+def _fit(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Drop the lowest p of the whole batch until at most ``capacity`` are kept, never the best of an image."""
+    overflow = (mask.sum() - capacity).clamp(min=0)
+    order = torch.where(mask & ~best, p, torch.inf).argsort(stable=True)
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(p.shape[0], device=p.device))
+    return mask & (rank >= overflow), overflow.to(torch.int32)
+
+
+def _positions(mask: Tensor, kept_before: Tensor, total: int) -> Tensor:
+    """Positions of the kept tokens in a buffer of static size, -1 in its slack."""
+    slots = torch.where(mask, kept_before[:-1], total).long()
+    out = torch.full((total + 1,), -1, dtype=torch.int64, device=mask.device)
+    return out.scatter(0, slots, torch.arange(mask.shape[0], device=mask.device))[:total]
