@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+MINUTES ?= 3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-full lint format bench aot gpu-test clean
+
+demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
+	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
+
+test: $(VENV)/.installed ## the test suite
+	$(BIN)/python -m pytest -n 2 --durations 15
+
+test-full: $(VENV)/.installed ## the same with many more random examples per kernel
+	DCDIT_FULL=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## the CPU benchmark set
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
+	$(BIN)/python tests/kernels/aot.py --jobs 2
+
+gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; says so and stops where there is none
+	$(BIN)/python tests/gpu_suite.py
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
