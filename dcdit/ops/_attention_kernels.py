@@ -81,8 +81,6 @@ def attention_backends(device: torch.device | str) -> list[tuple[str, bool, str]
     return [*listed, ("sdpa", True, "part of torch, every dtype; ragged batches run one call per sequence")]
 
 
-# Constant for the compiler: the choice depends on the machine and on static properties of the tensors only.
-@torch.compiler.assume_constant_result
 def choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool) -> str:
     """The backend to run: the requested one, or for "auto" the first that fits. ValueError where it cannot run."""
     if requested == "sdpa":
@@ -96,6 +94,11 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: i
         others = [name for name in KERNELS if not _misfit(name, device, dtype, head_dim, compiling=False)]
         raise ValueError(f"attention backend {requested!r} {reason}; available: {', '.join([*others, 'sdpa', 'auto'])}")
     return requested
+
+
+# Constant for the compiler: the choice depends on the machine and on static properties of the tensors only. This is what
+# torch.compiler.assume_constant_result sets; calling it would import the whole compiler with `import dcdit`.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
