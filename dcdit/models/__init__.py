@@ -1,0 +1,22 @@
+"""DC-DiT, the static DiT baseline, their presets and checkpoint conversion."""
+
+from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.conversion import load_dit, load_official, to_dit, to_official
+from dcdit.models.dc_dit import DCDiT, Routing
+from dcdit.models.dit import DiT
+from dcdit.models.presets import PRESETS, create_config, create_model
+
+__all__ = [
+    "PRESETS",
+    "DCDiT",
+    "DCDiTConfig",
+    "DiT",
+    "DiTConfig",
+    "Routing",
+    "create_config",
+    "create_model",
+    "load_dit",
+    "load_official",
+    "to_dit",
+    "to_official",
+]

@@ -1,0 +1,128 @@
+"""What a model is made of: frozen, validated, and plain enough to live in a checkpoint as JSON."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from dcdit.nn.conv_block import ConvBlock
+from dcdit.nn.routers import ROUTERS
+from dcdit.ops.dechunk import MAX_SIGMA
+
+DECHUNKS = ("spatial", "ema")
+
+Config = TypeVar("Config", bound="_TransformerConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TransformerConfig:
+    grid: tuple[int, int]
+    """(H, W) of the input."""
+    in_channels: int = 4
+    hidden_size: int
+    """D."""
+    depth: int
+    """Transformer blocks."""
+    num_heads: int
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    class_dropout_prob: float = 0.1
+    """Chance that training replaces a label by the null class ``num_classes``; at 0 there is no null class."""
+    learn_sigma: bool = True
+    """Predict a variance beside every channel."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if len(self.grid) != 2 or any(not isinstance(side, int) or side < 1 for side in self.grid):
+            raise ValueError(f"grid is {self.grid}; accepted: (H, W), two positive integers")
+        for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; accepted: a positive integer")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; accepted: a divisor of hidden_size = {self.hidden_size}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; accepted: a positive number")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}; accepted: a number in [0, 1)")
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and a list: ready for JSON."""
+        return {**asdict(self), "grid": list(self.grid)}
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown key, a missing key, or a value that is not accepted.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown {cls.__name__} keys: {', '.join(unknown)}; accepted: {', '.join(known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCDiTConfig(_TransformerConfig):
+    """A dynamic-token DiT on latents (``in_channels=4``) or pixels (``in_channels=3``).
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+    router: str = "predictability"
+    """``"predictability"``, ``"cosine2d"`` or ``"cosine1d"``."""
+    dechunk: str = "spatial"
+    """``"spatial"`` or ``"ema"``."""
+    dechunk_sigma: float = 1.0
+    """Smoothing of the spatial de-chunk, in grid cells."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        multiple = 4 * ConvBlock.GROUPS
+        if self.hidden_size % multiple:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; accepted: a multiple of {multiple}, so that the convolutions of "
+                f"width hidden_size / 4 fall into {ConvBlock.GROUPS} groups"
+            )
+        if self.router not in ROUTERS:
+            raise ValueError(f"router is {self.router!r}; accepted: {', '.join(ROUTERS)}")
+        if self.dechunk not in DECHUNKS:
+            raise ValueError(f"dechunk is {self.dechunk!r}; accepted: {', '.join(DECHUNKS)}")
+        if not 0 < self.dechunk_sigma <= MAX_SIGMA:
+            raise ValueError(f"dechunk_sigma is {self.dechunk_sigma}; accepted: a number in (0, {MAX_SIGMA:g}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(_TransformerConfig):
+    """The static DiT (arXiv 2212.09748).
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+    patch_size: int = 2
+    frequency_shift: int = 0
+    """Of the timestep frequencies: 0 in the original, 1 in diffusers."""
+    mlp_norm_eps: float = 1e-6
+    """Of the norm before the MLP: 1e-6 in the original, 1e-5 in diffusers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.patch_size, int) or self.patch_size < 1 or any(n % self.patch_size for n in self.grid):
+            raise ValueError(
+                f"patch_size is {self.patch_size!r}; accepted: a positive divisor of both sides of {self.grid}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size is {self.hidden_size}; accepted: a multiple of 4 (sine-cosine positions)")
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift is {self.frequency_shift}; accepted: 0, 1")
+        if not self.mlp_norm_eps > 0:
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a positive number")

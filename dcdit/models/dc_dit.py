@@ -1,0 +1,147 @@
+"""DC-DiT: a diffusion transformer that runs on the tokens that are hard to predict (arXiv 2603.06351)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dcdit.models import init
+from dcdit.models.config import DCDiTConfig
+from dcdit.models.inputs import check_inputs
+from dcdit.nn import (
+    ROUTERS,
+    ChunkLayer,
+    ConvStack,
+    DiTBlock,
+    EMADeChunk,
+    FinalLayer,
+    LabelEmbedder,
+    Pending,
+    PredictabilityRouter,
+    RMSNorm,
+    Sequences,
+    SpatialDeChunk,
+    StackedModulation,
+    TimestepEmbedder,
+    sincos_position,
+    stage,
+)
+from dcdit.nn.layout import channels_last, to_grid, to_tokens
+from dcdit.ops import TokenSelection, gated_add
+
+
+class Routing(NamedTuple):
+    """How the router of a forward pass decided."""
+
+    prob: Tensor
+    """(B, L) float32, with a gradient: what the ratio loss reads."""
+    mask: Tensor
+    """(B, L) bool: the kept tokens."""
+    natural_mask: Tensor
+    """(B, L) bool: before any dropping."""
+    selection: TokenSelection
+
+
+class DCDiT(nn.Module):
+    """Dynamic-token DiT: encoder, router, transformer over the kept tokens, de-chunk, decoder.
+
+    Runs in float32, under autocast, or converted by ``.to(torch.bfloat16)``. The residual stream of the transformer has
+    the dtype of the encoder's output (under autocast: the autocast dtype). Router probabilities and the de-chunk are
+    computed in float32 always.
+
+    Args:
+        config: see :class:`DCDiTConfig`.
+    """
+
+    def __init__(self, config: DCDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, narrow = config.hidden_size, config.hidden_size // 4
+        self.x_embedder = nn.Conv2d(config.in_channels, narrow, 3, padding=1)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.register_buffer("pos_embed", sincos_position(dim, config.grid))
+        self.encoder = ConvStack((narrow, narrow, dim), dim)
+        self.router = ROUTERS[config.router](dim, config.grid)
+        self.chunk = ChunkLayer()
+        self.modulation = StackedModulation(dim, config.depth)
+        self.blocks = nn.ModuleList(DiTBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = RMSNorm(dim)
+        self.residual_proj = nn.Linear(dim, dim)
+        self.dechunk = (
+            SpatialDeChunk(config.grid, config.dechunk_sigma) if config.dechunk == "spatial" else EMADeChunk()
+        )
+        self.decoder = ConvStack((dim, narrow, narrow), dim)
+        self.final_layer = FinalLayer(narrow, config.out_channels, dim)
+        self.reset_parameters()
+        channels_last(self)
+
+    def reset_parameters(self) -> None:
+        """Initialise as the reference does, except residual_proj: zero, where its later Xavier pass undid that."""
+        init.init_patch_embed(self.x_embedder)
+        init.init_embedders(self.t_embedder, self.y_embedder)
+        init.xavier(self.blocks.modules())
+        for block in (*self.encoder.blocks, *self.decoder.blocks):
+            init.xavier([block.cond_proj])
+        init.init_output(self.modulation, self.final_layer)
+        init.zero(self.residual_proj.weight, self.residual_proj.bias)
+        if isinstance(self.router, PredictabilityRouter):
+            nn.init.constant_(self.router.out.bias, PredictabilityRouter.INITIAL_LOGIT)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        drop_fraction: float | Tensor = 0.0,
+        budget: int | None = None,
+        capacity: int | None = None,
+        return_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
+
+        Args:
+            x: (B, C, H, W), any float dtype; converted to the dtype of the weights.
+            t: (B,) timesteps, integer or float.
+            y: (B,) integer labels; ``num_classes`` is the null class.
+            drop_fraction: rho in [0, 1), one number or one per image (B,): the share of kept tokens to drop.
+            budget: keep exactly this many tokens per image instead.
+            capacity: static number of packed tokens for the whole batch (CUDA graphs); see
+                :func:`dcdit.ops.select_tokens`.
+            return_routing: also return the router's decision.
+
+        Returns:
+            (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
+            :class:`Routing`.
+
+        Raises:
+            ValueError: a shape, a label or an option that is not accepted.
+        """
+        check_inputs(self.config, x, t, y)
+        grid = self.config.grid
+        with stage("embed"):
+            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
+            x = x.to(self.x_embedder.weight.dtype, memory_format=torch.channels_last)
+            tokens = to_tokens(self.x_embedder(x))
+        with stage("encoder"):
+            encoded = self.encoder(tokens, grid, cond)
+        with stage("router"):
+            p = self.router(encoded)
+        packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
+        with stage("transformer"):
+            packed = self.transform(packed, cond, Sequences(sel.cu_seqlens, sel.max_seqlen, capacity is not None))
+        with stage("dechunk"):
+            tokens = self.dechunk(packed, p, sel, self.residual_proj(encoded))
+        with stage("decoder"):
+            tokens = self.decoder(tokens, grid, cond)
+        with stage("final"):
+            out = to_grid(self.final_layer(tokens, cond), grid).contiguous()
+        return (out, Routing(p, sel.mask, sel.natural_mask, sel)) if return_routing else out
+
+    def transform(self, tokens: Tensor, cond: Tensor, seqs: Sequences) -> Tensor:
+        """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D)."""
+        pending: Pending | None = None
+        for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
+            tokens, pending = block(tokens, pending, mod, seqs)
+        assert pending is not None
+        return self.norm(gated_add(tokens, *pending, seqs.cu_seqlens))

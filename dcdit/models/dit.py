@@ -1,0 +1,77 @@
+"""The static DiT baseline (arXiv 2212.09748)."""
+
+from torch import Tensor, nn
+
+from dcdit.models import init
+from dcdit.models.config import DiTConfig
+from dcdit.models.inputs import check_inputs
+from dcdit.nn import (
+    DenseDiTBlock,
+    DenseFinalLayer,
+    LabelEmbedder,
+    StackedModulation,
+    TimestepEmbedder,
+    sincos_position,
+    stage,
+)
+
+
+class DiT(nn.Module):
+    """Every patch is a token of the same transformer; dense, plain PyTorch, made for ``torch.compile``.
+
+    Args:
+        config: see :class:`DiTConfig`.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.hidden_size, config.patch_size
+        self.patch_grid = (config.grid[0] // patch, config.grid[1] // patch)
+        self.x_embedder = nn.Conv2d(config.in_channels, dim, patch, stride=patch)
+        self.t_embedder = TimestepEmbedder(dim, config.frequency_shift)
+        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.register_buffer("pos_embed", sincos_position(dim, self.patch_grid))
+        self.modulation = StackedModulation(dim, config.depth)
+        self.blocks = nn.ModuleList(
+            DenseDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
+        )
+        self.final_layer = DenseFinalLayer(dim, patch * patch * config.out_channels, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.init_patch_embed(self.x_embedder)
+        init.init_embedders(self.t_embedder, self.y_embedder)
+        init.xavier(self.blocks.modules())
+        init.init_output(self.modulation, self.final_layer)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
+
+        Args:
+            x: (B, C, H, W), any float dtype; converted to the dtype of the weights.
+            t: (B,) timesteps, integer or float.
+            y: (B,) integer labels; ``num_classes`` is the null class.
+
+        Returns:
+            (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``.
+
+        Raises:
+            ValueError: a shape or a label that is not accepted.
+        """
+        check_inputs(self.config, x, t, y)
+        with stage("embed"):
+            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
+            tokens = self.x_embedder(x.to(self.x_embedder.weight.dtype)).flatten(2).transpose(1, 2) + self.pos_embed
+        with stage("transformer"):
+            for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
+                tokens = block(tokens, mod)
+        with stage("final"):
+            return self.unpatchify(self.final_layer(tokens, cond))
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, L, P*P*C) -> (B, C, H, W); each token holds its patch row by row, channels last."""
+        patch = self.config.patch_size
+        patches = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, self.patch_grid)
+        # (B, h, w, P, P, C) -> (B, C, h, P, w, P)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,41 @@
+"""Initialisation shared by both models: DiT's (arXiv 2212.09748), as the DC-DiT reference uses it."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from dcdit.nn import FinalLayer, LabelEmbedder, StackedModulation, TimestepEmbedder
+
+
+def xavier(linears: Iterable[nn.Module]) -> None:
+    """Xavier-uniform weights and zero biases for every Linear among the modules."""
+    for module in linears:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            zero(module.bias)
+
+
+def zero(*parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.zeros_(parameter)
+
+
+def init_patch_embed(conv: nn.Conv2d) -> None:
+    """Like the Linear it would be on unfolded patches."""
+    bound = (6 / (conv.weight[0].numel() + conv.out_channels)) ** 0.5
+    nn.init.uniform_(conv.weight, -bound, bound)
+    zero(conv.bias)
+
+
+def init_embedders(t_embedder: TimestepEmbedder, y_embedder: LabelEmbedder) -> None:
+    xavier(t_embedder.modules())
+    for layer in (t_embedder.fc1, t_embedder.fc2):
+        nn.init.normal_(layer.weight, std=0.02)
+    nn.init.normal_(y_embedder.table.weight, std=0.02)
+
+
+def init_output(modulation: StackedModulation, final_layer: FinalLayer) -> None:
+    """adaLN-Zero: every block starts as the identity, and the output as zero."""
+    for layer in (modulation.linear, final_layer.modulation, final_layer.linear):
+        zero(layer.weight, layer.bias)

@@ -1,0 +1,25 @@
+"""Checks of a model's inputs; every message names the value and what is accepted."""
+
+import torch
+from torch import Tensor
+
+from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.ops._backend import value_checks_enabled
+from dcdit.ops._checks import shape_of
+
+
+def check_inputs(config: DCDiTConfig | DiTConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
+    """x (B, C, H, W), t (B,), integer y (B,) in range (the range only where reading values costs no sync)."""
+    expected = (config.in_channels, *config.grid)
+    if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+        raise ValueError(f"x has shape {shape_of(x)}; accepted: (B, {', '.join(map(str, expected))})")
+    batch = x.shape[0]
+    for name, tensor in (("t", t), ("y", y)):
+        if tuple(tensor.shape) != (batch,):
+            raise ValueError(f"{name} has shape {shape_of(tensor)}; accepted: ({batch},), one entry per image of x")
+    if y.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"y has dtype {y.dtype}; accepted: int64 or int32 class labels")
+    highest = config.num_classes if config.class_dropout_prob > 0 else config.num_classes - 1
+    if value_checks_enabled(y) and batch and not 0 <= int(y.min()) <= int(y.max()) <= highest:
+        null = f" ({highest} is the null class)" if config.class_dropout_prob > 0 else ""
+        raise ValueError(f"y holds labels {int(y.min())} to {int(y.max())}; accepted: 0 to {highest}{null}")

@@ -1,0 +1,61 @@
+"""The published model sizes by name."""
+
+from typing import Any
+
+from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.dc_dit import DCDiT
+from dcdit.models.dit import DiT
+
+LATENT_STRIDE = 8
+
+SCALES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+PATCH_SIZES = (1, 2, 4, 8)
+
+PRESETS = (
+    *(f"DC-DiT-{scale}" for scale in SCALES),
+    *(f"DiT-{scale}/{patch}" for scale in SCALES for patch in PATCH_SIZES),
+)
+
+
+def create_config(
+    name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
+) -> DCDiTConfig | DiTConfig:
+    """The configuration of a preset; see :func:`create_model`."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}")
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or any(side < LATENT_STRIDE or side % LATENT_STRIDE for side in sides):
+        raise ValueError(
+            f"image_size is {image_size}; accepted: a multiple of {LATENT_STRIDE}, or (height, width) of such"
+        )
+    common = {"grid": (sides[0] // LATENT_STRIDE, sides[1] // LATENT_STRIDE), "num_classes": num_classes}
+    if name.startswith("DC-DiT-"):
+        sigma = 2.0 if max(sides) >= 512 else 1.0
+        scale = SCALES[name.removeprefix("DC-DiT-")]
+        return DCDiTConfig.from_dict({**common, **scale, "dechunk_sigma": sigma, **overrides})
+    scale_name, patch = name.removeprefix("DiT-").split("/")
+    return DiTConfig.from_dict({**common, **SCALES[scale_name], "patch_size": int(patch), **overrides})
+
+
+def create_model(
+    name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
+) -> DCDiT | DiT:
+    """A model of a published size, on the latents of an autoencoder with stride 8 and 4 channels.
+
+    Args:
+        name: ``DC-DiT-S|B|L|XL``, or the static baseline ``DiT-S|B|L|XL/1|2|4|8``.
+        image_size: pixels, one side or (height, width); the grid is an eighth of it. The de-chunk's sigma is 2 from
+            512 pixels on, 1 below.
+        num_classes: real classes; the null class comes on top.
+        **overrides: any other field of :class:`DCDiTConfig` or :class:`DiTConfig`, e.g. ``in_channels``.
+
+    Raises:
+        ValueError: unknown name, or a value that is not accepted.
+    """
+    config = create_config(name, image_size, num_classes, **overrides)
+    return DCDiT(config) if isinstance(config, DCDiTConfig) else DiT(config)

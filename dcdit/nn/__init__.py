@@ -1,0 +1,39 @@
+"""Modules of dynamic-token diffusion transformers."""
+
+from dcdit.nn.chunk import ChunkLayer, EMADeChunk, SpatialDeChunk
+from dcdit.nn.conv_block import ConvBlock, ConvStack
+from dcdit.nn.dit_block import DenseDiTBlock, DiTBlock, Pending, Sequences
+from dcdit.nn.embedding import LabelEmbedder, TimestepEmbedder, sincos_position
+from dcdit.nn.final_layer import DenseFinalLayer, FinalLayer
+from dcdit.nn.modulation import Modulation, StackedModulation
+from dcdit.nn.norm import GroupNormSiLU, RMSNorm
+from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
+from dcdit.nn.stages import STAGES, collect_stages, stage
+
+__all__ = [
+    "ROUTERS",
+    "STAGES",
+    "ChunkLayer",
+    "ConvBlock",
+    "ConvStack",
+    "Cosine1dRouter",
+    "Cosine2dRouter",
+    "DenseDiTBlock",
+    "DenseFinalLayer",
+    "DiTBlock",
+    "EMADeChunk",
+    "FinalLayer",
+    "GroupNormSiLU",
+    "LabelEmbedder",
+    "Modulation",
+    "Pending",
+    "PredictabilityRouter",
+    "RMSNorm",
+    "Sequences",
+    "SpatialDeChunk",
+    "StackedModulation",
+    "TimestepEmbedder",
+    "collect_stages",
+    "sincos_position",
+    "stage",
+]

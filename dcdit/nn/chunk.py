@@ -1,0 +1,64 @@
+"""Chunking to packed tokens and de-chunking back to the grid, in float32 whatever autocast says."""
+
+import torch
+from torch import Tensor, nn
+
+from dcdit import ops
+from dcdit.nn.precision import without_autocast
+from dcdit.nn.stages import stage
+from dcdit.ops import TokenSelection
+
+
+class ChunkLayer(nn.Module):
+    """Selects the tokens to keep and packs them (DC-DiT, arXiv 2603.06351, routing)."""
+
+    def forward(
+        self,
+        x: Tensor,
+        p: Tensor,
+        position: Tensor | None = None,
+        drop_fraction: float | Tensor = 0.0,
+        budget: int | None = None,
+        capacity: int | None = None,
+    ) -> tuple[Tensor, TokenSelection]:
+        """(B, L, D), probabilities (B, L), position (L, D) -> packed tokens (T, D) and their selection.
+
+        The last three arguments are those of :func:`dcdit.ops.select_tokens`.
+        """
+        with stage("select"):
+            sel = ops.select_tokens(p, drop_fraction=drop_fraction, budget=budget, capacity=capacity)
+        with stage("gather"):
+            return ops.gather_tokens(x, sel, position), sel
+
+
+class SpatialDeChunk(nn.Module):
+    """Gaussian smoothing and nearest-token plug-back (DC-DiT, arXiv 2603.06351, de-chunking).
+
+    Args:
+        grid: (H, W).
+        sigma: in grid cells.
+    """
+
+    def __init__(self, grid: tuple[int, int], sigma: float) -> None:
+        super().__init__()
+        self.grid = grid
+        self.sigma = sigma
+
+    def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
+        """(T, D), (B, L), residual (B, L, D) -> (B, L, D)."""
+        with without_autocast(h):
+            return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, _confidence(p), residual)
+
+
+class EMADeChunk(nn.Module):
+    """Exponential moving average in raster order (H-Net, arXiv 2507.07955, section 2.2)."""
+
+    def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
+        """(T, D), (B, L), residual (B, L, D) -> (B, L, D)."""
+        with without_autocast(h):
+            return ops.dechunk_ema(h, p, sel, _confidence(p), residual)
+
+
+def _confidence(p: Tensor) -> Tensor | None:
+    """The straight-through gate c; it only carries a gradient, so without one there is nothing to pass."""
+    return torch.where(p > 0.5, p, 1 - p) if p.requires_grad else None

@@ -1,0 +1,62 @@
+"""Residual convolutions of the encoder and the decoder (DC-DiT, arXiv 2603.06351, architecture)."""
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcdit.nn.layout import to_grid, to_tokens
+from dcdit.nn.norm import GroupNormSiLU, RMSNorm
+
+
+class ConvBlock(nn.Module):
+    """GroupNorm, SiLU, conv3x3, plus conditioning, GroupNorm, SiLU, conv3x3, plus skip.
+
+    Args:
+        in_dim, out_dim: widths; the inner width is the smaller. Both multiples of 32.
+        cond_dim: width of the conditioning.
+    """
+
+    GROUPS = 32
+
+    def __init__(self, in_dim: int, out_dim: int, cond_dim: int) -> None:
+        super().__init__()
+        inner = min(in_dim, out_dim)
+        self.norm1 = GroupNormSiLU(self.GROUPS, in_dim)
+        self.conv1 = nn.Conv2d(in_dim, inner, 3, padding=1)
+        self.cond_proj = nn.Linear(cond_dim, inner)
+        self.norm2 = GroupNormSiLU(self.GROUPS, inner)
+        self.conv2 = nn.Conv2d(inner, out_dim, 3, padding=1)
+        self.skip = nn.Linear(in_dim, out_dim) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """(B, in_dim, H, W) channels-last and SiLU(conditioning) (B, cond_dim) -> (B, out_dim, H, W) channels-last."""
+        # The bias rides on the conditioning: one pass over the grid instead of two.
+        shift = self.cond_proj(cond) + self.conv1.bias
+        h = F.conv2d(self.norm1(x), self.conv1.weight, padding=1)
+        h = h + shift.to(h.dtype)[:, :, None, None]
+        h = self.conv2(self.norm2(h))
+        if self.skip is not None:
+            x = self.skip(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return h + x
+
+
+class ConvStack(nn.Module):
+    """Conv blocks closed by an RMSNorm: the encoder or the decoder.
+
+    Args:
+        widths: channels before, between and after the blocks.
+        cond_dim: width of the conditioning.
+    """
+
+    def __init__(self, widths: tuple[int, ...], cond_dim: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ConvBlock(before, after, cond_dim) for before, after in pairwise(widths))
+        self.norm = RMSNorm(widths[-1])
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], cond: Tensor) -> Tensor:
+        """(B, L, widths[0]) -> (B, L, widths[-1]); cond is SiLU(conditioning) (B, cond_dim)."""
+        x = to_grid(tokens, grid)
+        for block in self.blocks:
+            x = block(x, cond)
+        return self.norm(to_tokens(x))

@@ -1,0 +1,71 @@
+"""Embeddings of the timestep, the class label and the position (DiT, arXiv 2212.09748, section 3.2)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of t through a two-layer MLP: (B,) -> (B, D).
+
+    Args:
+        dim: D.
+        frequency_shift: the i-th of n frequencies is ``10000 ** (-i / (n - frequency_shift))``; 0 in DiT.
+    """
+
+    FREQUENCIES = 128
+
+    def __init__(self, dim: int, frequency_shift: int = 0) -> None:
+        super().__init__()
+        self.frequency_shift = frequency_shift
+        self.fc1 = nn.Linear(2 * self.FREQUENCIES, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        # Computed in float32 every time: as a buffer it would be rounded by model.to(bfloat16).
+        steps = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(steps * (-math.log(10000.0) / (self.FREQUENCIES - self.frequency_shift)))
+        angles = t[:, None].float() * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) -> (B, D). Label ``num_classes`` is the null class, present where labels are ever dropped.
+
+    Args:
+        num_classes: labels 0 to ``num_classes - 1``.
+        dim: D.
+        dropout_prob: in training mode, the chance that a label is replaced by the null class.
+    """
+
+    def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+        self.table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
+            y = y.masked_fill(dropped, self.num_classes)
+        return self.table(y)
+
+
+def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine position table: (H*W, D) float32 in raster order.
+
+    The first half of the channels encodes the column and the second the row, each as sines then cosines.
+
+    Args:
+        dim: D, a multiple of 4.
+        grid: (H, W).
+    """
+    height, width = grid
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows = torch.arange(height, dtype=torch.float64)[:, None].expand(height, width).flatten()
+    cols = torch.arange(width, dtype=torch.float64)[None, :].expand(height, width).flatten()
+    angles = [axis[:, None] * frequencies for axis in (cols, rows)]
+    return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()

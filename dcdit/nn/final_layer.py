@@ -1,0 +1,40 @@
+"""The last adaLN and the projection to pixels (DiT, arXiv 2212.09748, section 3.2)."""
+
+import torch
+from torch import Tensor, nn
+
+from dcdit import ops
+from dcdit.nn.dit_block import modulate
+
+
+class FinalLayer(nn.Module):
+    """``Linear(LayerNorm(x) * (1 + scale) + shift)``.
+
+    Args:
+        dim: width of the tokens.
+        out_dim: numbers per token.
+        cond_dim: width of the conditioning.
+    """
+
+    def __init__(self, dim: int, out_dim: int, cond_dim: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(cond_dim, 2 * dim)
+        self.linear = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """(B, L, dim) and SiLU(conditioning) (B, cond_dim) -> (B, L, out_dim)."""
+        b, length, _ = x.shape
+        shift, scale = self.modulation(cond).chunk(2, dim=1)
+        # A full grid is a packed buffer of equal lengths.
+        cu_seqlens = torch.arange(0, (b + 1) * length, length, dtype=torch.int32, device=x.device)
+        return self.linear(ops.modulated_layer_norm(x.flatten(0, 1), shift, scale, cu_seqlens)).unflatten(
+            0, (b, length)
+        )
+
+
+class DenseFinalLayer(FinalLayer):
+    """The same in operations that ``torch.compile`` fuses."""
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
+        return self.linear(modulate(x, shift, scale))

@@ -1,0 +1,37 @@
+"""adaLN-Zero of all transformer blocks in one matrix product (DiT, arXiv 2212.09748, section 3.2)."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Modulation(NamedTuple):
+    """What one block reads from the conditioning: six (B, D) views."""
+
+    attn_shift: Tensor
+    attn_scale: Tensor
+    attn_gate: Tensor
+    mlp_shift: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+
+class StackedModulation(nn.Module):
+    """One Linear for the adaLN of every block: they all see the same conditioning.
+
+    Rows are ordered by block, then shift, scale, gate of the attention and of the MLP, then channel: DiT's per-block
+    weights, concatenated. Stacking separate parameters would copy a third of the model in every forward.
+
+    Args:
+        dim: D.
+        depth: number of blocks.
+    """
+
+    def __init__(self, dim: int, depth: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 6 * dim * depth)
+
+    def forward(self, cond: Tensor) -> list[Modulation]:
+        """SiLU(conditioning) (B, D) -> the modulation of each block."""
+        rows = self.linear(cond).unflatten(1, (-1, cond.shape[1])).unbind(1)
+        return [Modulation(*rows[i : i + 6]) for i in range(0, len(rows), 6)]
