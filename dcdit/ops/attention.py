@@ -1,5 +1,7 @@
 """Attention inside each sequence of a packed batch, on the fastest kernel this machine has."""
 
+from operator import index
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,8 @@ def varlen_attention(
         return (q + k + v).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
     if backend_name(q) == "reference":
         return reference.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, slack)
-    name = choose(backend, q.device, q.dtype, q.shape[2], torch.compiler.is_compiling())
+    # index() makes a constant of a head dimension that torch.compile(dynamic=True) holds as a symbol.
+    name = choose(backend, q.device, q.dtype, index(q.shape[2]), torch.compiler.is_compiling())
     if name == "sdpa":
         return sdpa_varlen(q, k, v, cu_seqlens, max_seqlen, causal, slack)
     if not slack:

@@ -143,11 +143,16 @@ def test_compiles_to_one_graph_on_the_cpu(lengths, slack, causal):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_compiles_when_the_number_of_tokens_depends_on_data():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_when_the_number_of_tokens_depends_on_data(dynamic):
     torch._dynamo.reset()
     q = torch.randn(9, 2, 8)
     torch._dynamo.decorators.mark_unbacked(q, 0)
-    compiled = torch.compile(lambda q, cu: varlen_attention(q, q, q, cu, 5), fullgraph=True, backend="aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def compiled(q, cu):
+        return varlen_attention(q, q, q, cu, 5)
+
     cu = cu_of([4, 5])
     torch.testing.assert_close(compiled(q, cu), varlen_attention(q, q, q, cu, 5))
 
