@@ -4,6 +4,7 @@ from dcdit.models.config import DCDiTConfig, DiTConfig
 from dcdit.models.conversion import load_dit, load_official, to_dit, to_official
 from dcdit.models.dc_dit import DCDiT, Routing
 from dcdit.models.dit import DiT
+from dcdit.models.flops import count_flops
 from dcdit.models.presets import PRESETS, create_config, create_model
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Routing",
+    "count_flops",
     "create_config",
     "create_model",
     "load_dit",
