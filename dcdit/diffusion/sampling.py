@@ -1,0 +1,125 @@
+"""From labels to samples."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dcdit.diffusion import samplers
+from dcdit.diffusion._model import dtype_of, evaluating, name_of, unwrapped
+from dcdit.diffusion.guidance import Fraction, guided
+from dcdit.diffusion.noise import ImageNoise
+from dcdit.diffusion.samplers import Noise, Predict, Step
+from dcdit.diffusion.schedule import space_timesteps
+
+METHODS = ("ddpm", "ddim", "euler", "heun")
+"""ddpm and ddim for :class:`DiTObjective`, euler and heun for :class:`FlowMatchingObjective`."""
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Tensor],
+    labels: Tensor,
+    num_steps: int | str = 250,
+    method: str = "ddpm",
+    *,
+    shape: tuple[int, int, int] | None = None,
+    cfg_scale: float = 1.0,
+    cfg_channels: int | str = 3,
+    cfg_interval: tuple[float, float] | None = None,
+    null_class: int | None = None,
+    drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
+    budget: int | None = None,
+    eta: float = 0.0,
+    clip: bool = False,
+    seed: int = 0,
+    first_index: int = 0,
+    progress: bool = True,
+    callback: Callable[[Step], object] | None = None,
+) -> Tensor:
+    """Draw one sample per label, on the labels' device.
+
+    The noise of an image depends on ``seed`` and its index alone, so batches of any size give the same images (on the
+    same kind of device, up to the rounding of the model). A module in training mode is put in evaluation mode
+    meanwhile.
+
+    Args:
+        model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`DCDiT`, a :class:`DiT` or any function.
+        labels: (B,) integer classes.
+        num_steps: 1 to 1000, or ``"ddimN"``, for ddpm and ddim (see :func:`space_timesteps`); any positive number for
+            euler and heun. Heun calls the model twice per step.
+        method: one of :data:`METHODS`; it must fit the objective that trained the model.
+        shape: (C, H, W) of a sample; taken from ``model.config`` if None.
+        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget: see :func:`guided`.
+        null_class: label of the unconditional branch; taken from ``model.config`` if None.
+        eta: noise of ddim.
+        clip: clamp the expected clean data to [-1, 1] at every step of ddpm or ddim: for pixels, not for latents.
+        seed, first_index: the images drawn are numbers ``first_index`` to ``first_index + B - 1`` of this seed.
+        progress: show a bar, if tqdm is installed.
+        callback: called after every step with a :class:`Step`.
+
+    Returns:
+        (B, C, H, W) float32 (float64 for a float64 model).
+
+    Raises:
+        ValueError: an option that is not accepted, or that this model or method does not take.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; accepted: (B,), integer")
+    config = getattr(unwrapped(model), "config", None)
+    if shape is None:
+        if config is None:
+            raise ValueError(f"shape is None and {name_of(model)} has no config; accepted: (C, H, W)")
+        shape = (config.in_channels, *config.grid)
+    if null_class is None and config is not None and config.class_dropout_prob > 0:
+        null_class = config.num_classes
+    predict = guided(model, labels, cfg_scale, null_class, cfg_channels, cfg_interval, drop_fraction, budget)
+    dtype = torch.promote_types(dtype_of(model), torch.float32)
+    noise = ImageNoise(seed, first_index, labels.shape[0], shape, labels.device, dtype)
+    count, run = _sampler(method, num_steps, noise, eta, clip)
+    x = noise()
+    with evaluating(model), _bar(count, progress) as advance:
+        for step in run(lambda x, t: predict(x, t).to(dtype), x):
+            x = step.x
+            advance()
+            if callback is not None:
+                callback(step)
+    return x
+
+
+def _sampler(
+    method: str, num_steps: int | str, noise: Noise, eta: float, clip: bool
+) -> tuple[int, Callable[[Predict, Tensor], Iterator[Step]]]:
+    """How many steps, and the sampler with its options."""
+    if eta != 0 and method != "ddim":
+        raise ValueError(f"eta is {eta}, but {method} has none; accepted: 0, or method ddim")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; accepted: a number in [0, 1]")
+    if method in ("ddpm", "ddim"):
+        timesteps = space_timesteps(num_steps)
+        if method == "ddpm":
+            return len(timesteps), partial(samplers.ddpm, timesteps=timesteps, noise=noise, clip=clip)
+        return len(timesteps), partial(samplers.ddim, timesteps=timesteps, noise=noise, eta=eta, clip=clip)
+    if clip:
+        raise ValueError(f"clip is for ddpm and ddim, not {method}")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps!r}; accepted for {method}: a positive integer")
+    return num_steps, partial(samplers.euler if method == "euler" else samplers.heun, num_steps=num_steps)
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
+    """A progress bar to advance, where there is one to show."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield lambda: None
+        return
+    with tqdm(total=total, desc="sampling", unit="step") as bar:
+        yield bar.update
