@@ -1,5 +1,6 @@
 """The training configuration: a YAML file, ``section.key=value`` overrides, and the dataclasses they fill."""
 
+import copy
 import dataclasses
 import types
 from collections.abc import Sequence
@@ -63,7 +64,6 @@ class OptimSection:
     ema_decay: float = option(0.9999, "decay per step of the averaged weights", at_least=0, below=1)
     precision: str = option("fp32", "fp32, or bf16 (autocast; weights stay float32)", choices=("fp32", "bf16"))
     compile: bool = option(False, "train through torch.compile")
-    channels_last: bool = option(False, "channels-last convolutions")
     seed: int = option(0, "fixes initial weights, data order, noise and drop fractions", at_least=0)
     device: str = option("auto", "auto (a GPU if there is one) or cpu", choices=("auto", "cpu"))
 
@@ -111,15 +111,20 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file (all defaults without one) and lay ``section.key=value`` overrides over it; values are YAML.
+    """Read a YAML file (all defaults without one) and lay ``section.key=value`` overrides over it (values are YAML).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError, TypeError: broken YAML, unknown key, wrong type, value out of bounds; one line that names the key.
     """
-    data = {} if path is None else _read(Path(path))
-    for override in overrides:
-        _lay_over(data, override)
+    return override({} if path is None else _read(Path(path)), overrides)
+
+
+def override(data: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:
+    """The configuration of ``data`` (as in :func:`from_dict`) with overrides, as in :func:`load_config`."""
+    data = copy.deepcopy(data)
+    for assignment in overrides:
+        _lay_over(data, assignment)
     return from_dict(data)
 
 
@@ -156,22 +161,22 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _lay_over(data: dict[str, Any], override: str) -> None:
+def _lay_over(data: dict[str, Any], assignment: str) -> None:
     yaml = _yaml()
-    name, equals, text = override.partition("=")
+    name, equals, text = assignment.partition("=")
     *sections, key = name.split(".")
     if not equals or not sections:
-        raise ValueError(f"override {override!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
+        raise ValueError(f"override {assignment!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"override {override!r} has a value that is not YAML") from None
+        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
     for section in sections:
         if data.get(section) is None:
             data[section] = {}
         data = data[section]
         if not isinstance(data, dict):
-            raise ValueError(f"override {override!r} enters {section!r}, which is not a section")
+            raise ValueError(f"override {assignment!r} enters {section!r}, which is not a section")
     data[key] = value
 
 

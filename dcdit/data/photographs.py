@@ -103,5 +103,5 @@ def _part(name: str, size: int, downscale: int, split: str, held_out: float) -> 
 def _folder() -> Path:
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("the photographs are files of scikit-image: pip install 'dcdit[train]'")
+        raise ModuleNotFoundError("the photographs are files of scikit-image: pip install 'dcdit[demo]'")
     return Path(package.origin).parent / "data"

@@ -1,0 +1,7 @@
+"""``python -m dcdit``."""
+
+import sys
+
+from dcdit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,25 @@
+"""What depends on the step alone, so that a resumed run goes on exactly: learning rate, drop fraction, seeds."""
+
+import numpy as np
+
+from dcdit.config import OptimSection, RouterSection
+
+NOISE, DROP = 0, 1
+"""Independent streams of random numbers."""
+
+
+def seed_of(seed: int, stream: int, *position: int) -> int:
+    """A seed for one position (step, rank, ...) of one stream."""
+    return int(np.random.SeedSequence([seed, stream, *position]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(optim: OptimSection, step: int) -> float:
+    """Linear from lr / warmup_steps at step 0 to lr, then constant."""
+    return optim.lr * min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else optim.lr
+
+
+def drop_fraction(router: RouterSection, seed: int, step: int) -> float:
+    """0 during the warm-up, then one of the list, the same on every rank (arXiv 2603.06351: elastic budgets)."""
+    if step < router.drop_warmup_steps:
+        return 0.0
+    return router.drop_fractions[seed_of(seed, DROP, step) % len(router.drop_fractions)]

@@ -1,0 +1,279 @@
+"""Checkpoints: nothing is lost, nothing half-written is ever seen, and every damaged file says so in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dcdit import checkpoint as ckpt
+from dcdit.models import create_model, presets, to_official
+
+TINY = {"hidden_size": 128, "depth": 1, "num_heads": 2, "grid": (8, 8), "num_classes": 3}
+GOLDEN = "tests/data/dc_dit_tiny.npz"
+
+
+def tiny(name="DC-DiT-S", seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = create_model(name, **{**TINY, **overrides})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    return model
+
+
+def optimizer_of(model, steps=2):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return optimizer
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype, name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny()
+    optimizer = optimizer_of(model)
+    ema = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    folder = ckpt.save_checkpoint(tmp_path / "run/checkpoints/step_00000002", model, ema, optimizer, {"step": 2})
+    return folder, model, ema, optimizer
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DC-DiT-S", "DiT-S/2"])
+def test_model_round_trip(tmp_path, name):
+    model = tiny(name).eval()
+    ckpt.save_model(tmp_path / "a.safetensors", model)
+    loaded = ckpt.load_model(tmp_path / "a.safetensors")
+    assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
+    assert_same(loaded.state_dict(), model.state_dict())
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), torch.tensor([0, 3])
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+def test_dtype_is_kept(tmp_path):
+    ckpt.save_model(tmp_path / "a.safetensors", tiny().bfloat16())
+    assert ckpt.load_model(tmp_path / "a.safetensors").x_embedder.weight.dtype == torch.bfloat16
+
+
+def test_configuration_is_in_the_metadata(saved):
+    folder, model, *_ = saved
+    for file in (ckpt.MODEL, ckpt.EMA):
+        with safe_open(folder / file, framework="pt") as opened:
+            metadata = opened.metadata()
+        assert metadata["architecture"] == "DCDiT"
+        assert json.loads(metadata["config"]) == model.config.to_dict()
+
+
+def test_checkpoint_round_trip(saved):
+    folder, model, ema, optimizer = saved
+    loaded = ckpt.load_checkpoint(folder)
+    assert (loaded.path, loaded.architecture, loaded.trainer) == (folder, "DCDiT", {"step": 2})
+    assert loaded.config == model.config.to_dict()
+    assert_same(loaded.model, model.state_dict())
+    assert_same(loaded.ema, ema)
+    other = tiny(seed=1)
+    restored = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    ckpt.load_optimizer(other, restored, loaded.optimizer, folder)
+    before, after = optimizer.state_dict()["state"], restored.state_dict()["state"]
+    assert before.keys() == after.keys() and len(before) == len(list(model.parameters()))
+    for index in before:
+        assert_same(before[index], after[index])
+
+
+def test_optimizer_without_state(tmp_path):
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loaded = ckpt.load_checkpoint(ckpt.save_checkpoint(tmp_path / "c", model, model.state_dict(), optimizer, {}))
+    ckpt.load_optimizer(model, optimizer, loaded.optimizer, "c")
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_load_model_takes_run_folder_or_file(saved):
+    folder, model, ema, _ = saved
+    run = folder.parents[1]
+    assert_same(ckpt.load_model(run).state_dict(), ema)
+    assert_same(ckpt.load_model(folder).state_dict(), ema)
+    assert_same(ckpt.load_model(folder, ema=False).state_dict(), model.state_dict())
+    assert_same(ckpt.load_model(folder / ckpt.MODEL).state_dict(), model.state_dict())
+
+
+def test_newest_is_found_and_old_ones_go(saved):
+    folder, model, ema, optimizer = saved
+    run = folder.parents[1]
+    for step in (10, 9):
+        ckpt.save_checkpoint(ckpt.checkpoint_path(run, step), model, ema, optimizer, {"step": step})
+    assert ckpt.read_trainer(run) == {"step": 10}
+    ckpt.keep_newest(run, None)
+    assert len(ckpt.list_checkpoints(run)) == 3
+    ckpt.keep_newest(run, 2)
+    assert [path.name for path in ckpt.list_checkpoints(run)] == ["step_00000009", "step_00000010"]
+
+
+# --- all or nothing -----------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
+    folder, model, ema, optimizer = saved
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ckpt, "_optimizer_tensors", full)
+    with pytest.raises(OSError, match="no space left"):
+        ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_save_replaces(saved):
+    folder, model, ema, optimizer = saved
+    ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    assert ckpt.read_trainer(folder) == {"step": 3}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# --- damaged or foreign files ---------------------------------------------------------------------------------------
+
+
+def one_line(kind, match):
+    return pytest.raises(kind, match=rf"^[^\n]*{match}[^\n]*$")
+
+
+def test_nothing_there(tmp_path):
+    with one_line(FileNotFoundError, "no file"):
+        ckpt.load_model(tmp_path / "a.safetensors")
+    with one_line(FileNotFoundError, "no file"):
+        ckpt.load_model(tmp_path / "a.pt")
+    with one_line(FileNotFoundError, "no checkpoint in"):
+        ckpt.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000])
+def test_truncated(saved, keep):
+    file = saved[0] / ckpt.EMA
+    file.write_bytes(file.read_bytes()[:keep])
+    with one_line(ValueError, r"ema\.safetensors is damaged or no safetensors file"):
+        ckpt.load_model(saved[0])
+
+
+def test_not_safetensors(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"hello, this is some text and no tensors at all" * 10)
+    with one_line(ValueError, "is damaged or no safetensors file"):
+        ckpt.load_model(tmp_path / "a.safetensors")
+
+
+def test_missing_configuration(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with one_line(ValueError, "has no dcdit configuration in its metadata; accepted"):
+        ckpt.load_model(tmp_path / "a.safetensors")
+
+
+def rewrite(path, architecture=None, config=None, change=lambda state: state):
+    """The file again, with something about it changed."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    stored = {**json.loads(metadata["config"]), **(config or {})}
+    metadata |= {"architecture": architecture or metadata["architecture"], "config": json.dumps(stored)}
+    save_file(change(state), path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "UNet"}, "holds a 'UNet'; accepted: DCDiT, DiT"),
+        ({"architecture": "DiT"}, "unknown DiTConfig keys: .*dechunk"),
+        ({"config": {"num_heads": 3}}, "configuration that is not accepted: num_heads is 3"),
+        ({"config": {"depth": 2}}, r"lacks weight 'blocks\.1\."),
+        ({"config": {"mlp_ratio": 2.0}}, r"blocks\.0\.fc1\.weight has shape \[512.*, the model's is \[256"),
+        ({"change": lambda state: {**state, "extra": torch.zeros(1)}}, "has the unknown weight 'extra'"),
+    ],
+)
+def test_another_architecture(saved, changes, message):
+    rewrite(saved[0] / ckpt.EMA, **changes)
+    with one_line(ValueError, rf"ema\.safetensors.*{message}"):
+        ckpt.load_model(saved[0])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_damaged_trainer(saved, text):
+    (saved[0] / ckpt.TRAINER).write_text(text)
+    with one_line(ValueError, r"trainer\.json is damaged"):
+        ckpt.load_checkpoint(saved[0])
+
+
+@pytest.mark.parametrize("file", [ckpt.EMA, ckpt.OPTIMIZER, ckpt.TRAINER])
+def test_incomplete_checkpoint(saved, file):
+    (saved[0] / file).unlink()
+    with one_line(FileNotFoundError, f"no file .*{file}"):
+        ckpt.load_checkpoint(saved[0])
+
+
+def test_optimizer_of_another_model(saved):
+    other = tiny("DiT-S/2")
+    with one_line(ValueError, "optimiser state for the unknown parameter"):
+        ckpt.load_optimizer(other, torch.optim.AdamW(other.parameters()), ckpt.load_checkpoint(saved[0]).optimizer, "x")
+
+
+# --- the reference implementation's state dicts ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """The golden model's state dict; its width is made known as if it were a preset."""
+    monkeypatch.setitem(presets.SCALES, "tiny", {"depth": 2, "hidden_size": 128, "num_heads": 2})
+    with np.load(GOLDEN) as golden:
+        return {
+            name.removeprefix("state/"): torch.from_numpy(golden[name]) for name in golden if name.startswith("state/")
+        }
+
+
+def test_official_state_dict(tmp_path, official):
+    for wrapped in (official, {"ema": official, "model": {"pos_embed": official["pos_embed"]}}):
+        torch.save(wrapped, tmp_path / "a.pt")
+        assert_same(to_official(ckpt.load_model(tmp_path / "a.pt")), official)
+
+
+def test_official_of_unknown_width(tmp_path, official):
+    torch.save({**official, "pos_embed": torch.zeros(1, 256, 64)}, tmp_path / "a.pt")
+    with one_line(ValueError, "has width 64; accepted: 384, 768, 1024, 1152"):
+        ckpt.load_model(tmp_path / "a.pt")
+
+
+class Settings:
+    """Stands for the configuration object that the reference implementation pickles into its checkpoints."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"ema": {}, "config": Settings()}, "does not load as plain tensors"),
+        ({"a": torch.zeros(1)}, "has no 'pos_embed'"),
+        ({}, "holds no state dict"),
+        ([1], "holds no state dict"),
+    ],
+)
+def test_foreign_pickle(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with one_line(ValueError, message):
+        ckpt.load_model(tmp_path / "a.pt")
+
+
+def test_damaged_pickle(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"nothing to see here")
+    with one_line(ValueError, "does not load as plain tensors"):
+        ckpt.load_model(tmp_path / "a.pt")

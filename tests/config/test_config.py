@@ -1,0 +1,140 @@
+"""Configuration: round trip, overrides, documentation, and one test per way to get it wrong."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dcdit.config import TrainConfig, describe, dump_yaml, from_dict, load_config, override, to_dict
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        (tmp_path / "a.yaml").write_text(text)
+        return tmp_path / "a.yaml"
+
+    return write
+
+
+def test_defaults_are_the_published_recipe():
+    config = load_config()
+    assert config == TrainConfig()
+    optim, router = config.optim, config.router
+    assert (optim.lr, optim.weight_decay, optim.batch_size, optim.ema_decay, optim.grad_clip) == (
+        1e-4,
+        0,
+        256,
+        0.9999,
+        1,
+    )
+    assert (router.loss_weight, router.group_size, router.drop_warmup_steps) == (0.03, 16, 5000)
+    assert router.drop_fractions == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+def test_file_then_overrides(write):
+    path = write("optim: {lr: 3e-4, steps: 7}\nmodel:\n  overrides: {hidden_size: 128}\ndata:\n")
+    config = load_config(
+        path, ["optim.lr=1e-5", "model.overrides.grid=[8, 8]", "router.group_size=null", "optim.lr=2e-5"]
+    )
+    assert (config.optim.lr, config.optim.steps, config.router.group_size) == (2e-5, 7, None)
+    assert config.model.overrides == {"hidden_size": 128, "grid": [8, 8]}
+
+
+def test_override_leaves_its_input_alone():
+    data = {"optim": {"lr": 1e-3}}
+    assert override(data, ["optim.lr=1"]).optim.lr == 1.0
+    assert data == {"optim": {"lr": 1e-3}}
+
+
+def test_round_trips(write):
+    config = load_config(
+        None, ["run.minutes=2", "data.path='x y: z'", "optim.compile=true", "router.drop_fractions=[0, 0.25]"]
+    )
+    assert from_dict(to_dict(config)) == config
+    assert load_config(write(dump_yaml(config))) == config
+
+
+def test_defaults_are_not_shared():
+    TrainConfig().router.drop_fractions.append(0.9)
+    assert TrainConfig().router.drop_fractions[-1] == 0.6
+
+
+def test_every_key_is_described():
+    text = describe()
+    config = TrainConfig()
+    for section in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            assert f"{section.name}.{field.name} " in text
+            assert len(field.metadata["doc"]) > 5
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_load(path):
+    load_config(path)
+
+
+def test_there_are_shipped_configurations():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("assignment", "kind", "message"),
+    [
+        (
+            "optim.lrr=1",
+            ValueError,
+            r"unknown configuration key 'optim\.lrr'; accepted: steps, .*; did you mean 'lr'\?",
+        ),
+        ("optm.lr=1", ValueError, r"unknown configuration key 'optm'; accepted: model, .*did you mean 'optim'\?"),
+        ("optim.lr=fast", TypeError, r"optim\.lr is 'fast'; accepted: float"),
+        ("optim.lr=true", TypeError, r"optim\.lr is True; accepted: float"),
+        ("optim.lr=.nan", TypeError, r"optim\.lr is nan; accepted: float"),
+        ("optim.lr=-1", ValueError, r"optim\.lr is -1\.0; accepted: at least 0"),
+        ("optim.steps=1.5", TypeError, r"optim\.steps is 1\.5; accepted: int"),
+        ("optim.steps=0", ValueError, r"optim\.steps is 0; accepted: at least 1"),
+        ("optim.compile=1", TypeError, r"optim\.compile is 1; accepted: bool"),
+        ("optim.ema_decay=1", ValueError, r"optim\.ema_decay is 1\.0; accepted: at least 0 and below 1"),
+        ("router.group_size=x", TypeError, r"router\.group_size is 'x'; accepted: int or null"),
+        ("router.target=1", ValueError, r"router\.target is 1\.0; accepted: above 1"),
+        ("router.drop_fractions=0.5", TypeError, r"router\.drop_fractions is 0\.5; accepted: list of float"),
+        ("router.drop_fractions=[a]", TypeError, r"router\.drop_fractions\[0\] is 'a'; accepted: float"),
+        ("router.drop_fractions=[0, 1]", ValueError, r"is \[0\.0, 1\.0\]; accepted: .* numbers at least 0 and below 1"),
+        ("router.drop_fractions=[]", ValueError, r"is \[\]; accepted: a non-empty list"),
+        ("data.kind=foldr", ValueError, r"data\.kind is 'foldr'; accepted: folder, .*did you mean 'folder'\?"),
+        ("data.path=3", TypeError, r"data\.path is 3; accepted: text or null"),
+        ("model.overrides=[1]", TypeError, r"model\.overrides is \[1\]; accepted: mapping"),
+        ("optim.lr.x=1", ValueError, None),
+        ("optim", ValueError, r"override 'optim'; accepted: section\.key=value"),
+        ("optim=3", ValueError, r"override 'optim=3'; accepted: section\.key=value"),
+        ("optim.lr=[", ValueError, "has a value that is not YAML"),
+    ],
+)
+def test_bad_override(assignment, kind, message):
+    data = {"optim": {"lr": 0.1}}
+    with pytest.raises(kind, match=message) as error:
+        override(data, [assignment])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lr: [", "is not YAML"),
+        ("- 1", "holds a list; accepted: a mapping of sections"),
+        ("optim: 3", "optim is 3; accepted: a section of keys"),
+        ("speed: 3", "unknown configuration key 'speed'"),
+        ("1: 3", "unknown configuration key '1'"),
+    ],
+)
+def test_bad_file(write, text, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        load_config(write(text))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration file"):
+        load_config(tmp_path / "nowhere.yaml")
