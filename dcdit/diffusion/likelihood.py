@@ -8,8 +8,9 @@ from torch import Tensor
 
 def gaussian_kl(mean_difference: Tensor, log_variance_p: Tensor, log_variance_q: Tensor) -> Tensor:
     """Elementwise KL(p || q) of two Gaussians, of whose means only the difference matters."""
-    ratio = (log_variance_p - log_variance_q).exp()
-    return 0.5 * (ratio - 1 + log_variance_q - log_variance_p + mean_difference**2 * (-log_variance_q).exp())
+    apart = log_variance_p - log_variance_q
+    # expm1: the two are close at most steps.
+    return 0.5 * (apart.expm1() - apart + mean_difference**2 * (-log_variance_q).exp())
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
