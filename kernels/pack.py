@@ -1,4 +1,4 @@
-"""Gather tokens into the packed buffer and scatter them back: pure data movement, one read and one write per element."""
+"""Gather tokens into the packed buffer and scatter them back: one read and one write per element."""
 
 import torch
 import triton
@@ -83,7 +83,7 @@ def scatter_fwd(t: Tensor, slots: Tensor, fill: float) -> Tensor:
 
 
 def bias_bwd(grad: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous (T, D) gradient of the packed tokens, (B, L) int32 slots -> (L, D): the sum over the images, in order."""
+    """Contiguous (T, D) gradient of the packed tokens, (B, L) int32 slots -> (L, D): the sum over images, in order."""
     (images, length), d = slots.shape, grad.shape[1]
     out = empty((length, d), dtype, grad.device)
     config = config_for("gather", grad.device, D=d)

@@ -1,8 +1,8 @@
 """One wrapper that makes a kernel launcher a differentiable op, in eager mode and under torch.compile.
 
-Under ``torch.compile`` (and for fake tensors) the registered ``torch.library`` op runs, so that tracing never breaks. In
-eager mode the launcher is called directly, through an ``autograd.Function`` only if a gradient is wanted: the dispatcher
-boundary of a custom op costs tens of microseconds, which a small model at batch 1 would notice.
+Under ``torch.compile`` (and for fake tensors) the registered ``torch.library`` op runs, so that tracing never breaks.
+In eager mode the launcher is called directly, through an ``autograd.Function`` only if a gradient is wanted: the
+dispatcher boundary of a custom op costs tens of microseconds, which a small model at batch 1 would notice.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class KernelOp:
 
     Args:
         name: op name inside the ``dcdit`` namespace.
-        launcher: host function with annotated arguments (Tensor, Tensor | None, int, float, bool) returning a new tensor or a
-            tuple of them; absent results are empty tensors, never None.
+        launcher: host function with annotated arguments (Tensor, Tensor | None, int, float, bool) that returns a new
+            tensor or a tuple of them; absent results are empty tensors, never None.
         fake: same signature, returns empty tensors of the right shape and dtype.
     """
 
@@ -31,7 +31,7 @@ class KernelOp:
         self._function: type[torch.autograd.Function] | None = None
 
     def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> "KernelOp":
-        """Attach a backward: ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` as in torch.library."""
+        """Attach a backward: ``setup_context(ctx, inputs, output)``, ``backward(ctx, *grads)`` as in torch.library."""
         self.op.register_autograd(backward, setup_context=setup_context)
         body = {
             "forward": staticmethod(self.launcher),
@@ -42,11 +42,20 @@ class KernelOp:
         return self
 
     def __call__(self, *args: Any) -> Any:
+        if _holds_float64(args):
+            raise TypeError(
+                f"{self.op._name} has a float64 argument; the triton backend accepts float32, bfloat16, float16: "
+                "use dcdit.ops.use_backend('torch') or 'reference'"
+            )
         if torch.compiler.is_compiling() or _traced(args):
             return self.op(*args)
         if self._function is not None and torch.is_grad_enabled() and _wants_grad(args):
             return self._function.apply(*args)
         return self.launcher(*args)
+
+
+def _holds_float64(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
 
 
 def _traced(args: tuple[Any, ...]) -> bool:
@@ -61,3 +70,13 @@ def _wants_grad(args: tuple[Any, ...]) -> bool:
 def unit_stride(rows: Tensor) -> Tensor:
     """Rows a kernel can walk: any row stride, elements side by side; anything else is copied."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def refuse_float64(*tensors: Tensor | None) -> None:
+    """The kernels accumulate in float32, which would quietly lose what a caller asked for.
+
+    Raises:
+        TypeError: a tensor is float64.
+    """
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise TypeError("the Triton kernels do not compute in float64; use use_backend('torch') or 'reference'")

@@ -1,0 +1,64 @@
+"""Token selection on Triton kernels; one size is read back from the device, and only where nothing fixes it."""
+
+import torch
+from torch import Tensor
+
+from dcdit.kernels import select
+from dcdit.ops._triton._registration import KernelOp
+from dcdit.ops.selection import TokenSelection
+
+
+def select_tokens(
+    p: Tensor,
+    cu_seqlens: Tensor | None,
+    threshold: float,
+    drop_fraction: float | Tensor,
+    budget: int | None,
+    capacity: int | None,
+) -> TokenSelection:
+    per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
+    rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
+    indices, starts, lengths, mask, natural, slots, sizes, overflow = _select(
+        p.contiguous(), cu_seqlens, threshold, rho, per_image, budget, capacity
+    )
+    if budget is not None:
+        max_seqlen = budget
+    elif capacity is not None:
+        max_seqlen = p.shape[-1]
+    else:
+        # The one read: torch.compile breaks the graph here unless capture_scalar_outputs is on.
+        total, max_seqlen = sizes.tolist()
+        indices = indices[:total]
+    return TokenSelection(
+        indices=indices,
+        cu_seqlens=starts,
+        lengths=lengths,
+        max_seqlen=max_seqlen,
+        mask=mask,
+        natural_mask=natural,
+        slots=slots,
+        overflow=overflow,
+        source_cu_seqlens=cu_seqlens,
+        prob_floor=threshold if budget is None else 0.0,
+    )
+
+
+def _select_fake(
+    p: Tensor,
+    cu_seqlens: Tensor | None,
+    threshold: float,
+    rho: float,
+    rho_per_image: Tensor | None,
+    budget: int | None,
+    capacity: int | None,
+) -> tuple[Tensor, ...]:
+    images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = capacity if capacity is not None else p.numel() if budget is None else images * budget
+    mask, natural = (p.new_empty(p.shape, dtype=torch.bool) for _ in range(2))
+    starts, lengths, slots, sizes, overflow = (
+        p.new_empty(shape, dtype=torch.int32) for shape in ((images + 1,), (images,), p.shape, (2,), ())
+    )
+    return p.new_empty(rows, dtype=torch.int64), starts, lengths, mask, natural, slots, sizes, overflow
+
+
+_select = KernelOp("select_tokens", select.select_fwd, _select_fake)
