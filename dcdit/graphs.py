@@ -1,0 +1,82 @@
+"""CUDA graphs: a denoiser whose forward is captured once and replayed, so that small batches are not bound by Python.
+
+A dynamic model can be captured because a fixed budget or a capacity makes every shape static: which tokens are kept still
+changes from replay to replay.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class GraphedDenoiser:
+    """One captured forward of a DC-DiT, called like the model and therefore usable in :func:`dcdit.diffusion.sample`.
+
+    Args:
+        model: a DC-DiT in evaluation mode on a CUDA device.
+        batch: images per call; every call must bring exactly that many (twice the samples with guidance).
+        budget: tokens kept per image, or
+        capacity: static size of the packed buffer for the whole batch; tokens beyond it are dropped, lowest p first, and
+            counted in :attr:`overflow`.
+        warmup: eager forwards before the capture (they compile kernels and fill caches).
+
+    Raises:
+        ValueError: the model is not on a CUDA device or is training, or not exactly one of budget and capacity is given.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: int, budget: int | None = None, capacity: int | None = None, warmup: int = 3
+    ) -> None:
+        weight = next(model.parameters())
+        if not weight.is_cuda:
+            raise ValueError(f"the model is on {weight.device}; CUDA graphs need a CUDA device")
+        if model.training:
+            raise ValueError("the model is in training mode; call model.eval() first")
+        if (budget is None) == (capacity is None):
+            raise ValueError(f"budget is {budget} and capacity is {capacity}; give exactly one: it makes every shape static")
+        config = model.config
+        self.config = config
+        self.batch = batch
+        self._x = torch.zeros(batch, config.in_channels, *config.grid, dtype=weight.dtype, device=weight.device)
+        self._t = torch.zeros(batch, dtype=torch.float32, device=weight.device)
+        self._y = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self._drop = torch.zeros(batch, dtype=torch.float32, device=weight.device)
+        self.overflow = torch.zeros((), dtype=torch.int64, device=weight.device)
+        """Tokens that the capacity forced out so far, over all replays; reading it is a sync."""
+
+        def forward() -> Tensor:
+            drop = {} if budget is not None else {"drop_fraction": self._drop}
+            out, routing = model(
+                self._x, self._t, self._y, budget=budget, capacity=capacity, return_routing=True, **drop
+            )
+            self.overflow += routing.selection.overflow
+            return out
+
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode():
+            side = torch.cuda.Stream(weight.device)
+            side.wait_stream(torch.cuda.current_stream(weight.device))
+            with torch.cuda.stream(side):
+                for _ in range(warmup):
+                    forward()
+            torch.cuda.current_stream(weight.device).wait_stream(side)
+            with torch.cuda.graph(self._graph):
+                self._out = forward()
+            self.overflow.zero_()
+        self._fixed_budget = budget
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Tensor:
+        """The model's output for a batch, as a fresh tensor.
+
+        Raises:
+            ValueError: another batch size than was captured, or a drop fraction on top of a fixed budget.
+        """
+        if x.shape[0] != self.batch:
+            raise ValueError(f"x holds {x.shape[0]} images; this graph was captured for {self.batch}")
+        if self._fixed_budget is not None and (isinstance(drop_fraction, Tensor) or drop_fraction > 0):
+            raise ValueError(f"the graph was captured with budget={self._fixed_budget}; it takes no drop_fraction")
+        self._x.copy_(x)
+        self._t.copy_(t)
+        self._y.copy_(y)
+        self._drop.copy_(drop_fraction) if isinstance(drop_fraction, Tensor) else self._drop.fill_(drop_fraction)
+        self._graph.replay()
+        return self._out.clone()

@@ -1,0 +1,302 @@
+"""`dcdit profile`: does the compression of a DC-DiT become time? FLOPs and wall-clock against the static DiT.
+
+The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), all sides timed in the same run with
+the same dtype: eta = 1 means that every saved FLOP became time.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops, create_model
+from dcdit.nn.routers import PredictabilityRouter
+from dcdit.ops.attention import attention_backends
+from dcdit.timing import time_sides, time_stages
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STATIC_PATCHES = (1, 2)
+
+
+@dataclass
+class Side:
+    """One model at one budget."""
+
+    name: str
+    drop_fraction: float | None
+    """None for a static model."""
+    kept_share: float | None
+    gflops: float
+    """Per image and forward, 2 x multiply-adds."""
+    ms: float
+    """Median per forward of the whole batch."""
+    images_per_second: float
+    eta: dict[str, float]
+    """Conversion against each static model."""
+    stage_ms: dict[str, float]
+    stage_gflops: dict[str, float]
+
+
+@dataclass
+class Profile:
+    """A comparison and the conditions it was made under."""
+
+    model: str
+    device: str
+    dtype: str
+    batch: int
+    threads: int
+    torch: str
+    attention: str
+    compiled: bool
+    sides: list[Side]
+
+    def table(self) -> str:
+        """The comparison as a Markdown table."""
+        statics = [side.name for side in self.sides if side.drop_fraction is None]
+        head = ["model", "drop", "kept", "GFLOPs/image", "ms/forward", "images/s", *(f"eta vs {name}" for name in statics)]
+        rows = [
+            [
+                side.name,
+                "" if side.drop_fraction is None else f"{side.drop_fraction:g}",
+                "" if side.kept_share is None else f"{side.kept_share:.0%}",
+                f"{side.gflops:.2f}",
+                f"{side.ms:.1f}",
+                f"{side.images_per_second:.1f}",
+                *(f"{side.eta[name]:.2f}" if side.eta else "" for name in statics),
+            ]
+            for side in self.sides
+        ]
+        return markdown_table(head, rows)
+
+    def stage_table(self) -> str:
+        """Milliseconds and GFLOPs of each stage of the dynamic sides as a Markdown table."""
+        dynamic = [side for side in self.sides if side.stage_ms]
+        head = ["stage", *(f"{unit}, drop {side.drop_fraction:g}" for side in dynamic for unit in ("ms", "GFLOPs"))]
+        rows = [
+            [stage]
+            + [cell for s in dynamic for cell in (f"{s.stage_ms[stage]:.2f}", f"{s.stage_gflops.get(stage, 0.0):.2f}")]
+            for stage in dynamic[0].stage_ms
+        ]
+        return markdown_table(head, rows)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells padded to their column, numbers to the right of the first one."""
+    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = "| " + " | ".join("{:<%d}" % width[0] if i == 0 else "{:>%d}" % w for i, w in enumerate(width)) + " |"
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(width)) + "|"
+    return "\n".join([line.format(*head), rule, *(line.format(*row) for row in rows)])
+
+
+def varied_latents(batch: int, channels: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
+    """(B, C, H, W) noise whose smoothness differs between images, so that a router keeps different shares of them."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse_grid = (max(2, grid[0] // 8), max(2, grid[1] // 8))
+    coarse = torch.randn(batch, channels, *coarse_grid, generator=generator)
+    smooth = F.interpolate(coarse, grid, mode="bicubic", align_corners=False)
+    rough = torch.randn(batch, channels, *grid, generator=generator)
+    amount = torch.linspace(0.1, 1.0, batch)[:, None, None, None]
+    return (1 - amount) * smooth + amount * rough
+
+
+@torch.no_grad()
+def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, share: float) -> None:
+    """Shift the output bias of an untrained router so that it naturally keeps this share of x.
+
+    Raises:
+        ValueError: the router is not the predictability router (the only one with an output bias).
+    """
+    if not isinstance(model.router, PredictabilityRouter):
+        raise ValueError(f"router is {model.config.router!r}; calibration accepts: predictability")
+    _, routing = model(x, t, y, return_routing=True)
+    logits = torch.logit(routing.prob[:, 1:-1].float(), eps=1e-6)  # the ends are forced
+    model.router.out.bias -= torch.quantile(logits.flatten()[: 2**24], 1 - share).to(model.router.out.bias.dtype)
+
+
+def static_counterparts(config: DCDiTConfig) -> dict[str, DiTConfig]:
+    """Static DiTs with the same transformer on the same input, at the patch sizes that divide the grid."""
+    shared = {f.name for f in fields(DiTConfig)} & {f.name for f in fields(DCDiTConfig)}
+    common = {name: getattr(config, name) for name in shared}
+    return {
+        f"static DiT, patch {patch}": DiTConfig(**common, patch_size=patch)
+        for patch in STATIC_PATCHES
+        if not any(side % patch for side in config.grid)
+    }
+
+
+@torch.inference_mode()
+def profile(
+    model: DCDiT,
+    name: str,
+    x: Tensor,
+    t: Tensor,
+    y: Tensor,
+    drop_fractions: Sequence[float] = (0.0, 0.3, 0.6),
+    seconds: float = 2.0,
+    compiled: bool = False,
+) -> Profile:
+    """Time a DC-DiT at several budgets against static DiTs of the same transformer, in one run.
+
+    Args:
+        model: in evaluation mode, on the device and in the dtype to measure.
+        name: how to call it.
+        x, t, y: a batch as the model takes it.
+        drop_fractions: budgets to time.
+        seconds: timing budget per side.
+        compiled: run the static models and the convolutions of the DC-DiT through ``torch.compile``.
+    """
+    device, batch = x.device, x.shape[0]
+    dtype = model.x_embedder.weight.dtype
+    statics = {
+        label: DiT(config).to(device=device, dtype=dtype).eval()
+        for label, config in static_counterparts(model.config).items()
+    }
+    if compiled:
+        for part in (*statics.values(), model.encoder, model.router, model.decoder):
+            part.compile()
+    works = {label: lambda static=static: static(x, t, y) for label, static in statics.items()}
+    for rho in drop_fractions:
+        works[f"{name} {rho:g}"] = lambda rho=rho: model(x, t, y, drop_fraction=rho)
+    times = time_sides(works, device, seconds)
+
+    def side(label: str, key: str, flops: dict[str, int], rho: float | None, share: float | None) -> Side:
+        work = works[key]
+        stages = {} if rho is None else time_stages(work, device)
+        return Side(
+            name=label,
+            drop_fraction=rho,
+            kept_share=share,
+            gflops=sum(flops.values()) / batch / 1e9,
+            ms=times[key],
+            images_per_second=1e3 * batch / times[key],
+            eta={},
+            stage_ms=stages,
+            stage_gflops={} if rho is None else {stage: count / batch / 1e9 for stage, count in flops.items()},
+        )
+
+    sides = [side(label, label, count_flops(static.config, batch=batch), None, None) for label, static in statics.items()]
+    baselines = list(sides)
+    for rho in drop_fractions:
+        _, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
+        lengths = routing.selection.lengths.tolist()
+        dynamic = side(name, f"{name} {rho:g}", count_flops(model.config, lengths), rho, sum(lengths) / routing.mask.numel())
+        dynamic.eta = {b.name: (b.ms / dynamic.ms) / (b.gflops / dynamic.gflops) for b in baselines}
+        sides.append(dynamic)
+    return Profile(
+        model=name,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        batch=batch,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        attention=next(label for label, available, _ in attention_backends(device) if available),
+        compiled=compiled,
+        sides=sides,
+    )
+
+
+def advice(result: Profile, low: float = 0.9) -> list[str]:
+    """What to change where the conversion against the first static model is low; empty where nothing is to be said."""
+    dynamic = [side for side in result.sides if side.eta]
+    worst = min(dynamic, key=lambda side: min(side.eta.values()))
+    eta = min(worst.eta.values())
+    if eta >= low:
+        return []
+    on_gpu = result.device != "cpu"
+    hints = [f"eta is {eta:.2f} at drop {worst.drop_fraction:g}: part of the saved FLOPs did not become time."]
+    if on_gpu and result.dtype == "float32":
+        hints.append("--dtype bfloat16: tensor cores and the flash kernels need half precision.")
+    if on_gpu and result.attention == "sdpa":
+        hints.append("attention runs on the sdpa fallback, which reads lengths on the host: pip install 'dcdit[flash]'.")
+    if on_gpu and not result.compiled:
+        hints.append("--compile: the static side and the convolutions gain from it.")
+    if on_gpu and result.batch < 8:
+        hints.append(f"--batch above {result.batch}: small batches are bound by launches, not by work.")
+    per_flop = worst.stage_ms["transformer"] / worst.stage_gflops["transformer"]
+    for stage, ms in worst.stage_ms.items():
+        expected = per_flop * worst.stage_gflops.get(stage, 0.0)
+        if stage != "whole" and ms - expected > 0.05 * worst.stage_ms["whole"]:
+            hints.append(
+                f"stage {stage!r} takes {ms:.1f} ms; at the transformer's speed per FLOP it would take {expected:.1f} ms."
+            )
+    return hints
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dcdit profile``."""
+    parser.add_argument("--model", default="DC-DiT-S", help="preset with random weights (default: %(default)s)")
+    parser.add_argument("--checkpoint", help="profile a trained checkpoint instead of a preset")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels; presets work on a grid of an eighth of it")
+    parser.add_argument("--batch", type=int, default=4, help="images per forward (default: %(default)s)")
+    parser.add_argument(
+        "--drop-fraction", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="budgets to time (default: 0 0.3 0.6)"
+    )
+    parser.add_argument(
+        "--keep", type=float, default=0.25, help="share that a preset's untrained router is calibrated to keep"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the static models and the convolutions")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timing budget per side (default: %(default)s)")
+    parser.add_argument("--trace", help="also write a Chrome trace of one dynamic forward to this file")
+    parser.add_argument("--out", default="out/profile", help="folder for profile.json and profile.png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry point of ``dcdit profile``."""
+    from dcdit.plots import plot_profile
+
+    if args.batch < 1:
+        raise ValueError(f"--batch is {args.batch}; accepted: a positive number of images")
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    model, name = _model(args)
+    model = model.to(device=device, dtype=DTYPES[args.dtype]).eval()
+    config = model.config
+    x = varied_latents(args.batch, config.in_channels, config.grid).to(device, DTYPES[args.dtype])
+    t = torch.linspace(0, 999, args.batch, device=device).long()
+    y = torch.arange(args.batch, device=device) % config.num_classes
+    if not args.checkpoint:
+        calibrate_router(model, x, t, y, args.keep)
+    result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "profile.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    plot_profile(result, out / "profile.png")
+    print(result.table(), result.stage_table(), *advice(result), sep="\n\n")
+    if args.trace:
+        _write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
+    print(f"\nwrote {out / 'profile.json'} and {out / 'profile.png'}")
+    return 0
+
+
+def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
+    if args.checkpoint:
+        from dcdit.checkpoint import load_model
+
+        model: Any = load_model(args.checkpoint)
+        name = Path(args.checkpoint).stem
+    else:
+        model, name = create_model(args.model, args.image_size), args.model
+    if not isinstance(model, DCDiT):
+        raise ValueError(f"{name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
+    return model, name
+
+
+def _write_trace(work: Any, path: str) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    from dcdit.nn.stages import collect_stages
+
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as recorded:
+        with collect_stages(torch.profiler.record_function):
+            work()
+    recorded.export_chrome_trace(path)

@@ -1,0 +1,125 @@
+"""What only a GPU can show of the whole model: no graph break, no recompilation, no sync, capture, repeatability."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.graphs import GraphedDenoiser
+from dcdit.models import DCDiT, DCDiTConfig
+
+BATCH = 4
+
+
+@pytest.fixture
+def model() -> DCDiT:
+    torch.manual_seed(0)
+    config = DCDiTConfig(grid=(16, 16), hidden_size=256, depth=2, num_heads=4, num_classes=10)
+    model = DCDiT(config).to("cuda", torch.bfloat16).eval()
+    for parameter in model.parameters():  # the zero initialisation would hide whole branches
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.router.out.bias.data.fill_(0.0)
+    return model
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(BATCH, 4, 16, 16, device="cuda", dtype=torch.bfloat16, generator=generator)
+    return x, torch.full((BATCH,), 100.0 * seed, device="cuda"), torch.arange(BATCH, device="cuda")
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+STATIC_SHAPES = [{"capacity": BATCH * 256}, {"budget": 64}]
+
+
+@pytest.mark.parametrize("options", STATIC_SHAPES, ids=str)
+@torch.inference_mode()
+def test_forward_never_syncs(model: DCDiT, options: dict[str, int]) -> None:
+    x, t, y = batch(1)
+    model(x, t, y, **options)
+    torch.cuda.synchronize()
+    with no_sync():
+        model(x, t, y, **options)
+
+
+@torch.inference_mode()
+def test_exact_mode_reads_one_size(model: DCDiT) -> None:
+    x, t, y = batch(1)
+    model(x, t, y)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            model(x, t, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in caught if "synchronizing" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("options", STATIC_SHAPES, ids=str)
+def test_compiles_without_a_break(model: DCDiT, options: dict[str, int]) -> None:
+    compiled = torch.compile(model, fullgraph=True)
+    x, t, y = batch(1)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x, t, y, **options), model(x, t, y, **options), rtol=0.05, atol=0.05)
+
+
+def test_twenty_kept_counts_compile_once(model: DCDiT) -> None:
+    import triton
+
+    compiled = []
+    x, t, y = batch(1)
+    with torch.inference_mode():
+        model(x, t, y)
+        triton.knobs.runtime.jit_post_compile_hook = lambda **info: compiled.append(info["repr"])
+        try:
+            for step in range(20):
+                model(x, t, y, drop_fraction=0.04 * step)
+        finally:
+            triton.knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []
+
+
+@torch.inference_mode()
+def test_captured_graph_follows_the_mask(model: DCDiT) -> None:
+    graphed = GraphedDenoiser(model, BATCH, capacity=BATCH * 256)
+    shares = set()
+    for seed in range(5):
+        x, t, y = batch(seed)
+        expected, routing = model(x, t, y, drop_fraction=0.1 * seed, capacity=BATCH * 256, return_routing=True)
+        shares.add(int(routing.mask.sum()))
+        assert torch.equal(graphed(x, t, y, drop_fraction=0.1 * seed), expected)
+    assert len(shares) > 1
+    assert int(graphed.overflow) == 0
+
+
+def test_training_step_repeats_bit_for_bit(model: DCDiT) -> None:
+    x, t, y = batch(1)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            out, routing = model(x, t, y, return_routing=True)
+            loss = out.float().square().mean() + ops.ratio_loss(routing.prob, routing.natural_mask, 4.0)
+            loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, second = gradients(), gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
