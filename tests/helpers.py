@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dcdit.ops import TokenSelection, reference, select_tokens, use_backend
 
-ULPS_FLOOR = 4
+ULPS_FLOOR = 2
 """A bound of twice zero would ask for luck: errors below this many ulps of the largest value always pass."""
 
 

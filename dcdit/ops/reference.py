@@ -4,6 +4,8 @@ Written to be read beside the papers, not to be fast: dense distances, explicit 
 computed in float64, everything else in float32.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +99,7 @@ def select_tokens(
         candidates = [i for i in mask.nonzero().flatten().tolist() if i not in survivors]
         candidates.sort(key=lambda i: (flat[i].item(), i))
         mask[candidates[:overflow]] = False
-    lengths = [int(mask[lo:hi].sum()) for lo, hi in zip(starts[:-1], starts[1:], strict=True)]
+    lengths = [int(mask[lo:hi].sum()) for lo, hi in pairwise(starts)]
     indices = mask.nonzero().flatten()
     if capacity is not None:
         indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
@@ -242,7 +244,7 @@ def gated_add_modulated_layer_norm(
 
 def _split(t: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     starts = cu_seqlens.tolist()
-    return [t[lo:hi] for lo, hi in zip(starts[:-1], starts[1:], strict=True)]
+    return [t[lo:hi] for lo, hi in pairwise(starts)]
 
 
 def _with_slack(segments: list[Tensor], slack: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,10 +1,15 @@
 """Helpers shared by the operations of this backend."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 PROB_EPS = 1e-4
 ROW_EPS = 1e-8
+CHUNK_ELEMENTS = 1 << 20
+"""Rows are worked through in chunks of about this many numbers, so that temporaries stay small beside the result."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -12,7 +17,44 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def reads_are_free(x: Tensor) -> bool:
+    """True where reading a number on the host costs neither a device sync nor a graph break."""
+    return not x.is_cuda and not torch.compiler.is_compiling()
+
+
+def may_have_slack(cu_seqlens: Tensor, total: int) -> bool:
+    """False only where it is known that all ``total`` packed rows belong to a segment."""
+    return not reads_are_free(cu_seqlens) or int(cu_seqlens[-1]) < total
+
+
 def segment_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:
     """(total,) int64: the segment each packed row belongs to; rows past ``cu_seqlens[-1]`` get B."""
-    rows = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], rows, right=True)
+
+
+def chunks(rows: int, width: int) -> range:
+    """First rows of the chunks that cover ``rows`` rows of ``width`` numbers."""
+    return range(0, rows, chunk_rows(width))
+
+
+def chunk_rows(width: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, width))
+
+
+def opaque(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function one operator under ``torch.compile``; a plain call otherwise.
+
+    For functions that loop over chunks or leave a loop early: traced, they would unroll or break the graph.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"dcdit_torch::{fn.__name__.lstrip('_')}", fn, mutates_args=())
+        op.register_fake(fake)
+
+        def call(*args: Any) -> Any:
+            return op(*args) if torch.compiler.is_compiling() else fn(*args)
+
+        return call
+
+    return decorate

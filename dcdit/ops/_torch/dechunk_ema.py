@@ -1,37 +1,94 @@
-"""EMA de-chunking: a log-depth scan over (decay, value) pairs that restarts at every sequence."""
+"""EMA de-chunking: a scan over the kept tokens that restarts at every sequence, held until the next kept token."""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dcdit.ops._torch._common import PROB_EPS, wide
-from dcdit.ops._torch.dechunk_spatial import gate_and_residual
-from dcdit.ops._torch.packing import _GatherRows
+from dcdit.ops._torch._common import may_have_slack, opaque, wide
+from dcdit.ops._torch.confidence import packed_confidence
+from dcdit.ops._torch.spread import spread_rows
 from dcdit.ops.selection import TokenSelection
+
+BLOCK = 16
 
 
 def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-    tokens = torch.where((sel.indices >= 0)[:, None], wide(h), 0)
-    q = wide(p).clamp(PROB_EPS, 1 - PROB_EPS).to(tokens.dtype).reshape(-1, 1)
-    q = _GatherRows.apply(q, sel.indices)
-    first = torch.zeros(tokens.shape[0] + 1, 1, dtype=torch.bool, device=h.device)
-    first[sel.cu_seqlens.long()] = True
-    decay = (1 - q).masked_fill(first[:-1], 0.0)
-    state = q * tokens
-    step = 1
-    while step < tokens.shape[0]:
-        state = torch.cat([state[:step], state[step:] + decay[step:] * state[:-step]])
-        decay = torch.cat([decay[:step], decay[step:] * decay[:-step]])
-        step *= 2
-    hold = sel.mask.flatten().cumsum(0) - 1
+    tokens = wide(h)
+    if may_have_slack(sel.cu_seqlens, tokens.shape[0]):
+        tokens = torch.where((sel.indices >= 0)[:, None], tokens, 0)
+    q = packed_confidence(p, sel, tokens.dtype)
+    out = spread_rows(
+        _Scan.apply(tokens, q, (1 - q).masked_fill(_starts(sel.cu_seqlens, tokens.shape[0]), 0)),
+        _last_kept(sel),
+        None if gate is None else gate.reshape(-1),
+        None if residual is None else residual.reshape(-1, h.shape[1]),
+        h.dtype,
+    )
+    return out.view(*p.shape, h.shape[1])
+
+
+def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(total,) bool: the first row of each segment."""
+    flags = torch.zeros(total + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return flags.index_fill(0, cu_seqlens.long(), True)[:total]
+
+
+def _last_kept(sel: TokenSelection) -> Tensor:
+    """(S,) int64: packed row of the last kept token at or before each position of its sequence, -1 before the first."""
+    kept_so_far = (sel.slots >= 0).flatten().cumsum(0)
     if sel.source_cu_seqlens is None:
-        start = sel.cu_seqlens[:-1].repeat_interleave(p.shape[-1], output_size=p.numel())
+        first_row = sel.cu_seqlens[:-1, None].expand(sel.mask.shape).reshape(-1)
     else:
-        start = sel.cu_seqlens[:-1].repeat_interleave(sel.source_cu_seqlens.diff(), output_size=p.numel())
-    hold = torch.where(hold < start, -1, hold)
-    grown = _hold(state, hold).view(*p.shape, -1)
-    return gate_and_residual(grown, gate, residual, h.dtype)
+        sizes = sel.source_cu_seqlens.diff()
+        first_row = sel.cu_seqlens[:-1].repeat_interleave(sizes, output_size=sel.mask.numel())
+    return torch.where(kept_so_far > first_row, kept_so_far - 1, -1)
 
 
-def _hold(state: Tensor, hold: Tensor) -> Tensor:
-    padded = torch.cat([state, state.new_zeros(1, state.shape[1])])
-    return padded.index_select(0, torch.where(hold < 0, state.shape[0], hold))
+class _Scan(torch.autograd.Function):
+    """``s_m = decay_m s_{m-1} + q_m h_m`` from 0."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, q: Tensor, decay: Tensor) -> Tensor:
+        state = _scan(h, q, decay)
+        ctx.save_for_backward(h, q, decay, state)
+        return state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, q, decay, state = ctx.saved_tensors
+        # The adjoint runs backwards: a_m = g_m + decay_{m+1} a_{m+1}.
+        adjoint = _scan(grad.flip(0), torch.ones_like(q), decay.roll(-1).flip(0)).flip(0)
+        grad_decay = F.pad((adjoint[1:] * state[:-1]).sum(-1), (1, 0))
+        return adjoint * q[:, None], (adjoint * h).sum(-1), grad_decay
+
+
+def _scan_fake(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@opaque(_scan_fake)
+def _scan(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
+    """``s_m = decay_m s_{m-1} + scale_m x_m``: blocks are lower-triangular products, their ends are scanned in turn.
+
+    Only products of decays are formed, each from its own start, so nothing under- or overflows by subtraction.
+    """
+    total, width = x.shape
+    if total == 0:
+        return torch.empty_like(x)
+    missing = -total % BLOCK
+    if missing:
+        x, scale, decay = F.pad(x, (0, 0, 0, missing)), F.pad(scale, (0, missing)), F.pad(decay, (0, missing))
+    x, decay = x.view(-1, BLOCK, width), decay.view(-1, BLOCK)
+    # weight[m, i] = scale_i * decay_{i+1} ... decay_m
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=x.device).tril(-1)
+    weight = torch.where(later, decay[:, :, None], 1).cumprod(1).tril() * scale.view(-1, 1, BLOCK)
+    out = torch.bmm(weight, x)
+    if out.shape[0] > 1:
+        since_start = decay.cumprod(1)
+        carry = _scan(out[:, -1], torch.ones_like(since_start[:, 0]), since_start[:, -1])
+        out[1:].baddbmm_(since_start[1:, :, None], carry[:-1, None])
+    return out.view(-1, width)[:total]

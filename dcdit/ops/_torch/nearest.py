@@ -3,27 +3,46 @@
 import torch
 from torch import Tensor
 
+from dcdit.ops._torch._common import opaque, reads_are_free
 
-def nearest_kept(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, L) int64: raster index of the kept position nearest to each position.
+FAR = torch.iinfo(torch.int64).max // 2
 
-    The key ``distance^2 * L + index`` orders by distance, then by index, so its minimum settles ties.
+
+def _nearest_fake(kept: Tensor) -> Tensor:
+    return torch.empty_like(kept, dtype=torch.int64)
+
+
+@opaque(_nearest_fake)
+def nearest_kept(kept: Tensor) -> Tensor:
+    """(B, H, W) bool -> (B, H, W) int64: raster index of the nearest kept position, -1 in an image that keeps none.
+
+    The key ``distance^2 * L + index`` orders by distance, then by index, so its minimum settles ties. The first pass
+    finds the key along each row by running maxima, the second takes the minimum over growing row offsets; once an
+    offset alone exceeds every distance found, the rest cannot win.
     """
-    height, width = grid
+    _, height, width = kept.shape
     length = height * width
-    far = torch.iinfo(torch.int64).max // 2
-    kept = mask.view(-1, height, width)
-    column = torch.arange(width, device=mask.device)
-    left = torch.where(kept, column, -far).cummax(2).values
-    right = torch.where(kept, column, far).flip(2).cummin(2).values.flip(2)
-    nearer_right = right - column < column - left
-    owner = torch.where(nearer_right, right, left)
-    apart = (owner - column) ** 2
-    row = torch.arange(height, device=mask.device)[:, None]
-    key = torch.where(kept.any(2, keepdim=True), apart * length + row * width + owner, far)
+    key = _nearest_in_row(kept)
     best = key.clone()
     for step in range(1, height):
         offset = step * step * length
-        best[:, step:] = torch.minimum(best[:, step:], key[:, :-step] + offset)
-        best[:, :-step] = torch.minimum(best[:, :-step], key[:, step:] + offset)
-    return (best % length).view(mask.shape)
+        if reads_are_free(kept) and offset > int(best.max()):
+            break
+        below, above = best[:, step:], best[:, :-step]
+        torch.minimum(below, key[:, :-step] + offset, out=below)
+        torch.minimum(above, key[:, step:] + offset, out=above)
+    return torch.where(best < FAR, best % length, -1)
+
+
+def _nearest_in_row(kept: Tensor) -> Tensor:
+    """Key of the nearest kept position of the same row, ``FAR`` in a row without one."""
+    _, height, width = kept.shape
+    column = torch.arange(width, device=kept.device)
+    absent = 2 * width
+    left = torch.where(kept, column, -absent).cummax(2).values
+    right = torch.where(kept, column, absent).flip(2).cummin(2).values.flip(2)
+    # Equal distances go left, which is the lower raster index.
+    apart = torch.minimum(column - left, right - column)
+    owner = torch.where(column - left == apart, left, right)
+    row_start = torch.arange(height, device=kept.device)[:, None] * width
+    return torch.where(apart < width, apart * apart * (height * width) + row_start + owner, FAR)

@@ -1,10 +1,11 @@
 """Gather and scatter of token rows, each the other's gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from dcdit.ops._torch._common import wide
+from dcdit.ops._torch._common import reads_are_free, wide
 from dcdit.ops.selection import TokenSelection
 
 
@@ -27,7 +28,10 @@ def take_rows(source: Tensor, indices: Tensor) -> Tensor:
     if source.shape[0] == 0:
         return source.new_zeros(indices.shape[0], source.shape[1])
     rows = source.index_select(0, indices.clamp(min=0))
-    return rows.masked_fill_((indices < 0)[:, None], 0)
+    absent = indices < 0
+    if reads_are_free(source) and not absent.any():
+        return rows
+    return rows.masked_fill_(absent[:, None], 0)
 
 
 def put_rows(rows: Tensor, indices: Tensor, total: int, fill: float = 0.0) -> Tensor:
@@ -39,25 +43,25 @@ def put_rows(rows: Tensor, indices: Tensor, total: int, fill: float = 0.0) -> Te
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, source: Tensor, indices: Tensor) -> Tensor:
+    def forward(ctx: Any, source: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.total = source.shape[0]
         return take_rows(source, indices)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         return _ScatterRows.apply(grad, indices, ctx.total, 0.0), None
 
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, indices: Tensor, total: int, fill: float) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, indices: Tensor, total: int, fill: float) -> Tensor:
         ctx.save_for_backward(indices)
         return put_rows(rows, indices, total, fill)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (indices,) = ctx.saved_tensors
         return _GatherRows.apply(grad, indices), None, None, None
 
@@ -66,13 +70,13 @@ class _GatherShared(torch.autograd.Function):
     """Rows of a table that every image shares; the gradient sums over the images in a fixed order."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, table: Tensor, position: Tensor, indices: Tensor, images: int) -> Tensor:
+    def forward(ctx: Any, table: Tensor, position: Tensor, indices: Tensor, images: int) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.shape = (images, *table.shape)
         return take_rows(table, position)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (indices,) = ctx.saved_tensors
         images, length, width = ctx.shape
         return put_rows(grad, indices, images * length).view(images, length, width).sum(0), None, None, None
