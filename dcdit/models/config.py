@@ -83,6 +83,9 @@ class DCDiTConfig(_TransformerConfig):
     """``"spatial"`` or ``"ema"``."""
     dechunk_sigma: float = 1.0
     """Smoothing of the spatial de-chunk, in grid cells."""
+    adapt_conditioning: bool = False
+    """A LayerNorm on what the encoder and the decoder see of the conditioning: for upcycling, where the embedders come
+    frozen from a pretrained DiT."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -61,7 +61,7 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
     """The inverse of :func:`load_official`: copies of the weights under the reference implementation's names.
 
     Raises:
-        ValueError: a router or de-chunk that the reference implementation does not have.
+        ValueError: a router, a de-chunk or an adaptor that the reference implementation does not have.
     """
     config = model.config
     if (config.router, config.dechunk) != ("predictability", "spatial"):
@@ -69,6 +69,8 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
             f"router is {config.router!r} and dechunk {config.dechunk!r}; accepted: 'predictability' and 'spatial', "
             "the only ones of the reference implementation"
         )
+    if config.adapt_conditioning:
+        raise ValueError("adapt_conditioning is True; accepted: False, the reference implementation has no adaptor")
     return _extract(model, layouts.official(config.depth))
 
 

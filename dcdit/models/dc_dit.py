@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit.models import init
@@ -60,6 +61,7 @@ class DCDiT(nn.Module):
         self.x_embedder = nn.Conv2d(config.in_channels, narrow, 3, padding=1)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.cond_adaptor = nn.LayerNorm(dim) if config.adapt_conditioning else None
         self.register_buffer("pos_embed", sincos_position(dim, config.grid))
         self.encoder = ConvStack((narrow, narrow, dim), dim)
         self.router = ROUTERS[config.router](dim, config.grid)
@@ -120,11 +122,14 @@ class DCDiT(nn.Module):
         check_inputs(self.config, x, t, y)
         grid = self.config.grid
         with stage("embed"):
-            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
+            embedded = self.t_embedder(t) + self.y_embedder(y)
+            # Every reader of the conditioning starts with this SiLU.
+            cond = F.silu(embedded)
+            conv_cond = cond if self.cond_adaptor is None else F.silu(self.cond_adaptor(embedded))
             x = x.to(self.x_embedder.weight.dtype, memory_format=torch.channels_last)
             tokens = to_tokens(self.x_embedder(x))
         with stage("encoder"):
-            encoded = self.encoder(tokens, grid, cond)
+            encoded = self.encoder(tokens, grid, conv_cond)
         with stage("router"):
             p = self.router(encoded)
         packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
@@ -133,7 +138,7 @@ class DCDiT(nn.Module):
         with stage("dechunk"):
             tokens = self.dechunk(packed, p, sel, self.residual_proj(encoded))
         with stage("decoder"):
-            tokens = self.decoder(tokens, grid, cond)
+            tokens = self.decoder(tokens, grid, conv_cond)
         with stage("final"):
             out = to_grid(self.final_layer(tokens, cond), grid).contiguous()
         return (out, Routing(p, sel.mask, sel.natural_mask, sel)) if return_routing else out

@@ -1,0 +1,40 @@
+"""Small models whose every weight matters: nothing stays at the zeros of adaLN-Zero."""
+
+import torch
+from torch import Tensor, nn
+
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
+
+GRID = (8, 12)
+SIZES = {"hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
+
+
+def small_dc_dit(**overrides) -> DCDiT:
+    torch.manual_seed(0)
+    model = DCDiT(DCDiTConfig(**{"grid": GRID, **SIZES, **overrides}))
+    stir(model)
+    if model.config.router == "predictability":
+        # Spread the probabilities around one half, so that every image keeps some tokens and drops others.
+        nn.init.normal_(model.router.out.weight, std=1.0)
+        nn.init.constant_(model.router.out.bias, -0.4)
+    return model.eval()
+
+
+def small_dit(**overrides) -> DiT:
+    torch.manual_seed(0)
+    model = DiT(DiTConfig(**{"grid": GRID, **SIZES, **overrides}))
+    stir(model)
+    return model.eval()
+
+
+def stir(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+
+
+def batch(config: DCDiTConfig | DiTConfig, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(size, config.in_channels, *config.grid, generator=rng)
+    t = torch.randint(0, 1000, (size,), generator=rng)
+    return x, t, torch.randint(0, config.num_classes, (size,), generator=rng)

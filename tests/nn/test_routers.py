@@ -1,0 +1,74 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcdit.nn import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
+
+GRID = (5, 7)
+DIM = 64
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 35, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def test_predictability_is_what_the_convolution_cannot_predict() -> None:
+    torch.manual_seed(0)
+    router = PredictabilityRouter(DIM, GRID).double()
+    x = tokens(torch.float64)
+    z = router.proj(x).transpose(1, 2).unflatten(2, GRID)
+    features = router.scorer(z - router.predictor(z))
+    features = F.silu(F.group_norm(features, 8, router.norm.weight, router.norm.bias)).flatten(2).transpose(1, 2)
+    expected = torch.sigmoid(router.out(features))[..., 0]
+    expected[:, [0, -1]] = 1.0
+    torch.testing.assert_close(router(x), expected)
+
+
+def test_cosine2d_starts_as_the_distance_to_the_mean_neighbour() -> None:
+    x = tokens(torch.float64)
+    unit = F.normalize(x, dim=-1).transpose(1, 2).unflatten(2, GRID)
+    mean = F.avg_pool2d(unit, 3, stride=1, padding=1)
+    torch.testing.assert_close(Cosine2dRouter(DIM, GRID).double()(x), ((1 - (unit * mean).sum(1)) / 2).flatten(1))
+
+
+def test_cosine1d_starts_as_the_distance_to_the_previous_token() -> None:
+    x = tokens(torch.float64)
+    expected = (1 - F.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1)) / 2
+    found = Cosine1dRouter(DIM, GRID).double()(x)
+    torch.testing.assert_close(found[:, 1:], expected)
+    assert (found[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_probability_is_float32_whatever_the_precision(name: str) -> None:
+    torch.manual_seed(0)
+    router = ROUTERS[name](DIM, GRID)
+    exact = router(tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = router(tokens())
+    half = router.bfloat16()(tokens(torch.bfloat16))
+    for p in (exact, autocast, half):
+        assert p.dtype == torch.float32
+        assert p.shape == (2, 35)
+        assert ((p >= 0) & (p <= 1)).all()
+        assert (p - exact).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["cosine2d", "cosine1d"])
+def test_cosine_is_computed_in_float32_under_autocast(name: str) -> None:
+    """The identity projections are exact in bfloat16 on such tokens, so any difference is the router's own."""
+    router, x = ROUTERS[name](DIM, GRID), tokens().bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = router(x)
+    # q and k are bfloat16 then, so the filter is too: 1/9 is not exact in it.
+    torch.testing.assert_close(rounded, router(x), rtol=0, atol=1e-3 if name == "cosine2d" else 0)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_parameter_learns(name: str) -> None:
+    torch.manual_seed(0)
+    router = ROUTERS[name](DIM, GRID)
+    weights = torch.randn(2, 35)
+    (router(tokens()) * weights).sum().backward()
+    for key, parameter in router.named_parameters():
+        assert parameter.grad is not None and parameter.grad.norm() > 0, key
