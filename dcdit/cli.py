@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("dcdit.train", "train a DC-DiT or a static DiT"),
     "sample": ("dcdit.sample", "draw images from a checkpoint, at any drop fraction"),
     "profile": ("dcdit.profile", "where the time goes, dynamic against static"),
+    "demo": ("dcdit.demo", "train, sample, look into and time a small DC-DiT on real photographs"),
+    "tune": ("dcdit.tune", "find launch configurations for this GPU"),
     "info": ("dcdit.info", "versions, devices, and the kernels that run here"),
 }
 EXTRAS = {

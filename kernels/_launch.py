@@ -23,6 +23,8 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+_forced: dict[str, dict[str, int]] = {}
+_observed: list[tuple[str, dict[str, int], dict[str, int]]] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -96,7 +98,31 @@ def config_for(kernel: str, device: torch.device, **shape: int) -> dict[str, int
         device: where it runs.
         shape: what the entries are keyed by (never a sequence length), e.g. ``D=1152``.
     """
-    return _lookup(kernel, device, tuple(shape.items()))
+    config = _forced.get(kernel) or _lookup(kernel, device, tuple(shape.items()))
+    if _observed is not None:
+        _observed.append((kernel, shape, config))
+    return config
+
+
+@contextmanager
+def force_config(kernel: str, config: dict[str, int]) -> Iterator[None]:
+    """Launch one kernel with this configuration inside the block (tuning)."""
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+@contextmanager
+def observe_configs() -> Iterator[list[tuple[str, dict[str, int], dict[str, int]]]]:
+    """Collect (kernel, shape key, configuration) of every look-up of the block (tuning)."""
+    global _observed
+    outer, _observed = _observed, []
+    try:
+        yield _observed
+    finally:
+        _observed = outer
 
 
 def cdiv(a: int, b: int) -> int:

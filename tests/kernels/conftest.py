@@ -6,10 +6,6 @@ import pkgutil
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from hypothesis import HealthCheck, settings
 
 import dcdit.kernels

@@ -1,0 +1,11 @@
+"""Settings of every test process."""
+
+import os
+
+import torch
+
+# Decided before any kernel is imported: without a GPU, Triton kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# One process per core runs (`-n 2`); more threads would only fight.
+torch.set_num_threads(1)
