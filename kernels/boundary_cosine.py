@@ -87,12 +87,12 @@ def _cosine_bwd_kernel(
 
 
 def cosine_fwd(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
-    """(S, D) rows with a unit last stride; sequences from cu_seqlens (B+1,) or, without, of one length -> (S,) float32."""
+    """(S, D) rows with a unit last stride, sequences by cu_seqlens (B+1,) or else of one length -> (S,) float32."""
     rows, d = q.shape
     out = empty((rows,), torch.float32, q.device)
     config = config_for("cosine_fwd", q.device, D=d)
     launch(
-        _cosine_fwd_kernel, (cdiv(rows, config["ROWS"]),), q, k, q if cu_seqlens is None else cu_seqlens, out,
+        _cosine_fwd_kernel, (cdiv(rows, config["ROWS"]),), q, k, cu_seqlens, out,
         rows, length, *_search(cu_seqlens), q.stride(0), k.stride(0),
         D=d, PACKED=cu_seqlens is not None, BLOCK_D=triton.next_power_of_2(d), **config,
     )  # fmt: skip
@@ -109,7 +109,7 @@ def cosine_bwd(
     config = config_for("cosine_bwd", q.device, D=d)
     # One row more than there are: q's last row belongs to the position after the end, and gets its zeros there.
     launch(
-        _cosine_bwd_kernel, (rows and cdiv(rows + 1, config["ROWS"]),), grad, q, k, q if cu_seqlens is None else cu_seqlens, dq, dk,
+        _cosine_bwd_kernel, (rows and cdiv(rows + 1, config["ROWS"]),), grad, q, k, cu_seqlens, dq, dk,
         rows, length, *_search(cu_seqlens), q.stride(0), k.stride(0), D=d, PACKED=cu_seqlens is not None,
         NEED_Q=need_q, NEED_K=need_k, BLOCK_D=triton.next_power_of_2(d), **config,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Cosine boundary probability on a grid: each position against its filtered 3x3 neighbourhood.
 
 q and k are read once in each direction and never normalised in memory. The cosine is linear in the nine products
-``t[i, n] = sum_d q[i, d] w[n, d] k[i + n, d]`` of a position and its neighbours, so the first kernel writes those and the
-inverse norms, 11 numbers per position, and everything that mixes neighbours' norms happens on these numbers alone.
-``stats`` (12, S) float32 holds them in the planes 0-8 (t), 9 (1/|q|), 10 (1/|k|) and 11 (the cosine before the clamp).
+``t[i, n] = sum_d q[i, d] w[n, d] k[i + n, d]`` of a position and its neighbours, so the first kernel writes those and
+the inverse norms, 11 numbers per position; everything that mixes the norms of neighbours happens on these numbers.
+``stats`` (12, S) float32 holds them: planes 0-8 are t, 9 is 1/|q|, 10 is 1/|k| and 11 the cosine before the clamp.
 """
 
 import torch
@@ -82,7 +82,7 @@ def _products_kernel(
             k = _load_tile(k_ptr, near, k_stride, col, there, D)
             if tap == 4:
                 square_k += k * k
-            updated = updated + (products[tap] + q * _load_weight(weight_ptr, col, tap, D) * k,)
+            updated += (products[tap] + q * _load_weight(weight_ptr, col, tap, D) * k,)
         products = updated
     inv_q = 1.0 / tl.maximum(tl.sqrt(tl.sum(square_q, axis=1)), NORM_EPS)
     inv_k = 1.0 / tl.maximum(tl.sqrt(tl.sum(square_k, axis=1)), NORM_EPS)
@@ -172,7 +172,7 @@ def _cosine2d_bwd_kernel(
                 inv_k = _load_plane(stats_ptr, INV_K, near, rows, there)[:, None]
                 k = inv_k * _load_tile(k_ptr, near, k_stride, col, there, D)
                 pull += k * _load_weight(weight_ptr, col, tap, D)
-                updated = updated + (weight_sums[tap] + slope * q * k,)
+                updated += (weight_sums[tap] + slope * q * k,)
             if NEED_WEIGHT:
                 weight_sums = updated
             if NEED_Q:
@@ -186,14 +186,14 @@ def _cosine2d_bwd_kernel(
 
 
 def cosine2d_fwd(q: Tensor, k: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """(S, D) rows with a unit last stride, S whole images; contiguous weight (9, D) -> p (S,), stats (12, S), float32."""
+    """(S, D) rows of whole images, unit last stride; contiguous weight (9, D) -> float32 p (S,) and stats (12, S)."""
     rows, d = q.shape
     p = empty((rows,), torch.float32, q.device)
     stats = empty((PLANES, rows), torch.float32, q.device)
     config = config_for("cosine2d_fwd", q.device, D=d)
     launch(
-        _products_kernel, (cdiv(rows, config["ROWS"]),), q, k, weight, stats, rows, height, width, q.stride(0), k.stride(0),
-        D=d, **_fit(config, d),
+        _products_kernel, (cdiv(rows, config["ROWS"]),), q, k, weight, stats, rows, height, width,
+        q.stride(0), k.stride(0), D=d, **_fit(config, d),
     )  # fmt: skip
     config = config_for("cosine2d_scalars", q.device)
     launch(_prob_kernel, (cdiv(rows, config["BLOCK"]),), stats, p, rows, height, width, **config)

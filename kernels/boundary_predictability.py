@@ -1,7 +1,7 @@
-"""Tail of the predictability router: group norm, SiLU, dot product over the channels and sigmoid, one number per position.
+"""Tail of the predictability router: group norm, SiLU, dot product over channels and sigmoid, one number per position.
 
-Forward reads the features twice (statistics, score), backward twice more (sums, gradient). Channels may lie side by side
-(channels-last) or positions may; a tile is [positions, channels] either way and only the address arithmetic differs.
+Forward reads the features twice (statistics, score), backward twice more (sums, gradient). Channels may lie side by
+side (channels-last) or positions may; a tile is [positions, channels] either way and only the addresses differ.
 ``pitch`` is the distance between positions in the first case, between channels in the second. All splits of an image
 depend on its own size alone, so an image does not feel its batch.
 """
@@ -146,7 +146,7 @@ def _load_normed(
     x_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr, image, position, channel, mask, image_stride, pitch,
     C: tl.constexpr, GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """The normalised tile, the same after the affine, and per channel the affine's weight and 1 / standard deviation."""
+    """The normalised tile, the same after the affine, and of each channel the affine's weight and 1 / deviation."""
     group = stats_ptr + image * 2 * GROUPS + channel // (C // GROUPS)
     real = channel < C
     mean = tl.load(group, mask=real, other=0.0)
@@ -179,7 +179,7 @@ def _sums_kernel(
     length, tiles, image_stride, pitch, C: tl.constexpr, GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Per channel over one split: the gradients of norm weight, norm bias and out weight; per split that of out bias."""
+    """Over one split, gradients of norm weight, norm bias and out weight for each channel, and of the out bias."""
     image, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     length = length // UNIT * UNIT
     channel = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -281,13 +281,14 @@ class _Layout(NamedTuple):
 
 def _layout(x: Tensor) -> _Layout:
     channels_last = x.stride(1) == 1
-    return _Layout(channels_last, x.stride(0), x.stride(2) if channels_last else x.stride(1), 1 if x.shape[2] % 16 else 16)
+    pitch = x.stride(2) if channels_last else x.stride(1)
+    return _Layout(channels_last, x.stride(0), pitch, 1 if x.shape[2] % 16 else 16)
 
 
 def predictability_fwd(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, out_weight: Tensor, out_bias: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(B, C, L) features, unit stride over channels or over positions; contiguous parameters (C,) and () -> p and stats.
+    """(B, C, L) features, unit stride over channels or positions; contiguous parameters (C,) and () -> p and stats.
 
     p is (B, L) float32; stats (B, 2, num_groups) float32 holds the mean and 1 / standard deviation of the groups.
     """
@@ -298,8 +299,8 @@ def predictability_fwd(
     stats = empty((images, 2, num_groups), torch.float32, x.device)
     config = _tile_config(x, layout)
     launch(
-        _score_kernel, (images, cdiv(length, config["BLOCK_P"])), x, norm_weight, norm_bias, out_weight, out_bias, partial,
-        p, stats, length, partial.shape[1], span, layout.image_stride, layout.pitch, eps,
+        _score_kernel, (images, cdiv(length, config["BLOCK_P"])), x, norm_weight, norm_bias, out_weight, out_bias,
+        partial, p, stats, length, partial.shape[1], span, layout.image_stride, layout.pitch, eps,
         C=channels, GROUPS=num_groups, CHANNELS_LAST=layout.channels_last, UNIT=layout.unit,
         BLOCK_S=min(MAX_SPLITS, max(1, 1024 // block_g)), BLOCK_G=block_g, **config,
     )  # fmt: skip
@@ -320,8 +321,8 @@ def predictability_bwd(
     partial = empty((images, splits, 3, channels), torch.float32, x.device)
     bias_partial = empty((images, splits), torch.float32, x.device)
     launch(
-        _sums_kernel, (images, splits, blocks), grad, x, norm_weight, norm_bias, out_weight, p, stats, partial, bias_partial,
-        length, tiles, layout.image_stride, layout.pitch, **shape, **config,
+        _sums_kernel, (images, splits, blocks), grad, x, norm_weight, norm_bias, out_weight, p, stats, partial,
+        bias_partial, length, tiles, layout.image_stride, layout.pitch, **shape, **config,
     )  # fmt: skip
     sums = empty((images, 3, channels), torch.float32, x.device)
     means = empty((images, 2, groups), torch.float32, x.device)
@@ -372,5 +373,6 @@ def _statistics(x: Tensor, layout: _Layout, groups: int) -> tuple[Tensor, int]:
 
 
 def _tile_config(x: Tensor, layout: _Layout) -> dict[str, int]:
-    config = config_for("predictability_rows" if layout.channels_last else "predictability_planes", x.device, C=x.shape[1])
+    name = "predictability_rows" if layout.channels_last else "predictability_planes"
+    config = config_for(name, x.device, C=x.shape[1])
     return {**config, "BLOCK_C": min(config["BLOCK_C"], triton.next_power_of_2(x.shape[1]))}

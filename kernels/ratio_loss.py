@@ -1,4 +1,4 @@
-"""Ratio loss: one read of p and of the mask, then one program over the groups. Two fixed stages, so the sum has one order."""
+"""Ratio loss: partial sums of p and of the mask, then one program over the groups. The order of the sums is fixed."""
 
 import torch
 import triton
@@ -48,7 +48,7 @@ def _loss_kernel(
 
 
 def ratio_loss_fwd(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple[Tensor, Tensor]:
-    """Contiguous p and bool mask, ``groups`` equal parts -> loss () and slopes (groups,), d loss / d p; both float32."""
+    """Contiguous p and bool mask of ``groups`` equal parts -> float32 loss () and slopes (groups,), d loss / d p."""
     size = p.numel() // groups
     config = dict(config_for("ratio_loss", p.device))
     splits = cdiv(size, config["BLOCK"])
