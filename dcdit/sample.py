@@ -228,6 +228,9 @@ def _fractions(args: argparse.Namespace, model: Model) -> list[float | None]:
         raise ValueError(
             f"--budget {args.budget} fixes the kept tokens; leave --drop-fraction and --null-drop-fraction out"
         )
+    positions = math.prod(model.config.grid)
+    if args.budget is not None and not 1 <= args.budget <= positions:
+        raise ValueError(f"budget is {args.budget}; accepted: 1 to {positions}, the positions of an image")
     if isinstance(model, DCDiT) and args.budget is None:
         return list(given or [0.0])
     return [None]

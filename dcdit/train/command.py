@@ -53,4 +53,5 @@ def run(args: argparse.Namespace) -> None:
         stored = checkpoint.read_trainer(args.resume).get("config")
         settings = config.override(stored or {}, overrides)
     result = train(settings, resume=args.resume)
-    print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")
+    if result.main_process:
+        print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")

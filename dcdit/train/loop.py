@@ -36,6 +36,8 @@ class TrainResult:
     """The checkpoint saved at the end; ``dcdit.checkpoint.load_model`` reads it."""
     log: Path
     """log.jsonl"""
+    main_process: bool
+    """Whether this is the process that wrote them."""
 
 
 def train(
@@ -125,7 +127,7 @@ class _Run:
                         saved = self._save(step)
                 if reason != "steps":
                     break
-        return TrainResult(step, reason, saved or self._save(step), self.log)
+        return TrainResult(step, reason, saved or self._save(step), self.log, self.main)
 
     def _step(self, step: int, data: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         optim = self.config.optim
@@ -135,8 +137,10 @@ class _Run:
         parts: list[dict[str, Tensor]] = []
         for part in range(optim.accumulate):
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in next(data))
-            # Every random number of this pass (timesteps, noise, label dropout) follows from its position in the run.
-            torch.manual_seed(seed_of(optim.seed, NOISE, step, part, self.accelerator.process_index))
+            # Timesteps, noise and label dropout follow from which share of which batch this is, and from nothing else:
+            # two passes of one process are one pass of two processes.
+            position = part * self.accelerator.num_processes + self.accelerator.process_index
+            torch.manual_seed(seed_of(optim.seed, NOISE, step, position))
             last = part == optim.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
                 values = self._loss(x, y, rho)

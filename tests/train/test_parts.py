@@ -1,0 +1,107 @@
+"""The parts of the loop by themselves: averaged weights, schedules, validation, the log."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dcdit.config import OptimSection, RouterSection
+from dcdit.train import EMA
+from dcdit.train.log import Window, append, cut_log
+from dcdit.train.schedule import drop_fraction, learning_rate, seed_of
+from dcdit.train.validate import validate
+
+
+def test_ema_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    ema = EMA(model, decay=0.75)
+    # 1 -> 0.75 * 1 + 0.25 * 5 = 2 -> 0.75 * 2 + 0.25 * 10 = 4
+    for weight, expected in ((5.0, 2.0), (10.0, 4.0)):
+        nn.init.constant_(model.weight, weight)
+        ema.update()
+        assert ema.state["weight"].item() == expected
+    assert model.weight.item() == 10.0
+
+
+def test_ema_keeps_buffers_and_continues():
+    model = nn.BatchNorm1d(3)
+    ema = EMA(model, 0.5)
+    assert ema.state.keys() == model.state_dict().keys()
+    nn.init.constant_(model.weight, 3.0)
+    ema.update()
+    other = EMA(nn.BatchNorm1d(3), 0.5)
+    other.load(ema.state)
+    assert all(torch.equal(other.state[name], ema.state[name]) for name in ema.state)
+
+
+def test_learning_rate():
+    optim = OptimSection(lr=1.0, warmup_steps=4)
+    assert [learning_rate(optim, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(OptimSection(lr=0.5), 0) == 0.5
+
+
+def test_drop_fractions():
+    router = RouterSection(drop_fractions=[0.1, 0.2, 0.3], drop_warmup_steps=10)
+    drawn = [drop_fraction(router, 0, step) for step in range(310)]
+    assert drawn[:10] == [0.0] * 10
+    assert drawn == [drop_fraction(router, 0, step) for step in range(310)]
+    assert drawn != [drop_fraction(router, 1, step) for step in range(310)]
+    # 300 draws of 3: each count is 100 with a standard deviation of 8.2.
+    assert all(60 < drawn[10:].count(rho) < 140 for rho in router.drop_fractions)
+
+
+def test_seeds_differ():
+    seeds = {seed_of(seed, stream, step) for seed in range(5) for stream in range(2) for step in range(50)}
+    assert len(seeds) == 500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Numbers(torch.utils.data.Dataset):
+    shape, class_names = (1, 1, 1), ("all",)
+
+    def __getitem__(self, n):
+        return torch.full(self.shape, float(n)), 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10])
+def test_validation_is_a_mean_over_exactly_the_images(batch_size):
+    def objective(predict, x, y):
+        assert not torch.is_grad_enabled()
+        return {"loss": predict(x, x, y).flatten()}
+
+    found = validate(lambda x, t, y: 2 * x, objective, Numbers(), 5, batch_size, torch.device("cpu"))
+    assert found == 2 * (0 + 1 + 2 + 3 + 4) / 5
+
+
+def test_validation_noise_is_fixed():
+    def objective(predict, x, y):
+        return {"loss": torch.rand(x.shape[0])}
+
+    torch.manual_seed(1)
+    first = validate(None, objective, Numbers(), 5, 2, torch.device("cpu"))
+    torch.manual_seed(2)
+    assert validate(None, objective, Numbers(), 5, 2, torch.device("cpu")) == first
+
+
+def test_window_averages_and_forgets():
+    window = Window()
+    for value in (1.0, 2.0, 6.0):
+        window.add({"loss": torch.tensor(value), "kept": torch.tensor(value / 10)}, images=4)
+    names, means = window.means()
+    assert names == ["loss", "kept"]
+    assert means.tolist() == pytest.approx([3.0, 0.3])
+    assert window.images == 12 and window.rate() > 0
+    window.clear()
+    assert window.images == 0 and not window.values
+
+
+def test_log_is_cut_at_the_resumed_step(tmp_path):
+    log = tmp_path / "log.jsonl"
+    cut_log(log, 3)
+    assert not log.exists()
+    for step in (1, 2, 3, 4, 5):
+        append(log, {"step": step})
+    cut_log(log, 3)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]

@@ -1,0 +1,277 @@
+"""Whole runs of a tiny model on a CPU: what a step does, stopping without a trace, and misfits that are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dcdit import checkpoint as ckpt
+from dcdit.config import dump_yaml, override
+from dcdit.data import NpzDataset, batches
+from dcdit.diffusion import DiTObjective
+from dcdit.models import create_model
+from dcdit.ops import ratio_loss
+from dcdit.train import EMA, train
+from dcdit.train.schedule import NOISE, seed_of
+
+TINY = {"in_channels": 3, "grid": [8, 8], "hidden_size": 128, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, images=rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), labels=np.arange(12) % 3)
+    return path
+
+
+@pytest.fixture
+def config(archive, tmp_path):
+    def config(*overrides, out="run"):
+        data = {
+            "model": {"name": "DC-DiT-S", "num_classes": 3, "overrides": TINY},
+            "data": {"kind": "npz", "path": str(archive), "held_out": 0.25},
+            "optim": {"steps": 4, "batch_size": 4, "lr": 1e-3, "ema_decay": 0.9, "device": "cpu"},
+            "router": {"group_size": 2, "target": 2.0, "drop_fractions": [0.0, 0.5], "drop_warmup_steps": 1},
+            "run": {"out": str(tmp_path / out), "log_every": 1, "eval_every": 0, "eval_images": 3},
+        }
+        return override(data, overrides)
+
+    return config
+
+
+def records(result):
+    return [json.loads(line) for line in result.log.read_text().splitlines()]
+
+
+def assert_same_weights(a, b):
+    """Bit for bit: weights, averaged weights and optimiser state of two checkpoints."""
+    one, two = ckpt.load_checkpoint(a), ckpt.load_checkpoint(b)
+    for part in ("model", "ema", "optimizer"):
+        left, right = getattr(one, part), getattr(two, part)
+        assert left and left.keys() == right.keys()
+        for name in left:
+            assert torch.equal(left[name], right[name]), f"{part} {name}"
+
+
+def stop_at(step):
+    """A callback that presses Ctrl-C when this step's record is written."""
+    return lambda record: os.kill(os.getpid(), signal.SIGINT) if record["step"] == step else None
+
+
+# --- what a step does ---------------------------------------------------------------------------------------------
+
+
+def test_run_equals_a_plain_loop(config, archive):
+    """Two steps against the recipe written out: objective, ratio loss, clipping, AdamW with warm-up, average."""
+    settings = config("optim.steps=2", "optim.warmup_steps=4", "router.drop_warmup_steps=9", "optim.grad_clip=0.1")
+    saved = ckpt.load_checkpoint(train(settings).checkpoint)
+
+    torch.manual_seed(0)
+    model = create_model("DC-DiT-S", num_classes=3, **TINY)
+    ema = EMA(model, 0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step, (x, y) in enumerate(batches(NpzDataset(archive, held_out=0.25), 0, 2, 4)):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / 4
+        torch.manual_seed(seed_of(0, NOISE, step, 0))
+        routing = []
+
+        def predict(x, t, y, routing=routing):
+            out, found = model(x, t, y, return_routing=True)
+            routing.append(found)
+            return out
+
+        loss = DiTObjective()(predict, x, y)["loss"].mean()
+        loss = loss + 0.03 * ratio_loss(routing[0].prob, routing[0].natural_mask, 2.0, 2)
+        optimizer.zero_grad()
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0.1
+        optimizer.step()
+        ema.update()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(saved.model[name], tensor), name
+        assert torch.equal(saved.ema[name], ema.state[name]), name
+
+
+def test_records_and_result(config):
+    seen = []
+    result = train(config("run.eval_every=2"), callbacks=[seen.append])
+    assert (result.step, result.reason, result.main_process) == (4, "steps", True)
+    assert result.checkpoint == ckpt.find_checkpoint(result.log.parent)
+    assert records(result) == seen
+    training = [record for record in seen if "loss" in record]
+    assert [record["step"] for record in training] == [1, 2, 3, 4]
+    assert all(np.isfinite(list(record.values())).all() for record in seen)
+    for record in training:
+        assert record["loss"] == pytest.approx(record["diffusion_loss"] + 0.03 * record["ratio_loss"])
+        assert 0 < record["kept"] <= 1 and record["kept"] <= record["natural"] + 1 / 64
+        assert record["images_per_s"] > 0
+    assert training[0]["drop_fraction"] == 0
+    assert {record["drop_fraction"] for record in training} <= {0.0, 0.5}
+    assert [record["step"] for record in seen if "val_loss" in record] == [2, 4]
+    assert ckpt.read_trainer(result.checkpoint)["config"]["optim"]["lr"] == 1e-3
+    assert ckpt.read_metadata(result.checkpoint)["objective"] == "dit"
+
+
+def test_a_model_learns(config):
+    """Nine images again and again: the loss falls."""
+    overrides = ["optim.steps=60", "optim.lr=3e-3", "diffusion.objective=flow", "router.drop_warmup_steps=99"]
+    losses = [record["loss"] for record in records(train(config(*overrides, "data.flip=false")))]
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
+
+
+def test_validation_leaves_training_alone(config):
+    plain = train(config(out="a"))
+    watched = train(config("run.eval_every=1", out="b"))
+    assert_same_weights(plain.checkpoint, watched.checkpoint)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.precision=bf16"],
+        ["optim.accumulate=2", "data.workers=1"],
+        ["diffusion.objective=flow", "model.overrides.learn_sigma=false"],
+        ["router.group_size=null", "model.overrides.router=cosine1d", "model.overrides.dechunk=ema"],
+    ],
+    ids=["bf16", "accumulate", "flow", "h-net"],
+)
+def test_variants_train(config, overrides):
+    result = train(config("optim.steps=2", "run.eval_every=2", *overrides))
+    before, after = (ckpt.load_model(result.checkpoint, ema=ema).state_dict() for ema in (True, False))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in after.values())
+    assert all(np.isfinite(list(record.values())).all() for record in records(result))
+
+
+def test_static_baseline_trains(config):
+    result = train(config("model.name=DiT-S/2", "run.eval_every=4"))
+    assert type(ckpt.load_model(result.checkpoint)).__name__ == "DiT"
+    assert "kept" not in records(result)[0] and records(result)[0]["loss"] == records(result)[0]["diffusion_loss"]
+
+
+def test_two_processes_equal_two_passes_of_one(config, tmp_path):
+    single = train(config("optim.accumulate=2", out="single"))
+    (tmp_path / "two.yaml").write_text(dump_yaml(config("data.workers=1", out="two")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "dcdit", "train", "--config", str(tmp_path / "two.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps done") == 1
+    one, two = (ckpt.load_checkpoint(tmp_path / name) for name in ("single", "two"))
+    for name in one.model:
+        torch.testing.assert_close(two.model[name], one.model[name], rtol=1e-5, atol=1e-6, msg=name)
+    (*_, ours), (*_, theirs) = (records(single), [json.loads(s) for s in (tmp_path / "two/log.jsonl").open()])
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["optim.accumulate=2"], ["model.name=DiT-S/2"]], ids=["dynamic", "accumulate", "static"]
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(config, overrides):
+    whole = train(config(*overrides, out="whole"))
+    settings = config(*overrides, out="stopped")
+    first = train(settings, callbacks=[stop_at(2)])
+    assert (first.step, first.reason) == (2, "interrupt")
+    torch.manual_seed(12345)
+    second = train(settings, resume=first.log.parent)
+    assert (second.step, second.reason) == (4, "steps")
+    assert_same_weights(whole.checkpoint, second.checkpoint)
+
+    def without_speed(result):
+        return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
+
+    assert without_speed(whole) == without_speed(second)
+
+
+def test_resume_repeats_lost_steps(config):
+    """A crash after the checkpoint: the steps behind it are done again, in the log too."""
+    settings = config("run.checkpoint_every=2", out="crashed")
+    result = train(settings)
+    settings.run.checkpoint_every = 100
+    again = train(settings, resume=ckpt.checkpoint_path(settings.run.out, 2))
+    assert [record["step"] for record in records(again)] == [1, 2, 3, 4]
+    assert_same_weights(result.checkpoint, again.checkpoint)
+
+
+def test_resume_of_a_finished_run_can_be_extended(config):
+    train(config())
+    result = train(config("optim.steps=5"), resume=config().run.out)
+    assert result.step == 5
+    assert train(config("optim.steps=5"), resume=config().run.out).step == 5
+
+
+def test_time_limit(config):
+    result = train(config("run.minutes=1e-9", "optim.steps=1000"))
+    assert (result.step, result.reason) == (1, "minutes")
+    assert ckpt.read_trainer(result.checkpoint)["step"] == 1
+
+
+def test_old_checkpoints_go(config):
+    result = train(config("run.checkpoint_every=1", "run.keep_checkpoints=2"))
+    assert [path.name for path in ckpt.list_checkpoints(result.log.parent)] == ["step_00000003", "step_00000004"]
+
+
+def test_signal_handlers_come_back(config):
+    before = signal.getsignal(signal.SIGINT)
+    train(config("optim.steps=1"), callbacks=[stop_at(1)])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=DC-DiT-M"], "unknown preset 'DC-DiT-M'; accepted: DC-DiT-S"),
+        (["model.overrides.widht=3"], "unknown DCDiTConfig keys: widht"),
+        (["router.group_size=3"], r"router\.group_size is 3; accepted: a divisor of the 4 images"),
+        (["optim.accumulate=3"], r"optim\.batch_size is 4; accepted: a multiple of .* = 3"),
+        (["optim.accumulate=8"], r"optim\.batch_size is 4; accepted: a multiple of .* = 8"),
+        (["model.overrides.grid=[4, 4]"], r"the data has shape \(3, 8, 8\), the model takes \(3, 4, 4\)"),
+        (["model.num_classes=2"], r"the data has 3 classes; model\.num_classes is 2"),
+        (["data.kind=folder", "data.path=null"], r"data\.path is null"),
+    ],
+)
+def test_misfits(config, overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        train(config(*overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_an_existing_run_is_not_overwritten(config):
+    train(config("optim.steps=1"))
+    with pytest.raises(ValueError, match=r"already holds a run; resume it \(--resume "):
+        train(config())
+
+
+def test_resume_of_another_architecture(config):
+    saved = train(config("optim.steps=1")).checkpoint
+    with pytest.raises(ValueError, match="holds a DCDiT; accepted: a DiT, as the configuration says"):
+        train(config("model.name=DiT-S/2"), resume=saved)
+    with pytest.raises(ValueError, match=r"lacks weight 'blocks\.1\."):
+        train(config("model.overrides.depth=2"), resume=saved)
+
+
+def test_diverged_loss_stops_the_run(config, tmp_path):
+    path = tmp_path / "nan.npz"
+    np.savez(path, latents=np.full((8, 3, 8, 8), np.nan, np.float32), labels=np.zeros(8, int))
+    with pytest.raises((FloatingPointError, ValueError), match=r"nan|NaN"):
+        train(config(f"data.path={path}", "model.name=DiT-S/2"))
