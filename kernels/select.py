@@ -19,21 +19,22 @@ _HIGHEST = tl.constexpr(1 << 62)
 
 
 @triton.jit
-def _key(p):
-    """int32 in the order of the floats; -0.0 equals 0.0."""
+def _rank(p, at, positions):
+    """int64 that orders by p, then by position. A p above t ranks at or above t at the position past the last."""
     bits = p.to(tl.float32).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    key = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # in the order of the floats, with -0.0 equal to 0.0
+    return key.to(tl.int64) * positions + at
 
 
 @triton.jit
-def _rank(p, at, stop, positions):
-    return tl.where(at < stop, _key(p).to(tl.int64) * positions + at, _LOWEST)
+def _ranks(p_ptr, at, stop, positions):
+    p = tl.load(p_ptr + at, mask=at < stop, other=0.0)
+    return tl.where(at < stop, _rank(p, at, positions), _LOWEST)
 
 
 @triton.jit
 def _floor(threshold, positions):
-    """The lowest rank that p > threshold can have."""
-    return (_key(tl.full((), threshold, tl.float32)).to(tl.int64) + 1) * positions
+    return _rank(tl.full((), threshold, tl.float32), positions, positions)
 
 
 @triton.jit
@@ -51,9 +52,8 @@ def _bounds(starts_ptr, image, images, length, PACKED: tl.constexpr):
 def _count(p_ptr, start, stop, cut, positions, BLOCK: tl.constexpr):
     count = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(start, stop, BLOCK):
-        at = base + tl.arange(0, BLOCK)  # [BLOCK]
-        p = tl.load(p_ptr + at, mask=at < stop, other=0.0)
-        count += (_rank(p, at, stop, positions) >= cut).to(tl.int32)
+        rank = _ranks(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
+        count += (rank >= cut).to(tl.int32)
     return tl.sum(count)
 
 
@@ -84,8 +84,7 @@ def _cut_kernel(
     highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
     natural = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(start, stop, BLOCK):
-        at = base + tl.arange(0, BLOCK)  # [BLOCK]
-        rank = _rank(tl.load(p_ptr + at, mask=at < stop, other=0.0), at, stop, positions)
+        rank = _ranks(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
         lowest = tl.minimum(lowest, tl.where(rank >= floor, rank, _HIGHEST))
         highest = tl.maximum(highest, rank)
         natural += (rank >= floor).to(tl.int32)
@@ -107,9 +106,9 @@ def _cut_kernel(
         tl.store(best_ptr + image, best)
         for base in range(start, stop, BLOCK):
             at = base + tl.arange(0, BLOCK)  # [BLOCK]
-            p = tl.load(p_ptr + at, mask=at < stop, other=0.0).to(tl.float32)
-            rank = _rank(p, at, stop, positions)
-            tl.store(spare_ptr + at, tl.where((rank >= cut) & (rank < best), p, float("-inf")), mask=at < stop)
+            rank = _ranks(p_ptr, at, stop, positions)
+            p = tl.load(p_ptr + at, mask=(rank >= cut) & (rank < best), other=float("-inf"))
+            tl.store(spare_ptr + at, p.to(tl.float32), mask=at < stop)
 
 
 @triton.jit(do_not_specialize=["positions", "images", "capacity"])
@@ -184,7 +183,7 @@ def _compact_kernel(
     floor = _floor(threshold, positions)
     for base in range(start, stop, BLOCK):
         at = base + tl.arange(0, BLOCK)  # [BLOCK]
-        rank = _rank(tl.load(p_ptr + at, mask=at < stop, other=0.0), at, stop, positions)
+        rank = _ranks(p_ptr, at, stop, positions)
         keep = rank >= cut
         slots = slot + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(mask_ptr + at, keep, mask=at < stop)
