@@ -39,9 +39,7 @@ def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -
     out = []
     for lo, hi in pairwise(starts):
         q_i, k_i, v_i = (x[None, lo:hi].transpose(1, 2) for x in (q, k, v))
-        # The sum of empty tensors stays in the autograd graph; SDPA itself need not be asked about zero rows.
-        out_i = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=causal) if hi > lo else q_i + k_i + v_i
-        out.append(out_i.transpose(1, 2)[0])
+        out.append(F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=causal).transpose(1, 2)[0])
     return torch.cat([*out, q.new_zeros(q.shape[0] - starts[-1], *q.shape[1:])])
 
 

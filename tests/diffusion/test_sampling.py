@@ -128,11 +128,13 @@ def static(**overrides):
 def test_a_dynamic_model_samples_with_lite_cfg_and_budgets():
     model = dynamic().train()
     kept = []
+    modes = set()
     model.blocks[0].register_forward_hook(lambda module, inputs, output: kept.append(len(inputs[0])))
+    model.y_embedder.register_forward_hook(lambda module, inputs, output: modes.add(module.training))
     labels = torch.tensor([0, 4])
     out = sample(model, labels, 2, cfg_scale=1.5, drop_fraction=(0.0, 0.9), progress=False)
     assert out.shape == (2, 4, 8, 8) and out.isfinite().all()
-    assert model.training, "the mode is put back"
+    assert modes == {False} and model.training, "evaluated, and the mode put back"
     plain = sample(model, labels, 2, cfg_scale=1.5, progress=False)
     assert not torch.equal(out, plain)
     assert sum(kept[:2]) < sum(kept[2:])

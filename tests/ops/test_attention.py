@@ -17,6 +17,7 @@ LENGTHS = {
     "empty_inside": [0, 6, 0, 0, 9, 0],
     "all_empty": [0, 0],
     "one": [1],
+    "ragged_square": [9, 2],
     "none": [],
 }
 
@@ -110,6 +111,7 @@ def test_a_sequence_does_not_depend_on_the_others():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_slack_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
     monkeypatch.setattr(_backend, "_forced", forced)
+    # With ragged_square the buffer has B * max_seqlen rows, which without slack would mean equal lengths.
     qkv, cu, longest = inputs(lengths, slack=7)
     total = sum(lengths)
     poisoned = [x.detach().clone() for x in qkv]
