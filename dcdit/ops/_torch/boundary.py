@@ -1,8 +1,11 @@
 """Boundary probabilities."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dcdit.ops._torch._common import wide
 
@@ -12,22 +15,21 @@ NORM_EPS = 1e-12
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if q.shape[-2] == 0:
         return wide(q).sum(-1)
-    p = _half_angle(_cosine(wide(q)[..., :-1, :], wide(k)[..., 1:, :]))
-    p = F.pad(p, (1, 0), value=1.0)
+    cosine = _Cosine.apply(wide(q)[..., :-1, :], wide(k)[..., 1:, :])
+    p = F.pad(_half_angle(cosine), (1, 0), value=1.0)
     if cu_seqlens is None:
         return p
-    first = torch.zeros(q.shape[0] + 1, dtype=torch.bool, device=q.device)
-    first[cu_seqlens.long()] = True
+    first = torch.zeros(q.shape[0] + 1, dtype=torch.bool, device=q.device).index_fill(0, cu_seqlens.long(), True)
     return p.masked_fill(first[:-1], 1.0)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, d = q.shape
-    q_hat, k_hat = F.normalize(wide(q), dim=-1), F.normalize(wide(k), dim=-1)
-    # (B, L, D) is a channels-last image already: no transpose is copied.
+    k_hat = _Unit.apply(wide(k))
+    # (B, L, D) is a channels-last image already: nothing is transposed in memory.
     k_grid = k_hat.reshape(b, *grid, d).permute(0, 3, 1, 2)
     k_bar = F.conv2d(k_grid, wide(weight)[:, None], padding=1, groups=d).permute(0, 2, 3, 1).reshape(q.shape)
-    return _half_angle((q_hat * k_bar).sum(-1))
+    return _half_angle((_Unit.apply(wide(q)) * k_bar).sum(-1))
 
 
 def boundary_prob_predictability(
@@ -46,9 +48,45 @@ def boundary_prob_predictability(
     return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(x, dim=-1).clamp(min=NORM_EPS) for x in (a, b)]
-    return (a * b).sum(-1) / norms[0] / norms[1]
+class _Cosine(torch.autograd.Function):
+    """Cosine of row pairs. Its gradient is a combination of the two rows, so nothing row-sized is saved besides them."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        norm_a, norm_b = (torch.linalg.vector_norm(x, dim=-1).clamp(min=NORM_EPS) for x in (a, b))
+        cosine = (a * b).sum(-1) / norm_a / norm_b
+        ctx.save_for_backward(a, b, norm_a, norm_b, cosine)
+        return cosine
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, norm_a, norm_b, cosine = ctx.saved_tensors
+        across = (grad / norm_a / norm_b)[..., None]
+
+        def along(norm: Tensor) -> Tensor:
+            # A clamped norm is a constant: no gradient runs through it.
+            return torch.where(norm > NORM_EPS, -grad * cosine / norm / norm, 0)[..., None]
+
+        return torch.addcmul(across * b, along(norm_a), a), torch.addcmul(across * a, along(norm_b), b)
+
+
+class _Unit(torch.autograd.Function):
+    """Rows of length 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=NORM_EPS)
+        unit = x / norm
+        ctx.save_for_backward(unit, norm)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, norm = ctx.saved_tensors
+        along = torch.where(norm > NORM_EPS, (grad * unit).sum(-1, keepdim=True), 0)
+        return torch.addcmul(grad, along, unit, value=-1).div_(norm)
 
 
 def _half_angle(cosine: Tensor) -> Tensor:

@@ -1,22 +1,28 @@
 """adaLN modulation of packed rows by a (B, D) table.
 
-The table gets one zero row more, which slack rows look up: they come out as 0 (norm) or unchanged (gated add).
+Where segment bounds can be read for free, one pass per segment with its row of the table held in cache. Elsewhere the
+rows look up a table that has one zero row more, for slack rows: they come out as 0 (norm) or unchanged (gated add).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._torch._common import segment_of_rows, wide
+from dcdit.ops._torch._common import reads_are_free, segment_of_rows, wide
+from dcdit.ops._torch.segments import SegmentGatedAdd, SegmentLayerNorm
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
+    if reads_are_free(t):
+        return SegmentLayerNorm.apply(t, shift, scale, cu_seqlens.tolist(), eps)
     segment = segment_of_rows(cu_seqlens, t.shape[0])
     normed = F.layer_norm(_without_slack(t, segment, cu_seqlens), t.shape[-1:], eps=eps)
     return torch.addcmul(_rows(shift, segment), normed, 1 + _rows(scale, segment)).to(t.dtype)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if reads_are_free(x):
+        return SegmentGatedAdd.apply(x, y, gate, cu_seqlens.tolist())
     segment = segment_of_rows(cu_seqlens, x.shape[0])
     return torch.addcmul(wide(x), _rows(gate, segment), _without_slack(y, segment, cu_seqlens)).to(x.dtype)
 

@@ -26,7 +26,7 @@ def nearest_kept(kept: Tensor) -> Tensor:
     best = key.clone()
     for step in range(1, height):
         offset = step * step * length
-        if reads_are_free(kept) and offset > int(best.max()):
+        if reads_are_free(kept) and not bool((best >= offset).any()):
             break
         below, above = best[:, step:], best[:, :-step]
         torch.minimum(below, key[:, :-step] + offset, out=below)

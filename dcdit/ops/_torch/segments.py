@@ -1,0 +1,82 @@
+"""Modulation one segment at a time: nothing of size (T, D) is made from the (B, D) tables."""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dcdit.ops._torch._common import wide
+
+
+class SegmentLayerNorm(torch.autograd.Function):
+    """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]``; rows past the last bound are 0."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, shift: Tensor, scale: Tensor, bounds: list[int], eps: float) -> Tensor:
+        real = wide(t[: bounds[-1]])
+        out, mean, rstd = torch.native_layer_norm(real, real.shape[1:], None, None, eps)
+        ctx.save_for_backward(t, scale, mean, rstd)
+        ctx.bounds, ctx.shift_dtype = bounds, shift.dtype
+        shift, factor = wide(shift), 1 + wide(scale)
+        for b, (lo, hi) in enumerate(pairwise(bounds)):
+            torch.addcmul(shift[b], out[lo:hi], factor[b], out=out[lo:hi])
+        return _with_slack(out.to(t.dtype), t.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        t, scale, mean, rstd = ctx.saved_tensors
+        bounds = ctx.bounds
+        real, grad = wide(t[: bounds[-1]]), wide(grad)
+        factor = 1 + wide(scale)
+        grad_shift, grad_scale, grad_normed = torch.zeros_like(factor), torch.zeros_like(factor), torch.empty_like(real)
+        for b, (lo, hi) in enumerate(pairwise(bounds)):
+            g = grad[lo:hi]
+            torch.sum(g, 0, out=grad_shift[b])
+            normed = (real[lo:hi] - mean[lo:hi]).mul_(rstd[lo:hi])
+            torch.sum(normed.mul_(g), 0, out=grad_scale[b])
+            torch.mul(g, factor[b], out=grad_normed[lo:hi])
+        grad_t, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, real, real.shape[1:], mean, rstd, None, None, [True, False, False]
+        )
+        return (
+            _with_slack(grad_t.to(t.dtype), t.shape[0]),
+            grad_shift.to(ctx.shift_dtype),
+            grad_scale.to(scale.dtype),
+            None,
+            None,
+        )
+
+
+class SegmentGatedAdd(torch.autograd.Function):
+    """``x + gate[seg] * y``; rows past the last bound are x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, bounds: list[int]) -> Tensor:
+        ctx.save_for_backward(y, gate)
+        ctx.bounds = bounds
+        out, row = torch.empty_like(x), wide(gate)
+        for b, (lo, hi) in enumerate(pairwise(bounds)):
+            out[lo:hi] = torch.addcmul(wide(x[lo:hi]), row[b], wide(y[lo:hi]))
+        out[bounds[-1] :] = x[bounds[-1] :]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        y, gate = ctx.saved_tensors
+        row = wide(gate)
+        grad_y, grad_gate = torch.zeros_like(y), torch.zeros_like(row)
+        for b, (lo, hi) in enumerate(pairwise(ctx.bounds)):
+            g = wide(grad[lo:hi])
+            torch.mul(g, row[b], out=grad_y[lo:hi])
+            torch.sum(g * y[lo:hi], 0, out=grad_gate[b])
+        return grad, grad_y, grad_gate.to(gate.dtype), None
+
+
+def _with_slack(rows: Tensor, total: int) -> Tensor:
+    if rows.shape[0] == total:
+        return rows
+    return torch.cat([rows, rows.new_zeros(total - rows.shape[0], rows.shape[1])])
