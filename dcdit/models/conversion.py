@@ -203,7 +203,7 @@ def _fill(model: nn.Module, state_dict: State, table: dict[str, Place], what: st
         if value.shape != expected:
             raise ValueError(f"{key} has shape {tuple(value.shape)}; accepted: {tuple(expected)}")
         first_key, first = parts[place.ours].setdefault(place.part, (key, value))
-        if first.dtype != value.dtype or not torch.equal(first, value):
+        if first is not value and (first.dtype != value.dtype or not torch.equal(first, value)):
             raise ValueError(f"{key} differs from {first_key}; accepted: equal copies, for we keep one")
     state: dict[str, Tensor] = dict(extra)
     for name, found in parts.items():

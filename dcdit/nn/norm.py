@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """``SiLU(GroupNorm(x))`` in x's dtype; autocast alone would return float32 and double the bytes of both passes."""
+    """``SiLU(GroupNorm(x))`` in x's dtype; on a GPU autocast alone would return float32, twice the bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):

@@ -184,6 +184,11 @@ def test_models_without_an_official_counterpart(overrides: dict, message: str) -
         to_official(small_dc_dit(**overrides))
 
 
+def test_a_diverged_checkpoint_still_loads() -> None:
+    state = {key: torch.full_like(value, float("nan")) for key, value in Golden().state.items()}
+    assert all(value.isnan().all() for value in to_official(load_official(state, NUM_HEADS)).values())
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
