@@ -49,7 +49,7 @@ def boundary_prob_predictability(
 
 
 class _Cosine(torch.autograd.Function):
-    """Cosine of row pairs. Its gradient is a combination of the two rows, so nothing row-sized is saved besides them."""
+    """Cosine of row pairs. Its gradient is a combination of the two rows: nothing else of their size is saved."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def select_tokens(
     natural = p.flatten() > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
     if budget is not None:
-        mask = images.rank(images.ascending()) >= images.sizes_of_rows - budget
+        mask = images.rank() >= images.to_rows(images.starts.diff() - budget)
     else:
         best = images.best()
         mask = natural | best
@@ -57,40 +57,44 @@ class _Images:
 
     def __init__(self, p: Tensor, cu_seqlens: Tensor | None) -> None:
         self.p = p.flatten()
+        self.position = torch.arange(self.p.shape[0], device=p.device)
+        self.grid_shape = p.shape if cu_seqlens is None else None
         if cu_seqlens is None:
             self.count, length = p.shape
-            self.starts = torch.arange(self.count + 1, device=p.device) * length
+            image = torch.arange(self.count + 1, device=p.device)
+            self.starts, self.of_rows = image * length, image[:-1, None].expand(p.shape).reshape(-1)
         else:
             self.count = cu_seqlens.shape[0] - 1
             self.starts = cu_seqlens.long()
-        self.of_rows = segment_of_rows(self.starts.to(torch.int32), self.p.shape[0])
-        self.sizes_of_rows = self.starts.diff()[self.of_rows]
-        self.position = torch.arange(self.p.shape[0], device=p.device)
+            self.of_rows = segment_of_rows(self.starts, self.p.shape[0])
+
+    def to_rows(self, per_image: Tensor) -> Tensor:
+        return per_image.index_select(0, self.of_rows)
 
     def best(self) -> Tensor:
         """The highest p of each image, the last of equals."""
         if self.p.shape[0] == 0:
             return torch.zeros_like(self.p, dtype=torch.bool)
         top = self.p.new_full((self.count,), -torch.inf).scatter_reduce(0, self.of_rows, self.p, "amax")
-        last = torch.where(self.p == top[self.of_rows], self.position, -1)
+        last = torch.where(self.p == self.to_rows(top), self.position, -1)
         last = self.position.new_full((self.count,), -1).scatter_reduce(0, self.of_rows, last, "amax")
-        return self.position == last[self.of_rows]
+        return self.position == self.to_rows(last)
 
-    def ascending(self, kept: Tensor | None = None) -> Tensor:
-        """Flat positions, image after image, by ascending p and then ascending index; what is not kept comes last."""
+    def rank(self, kept: Tensor | None = None) -> Tensor:
+        """Place of each position in its image by ascending p, then ascending index; what is not kept comes last."""
         key = self.p if kept is None else torch.where(kept, self.p, torch.inf)
-        order = key.argsort(stable=True)
-        return order[self.of_rows[order].argsort(stable=True)]
-
-    def rank(self, order: Tensor) -> Tensor:
-        """Place of each position in the order of its own image."""
-        return torch.empty_like(order).scatter(0, order, self.position - self.starts[self.of_rows])
+        if self.grid_shape is not None:
+            order = (key.view(self.grid_shape).argsort(dim=1, stable=True) + self.starts[:-1, None]).flatten()
+        else:
+            order = key.argsort(stable=True)
+            order = order.index_select(0, self.of_rows.index_select(0, order).argsort(stable=True))
+        return torch.empty_like(order).scatter(0, order, self.position - self.to_rows(self.starts[:-1]))
 
     def drop(self, natural: Tensor, fraction: float | Tensor) -> Tensor:
         """natural without the given fraction of lowest p per image."""
-        counts = F.pad(natural.cumsum(0), (1, 0))[self.starts].diff().float()
+        counts = F.pad(natural.cumsum(0), (1, 0)).index_select(0, self.starts).diff().float()
         n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
-        return natural & (self.rank(self.ascending(natural)) >= n_drop.long()[self.of_rows])
+        return natural & (self.rank(natural) >= self.to_rows(n_drop))
 
 
 def _fit(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Gaussian smoothing of kept tokens: a separable window over the grid, evaluated on kept tokens only.
 
-Both axes are weighted sums over rows ("bags"): first down the columns, where the bag of a position lists the kept tokens
-of its window, then along the rows, for kept positions only. The cost of a position depends on the window, not on the
-grid.
+Both axes are weighted sums over rows ("bags"): first down the columns, where the bag of a position lists the kept
+tokens of its window, then along the rows, for kept positions only. The cost of a position depends on the window, not
+on the grid.
 """
 
 import math
@@ -50,7 +50,7 @@ class _Smooth(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        """With s the smoothed rows, Z their normaliser, c = (1 - q) / Z and K the kernel (symmetric, 1 on its diagonal):
+        """With s the smoothed rows, Z their normaliser, c = (1 - q) / Z and K the kernel, symmetric with unit diagonal:
 
         ``dh_j = q_j (g_j + sum_i K_ij c_i g_i)`` and ``dq_j = <g_j, h_j - s_j> + sum_i K_ij c_i <g_i, h_j - s_i>``.
 
@@ -82,7 +82,7 @@ def _window_sums_fake(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tenso
 @opaque(_window_sums_fake)
 def _window_sums(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
     """``sum_j exp(-|u_i - u_j|^2 / (2 sigma^2)) scale_j rows_j`` over the square window around each kept token i."""
-    images, height, width = slots.shape
+    _, height, width = slots.shape
     out = torch.zeros_like(rows)
     down, across = min(radius, height - 1), min(radius, width - 1)
     windows = F.pad(slots, (0, 0, down, down), value=-1).unfold(1, 2 * down + 1, 1)
