@@ -1,5 +1,7 @@
 """Argument checks shared by the public operations. Every message names the value and what is accepted."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", e
     values = cu_seqlens.tolist()
     if values[0] != 0:
         raise ValueError(f"{name} starts at {values[0]}; it must start at 0")
-    if any(b < a for a, b in zip(values, values[1:], strict=False)):
+    if any(b < a for a, b in pairwise(values)):
         raise ValueError(f"{name} descends: {values[:8]}; it must not")
     if values[-1] > total or (exact and values[-1] != total):
         raise ValueError(f"{name} ends at {values[-1]}; it must end at {'' if exact else 'or below '}{total}")

@@ -71,8 +71,8 @@ def boundary_prob_predictability(
 ) -> Tensor:
     """Tail of the predictability router (DC-DiT, arXiv 2603.06351, the default router).
 
-    ``p = sigmoid(out_weight . SiLU(GroupNorm(features)) + out_bias)``; the first and the last raster position are forced
-    to 1 and pass no gradient.
+    ``p = sigmoid(out_weight . SiLU(GroupNorm(features)) + out_bias)``; the first and the last raster position are
+    forced to 1 and pass no gradient.
 
     Args:
         features: (B, C, H, W), contiguous or channels-last.

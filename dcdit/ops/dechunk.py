@@ -21,9 +21,11 @@ def dechunk_spatial(
 ) -> Tensor:
     """Gaussian smoothing over the kept tokens, then nearest-token plug-back (DC-DiT, arXiv 2603.06351, de-chunking).
 
-    With ``q = clamp(p, 1e-4, 1 - 1e-4)`` and ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j`` over the kept tokens of the
-    same image, rows normalised with 1e-8 in the denominator: ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j``; each position
-    takes h' of its nearest kept token (Euclidean, ties to the lowest raster index). Linear cost in L.
+    With ``q = clamp(p, 1e-4, 1 - 1e-4)`` and ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j`` over the kept tokens of
+    the same image, rows normalised with 1e-8 in the denominator: ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j``; each
+    position takes h' of its nearest kept token (Euclidean, ties to the lowest raster index). Linear cost in L.
+
+    An image that keeps no token (a hand-made selection can say so) de-chunks to zeros.
 
     Args:
         h: (T, D) packed tokens.
@@ -59,8 +61,8 @@ def dechunk_ema(
 ) -> Tensor:
     """Exponential moving average over the kept tokens, held until the next one (H-Net, arXiv 2507.07955, section 2.2).
 
-    ``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}`` from 0 inside each sequence, with ``q = clamp(p, 1e-4, 1 - 1e-4)``; position
-    t takes hbar of the last kept token at or before it (0 where there is none).
+    ``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}`` from 0 inside each sequence, with ``q = clamp(p, 1e-4, 1 - 1e-4)``;
+    position t takes hbar of the last kept token at or before it (0 where there is none).
 
     Args:
         h: (T, D) packed tokens.

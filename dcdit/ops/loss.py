@@ -7,10 +7,10 @@ from dcdit.ops._backend import backend_for
 
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
-    """``N/(N-1) * ((1-F)(1-G) + (N-1) F G)`` (H-Net, arXiv 2507.07955, section 2.3, equation 10; DC-DiT uses weight 0.03).
+    """``N/(N-1) * ((1-F)(1-G) + (N-1) F G)`` (H-Net, arXiv 2507.07955, section 2.3, equation 10).
 
-    F is the mean of the mask (no gradient), G the mean of p, over groups of ``group_size`` images, then averaged. It is 1
-    where F = G = 1/N.
+    F is the mean of the mask (no gradient), G the mean of p, over groups of ``group_size`` images, then averaged. It
+    is 1 where F = G = 1/N. DC-DiT weighs it by 0.03.
 
     Args:
         p: (B, L) or (S,).

@@ -57,8 +57,8 @@ def gated_add_modulated_layer_norm(
         eps: added to the variance.
 
     Returns:
-        ``(x + gate[seg] * y, LayerNorm(x + gate[seg] * y) * (1 + scale[seg]) + shift[seg])``, both (T, D). The norm reads
-        the sum as it is stored, rounded to x's dtype. Differentiable in every float argument.
+        ``(x + gate[seg] * y, LayerNorm(x + gate[seg] * y) * (1 + scale[seg]) + shift[seg])``, both (T, D). The norm
+        reads the sum as it is stored, rounded to x's dtype. Differentiable in every float argument.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.

@@ -165,6 +165,9 @@ def dechunk_spatial(
     images = []
     for image, tokens in enumerate(_split(_wide(h), sel.cu_seqlens)):
         kept = sel.mask[image].nonzero().flatten()
+        if kept.numel() == 0:
+            images.append(tokens.new_zeros(height * width, tokens.shape[1]))
+            continue
         q = confidence[image, kept].to(tokens.dtype)
         apart = (rows[kept, None] - rows[kept]) ** 2 + (cols[kept, None] - cols[kept]) ** 2
         weight = torch.exp(-apart.to(tokens.dtype) / (2 * sigma**2)) * q

@@ -12,8 +12,9 @@ from dcdit.ops._backend import backend_for
 class TokenSelection(NamedTuple):
     """The kept tokens of a batch, packed image after image in raster order.
 
-    The source is a grid batch (B, L) or packed sequences (S,). In capacity mode the packed buffer has slack: entries past
-    ``cu_seqlens[-1]`` have index -1, and the operations write zeros there.
+    The source is a grid batch (B, L) or packed sequences (S,). In capacity mode the packed buffer has slack: entries
+    past ``cu_seqlens[-1]`` have index -1, and the operations write zeros there. :func:`select_tokens` keeps at least one
+    token of every non-empty image; the operations also take a hand-made selection with images that keep none.
     """
 
     indices: Tensor
@@ -48,8 +49,9 @@ def select_tokens(
 ) -> TokenSelection:
     """Choose the tokens to keep (DC-DiT, arXiv 2603.06351: routing and elastic inference).
 
-    Keeps p > threshold, then drops the ``floor(float32(n) * float32(drop_fraction))`` lowest p of each image (among equal
-    p the lower raster index goes first). A non-empty image always keeps its best token. Not differentiable.
+    Keeps p > threshold, then drops the ``floor(float32(n) * float32(drop_fraction))`` lowest p of each image (among
+    equal p the lower raster index goes first). A non-empty image always keeps its best token: the highest p, the last
+    of equals. Not differentiable.
 
     Args:
         p: (B, L), or (S,) with ``cu_seqlens``; probabilities in [0, 1].
