@@ -1,16 +1,11 @@
 """Which implementation an operation runs on: Triton kernels, vectorised PyTorch, or the plain reference."""
 
-import importlib
 import os
 from types import ModuleType, TracebackType
 
 import torch
 
-BACKENDS = {
-    "triton": "dcdit.ops._triton",
-    "torch": "dcdit.ops._torch",
-    "reference": "dcdit.ops.reference",
-}
+BACKENDS = ("triton", "torch", "reference")
 
 _forced: str | None = None
 
@@ -47,16 +42,21 @@ def backend_name(tensor: torch.Tensor) -> str:
     return _forced or ("triton" if tensor.is_cuda else "torch")
 
 
-_loaded: dict[str, ModuleType] = {}
-
-
 def backend_for(tensor: torch.Tensor) -> ModuleType:
-    """The module that implements the operations for this tensor."""
+    """The module that implements the operations for this tensor, imported when it is first needed."""
+    # Import statements rather than importlib: the compiler can trace them.
     name = backend_name(tensor)
-    module = _loaded.get(name)
-    if module is None:
-        module = _loaded[name] = importlib.import_module(BACKENDS[name])
-    return module
+    if name == "triton":
+        from dcdit.ops import _triton
+
+        return _triton
+    if name == "torch":
+        from dcdit.ops import _torch
+
+        return _torch
+    from dcdit.ops import reference
+
+    return reference
 
 
 def value_checks_enabled(tensor: torch.Tensor) -> bool:
