@@ -5,6 +5,7 @@ from dcdit.ops._triton.boundary import (
     boundary_prob_cosine2d,
     boundary_prob_predictability,
 )
+from dcdit.ops._triton.dechunk_spatial import dechunk_spatial
 from dcdit.ops._triton.loss import ratio_loss
 from dcdit.ops._triton.modulation import gated_add, gated_add_modulated_layer_norm, modulated_layer_norm
 from dcdit.ops._triton.packing import gather_tokens, scatter_tokens
@@ -14,6 +15,7 @@ __all__ = [
     "boundary_prob_cosine",
     "boundary_prob_cosine2d",
     "boundary_prob_predictability",
+    "dechunk_spatial",
     "gated_add",
     "gated_add_modulated_layer_norm",
     "gather_tokens",

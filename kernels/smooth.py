@@ -1,0 +1,242 @@
+"""Gaussian smoothing of the kept tokens of a grid, as products of small dense tiles over kept tokens only.
+
+A program owns up to BM kept tokens of one block of the grid (BAND_H x STRIP_W positions, a shape that no kept count
+changes) and walks over the kept tokens of their window, BJ at a time: weights from coordinates in registers, then a
+product on the tensor cores. Packed rows follow the raster order, so the kept tokens of a window are one run per grid
+row (see ``nearest.Survey``); the runs are strung together so that tiles stay full at any density.
+
+On paper, at a kept share s and radius R, one program reads (BM / (s STRIP_W) + 2R)(STRIP_W + 2R) s rows for BM tokens.
+With s = 0.25 and R = 6 (sigma 1) that is some 220 rows per 64 tokens on a large grid and fewer at its edges, whatever
+L is: the cost is linear in L. Runs of whole grid rows would need less arithmetic to find but read W instead of STRIP_W
++ 2R columns; gathering per token would read about 156 s rows for each token alone.
+
+Weights carry the accuracy of float32. bfloat16 tokens meet a weight cut into three bfloat16 parts, 24 bits together,
+so every product is exact before its float32 sum; other dtypes go through ``bf16x6``, which cuts both sides that way
+and leaves out only products below 2^-24. (Plain "tf32" would lose half the bits, and "ieee" leaves the tensor cores.)
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels.nearest import Survey
+
+ROW_EPS = tl.constexpr(1e-8)
+_FAR = tl.constexpr(2**31 - 1)
+# The interpreter keeps bfloat16 as integers and would multiply those: there, the same three parts are float32 numbers.
+# And it knows one float32 product only.
+_PART = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+_WIDE = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x6")
+
+
+@triton.jit
+def _multiply_add(weight, rows, acc):
+    """``acc + weight @ rows``: [M, K] float32 by [K, N] to the accuracy of float32."""
+    if rows.dtype == tl.bfloat16:
+        rows = rows.to(_PART)
+        high = weight.to(tl.bfloat16)
+        rest = weight - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(low.to(_PART), rows, acc)
+        acc = tl.dot(middle.to(_PART), rows, acc)
+        acc = tl.dot(high.to(_PART), rows, acc)
+    else:
+        acc = tl.dot(weight, rows.to(tl.float32), acc, input_precision=_WIDE)
+    return acc
+
+
+@triton.jit
+def _runs(rank_ptr, row, exists, left, right, width):
+    """Kept tokens of columns ``left`` to ``right`` of each grid row: first slot, place in the whole list, and count."""
+    rank_ptr += row.to(tl.int64) * (width + 1)
+    first = tl.load(rank_ptr + left, mask=exists, other=0)
+    count = tl.load(rank_ptr + right, mask=exists, other=0) - first
+    return first, tl.cumsum(count, 0) - count, count
+
+
+@triton.jit
+def _listed(place, first, begin, count):
+    """Slot of each place [N] in the list of runs [G]; -1 past its end."""
+    within = place[:, None] - begin[None, :]
+    return tl.sum(tl.where((within >= 0) & (within < count[None, :]), first[None, :] + within + 1, 0), 1) - 1
+
+
+@triton.jit
+def _own_tokens(
+    rank_ptr, height, width, bands, strips, shares, BAND_H: tl.constexpr, STRIP_W: tl.constexpr, BM: tl.constexpr
+):
+    """This program's slots [BM] (-1 past the end), and the first row of its image in the stacked grids."""
+    block = tl.program_id(0) // shares
+    share = tl.program_id(0) % shares
+    strip = block % strips
+    band = block // strips % bands
+    top = block // strips // bands * height
+    line = band * BAND_H + tl.arange(0, BAND_H)
+    right = tl.minimum((strip + 1) * STRIP_W, width)
+    first, begin, count = _runs(rank_ptr, top + line, line < height, strip * STRIP_W, right, width)
+    return _listed(share * BM + tl.arange(0, BM), first, begin, count), top
+
+
+@triton.jit
+def _window_sum(
+    source_ptr, weight_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
+    source_stride, tokens, parts, fall, channel,
+    D: tl.constexpr, RADIUS: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sums over the window: of ``K weight source`` [BM, BLOCK_D], and of ``K weight along`` [BM] (1 if None)."""
+    real = slot >= 0
+    row = tl.load(row_ptr + slot, mask=real, other=0)  # [BM]
+    col = tl.load(col_ptr + slot, mask=real, other=0)
+    from_line = tl.maximum(tl.min(tl.where(real, row, _FAR), 0) - RADIUS, top)
+    to_line = tl.minimum(tl.max(tl.where(real, row, -1), 0) + RADIUS + 1, top + height)
+    left = tl.maximum(tl.min(tl.where(real, col, _FAR), 0) - RADIUS, 0)
+    right = tl.minimum(tl.max(tl.where(real, col, -1), 0) + RADIUS + 1, width)
+    acc = tl.zeros((BM, BLOCK_D), tl.float32)
+    # Summed along its rows once, behind the loops.
+    total = tl.zeros((BM, BJ), tl.float32)
+    for first_line in range(from_line, to_line, LINES):
+        line = first_line + tl.arange(0, LINES)
+        first, begin, count = _runs(rank_ptr, line, line < to_line, left, right, width)
+        for start in range(0, tl.sum(count, 0), BJ):
+            other = _listed(start + tl.arange(0, BJ), first, begin, count)  # [BJ]
+            present = other >= 0
+            down = tl.load(row_ptr + other, mask=present, other=0)[None, :] - row[:, None]  # [BM, BJ]
+            across = tl.load(col_ptr + other, mask=present, other=0)[None, :] - col[:, None]
+            near = (tl.abs(down) <= RADIUS) & (tl.abs(across) <= RADIUS)
+            kernel = tl.where(near, tl.exp2((down * down + across * across).to(tl.float32) * fall), 0.0)
+            # A missing token weighs nothing, so what its coordinates say does not matter.
+            weight = tl.load(weight_ptr + other, mask=present, other=0.0)
+            source = tl.load(
+                source_ptr + other.to(tl.int64)[:, None] * source_stride + channel[None, :],
+                mask=present[:, None] & (channel < D)[None, :], other=0.0,
+            )  # fmt: skip
+            acc = _multiply_add(kernel * weight[None, :], source, acc)
+            if along_ptr is None:
+                total += kernel * weight[None, :]
+            else:
+                along = tl.zeros((BJ,), tl.float32)
+                part_ptr = along_ptr
+                for _ in range(parts):
+                    along += tl.load(part_ptr + other, mask=present, other=0.0)
+                    part_ptr += tokens
+                total += kernel * (weight * along)[None, :]
+    return acc, tl.sum(total, 1)
+
+
+@triton.jit(do_not_specialize=["height", "width", "bands", "strips", "shares", "tokens"])
+def _smooth_fwd_kernel(
+    h_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, smoothed_ptr, scale_ptr,
+    height, width, bands, strips, shares, tokens, h_stride, fall,
+    D: tl.constexpr, RADIUS: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot, top = _own_tokens(rank_ptr, height, width, bands, strips, shares, BAND_H, STRIP_W, BM)
+    if tl.max(slot, 0) < 0:
+        return
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc, total = _window_sum(
+        h_ptr, q_ptr, None, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
+        h_stride, tokens, 0, fall, channel, D, RADIUS, BM, BJ, LINES, BLOCK_D,
+    )  # fmt: skip
+    real = slot >= 0
+    norm = total + ROW_EPS
+    inside = real[:, None] & (channel < D)[None, :]
+    tl.store(smoothed_ptr + slot.to(tl.int64)[:, None] * D + channel[None, :], acc / norm[:, None], mask=inside)
+    if tl.program_id(1) == 0:
+        q = tl.load(q_ptr + slot, mask=real, other=0.0)
+        tl.store(scale_ptr + slot, (1 - q) / norm, mask=real)
+
+
+@triton.jit(do_not_specialize=["height", "width", "bands", "strips", "shares", "tokens", "parts"])
+def _smooth_bwd_kernel(
+    grad_ptr, h_ptr, smoothed_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, scale_ptr, grad_h_ptr, grad_q_ptr,
+    height, width, bands, strips, shares, tokens, parts, h_stride, fall,
+    D: tl.constexpr, RADIUS: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot, top = _own_tokens(rank_ptr, height, width, bands, strips, shares, BAND_H, STRIP_W, BM)
+    if tl.max(slot, 0) < 0:
+        return
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # The sum over <g_i, s_i> knows no channels: the first slice takes it whole.
+    parts = tl.where(tl.program_id(1) == 0, parts, 0)
+    spread, total = _window_sum(
+        grad_ptr, scale_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
+        D, tokens, parts, fall, channel, D, RADIUS, BM, BJ, LINES, BLOCK_D,
+    )  # fmt: skip
+    real = slot >= 0
+    inside = real[:, None] & (channel < D)[None, :]
+    own = slot.to(tl.int64)[:, None]
+    grad = tl.load(grad_ptr + own * D + channel[None, :], mask=inside, other=0.0)
+    if grad_h_ptr is not None:
+        q = tl.load(q_ptr + slot, mask=real, other=0.0)
+        tl.store(grad_h_ptr + own * D + channel[None, :], q[:, None] * (grad + spread), mask=inside)
+    if grad_q_ptr is not None:
+        h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        smoothed = tl.load(smoothed_ptr + own * D + channel[None, :], mask=inside, other=0.0)
+        grad_q = tl.sum(grad * (h - smoothed) + spread * h, 1) - total
+        tl.store(grad_q_ptr + tl.program_id(1).to(tl.int64) * tokens + slot, grad_q, mask=real)
+
+
+def _fall(sigma: float) -> float:
+    """exp(-d^2 / (2 sigma^2)) = 2^(fall d^2)"""
+    return -math.log2(math.e) / (2 * sigma**2)
+
+
+def _blocks(images: int, grid: tuple[int, int], config: dict[str, int]) -> tuple[int, tuple[int, int, int]]:
+    """Number of programs, and (bands, strips, shares): cuts of a grid, and programs that share a block's tokens."""
+    bands, strips = cdiv(grid[0], config["BAND_H"]), cdiv(grid[1], config["STRIP_W"])
+    shares = cdiv(min(grid[0], config["BAND_H"]) * min(grid[1], config["STRIP_W"]), config["BM"])
+    return images * bands * strips * shares, (bands, strips, shares)
+
+
+def smooth_fwd(
+    h: Tensor, survey: Survey, images: int, grid: tuple[int, int], sigma: float, radius: int
+) -> tuple[Tensor, Tensor]:
+    """(T, D) tokens with a unit last stride -> (T, D) ``s_i = sum_j W_ij h_j`` and (T,) ``(1 - q_i) / (Z_i + 1e-8)``.
+
+    Both are float32. Z_i is the sum of the weights before normalisation. Rows of slack tokens stay unwritten.
+    """
+    tokens, d = h.shape
+    smoothed = empty((tokens, d), torch.float32, h.device)
+    scale = empty((tokens,), torch.float32, h.device)
+    config = config_for("smooth_fwd", h.device, D=d)
+    programs, cuts = _blocks(images, grid, config)
+    launch(
+        _smooth_fwd_kernel, (programs, cdiv(d, config["BLOCK_D"])), h, *survey, smoothed, scale,
+        *grid, *cuts, tokens, h.stride(0), _fall(sigma), D=d, RADIUS=radius, **config,
+    )  # fmt: skip
+    return smoothed, scale
+
+
+def smooth_bwd(
+    grad: Tensor, h: Tensor, smoothed: Tensor, along: Tensor | None, scale: Tensor, survey: Survey,
+    grad_h: Tensor | None, images: int, grid: tuple[int, int], sigma: float, radius: int,
+) -> Tensor | None:  # fmt: skip
+    """Gradients of ``q_i h_i + (1 - q_i) s_i``, from those of its rows.
+
+    Args:
+        grad: contiguous (T, D) float32, g.
+        along: (parts, T) float32 whose sum over parts is ``<g_i, s_i>``; None if no gradient of q is wanted.
+        grad_h: (T, D) in h's dtype, its rows of real tokens are written; None if it is not wanted.
+
+    Returns:
+        float32 (slices, T) whose sum over slices is the gradient of q, or None.
+    """
+    tokens, d = h.shape
+    config = config_for("smooth_bwd", h.device, D=d)
+    slices = cdiv(d, config["BLOCK_D"])
+    programs, cuts = _blocks(images, grid, config)
+    parts = 0 if along is None else along.shape[0]
+    grad_q = None if along is None else empty((slices, tokens), torch.float32, h.device)
+    launch(
+        _smooth_bwd_kernel, (programs, slices), grad, h, smoothed, along, *survey, scale, grad_h, grad_q,
+        *grid, *cuts, tokens, parts, h.stride(0), _fall(sigma), D=d, RADIUS=radius, **config,
+    )  # fmt: skip
+    return grad_q
