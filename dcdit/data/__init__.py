@@ -46,7 +46,6 @@ def batches(
     if batch_size % world:
         raise ValueError(f"a batch of {batch_size} does not divide over {world} processes")
     share = batch_size // world
-    order = [
-        list(range(k * batch_size + rank * share, k * batch_size + (rank + 1) * share)) for k in range(start, stop)
-    ]
+    firsts = (k * batch_size + rank * share for k in range(start, stop))
+    order = (list(range(first, first + share)) for first in firsts)
     yield from DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
