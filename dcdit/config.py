@@ -31,7 +31,7 @@ class DataSection:
         "folder (of images), photographs (those inside scikit-image) or npz (images or latents)",
         choices=("folder", "photographs", "npz"),
     )
-    path: str | None = option(None, "folder of images, or .npz file")
+    path: str | None = option(None, "folder of images, .npz file, or folder of .npy files (kind npz)")
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
     flip: bool = option(True, "mirror images at random")

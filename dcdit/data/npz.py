@@ -1,7 +1,8 @@
-"""A NumPy archive of images or of latents that some encoder made."""
+"""NumPy arrays of images, or of latents that some encoder made."""
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,19 +10,23 @@ from torch import Tensor
 
 from dcdit.data._samples import Samples, Split, sample_rng, to_sample
 
+Array = np.ndarray[Any, Any]
+ARRAYS = ("images", "latents", "labels")
+
 
 class NpzDataset(Samples):
     """An ``.npz`` with ``labels`` (N,) integer, and ``images`` (N, H, W, 3) uint8 or ``latents`` (N, C, H, W) float.
 
-    The arrays are held in memory. Latents come as they are stored, in float32; only images are mirrored.
+    An archive is held in memory; a folder of ``labels.npy`` and ``images.npy`` or ``latents.npy`` stays on disk and is
+    mapped. Latents come as they are stored, in float32; only images are mirrored.
 
     Args:
-        path: the archive, without pickled objects.
+        path: the archive or the folder, without pickled objects.
         split, held_out, flip, seed: as in :class:`dcdit.data.ImageFolder`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an archive, or arrays that are missing or of another shape or type.
+        FileNotFoundError: nothing there.
+        ValueError: unreadable, or arrays that are missing or of another shape or type.
     """
 
     def __init__(
@@ -49,22 +54,25 @@ class NpzDataset(Samples):
         return to_sample(value), label
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no dataset file {str(path)!r}")
+def _load(path: Path) -> dict[str, Array]:
+    if not path.exists():
+        raise FileNotFoundError(f"no dataset {str(path)!r}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            wanted = [name for name in ("images", "latents", "labels") if name in archive]
-            arrays = {name: archive[name] for name in wanted}
-            names = list(archive)
+        if path.is_dir():
+            names = sorted(file.stem for file in path.glob("*.npy"))
+            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in names if name in ARRAYS}
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                names = list(archive)
+                arrays = {name: archive[name] for name in names if name in ARRAYS}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is no readable .npz archive: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not readable as NumPy arrays: {' '.join(str(error).split())}") from None
     if len(arrays) != 2 or "labels" not in arrays:
         raise ValueError(f"{path} holds {names}; accepted: labels, and either images or latents")
     return arrays
 
 
-def _check(path: str | Path, values: np.ndarray, labels: np.ndarray, latent: bool) -> None:
+def _check(path: str | Path, values: Array, labels: Array, latent: bool) -> None:
     if latent and (values.ndim != 4 or values.dtype.kind != "f"):
         raise ValueError(f"{path}: latents are {values.dtype} {values.shape}; accepted: float (N, C, H, W)")
     if not latent and (values.ndim != 4 or values.shape[3] != 3 or values.dtype != np.uint8):

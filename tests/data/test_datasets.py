@@ -187,6 +187,19 @@ def test_npz_latents_come_as_stored(tmp_path):
     assert torch.equal(x, torch.from_numpy(latents[data.split.item(2)]).float())
 
 
+def test_npy_folder_is_the_same_but_mapped(tmp_path):
+    arrays = {"latents": np.random.default_rng(0).normal(size=(6, 4, 6, 6)).astype(np.float16), "labels": np.arange(6)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    archive, folder = NpzDataset(tmp_path / "a.npz"), NpzDataset(tmp_path)
+    assert isinstance(folder.values, np.memmap)
+    assert all(same(archive[n], folder[n]) for n in range(6))
+    (tmp_path / "labels.npy").unlink()
+    with pytest.raises(ValueError, match=r"holds \['latents'\]; accepted: labels, and"):
+        NpzDataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -197,7 +210,7 @@ def test_npz_latents_come_as_stored(tmp_path):
         ({"latents": np.zeros((2, 4, 8, 8)), "labels": np.zeros(3, int)}, "accepted: 2 integers"),
         ({"latents": np.zeros((2, 4, 8, 8)), "labels": -np.ones(2, int)}, "of at least 0"),
         ({"latents": np.zeros((0, 4, 8, 8)), "labels": np.zeros(0, int)}, "holds no images"),
-        ({"images": np.array([{}]), "labels": np.zeros(1, int)}, "no readable .npz"),
+        ({"images": np.array([{}]), "labels": np.zeros(1, int)}, "not readable as NumPy arrays"),
     ],
 )
 def test_npz_bad_arrays(tmp_path, arrays, message):
@@ -209,12 +222,12 @@ def test_npz_bad_arrays(tmp_path, arrays, message):
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 but then not"])
 def test_npz_unreadable(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.npz is no readable \.npz archive"):
+    with pytest.raises(ValueError, match=r"a\.npz is not readable as NumPy arrays"):
         NpzDataset(tmp_path / "a.npz")
 
 
 def test_npz_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no dataset file"):
+    with pytest.raises(FileNotFoundError, match="no dataset"):
         NpzDataset(tmp_path / "a.npz")
 
 
