@@ -1,13 +1,15 @@
 """Each operation of :mod:`dcdit.ops` on inputs as a DC-DiT brings them: what tuning and benchmarks run."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcdit import ops
 from dcdit.ops import TokenSelection
+
+Call = Callable[[], Tensor | tuple[Any, ...]]
 
 
 class Shape(NamedTuple):
@@ -26,26 +28,46 @@ class Shape(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
-class Workload(NamedTuple):
-    """An operation with its inputs."""
+class Workload:
+    """An operation with its inputs.
 
-    call: Callable[[], Tensor | tuple[Tensor, ...]]
-    differentiable: tuple[Tensor, ...]
-    """Inputs that a training step wants gradients of; empty where there is no backward."""
+    Args:
+        op: the operation.
+        *args: what it is called with.
+        differentiable: the arguments that a training step wants gradients of; empty where there is no backward.
+    """
 
-    @torch.no_grad()
+    def __init__(self, op: Callable[..., Any], *args: Any, differentiable: tuple[Tensor, ...] = ()) -> None:
+        self.op = op
+        self.args = args
+        self.differentiable = differentiable
+
     def forward(self) -> tuple[Tensor, ...]:
         """The outputs."""
-        return _tensors(self.call())
+        return run_forward(self.call)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
         """The outputs and the gradients of ``differentiable``, for an output gradient of ones."""
-        outputs = _tensors(self.call())
-        ones = [torch.ones_like(output) for output in outputs]
-        return (*(output.detach() for output in outputs), *torch.autograd.grad(outputs, self.differentiable, ones))
+        return run_forward_backward(self.call, self.differentiable)
+
+    def call(self) -> Tensor | tuple[Any, ...]:
+        return self.op(*self.args)
 
 
-def _tensors(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+@torch.no_grad()
+def run_forward(call: Call) -> tuple[Tensor, ...]:
+    """The tensors that a call returns, without gradients."""
+    return _tensors(call())
+
+
+def run_forward_backward(call: Call, differentiable: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors that a call returns and the gradients of ``differentiable``, for an output gradient of ones."""
+    outputs = _tensors(call())
+    ones = [torch.ones_like(output) for output in outputs]
+    return (*(output.detach() for output in outputs), *torch.autograd.grad(outputs, differentiable, ones))
+
+
+def _tensors(outputs: Tensor | tuple[Any, ...]) -> tuple[Tensor, ...]:
     if isinstance(outputs, Tensor):
         return (outputs,)
     return tuple(value for value in outputs if isinstance(value, Tensor))
@@ -95,12 +117,12 @@ class _Inputs:
 
 def _boundary_prob_cosine(inputs: _Inputs) -> Workload:
     q, k = inputs.tokens(), inputs.tokens()
-    return Workload(lambda: ops.boundary_prob_cosine(q, k), (q, k))
+    return Workload(ops.boundary_prob_cosine, q, k, None, differentiable=(q, k))
 
 
 def _boundary_prob_cosine2d(inputs: _Inputs) -> Workload:
     q, k, weight = inputs.tokens(), inputs.tokens(), inputs.normal(inputs.shape.width, 3, 3)
-    return Workload(lambda: ops.boundary_prob_cosine2d(q, k, weight, inputs.shape.grid), (q, k, weight))
+    return Workload(ops.boundary_prob_cosine2d, q, k, weight, inputs.shape.grid, differentiable=(q, k, weight))
 
 
 def _boundary_prob_predictability(inputs: _Inputs) -> Workload:
@@ -110,31 +132,30 @@ def _boundary_prob_predictability(inputs: _Inputs) -> Workload:
     affine = [inputs.normal(width) for _ in range(3)]
     bias = inputs.normal(1)
     groups = 8 if width % 8 == 0 else 1
-    return Workload(
-        lambda: ops.boundary_prob_predictability(features, *affine, bias, num_groups=groups), (features, *affine, bias)
-    )
+    tensors = (features, *affine, bias)
+    return Workload(ops.boundary_prob_predictability, *tensors, groups, 1e-5, differentiable=tensors)
 
 
 def _select_tokens(inputs: _Inputs) -> Workload:
     p = inputs.probabilities().detach()
-    return Workload(lambda: ops.select_tokens(p), ())
+    return Workload(ops.select_tokens, p)
 
 
 def _select_tokens_drop(inputs: _Inputs) -> Workload:
     p = inputs.probabilities().detach()
-    return Workload(lambda: ops.select_tokens(p, drop_fraction=0.3, capacity=p.numel()), ())
+    return Workload(ops.select_tokens, p, None, 0.5, 0.3, None, p.numel())
 
 
 def _gather_tokens(inputs: _Inputs) -> Workload:
     x, sel = inputs.tokens(), ops.select_tokens(inputs.probabilities())
     bias = inputs.normal(inputs.shape.length, inputs.shape.width, dtype=torch.float32).detach()
-    return Workload(lambda: ops.gather_tokens(x, sel, bias), (x,))
+    return Workload(ops.gather_tokens, x, sel, bias, differentiable=(x,))
 
 
 def _scatter_tokens(inputs: _Inputs) -> Workload:
     sel = ops.select_tokens(inputs.probabilities())
     t = inputs.packed(sel)
-    return Workload(lambda: ops.scatter_tokens(t, sel), (t,))
+    return Workload(ops.scatter_tokens, t, sel, 0.0, differentiable=(t,))
 
 
 def _dechunk_spatial(inputs: _Inputs) -> Workload:
@@ -142,9 +163,8 @@ def _dechunk_spatial(inputs: _Inputs) -> Workload:
     sel = ops.select_tokens(p)
     h, residual = inputs.packed(sel), inputs.tokens()
     gate = torch.maximum(p, 1 - p).detach().requires_grad_()
-    return Workload(
-        lambda: ops.dechunk_spatial(h, p, sel, inputs.shape.grid, 1.0, gate, residual), (h, p, gate, residual)
-    )
+    args = (h, p, sel, inputs.shape.grid, 1.0, gate, residual)
+    return Workload(ops.dechunk_spatial, *args, differentiable=(h, p, gate, residual))
 
 
 def _dechunk_ema(inputs: _Inputs) -> Workload:
@@ -152,36 +172,35 @@ def _dechunk_ema(inputs: _Inputs) -> Workload:
     sel = ops.select_tokens(p)
     h, residual = inputs.packed(sel), inputs.tokens()
     gate = torch.maximum(p, 1 - p).detach().requires_grad_()
-    return Workload(lambda: ops.dechunk_ema(h, p, sel, gate, residual), (h, p, gate, residual))
+    return Workload(ops.dechunk_ema, h, p, sel, gate, residual, differentiable=(h, p, gate, residual))
 
 
 def _ratio_loss(inputs: _Inputs) -> Workload:
     p = inputs.probabilities()
     natural = p.detach() > 0.5
-    return Workload(lambda: ops.ratio_loss(p, natural, 4.0), (p,))
+    return Workload(ops.ratio_loss, p, natural, 4.0, differentiable=(p,))
 
 
 def _modulated_layer_norm(inputs: _Inputs) -> Workload:
     sel = ops.select_tokens(inputs.probabilities())
     t, rows = inputs.packed(sel), inputs.rows()
     shift, scale, *_ = rows.chunk(6, dim=1)
-    return Workload(lambda: ops.modulated_layer_norm(t, shift, scale, sel.cu_seqlens), (t, shift, scale))
+    return Workload(ops.modulated_layer_norm, t, shift, scale, sel.cu_seqlens, differentiable=(t, shift, scale))
 
 
 def _gated_add(inputs: _Inputs) -> Workload:
     sel = ops.select_tokens(inputs.probabilities())
     x, y, rows = inputs.packed(sel), inputs.packed(sel), inputs.rows()
     gate = rows.chunk(6, dim=1)[2]
-    return Workload(lambda: ops.gated_add(x, y, gate, sel.cu_seqlens), (x, y, gate))
+    return Workload(ops.gated_add, x, y, gate, sel.cu_seqlens, differentiable=(x, y, gate))
 
 
 def _gated_add_modulated_layer_norm(inputs: _Inputs) -> Workload:
     sel = ops.select_tokens(inputs.probabilities())
     x, y, rows = inputs.packed(sel), inputs.packed(sel), inputs.rows()
     shift, scale, gate, *_ = rows.chunk(6, dim=1)
-    return Workload(
-        lambda: ops.gated_add_modulated_layer_norm(x, y, gate, shift, scale, sel.cu_seqlens), (x, y, gate, shift, scale)
-    )
+    tensors = (x, y, gate, shift, scale)
+    return Workload(ops.gated_add_modulated_layer_norm, *tensors, sel.cu_seqlens, differentiable=tensors)
 
 
 WORKLOADS: dict[str, Callable[[_Inputs], Workload]] = {
