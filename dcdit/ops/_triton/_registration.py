@@ -70,13 +70,3 @@ def _wants_grad(args: tuple[Any, ...]) -> bool:
 def unit_stride(rows: Tensor) -> Tensor:
     """Rows a kernel can walk: any row stride, elements side by side; anything else is copied."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def refuse_float64(*tensors: Tensor | None) -> None:
-    """The kernels accumulate in float32, which would quietly lose what a caller asked for.
-
-    Raises:
-        TypeError: a tensor is float64.
-    """
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise TypeError("the Triton kernels do not compute in float64; use use_backend('torch') or 'reference'")

@@ -1,0 +1,150 @@
+"""adaLN on packed tokens on Triton kernels: three operations, one backward."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcdit.kernels import modulation
+from dcdit.ops._triton._registration import KernelOp, unit_stride
+
+
+def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
+    normed, _ = _norm(unit_stride(t), unit_stride(shift), unit_stride(scale), unit_stride(cu_seqlens), eps)
+    return normed
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return _add(unit_stride(x), unit_stride(y), unit_stride(gate), unit_stride(cu_seqlens))
+
+
+def gated_add_modulated_layer_norm(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    added, normed, _ = _add_norm(*map(unit_stride, (x, y, gate, shift, scale, cu_seqlens)), eps)
+    return added, normed
+
+
+def _norm_fake(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return t.new_empty(t.shape), t.new_empty((2, t.shape[0]), dtype=torch.float32)
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    t, _, scale, cu_seqlens, _ = inputs
+    _without_gradient(ctx, output[1])
+    ctx.save_for_backward(t, scale, output[1], cu_seqlens)
+
+
+def _norm_backward(ctx: Any, grad: Tensor, _stats: None) -> tuple[Tensor | None, ...]:
+    t, scale, stats, cu_seqlens = ctx.saved_tensors
+    want_t, want_shift, want_scale = ctx.needs_input_grad[:3]
+    wanted = (want_t, False, False, want_shift or want_scale)
+    grad_t, _, _, grad_shift, grad_scale = _gradients(wanted, None, grad, t, None, None, scale, stats, cu_seqlens)
+    return grad_t, grad_shift, grad_scale, None, None
+
+
+def _add_fake(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, y, gate, cu_seqlens = inputs
+    ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gate, cu_seqlens)
+
+
+def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    y, gate, cu_seqlens = ctx.saved_tensors
+    wanted = (*ctx.needs_input_grad[:3], False)
+    return *_gradients(wanted, grad, None, None, y, gate, None, None, cu_seqlens)[:3], None
+
+
+def _add_norm_fake(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, y, gate, _, scale, cu_seqlens, _ = inputs
+    added, _, stats = output
+    _without_gradient(ctx, stats)
+    ctx.save_for_backward(added, y if ctx.needs_input_grad[2] else None, gate, scale, stats, cu_seqlens)
+
+
+def _add_norm_backward(
+    ctx: Any, grad_added: Tensor | None, grad_normed: Tensor | None, _stats: None
+) -> tuple[Tensor | None, ...]:
+    want_x, want_y, want_gate, want_shift, want_scale = ctx.needs_input_grad[:5]
+    wanted = (want_x, want_y, want_gate, want_shift or want_scale)
+    return *_gradients(wanted, grad_added, grad_normed, *ctx.saved_tensors), None, None
+
+
+def _without_gradient(ctx: Any, stats: Tensor) -> None:
+    ctx.mark_non_differentiable(stats)
+    # Also spares the zeros that would stand for an output nobody reads, such as the last block's sum.
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    wanted: tuple[bool, bool, bool, bool],
+    grad_added: Tensor | None,
+    grad_normed: Tensor | None,
+    added: Tensor | None,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    stats: Tensor | None,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, gate, shift and scale; ``wanted`` holds x, y, gate, and the last two together."""
+    want_x, want_y, want_gate, want_norm = wanted
+    if grad_normed is None:
+        # Without a norm the gradient of x is the gradient of the sum, as it is.
+        grad_x = grad_added if want_x else None
+        if not (want_y or want_gate):
+            return grad_x, None, None, None, None
+        added, scale, stats, want_x, want_norm = grad_added, None, None, False, False
+    rows = (tensor if tensor is None else unit_stride(tensor) for tensor in (grad_added, grad_normed))
+    computed_x, grad_y, modulation_grads = _backward(
+        *rows, added, y if want_gate else None, gate, scale, stats, cu_seqlens, want_x, want_y, want_norm
+    )
+    parts = modulation_grads.unbind(1)
+    return (
+        grad_x if grad_normed is None else computed_x if want_x else None,
+        grad_y if want_y else None,
+        parts[-1] if want_gate else None,
+        parts[0] if want_norm else None,
+        parts[1] if want_norm else None,
+    )
+
+
+def _backward_fake(
+    grad_added: Tensor | None,
+    grad_normed: Tensor | None,
+    added: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    stats: Tensor | None,
+    cu_seqlens: Tensor,
+    want_x: bool,
+    want_y: bool,
+    want_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    table = gate if scale is None else scale
+    assert table is not None
+    parts = 2 * want_norm + (y is not None)
+    return (
+        added.new_empty(added.shape if want_x else (0,)),
+        added.new_empty(added.shape if want_y else (0,)),
+        table.new_empty(table.shape[0], parts, table.shape[1]),
+    )
+
+
+_backward = KernelOp("modulation_bwd", modulation.modulation_bwd, _backward_fake)
+_norm = KernelOp("modulated_layer_norm", modulation.modulated_layer_norm_fwd, _norm_fake)
+_norm.differentiate(_norm_setup, _norm_backward)
+_add = KernelOp("gated_add", modulation.gated_add_fwd, _add_fake).differentiate(_add_setup, _add_backward)
+_add_norm = KernelOp(
+    "gated_add_modulated_layer_norm", modulation.gated_add_modulated_layer_norm_fwd, _add_norm_fake
+).differentiate(_add_norm_setup, _add_norm_backward)

@@ -1,0 +1,234 @@
+"""adaLN kernels: against the definition, bitwise independence of the batch, slack rows, and tracing."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_against_reference, differentiate, randn, random_cu_seqlens
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.ops._triton import modulation
+
+NORM, ADD, PAIR = ops.modulated_layer_norm, ops.gated_add, ops.gated_add_modulated_layer_norm
+OPS = [NORM, ADD, PAIR]
+KERNEL_OPS = [modulation._norm, modulation._add, modulation._add_norm]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+lengths_strategy = st.one_of(
+    st.lists(st.integers(0, 20), max_size=5),
+    st.permutations([50, 1, 0, 2]),
+)
+
+
+def arguments(
+    op: Callable[..., Any],
+    lengths: list[int],
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    table_dtype: torch.dtype = torch.float32,
+    slack: int = 0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, ...]:
+    """Arguments in the op's order; the modulation is column slices of one (B, 6D) tensor, y a slice of wider rows."""
+    rows = sum(lengths) + slack
+    x = randn(rows, width, dtype=dtype, seed=seed).to(device)
+    y = randn(rows, 2 * width, dtype=dtype, seed=seed + 1).to(device)[:, width:]
+    table = randn(len(lengths), 6 * width, dtype=table_dtype, seed=seed + 2).to(device)
+    gate, shift, scale = table.chunk(6, dim=1)[1:4]
+    cu_seqlens = random_cu_seqlens(*lengths).to(device)
+    if op is NORM:
+        return x, shift, scale, cu_seqlens, 1e-6
+    return (x, y, gate, cu_seqlens) if op is ADD else (x, y, gate, shift, scale, cu_seqlens, 1e-6)
+
+
+def run(op: Callable[..., Any], *args: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    with ops.use_backend("triton"):
+        return differentiate(op, args)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@given(
+    lengths=lengths_strategy,
+    width=st.sampled_from([8, 24, 72]),
+    dtype=st.sampled_from(DTYPES),
+    table_dtype=st.sampled_from(DTYPES),
+    slack=st.sampled_from([0, 0, 3, 37]),
+    seed=st.integers(0, 99),
+)
+@example(lengths=[], width=8, dtype=torch.float32, table_dtype=torch.float32, slack=5, seed=0)
+@example(lengths=[0, 0], width=8, dtype=torch.float32, table_dtype=torch.float32, slack=0, seed=0)
+@example(lengths=[3, 40, 1], width=24, dtype=torch.bfloat16, table_dtype=torch.float32, slack=20, seed=1)
+def test_matches_the_definition(
+    op: Callable[..., Any], lengths: list[int], width: int, dtype: torch.dtype, table_dtype: torch.dtype, slack: int,
+    seed: int, device: torch.device,
+) -> None:  # fmt: skip
+    args = arguments(op, lengths, width, dtype, table_dtype, slack, seed, device)
+    check_against_reference(op, *args, backend="triton")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_wide_rows(op: Callable[..., Any], device: torch.device) -> None:
+    check_against_reference(op, *arguments(op, [2, 3], 1152, torch.bfloat16, device=device), backend="triton")
+
+
+def test_more_images_than_one_search_step(device: torch.device) -> None:
+    lengths = [5 if i in (0, 255, 256, 299) else 0 for i in range(300)]
+    args = arguments(ADD, lengths, 8, slack=2, device=device)
+    with ops.use_backend("triton"):
+        actual = ADD(*args)
+    with ops.use_backend("reference"):
+        torch.testing.assert_close(actual, ADD(*args), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [NORM, PAIR], ids=lambda op: op.__name__)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=2, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+@example(lengths=[7, 50, 33], dtype=torch.float32, seed=0)
+def test_packed_equals_each_sequence_alone(
+    op: Callable[..., Any], lengths: list[int], dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    args = arguments(op, lengths, 8, dtype, dtype, 4, seed, device)
+    rows = 1 if op is NORM else 2  # arguments that are tokens; the rest are modulation
+
+    def evaluate(*some: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+        leaves = [a.detach().requires_grad_() for a in some if isinstance(a, Tensor) and a.is_floating_point()]
+        with ops.use_backend("triton"):
+            out = op(*leaves, *some[len(leaves) :])
+        out = out if isinstance(out, tuple) else (out,)
+        # A cotangent that depends on the rows alone, not on where they sit.
+        grads = torch.autograd.grad(out, leaves, [o.detach() * (i + 1) for i, o in enumerate(out)])
+        return [o.detach() for o in out], list(grads)
+
+    packed, packed_grads = evaluate(*args)
+    floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    starts = random_cu_seqlens(*lengths).tolist()
+    for i, (lo, hi) in enumerate(itertools.pairwise(starts)):
+        alone_args = [a[lo:hi] for a in floats[:rows]] + [a[i : i + 1] for a in floats[rows:]]
+        cu_seqlens = torch.tensor([0, hi - lo], dtype=torch.int32, device=device)
+        alone, alone_grads = evaluate(*alone_args, cu_seqlens, *args[len(floats) + 1 :])
+        for actual, wanted in zip(packed, alone, strict=True):
+            torch.testing.assert_close(actual[lo:hi], wanted, rtol=0, atol=0)
+        for j, (actual, wanted) in enumerate(zip(packed_grads, alone_grads, strict=True)):
+            part = actual[lo:hi] if j < rows else actual[i : i + 1]
+            torch.testing.assert_close(part, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_garbage_in_slack_rows_stays_there(dtype: torch.dtype, device: torch.device) -> None:
+    lengths, slack = [5, 0, 18], 20
+    real = sum(lengths)
+    clean = arguments(PAIR, lengths, 24, dtype, dtype, slack, device=device)
+    dirty = tuple(a.detach().clone() if i < 2 else a for i, a in enumerate(clean))
+    dirty[1][real:] = float("nan")
+
+    def evaluate(args: tuple[Any, ...], fill: float) -> list[Tensor]:
+        leaves = [a.detach().requires_grad_() for a in args[:5]]
+        with ops.use_backend("triton"):
+            added, normed = PAIR(*leaves, *args[5:])
+            again = NORM(added.detach(), leaves[3], leaves[4], *args[5:])
+        cotangents = [randn(*added.shape, dtype=dtype, seed=i).to(device) for i in range(3)]
+        for cotangent in cotangents:
+            cotangent[real:] = fill
+        cotangents[0][real:] = 0.0
+        grads = torch.autograd.grad([added, normed, again], leaves, cotangents)
+        return [added.detach(), normed.detach(), again.detach(), *grads]
+
+    wanted, actual = evaluate(clean, 0.0), evaluate(dirty, float("nan"))
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    added, normed, _, grad_x, grad_y, *_ = actual
+    torch.testing.assert_close(added[real:], clean[0][real:], rtol=0, atol=0)
+    for tensor in (normed, grad_x, grad_y):
+        assert not tensor[real:].any()
+
+
+@given(lengths=lengths_strategy, dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_fused_pair_is_the_two_operations(
+    lengths: list[int], dtype: torch.dtype, seed: int, device: torch.device
+) -> None:
+    x, y, gate, shift, scale, cu_seqlens, eps = arguments(PAIR, lengths, 40, dtype, dtype, 3, seed, device)
+    with ops.use_backend("triton"):
+        added, normed = PAIR(x, y, gate, shift, scale, cu_seqlens, eps)
+        torch.testing.assert_close(added, ADD(x, y, gate, cu_seqlens), rtol=0, atol=0)
+        torch.testing.assert_close(normed, NORM(added, shift, scale, cu_seqlens, eps), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_each_gradient_alone(op: Callable[..., Any], device: torch.device) -> None:
+    args = arguments(op, [6, 20], 24, slack=3, device=device)
+    floats = sum(isinstance(a, Tensor) and a.is_floating_point() for a in args)
+    _, together = run(op, *args)
+    for i in range(floats):
+        only = args[i].detach().requires_grad_()
+        with ops.use_backend("triton"):
+            out = op(*args[:i], only, *args[i + 1 :])
+        out = out if isinstance(out, tuple) else (out,)
+        cotangents = [randn(*o.shape, seed=7 + j).to(device) for j, o in enumerate(out)]
+        torch.testing.assert_close(torch.autograd.grad(out, only, cotangents)[0], together[i], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_of_the_pair_unused(used: int, device: torch.device) -> None:
+    def one(*args: Any) -> Tensor:
+        return PAIR(*args)[used]
+
+    one.__name__ = PAIR.__name__
+    args = arguments(PAIR, [6, 20], 24, slack=3, device=device)
+    _, grads = run(one, *args)
+    leaves = [a.detach().double().requires_grad_() for a in args[:5]]
+    with ops.use_backend("reference"):
+        out = PAIR(*leaves, *args[5:])[used]
+    wanted = torch.autograd.grad(out, leaves, randn(*out.shape, seed=7).to(device).double(), allow_unused=True)
+    for actual, exact in zip(grads, wanted, strict=True):
+        assert (actual is None) == (exact is None)
+        if exact is not None:
+            torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_one_modulation_row_for_all_images(device: torch.device) -> None:
+    x, shift, scale, cu_seqlens, eps = arguments(NORM, [4, 9, 2], 24, device=device)
+    shared = [table[:1].expand(3, -1) for table in (shift, scale)]
+    check_against_reference(NORM, x, *shared, cu_seqlens, eps, backend="triton")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_transposed_tokens(op: Callable[..., Any], device: torch.device) -> None:
+    args = arguments(op, [4, 9], 24, device=device)
+    check_against_reference(op, args[0].t().contiguous().t(), *args[1:], backend="triton")
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_float64_is_refused(op: Callable[..., Any]) -> None:
+    args = arguments(op, [4], 24)
+    args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
+        op(*args)
+
+
+@pytest.mark.parametrize(
+    "kernel_op, op", list(zip(KERNEL_OPS, OPS, strict=True)), ids=lambda op: getattr(op, "__name__", "")
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registration(kernel_op: Any, op: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> None:
+    args = arguments(op, [3, 0, 19], 24, dtype, slack=2, device=device)
+    args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    torch.library.opcheck(kernel_op.op._opoverload, args)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_compiles_without_a_graph_break(op: Callable[..., Any], device: torch.device) -> None:
+    args = arguments(op, [3, 0, 19], 24, slack=2, device=device)
+    eager, eager_grads = run(op, *args)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    traced, traced_grads = run(compiled, *args)
+    for actual, wanted in zip(traced + traced_grads, eager + eager_grads, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
