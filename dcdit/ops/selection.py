@@ -13,8 +13,8 @@ class TokenSelection(NamedTuple):
     """The kept tokens of a batch, packed image after image in raster order.
 
     The source is a grid batch (B, L) or packed sequences (S,). In capacity mode the packed buffer has slack: entries
-    past ``cu_seqlens[-1]`` have index -1, and the operations write zeros there. :func:`select_tokens` keeps at least one
-    token of every non-empty image; the operations also take a hand-made selection with images that keep none.
+    past ``cu_seqlens[-1]`` have index -1, and the operations write zeros there. :func:`select_tokens` keeps at least
+    one token of every non-empty image; the operations also take a hand-made selection with images that keep none.
     """
 
     indices: Tensor

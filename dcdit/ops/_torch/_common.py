@@ -8,8 +8,10 @@ from torch import Tensor
 
 PROB_EPS = 1e-4
 ROW_EPS = 1e-8
-CHUNK_ELEMENTS = 1 << 20
-"""Rows are worked through in chunks of about this many numbers, so that temporaries stay small beside the result."""
+CHUNK_ELEMENTS = 1 << 18
+CHUNK_ROWS = 1024
+"""Rows are worked through in chunks of about so many numbers, but not fewer rows: temporaries stay small beside the
+result, and the calls per chunk small beside its work."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -33,13 +35,15 @@ def segment_of_rows(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:], rows, right=True)
 
 
-def chunks(rows: int, width: int) -> range:
-    """First rows of the chunks that cover ``rows`` rows of ``width`` numbers."""
-    return range(0, rows, chunk_rows(width))
-
-
 def chunk_rows(width: int) -> int:
-    return max(1, CHUNK_ELEMENTS // max(1, width))
+    """Rows of a chunk of (n, width)."""
+    return max(CHUNK_ROWS, CHUNK_ELEMENTS // max(1, width))
+
+
+def chunks(x: Tensor) -> list[slice]:
+    """Slices that cover the rows of x (n, width)."""
+    size = chunk_rows(x.shape[1])
+    return [slice(lo, lo + size) for lo in range(0, x.shape[0], size)]
 
 
 def opaque(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

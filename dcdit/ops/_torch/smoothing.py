@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dcdit.ops._torch._common import PROB_EPS, ROW_EPS, chunk_rows, opaque, reads_are_free
+from dcdit.ops._torch._common import PROB_EPS, ROW_EPS, chunk_rows, chunks, opaque, reads_are_free
 
 
 def window_radius(sigma: float, prob_floor: float, dtype: torch.dtype) -> int:
@@ -41,47 +41,103 @@ def smooth(h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, si
 class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-        # A column of ones turns the weighted sums into their own normaliser.
-        sums = _window_sums(torch.cat([h, torch.ones_like(h[:, :1])], 1), q, slots, indices, radius, sigma)
-        ctx.save_for_backward(h, q, sums, slots, indices)
+        rows, sums, z = _smooth_forward(h, q, slots, indices, radius, sigma)
+        ctx.save_for_backward(h, q, sums, z, slots, indices)
         ctx.window = radius, sigma
-        return torch.lerp(sums[:, :-1] / (sums[:, -1:] + ROW_EPS), h, q[:, None])
+        return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        """With s the smoothed rows, Z their normaliser, c = (1 - q) / Z and K the kernel, symmetric with unit diagonal:
-
-        ``dh_j = q_j (g_j + sum_i K_ij c_i g_i)`` and ``dq_j = <g_j, h_j - s_j> + sum_i K_ij c_i <g_i, h_j - s_i>``.
-
-        A token without company has s = h, and dq = 0 up to the 1e-8 in Z: the differences are formed without the row's
-        own term, which would cancel only up to rounding.
-        """
-        h, q, sums, slots, indices = ctx.saved_tensors
-        q = q[:, None]
-        z = sums[:, -1:] + ROW_EPS
-        apart = (h * (sums[:, -1:] - q + ROW_EPS)).sub_(sums[:, :-1] - q * h).div_(z)  # h - s
-        g_apart = _dot(grad, apart)
-        g_smoothed = _dot(grad, h) - g_apart
-        c = (1 - q) / z
-        rows = torch.cat([grad, g_smoothed], 1)
-        others = _window_sums(rows, c.squeeze(1), slots, indices, *ctx.window).sub_(rows.mul_(c))
-        grad_q = (1 + c) * g_apart + _dot(others[:, :-1], h) - others[:, -1:]
-        grad_h = torch.addcmul(others[:, :-1], 1 + c, grad).mul_(q)
-        return grad_h, grad_q.squeeze(1), None, None, None, None
+        grad_h, grad_q = _smooth_backward(grad, *ctx.saved_tensors, *ctx.window)
+        return grad_h, grad_q, None, None, None, None
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, keepdim=True)
+def _forward_fake(
+    h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(h), torch.empty_like(h), q.new_empty(q.shape[0], 1)
 
 
-def _window_sums_fake(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-    return torch.empty_like(rows)
+@opaque(_forward_fake)
+def _smooth_forward(
+    h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The smoothed rows; ``sum_j K_ij q_j h_j``, (T, D); ``sum_j K_ij q_j``, (T, 1)."""
+    sums = _window_sums(h, q, slots, indices, radius, sigma)
+    z = _window_totals(q, slots, indices, radius, sigma)[:, None]
+    rows = sums / (z + ROW_EPS)
+    return torch.lerp(rows, h, q[:, None], out=rows), sums, z
 
 
-@opaque(_window_sums_fake)
+def _backward_fake(
+    grad: Tensor,
+    h: Tensor,
+    q: Tensor,
+    sums: Tensor,
+    z: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+    radius: int,
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(sums), torch.empty_like(q)
+
+
+@opaque(_backward_fake)
+def _smooth_backward(
+    grad: Tensor,
+    h: Tensor,
+    q: Tensor,
+    sums: Tensor,
+    z: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+    radius: int,
+    sigma: float,
+) -> tuple[Tensor, Tensor]:
+    """With s the smoothed rows, Z their normaliser, c = (1 - q) / Z and K the kernel, symmetric with unit diagonal:
+
+    ``dh_j = q_j (g_j + sum_i K_ij c_i g_i)`` and ``dq_j = <g_j, h_j - s_j> + sum_i K_ij c_i <g_i, h_j - s_i>``.
+
+    A token without company has s = h, and dq = 0 up to the 1e-8 in Z: the row's own term is taken out of each sum and
+    added in closed form, because it would cancel only up to rounding.
+    """
+    own = q[:, None]
+    norm = z + ROW_EPS
+    c = (1 - own) / norm
+    g_apart, g_smoothed, others_h = (torch.empty_like(q) for _ in range(3))
+    for part in chunks(h):
+        others = sums[part] - own[part] * h[part]
+        apart = (h[part] * (z[part] - own[part] + ROW_EPS)).sub_(others).div_(norm[part])  # h - s
+        torch.sum(apart.mul_(grad[part]), -1, out=g_apart[part])
+        torch.sum(h[part] * grad[part], -1, out=g_smoothed[part])
+    g_smoothed -= g_apart
+    c_flat = c.squeeze(1)
+    pulled = _window_sums(grad, c_flat, slots, indices, radius, sigma)
+    others_smoothed = _window_totals(c_flat * g_smoothed, slots, indices, radius, sigma) - c_flat * g_smoothed
+    for part in chunks(h):
+        others = pulled[part] - c[part] * grad[part]
+        torch.sum(others.mul_(h[part]), -1, out=others_h[part])
+        pulled[part].add_(grad[part]).mul_(own[part])
+    return pulled, (1 + c_flat) * g_apart + others_h - others_smoothed
+
+
+def _window_totals(scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
+    """(T,): ``sum_j K_ij scale_j``; 0 in slack rows."""
+    image = torch.where(slots >= 0, scale[slots.clamp(min=0)], 0)
+    for axis in (1, 2):
+        size = slots.shape[axis]
+        reach = min(radius, size - 1)
+        padded = F.pad(image, (0, 0, reach, reach) if axis == 1 else (reach, reach))
+        image = torch.zeros_like(image)
+        for step in range(2 * reach + 1):
+            image.add_(padded.narrow(axis, step, size), alpha=math.exp(-((step - reach) ** 2) / (2 * sigma**2)))
+    return torch.where(indices < 0, 0, image.flatten().index_select(0, indices.clamp(min=0)))
+
+
 def _window_sums(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-    """``sum_j exp(-|u_i - u_j|^2 / (2 sigma^2)) scale_j rows_j`` over the square window around each kept token i."""
+    """(T, D): ``sum_j K_ij scale_j rows_j``, ``K_ij = exp(-|u_i - u_j|^2 / (2 sigma^2))`` in a square window."""
     _, height, width = slots.shape
     out = torch.zeros_like(rows)
     down, across = min(radius, height - 1), min(radius, width - 1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dcdit.ops._torch._common import chunk_rows, chunks, opaque
+from dcdit.ops._torch._common import chunks, opaque
 from dcdit.ops._torch.packing import take_rows
 
 
@@ -27,17 +27,19 @@ class _Spread(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, owner: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(rows, owner)
+        # The rows themselves matter to the gate only.
+        ctx.save_for_backward(owner, None if gate is None else rows)
+        ctx.total, ctx.dtype = rows.shape[0], rows.dtype
         ctx.gate_dtype = None if gate is None else gate.dtype
         return _spread(rows, owner, residual, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        rows, owner = ctx.saved_tensors
+        owner, rows = ctx.saved_tensors
         grad_rows = grad_gate = None
         if ctx.needs_input_grad[0]:
-            grad_rows = sum_by_owner(grad.to(rows.dtype), owner, rows.shape[0])
+            grad_rows = sum_by_owner(grad.to(ctx.dtype), owner, ctx.total)
         if ctx.needs_input_grad[2]:
             grad_gate = _row_dots(grad, rows, owner).to(ctx.gate_dtype)
         return grad_rows, None, grad_gate, grad if ctx.needs_input_grad[3] else None, None
@@ -50,9 +52,7 @@ def _spread_fake(rows: Tensor, owner: Tensor, residual: Tensor | None, dtype: to
 @opaque(_spread_fake)
 def _spread(rows: Tensor, owner: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     out = rows.new_empty(owner.shape[0], rows.shape[1], dtype=dtype)
-    step = chunk_rows(rows.shape[1])
-    for lo in chunks(*out.shape):
-        part = slice(lo, lo + step)
+    for part in chunks(out):
         taken = take_rows(rows, owner[part])
         if residual is None:
             out[part] = taken
@@ -69,9 +69,7 @@ def _row_dots_fake(grad: Tensor, rows: Tensor, owner: Tensor) -> Tensor:
 def _row_dots(grad: Tensor, rows: Tensor, owner: Tensor) -> Tensor:
     """``<grad_l, rows[owner_l]>``."""
     out = rows.new_empty(owner.shape)
-    step = chunk_rows(rows.shape[1])
-    for lo in chunks(*grad.shape):
-        part = slice(lo, lo + step)
+    for part in chunks(grad):
         torch.sum(take_rows(rows, owner[part]).mul_(grad[part]), -1, out=out[part])
     return out
 
