@@ -1,5 +1,7 @@
-"""`dcdit demo`: the whole path on a CPU in minutes. Trains a small DC-DiT on real photographs, samples it at three budgets,
-shows where it looks, and times it against the static DiT of the same transformer.
+"""`dcdit demo`: the whole path on a CPU in minutes.
+
+Trains a small DC-DiT on real photographs, samples it at three budgets, shows where it looks, and times it against the
+static DiT of the same transformer.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.config import TrainConfig, from_dict
+from dcdit.config import TrainConfig, load_config
 from dcdit.models import DCDiT
 
 DROP_FRACTIONS = (0.0, 0.3, 0.6)
@@ -23,22 +25,22 @@ SAMPLES_PER_CLASS = 4
 SAMPLING_STEPS = 40
 
 
+CONFIG = Path(__file__).parent / "configs" / "photographs-cpu.yaml"
+"""A small DC-DiT on 32x32 crops, one token per pixel: what two CPU cores can train in minutes."""
+
+
 def demo_config(out: Path, minutes: float, seed: int = 0) -> TrainConfig:
-    """A DC-DiT of a few million parameters on 32x32 crops, one token per pixel: small enough for two CPU cores."""
-    return from_dict(
-        {
-            "model": {
-                "name": "DC-DiT-S",
-                "num_classes": 6,
-                "overrides": {"grid": [32, 32], "in_channels": 3, "hidden_size": 128, "depth": 6, "num_heads": 4, "learn_sigma": False},
-            },
-            "data": {"kind": "photographs", "size": 32, "downscale": 4, "held_out": 0.2},
-            "diffusion": {"objective": "flow"},
-            "optim": {"steps": 1_000_000, "batch_size": 16, "lr": 1e-3, "warmup_steps": 20, "ema_decay": 0.99, "seed": seed},
-            "router": {"target": 4.0, "group_size": 16, "drop_fractions": [0.0, 0.3, 0.6], "drop_warmup_steps": 100},
-            "run": {"out": str(out), "minutes": minutes, "log_every": 5, "eval_every": 0, "checkpoint_every": 1_000_000},
-        }
-    )
+    """The packaged configuration, ended by the clock and logged often enough for a curve."""
+    settings = {
+        "run.out": str(out),
+        "run.minutes": minutes,
+        "run.log_every": 5,
+        "run.eval_every": 0,
+        "run.checkpoint_every": 1_000_000,
+        "optim.steps": 1_000_000,
+        "optim.seed": seed,
+    }
+    return load_config(CONFIG, [f"{key}={value}" for key, value in settings.items()])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,15 +116,15 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
 
 def _sample_grid(model: DCDiT, rho: float, out: Path, seed: int) -> dict[str, Any]:
     from dcdit.diffusion import sample
-    from dcdit.plots import save_grid
+    from dcdit.pictures import grid, to_pixels
 
     labels = torch.arange(model.config.num_classes).repeat_interleave(SAMPLES_PER_CLASS)
     began = time.monotonic()
     images = sample(model, labels, SAMPLING_STEPS, "euler", cfg_scale=1.5, drop_fraction=rho, seed=seed)
     seconds = time.monotonic() - began
     path = out / f"samples-drop-{rho:g}.png"
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    save_grid(pixels.numpy(), 2 * SAMPLES_PER_CLASS, path)
+    sheet = grid(to_pixels(images), 2 * SAMPLES_PER_CLASS, gap=1)
+    sheet.resize((3 * sheet.width, 3 * sheet.height), resample=0).save(path)
     return {"file": path.name, "drop_fraction": rho, "images": len(labels), "seconds": seconds}
 
 
@@ -172,16 +174,19 @@ def _report(facts: dict[str, Any], timing: str, stages: str) -> str:
         for s in facts["samples"].values()
     )
     more, less = study["kept_share"][0], study["kept_share"][-1]
+    optim, timed = facts["config"]["optim"], facts["profile"]
+    target = facts["config"]["router"]["target"]
     return f"""# DC-DiT demo
 
 A DC-DiT with {facts["parameters"]:,} parameters, trained from scratch for {facts["steps"]} steps of
-{facts["config"]["optim"]["batch_size"]} crops (32x32 pixels, one token per pixel, one class per photograph:
-{", ".join(facts["class_names"])}). Everything took {facts["seconds"]:.0f} s. A handful of photographs shows the mechanism; it
-says nothing about generalisation.
+{optim["batch_size"]} crops (32x32 pixels, one token per pixel, one class per photograph:
+{", ".join(facts["class_names"])}). Everything took {facts["seconds"]:.0f} s.
+A handful of photographs shows the mechanism; it says nothing about generalisation.
 
 ## Training
 
-Last logged: loss {log[-1]["loss"]:.3f}, {log[-1]["natural"]:.1%} of the tokens kept before dropping (target 1/{facts["config"]["router"]["target"]:g}).
+Last logged: loss {log[-1]["loss"]:.3f}, {log[-1]["natural"]:.1%} of the tokens kept before dropping
+(target 1/{target:g}).
 
 ![loss and compression](training.png)
 
@@ -193,9 +198,9 @@ One set of weights, same noise; a class is half a row.
 
 ## Where the router looks
 
-{study["images"]} held-out crops, no dropping. Detail is the log variance in a 5x5 window; the correlation is over positions,
-with the router's probability; the thirds are of the crops, by mean detail. Measured, not enforced: between the
-lowest and the highest noise level the kept share goes from {more:.1%} to {less:.1%}.
+{study["images"]} held-out crops, no dropping. Detail is the log variance in a 5x5 window; the correlation is over
+positions, with the router's probability; the thirds are of the crops, by mean detail. Measured, not
+enforced: between the lowest and the highest noise level the kept share goes from {more:.1%} to {less:.1%}.
 
 {router}
 
@@ -205,9 +210,9 @@ One held-out crop at five noise levels:
 
 ## Time against the static DiT
 
-Same transformer, random weights for the static models, batch {facts["profile"]["batch"]}, {facts["profile"]["threads"]} threads, {facts["profile"]["dtype"]}, all sides in
-one run. eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
-At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
+Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} threads,
+{timed["dtype"]}, all sides in one run.
+eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time. At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
 
 {timing}
 

@@ -1,11 +1,13 @@
-"""CUDA graphs: a denoiser whose forward is captured once and replayed, so that small batches are not bound by Python.
+"""CUDA graphs: a denoiser whose forward is captured once and replayed, so that Python does not bind small batches.
 
-A dynamic model can be captured because a fixed budget or a capacity makes every shape static: which tokens are kept still
-changes from replay to replay.
+A dynamic model can be captured because a fixed budget or a capacity makes every shape static: which tokens are kept
+still changes from replay to replay.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from dcdit.models import DCDiT
 
 
 class GraphedDenoiser:
@@ -15,16 +17,16 @@ class GraphedDenoiser:
         model: a DC-DiT in evaluation mode on a CUDA device.
         batch: images per call; every call must bring exactly that many (twice the samples with guidance).
         budget: tokens kept per image, or
-        capacity: static size of the packed buffer for the whole batch; tokens beyond it are dropped, lowest p first, and
-            counted in :attr:`overflow`.
+        capacity: static size of the packed buffer for the whole batch; tokens beyond it are dropped, lowest p first,
+            and counted in :attr:`overflow`.
         warmup: eager forwards before the capture (they compile kernels and fill caches).
 
     Raises:
-        ValueError: the model is not on a CUDA device or is training, or not exactly one of budget and capacity is given.
+        ValueError: the model is not on a CUDA device or is training, or budget and capacity are not exactly one.
     """
 
     def __init__(
-        self, model: nn.Module, batch: int, budget: int | None = None, capacity: int | None = None, warmup: int = 3
+        self, model: DCDiT, batch: int, budget: int | None = None, capacity: int | None = None, warmup: int = 3
     ) -> None:
         weight = next(model.parameters())
         if not weight.is_cuda:
@@ -32,7 +34,7 @@ class GraphedDenoiser:
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
         if (budget is None) == (capacity is None):
-            raise ValueError(f"budget is {budget} and capacity is {capacity}; give exactly one: it makes every shape static")
+            raise ValueError(f"budget is {budget} and capacity is {capacity}; accepted: exactly one, for static shapes")
         config = model.config
         self.config = config
         self.batch = batch

@@ -9,8 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     from dcdit.profile import Profile
 
-STAGE_COLOURS = "tab10"
-
 
 def _figure(*args: Any, **options: Any) -> tuple[Any, Any]:
     """A figure on the file-only backend, so that no display is needed."""
@@ -30,11 +28,24 @@ def plot_profile(result: "Profile", path: Path) -> None:
     dynamic = [side for side in result.sides if side.drop_fraction is not None]
     edge = 1.1 * max(side.gflops for side in result.sides)
     for number, side in enumerate(statics):
-        left.plot([0, edge], [0, edge * side.ms / side.gflops], "--", color=f"C{number}", lw=1, label=f"eta = 1 vs {side.name}")
+        left.plot(
+            [0, edge],
+            [0, edge * side.ms / side.gflops],
+            "--",
+            color=f"C{number}",
+            lw=1,
+            label=f"eta = 1 vs {side.name}",
+        )
         left.plot(side.gflops, side.ms, "s", color=f"C{number}")
     left.plot([s.gflops for s in dynamic], [s.ms for s in dynamic], "o-", color="C3", label=result.model)
     for side in dynamic:
-        left.annotate(f"drop {side.drop_fraction:g}", (side.gflops, side.ms), textcoords="offset points", xytext=(5, -11), fontsize=7)
+        left.annotate(
+            f"drop {side.drop_fraction:g}",
+            (side.gflops, side.ms),
+            textcoords="offset points",
+            xytext=(5, -11),
+            fontsize=7,
+        )
     left.set(xlabel="GFLOPs per image", ylabel=f"ms per forward, batch {result.batch}", xlim=(0, edge), ylim=(0, None))
     left.legend(fontsize=7)
     bottom = np.zeros(len(dynamic))
@@ -50,12 +61,12 @@ def plot_profile(result: "Profile", path: Path) -> None:
 
 
 def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> None:
-    """The loss and the compression over the steps; ``log`` rows hold step, loss and kept."""
+    """The loss and the compression over the steps; ``log`` rows hold step, loss and natural (the kept share before dropping)."""
     figure, (left, right) = _figure(1, 2, figsize=(9, 3.2))
     steps = [row["step"] for row in log]
     left.plot(steps, [row["loss"] for row in log], lw=1)
     left.set(xlabel="step", ylabel="diffusion loss", yscale="log")
-    right.plot(steps, [1 / row["kept"] for row in log], lw=1, label="positions per kept token")
+    right.plot(steps, [1 / row["natural"] for row in log], lw=1, label="positions per kept token")
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
     right.set(xlabel="step", ylabel="compression (before dropping)", ylim=(1, None))
     right.legend(fontsize=7)
@@ -82,15 +93,3 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[1, -1], fraction=0.046)
     figure.savefig(path)
-
-
-def save_grid(images: np.ndarray, columns: int, path: Path, scale: int = 3) -> None:
-    """(N, H, W, 3) uint8 images in rows of ``columns``, each pixel enlarged to a square of side ``scale``."""
-    from PIL import Image
-
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    padded = np.full((rows * columns, height + 1, width + 1, 3), 255, dtype=np.uint8)
-    padded[:count, :height, :width] = images
-    grid = padded.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2).reshape(rows * (height + 1), -1, 3)
-    Image.fromarray(grid).resize((grid.shape[1] * scale, grid.shape[0] * scale), Image.Resampling.NEAREST).save(path)

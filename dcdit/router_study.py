@@ -31,7 +31,9 @@ class RouterStudy:
 
 
 @torch.inference_mode()
-def study_router(model: DCDiT, x0: Tensor, y: Tensor, noising: Noising, levels: Sequence[float], seed: int = 0) -> RouterStudy:
+def study_router(
+    model: DCDiT, x0: Tensor, y: Tensor, noising: Noising, levels: Sequence[float], seed: int = 0
+) -> RouterStudy:
     """Route clean images at several noise levels.
 
     Args:

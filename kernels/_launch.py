@@ -1,4 +1,4 @@
-"""How every kernel gets its output memory, its launch configuration and its start: three small doors, one place each."""
+"""How every kernel gets its output memory, its launch configuration and its start: one small door for each."""
 
 import functools
 import json
@@ -127,5 +127,3 @@ def observe_configs() -> Iterator[list[tuple[str, dict[str, int], dict[str, int]
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-

@@ -1,4 +1,4 @@
-"""The tuner on a clock of our own: it climbs to what is fastest, refuses what computes something else, and never ships it."""
+"""The tuner on a clock of our own: it climbs to what is fastest and refuses what computes something else."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Compile every kernel ahead of time for the supported GPUs, on any machine, and report what the compilers allot.
 
-Each ``launches/<family>.py`` calls its launchers on tiny CPU tensors while launches are recorded instead of started; the
-recorded arguments go through Triton's own specialisation, so what is compiled here is what a GPU would run. A kernel that
-spills (stack or local memory) fails the run.
+Each ``launches/<family>.py`` calls its launchers on tiny CPU tensors while launches are recorded instead of started;
+the recorded arguments go through Triton's own specialisation, so what is compiled here is what a GPU would run. A
+kernel that spills (stack or local memory) fails the run.
 
     python tests/kernels/aot.py [--family pack] [--dtype bf16] [--target sm_90] [--width 1152]
 """
@@ -26,7 +26,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 WIDTHS = (24, 1152)
 """Always compiled, beside the widths of the shipped configurations: one that is not a multiple of 16, and XL's."""
 
@@ -101,7 +106,9 @@ def _compile_all(recorded: list[Any], dtype: str, width: int, target_name: str) 
         options, signature, constexprs, attrs = kernel._pack_args(
             backend, {**meta, "debug": False}, bound, specialization, options
         )
-        compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
+        )
         usage = _nvidia_usage(compiled) if target.backend == "cuda" else _amd_usage(compiled)
         yield Report(
             kernel=kernel.__name__,
@@ -177,7 +184,9 @@ def table(reports: list[Report]) -> str:
     header = [*Report._fields, ""]
     rows = [[str(value) for value in report] + ["SPILLS" if report.spills else ""] for report in reports]
     size = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, size, strict=True)).rstrip() for row in [header, *rows])
+    return "\n".join(
+        "  ".join(cell.ljust(n) for cell, n in zip(row, size, strict=True)).rstrip() for row in [header, *rows]
+    )
 
 
 def main() -> int:
@@ -185,7 +194,9 @@ def main() -> int:
     parser.add_argument("--family", nargs="+", choices=families(), default=families(), help="files in launches/")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="token dtype")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPU architecture")
-    parser.add_argument("--width", nargs="+", type=int, help="token widths D (default: those of the shipped configurations)")
+    parser.add_argument(
+        "--width", nargs="+", type=int, help="token widths D (default: those of the shipped configurations)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     work = [(f, d, w) for f in args.family for d in args.dtype for w in args.width or widths()]

@@ -1,4 +1,4 @@
-"""Every operation once, forward and backward, on small tensors: what compute-sanitizer watches (see tests/gpu_suite.py)."""
+"""Every operation, forward and backward, on small tensors: what compute-sanitizer watches (tests/gpu_suite.py)."""
 
 import torch
 

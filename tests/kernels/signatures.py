@@ -1,0 +1,43 @@
+"""Print how many kernel variants each operation would compile, forward and backward, over 20 different kept counts.
+
+Runs without the interpreter and without a GPU: launches are recorded and only Triton's own specialisation is applied.
+"""
+
+import json
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from dcdit import ops
+from dcdit.kernels._launch import Launch, record_launches
+from dcdit.workloads import WORKLOADS, Shape, create_workload
+
+COUNTS = 20
+READS_A_SIZE = {"select_tokens"}  # the exact mode reads a count that a recorded launch never wrote
+
+
+def variants(name: str) -> tuple[int, int]:
+    """(launches, distinct variants) of an operation over batches and kept counts that all differ."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    launches: list[Launch] = []
+    per_count = []
+    for step in range(COUNTS):
+        shape = Shape(3, (7, 9), 24, 0.1 + 0.04 * step, torch.bfloat16, torch.device("cpu"))
+        workload = create_workload(name, shape, seed=step)
+        with ops.use_backend("triton"), record_launches() as recorded:
+            workload.forward_backward() if workload.differentiable else workload.forward()
+        launches += recorded
+        per_count.append(len(recorded))
+    assert min(per_count) == max(per_count), f"{name}: the number of launches depends on the kept count: {per_count}"
+    keys = set()
+    for kernel, args, meta in launches:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(*args, **meta)
+        keys.add((kernel.__name__, str(specialization), str(options)))
+    return per_count[0], len(keys)
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: variants(name) for name in WORKLOADS if name not in READS_A_SIZE}))

@@ -1,0 +1,62 @@
+"""What can be shown of compiled kernels without a GPU; `make aot` runs the whole matrix."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+FAMILIES = sorted(path.stem for path in (HERE / "launches").glob("*.py"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process in which kernels are compiled, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_for_hopper_without_spills(family: str) -> None:
+    done = run(str(HERE / "aot.py"), "--family", family, "--dtype", "bf16", "--target", "sm_90", "--width", "1152")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 with spills" in done.stdout
+
+
+def test_a_spill_is_reported(tmp_path: Path) -> None:
+    """The check itself: a kernel whose tile cannot fit the registers must fail it."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import torch, triton, triton.language as tl
+import aot
+from dcdit.kernels._launch import Launch
+
+@triton.jit
+def _fat_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i)
+    y = tl.load(x_ptr + SIZE + i)
+    tl.store(out_ptr + i, tl.cumsum(tl.exp(x) * y, 0) + tl.cumsum(tl.exp(y) * x, 0))
+
+x = torch.empty(32, dtype=torch.float32)
+launch = Launch(_fat_kernel, (x, x), {{"SIZE": 32768, "num_warps": 1}})
+reports = list(aot._compile_all([launch], "fp32", 0, "sm_80"))
+print(any(report.spills for report in reports))
+"""
+    script = tmp_path / "fat.py"
+    script.write_text(code)
+    done = run(str(script))
+    assert done.stdout.strip() == "True", done.stdout + done.stderr
+
+
+def test_kept_counts_share_one_compilation() -> None:
+    """No new variant over 20 different kept counts: each launch of an operation compiles at most once."""
+    done = run(str(HERE / "signatures.py"))
+    assert done.returncode == 0, done.stderr
+    for name, (launches, variants) in json.loads(done.stdout).items():
+        assert 0 < variants <= launches, f"{name}: {variants} variants of {launches} launches"
