@@ -104,7 +104,8 @@ class _Inputs:
     def probabilities(self) -> Tensor:
         """(B, L) float32 in which images keep between half and one and a half times ``keep``."""
         b, keep = self.shape.batch, self.shape.keep
-        shares = keep * torch.linspace(0.5, 1.5, b).clamp(max=1 / keep)
+        spread = torch.linspace(0.5, 1.5, b) if b > 1 else torch.ones(b)
+        shares = keep * spread.clamp(max=1 / keep)
         uniform = torch.rand(b, self.shape.length, generator=self.generator)
         kept = uniform < shares[:, None]
         p = torch.where(kept, 0.5 + uniform / (2 * shares[:, None]).clamp(min=1e-6), 0.5 * uniform)
