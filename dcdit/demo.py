@@ -212,7 +212,8 @@ One held-out crop at five noise levels:
 
 Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} threads,
 {timed["dtype"]}, all sides in one run.
-eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time. At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
+eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
+At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
 
 {timing}
 

@@ -61,7 +61,10 @@ def plot_profile(result: "Profile", path: Path) -> None:
 
 
 def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> None:
-    """The loss and the compression over the steps; ``log`` rows hold step, loss and natural (the kept share before dropping)."""
+    """The loss and the compression over the steps.
+
+    ``log`` rows hold step, loss, and natural: the kept share before dropping.
+    """
     figure, (left, right) = _figure(1, 2, figsize=(9, 3.2))
     steps = [row["step"] for row in log]
     left.plot(steps, [row["loss"] for row in log], lw=1)
