@@ -8,13 +8,21 @@ from torch import Tensor
 from dcdit.kernels._launch import cdiv, config_for, empty, launch
 
 
+@triton.jit
+def _tile(D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows and columns of a program: the programs of one group of rows follow each other."""
+    per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    pid = tl.program_id(0)
+    row = (pid // per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, (pid % per_row) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=["rows", "length"])
 def _gather_kernel(
     x_ptr, index_ptr, bias_ptr, out_ptr, rows, length, x_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
     source = tl.load(index_ptr + row, mask=row < rows, other=-1)
     inside = (row < rows)[:, None] & (col < D)[None, :]
     real = inside & (source >= 0)[:, None]
@@ -31,8 +39,7 @@ def _scatter_kernel(
     t_ptr, slot_ptr, out_ptr, rows, t_stride, fill,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
     slot = tl.load(slot_ptr + row, mask=row < rows, other=-1).to(tl.int64)
     inside = (row < rows)[:, None] & (col < D)[None, :]
     kept = inside & (slot >= 0)[:, None]
@@ -45,8 +52,7 @@ def _bias_sum_kernel(
     grad_ptr, slot_ptr, out_ptr, images, length,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
     inside = (row < length)[:, None] & (col < D)[None, :]
     total = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     position = row
@@ -58,12 +64,16 @@ def _bias_sum_kernel(
     tl.store(out_ptr + row[:, None] * D + col[None, :], total, mask=inside)
 
 
+def _grid(rows: int, d: int, config: dict[str, int]) -> tuple[int]:
+    return (cdiv(rows, config["ROWS"]) * cdiv(d, config["BLOCK_D"]),)
+
+
 def gather_fwd(x: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     """(S, D) rows with a unit last stride, (T,) int64 indices (-1 is slack), contiguous (L, D) bias -> (T, D)."""
     rows, d = indices.shape[0], x.shape[1]
     out = empty((rows, d), x.dtype, x.device)
     config = config_for("gather", x.device, D=d)
-    grid = (cdiv(rows, config["ROWS"]), cdiv(d, config["BLOCK_D"]))
+    grid = _grid(rows, d, config)
     length = 1 if bias is None else bias.shape[0]
     launch(
         _gather_kernel, grid, x, indices, x if bias is None else bias, out, rows, length, x.stride(0),
@@ -77,7 +87,7 @@ def scatter_fwd(t: Tensor, slots: Tensor, fill: float) -> Tensor:
     rows, d = slots.numel(), t.shape[1]
     out = empty((rows, d), t.dtype, t.device)
     config = config_for("scatter", t.device, D=d)
-    grid = (cdiv(rows, config["ROWS"]), cdiv(d, config["BLOCK_D"]))
+    grid = _grid(rows, d, config)
     launch(_scatter_kernel, grid, t, slots, out, rows, t.stride(0), fill, D=d, **config)
     return out
 
@@ -87,6 +97,6 @@ def bias_bwd(grad: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     (images, length), d = slots.shape, grad.shape[1]
     out = empty((length, d), dtype, grad.device)
     config = config_for("gather", grad.device, D=d)
-    grid = (cdiv(length, config["ROWS"]), cdiv(d, config["BLOCK_D"]))
+    grid = _grid(length, d, config)
     launch(_bias_sum_kernel, grid, grad, slots, out, images, length, D=d, **config)
     return out

@@ -59,14 +59,14 @@ def _count(p_ptr, start, stop, cut, positions, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bisect(p_ptr, start, stop, low, high, count, wanted, positions, BLOCK: tl.constexpr):
-    """The cut with ``wanted`` ranks at or above it, between low (``count`` of them, enough) and high (too few)."""
-    while count != wanted:
+    """The cut in [low, high] with ``wanted`` ranks at or above it; low has ``count`` of them, at least that many."""
+    while (count != wanted) & (low < high):
         middle = low + (high - low + 1) // 2
         above = _count(p_ptr, start, stop, middle, positions, BLOCK)
         enough = above >= wanted
         count = tl.where(enough, above, count)
         low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        high = tl.where(enough, high, middle - 1)
     return low
 
 
@@ -97,7 +97,7 @@ def _cut_kernel(
     else:
         if PER_IMAGE:
             rho = tl.load(rho_ptr + image)
-        # A fraction outside [0, 1) in a tensor cannot be refused without a sync; it must not hang the search.
+        # A fraction outside [0, 1) in a tensor cannot be refused without a sync; the image must keep 1 to count.
         wanted = tl.minimum(tl.maximum(count - (count.to(tl.float32) * rho).to(tl.int32), 1), count)
     cut = _bisect(p_ptr, start, stop, low, best + 1, count, wanted, positions, BLOCK)
     tl.store(cut_ptr + image, cut)
