@@ -33,13 +33,21 @@ def _offsets(position, channel, pitch, CHANNELS_LAST: tl.constexpr):
     return channel[None, :] * pitch + position[:, None]
 
 
+@triton.jit
+def _load_shift(x_ptr, image, group, mask, image_stride, pitch, WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """One feature of each group. Distances from it keep their digits where the features are far from zero."""
+    channel = group.to(tl.int64) * WIDTH
+    offset = channel if CHANNELS_LAST else channel * pitch
+    return tl.load(x_ptr + image * image_stride + offset, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["length", "tiles"])
 def _statistics_kernel(
     x_ptr, partial_ptr, length, tiles, image_stride, pitch, C: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of SHARE groups over one split of one image."""
+    """Mean, less the shift, and sum of squared deviations of SHARE groups over one split of one image."""
     WIDTH: tl.constexpr = C // GROUPS
     image, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     length = length // UNIT * UNIT
@@ -48,6 +56,7 @@ def _statistics_kernel(
     real = (col < SHARE * WIDTH) & (channel < C)
     position = split * tiles * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
 
+    shift = _load_shift(x_ptr, image, channel // WIDTH, real, image_stride, pitch, WIDTH, CHANNELS_LAST)  # [BLOCK_C]
     # Welford in every slot of the tile; slots and channels are merged once at the end.
     mean = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     square = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
@@ -55,7 +64,7 @@ def _statistics_kernel(
     for _ in range(tiles):
         mask = (position < length)[:, None] & real[None, :]
         pointer = x_ptr + image * image_stride + _offsets(position, channel, pitch, CHANNELS_LAST)
-        x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) - shift[None, :]
         count += (position < length).to(tl.float32)
         delta = tl.where(mask, x - mean, 0.0)
         mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
@@ -84,7 +93,7 @@ def _combine_statistics(
     partial_ptr, image, length, splits, span, eps, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_G] mean and reciprocal standard deviation of an image's groups."""
+    """[BLOCK_G] mean, less the shift, and reciprocal standard deviation of an image's groups."""
     group = tl.arange(0, BLOCK_G)
     base = partial_ptr + image * splits * 2 * GROUPS + group[None, :]
     mean = tl.zeros((BLOCK_G,), dtype=tl.float32)
@@ -115,9 +124,10 @@ def _score_kernel(
     WIDTH: tl.constexpr = C // GROUPS
     image = tl.program_id(0).to(tl.int64)
     length = length // UNIT * UNIT
+    group = tl.arange(0, BLOCK_G)  # [BLOCK_G]
     mean, rstd = _combine_statistics(partial_ptr, image, length, splits, span, eps, WIDTH, GROUPS, BLOCK_S, BLOCK_G)
+    mean += _load_shift(x_ptr, image, group, group < GROUPS, image_stride, pitch, WIDTH, CHANNELS_LAST)
     if tl.program_id(1) == 0:
-        group = tl.arange(0, BLOCK_G)
         tl.store(stats_ptr + image * 2 * GROUPS + group, mean, mask=group < GROUPS)
         tl.store(stats_ptr + image * 2 * GROUPS + GROUPS + group, rstd, mask=group < GROUPS)
 
