@@ -47,7 +47,7 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: s
 
 def check_grid(grid: tuple[int, int], length: int) -> None:
     """The grid (H, W) must cover the L positions of a row."""
-    if len(grid) != 2 or grid[0] * grid[1] != length:
+    if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:
         raise ValueError(f"grid {tuple(grid)} does not multiply to L = {length}; accepted: (H, W) with H * W = L")
 
 
@@ -66,6 +66,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", e
         raise ValueError(f"{name} descends: {values[:8]}; it must not")
     if values[-1] > total or (exact and values[-1] != total):
         raise ValueError(f"{name} ends at {values[-1]}; it must end at {'' if exact else 'or below '}{total}")
+
+
+def check_count(name: str, value: int) -> None:
+    """A number of tokens: an int that is not a bool."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; accepted: an int")
 
 
 def check_no_nan(name: str, tensor: Tensor) -> None:

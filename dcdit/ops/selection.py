@@ -65,6 +65,7 @@ def select_tokens(
     Raises:
         ValueError: NaN in p (on a GPU only with ``DCDIT_CHECK=1``), a fraction outside [0, 1), a budget above L, a
             capacity below B, or a bad shape.
+        TypeError: p that is not floating point, a budget or a capacity that is not an int.
     """
     _checks.check_float(p=p)
     if cu_seqlens is None and p.dim() != 2:
@@ -80,8 +81,10 @@ def select_tokens(
         raise ValueError(f"threshold is {threshold}; accepted: a number in [0, 1]")
     if budget is not None:
         _check_budget(budget, p, cu_seqlens, drop_fraction, capacity)
-    if capacity is not None and capacity < images:
-        raise ValueError(f"capacity is {capacity} but each of the {images} images keeps at least one token")
+    if capacity is not None:
+        _checks.check_count("capacity", capacity)
+        if capacity < images:
+            raise ValueError(f"capacity is {capacity}; accepted: at least {images}, one token for each image")
     _checks.check_no_nan("p", p)
     return backend_for(p).select_tokens(p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity)
 
@@ -103,6 +106,7 @@ def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float
 def _check_budget(
     budget: int, p: Tensor, cu_seqlens: Tensor | None, drop_fraction: float | Tensor, capacity: int | None
 ) -> None:
+    _checks.check_count("budget", budget)
     if isinstance(drop_fraction, Tensor) or drop_fraction > 0 or capacity is not None:
         raise ValueError(f"budget={budget} fixes every length; it excludes drop_fraction and capacity")
     shortest = p.shape[-1]

@@ -62,7 +62,8 @@ class _Scan(torch.autograd.Function):
         h, q, decay, state = ctx.saved_tensors
         # The adjoint runs backwards: a_m = g_m + decay_{m+1} a_{m+1}.
         adjoint = _scan(grad.flip(0), torch.ones_like(q), decay.roll(-1).flip(0)).flip(0)
-        grad_decay = F.pad((adjoint[1:] * state[:-1]).sum(-1), (1, 0))
+        grad_decay = torch.zeros_like(decay)
+        grad_decay[1:] = (adjoint[1:] * state[:-1]).sum(-1)
         return adjoint * q[:, None], (adjoint * h).sum(-1), grad_decay
 
 

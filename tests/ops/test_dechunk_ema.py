@@ -1,0 +1,126 @@
+"""EMA de-chunking against the float64 definition."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.ops import TokenSelection, reference
+
+PATTERNS = ["random", "ties", "one", "all", "none", "extreme"]
+LENGTHS = [(0,), (1,), (300,), (17, 0, 1, 33), (200, 1, 1, 1)]
+
+
+def arguments(
+    p: Tensor, width: int, dtype: torch.dtype = torch.float32, cu_seqlens: Tensor | None = None, **mode: Any
+) -> tuple[Tensor, Tensor, TokenSelection, Tensor, Tensor]:
+    sel = ops.select_tokens(p, cu_seqlens, **mode)
+    h = randn(sel.indices.numel(), width, dtype=dtype)
+    return h, p, sel, torch.where(p > 0.5, p, 1 - p), randn(*p.shape, width, dtype=dtype, seed=1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", [(0, 7), (3, 1), (4, 50), (1, 700)], ids=str)
+@pytest.mark.usefixtures("host_reads")
+def test_grid_batches(pattern: str, shape: tuple[int, int]) -> None:
+    check_against_reference(ops.dechunk_ema, *arguments(random_probs(*shape, pattern=pattern), 16))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.usefixtures("host_reads")
+def test_packed(pattern: str, lengths: tuple[int, ...]) -> None:
+    p = random_probs(max(1, sum(lengths)), pattern=pattern)[: sum(lengths)]
+    check_against_reference(ops.dechunk_ema, *arguments(p, 16, cu_seqlens=random_cu_seqlens(*lengths)))
+
+
+@pytest.mark.parametrize("width", [8, 100, 1152])
+def test_widths(width: int, dtype: torch.dtype) -> None:
+    check_against_reference(ops.dechunk_ema, *arguments(random_probs(2, 77), width, dtype))
+
+
+@pytest.mark.parametrize("missing", [(3,), (4,), (3, 4)], ids=str)
+def test_optional_arguments(missing: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = [None if i in missing else x for i, x in enumerate(arguments(random_probs(2, 40), 24, dtype))]
+    check_against_reference(ops.dechunk_ema, *args)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-6, 0.501, 1 - 1e-6, 1.0])
+def test_stable_at_both_ends(value: float) -> None:
+    # A scan through ratios of cumulative products underflows here.
+    p = torch.full((1, 600), value)
+    check_against_reference(ops.dechunk_ema, *arguments(p, 8, budget=600))
+
+
+def test_long_sequence() -> None:
+    p = random_probs(1, 65_536, keep=0.5)
+    h, _, sel, gate, residual = arguments(p, 4)
+    out, grads = differentiate(ops.dechunk_ema, (h, p, sel, gate, residual))
+    state, expected = torch.zeros(4, dtype=torch.float64), []
+    q = p.double().clamp(1e-4, 1 - 1e-4)[0].index_select(0, sel.indices)
+    for row, confidence in zip(h.double(), q, strict=True):
+        state = confidence * row + (1 - confidence) * state
+        expected.append(state)
+    rows = torch.stack(expected)[(sel.mask[0].cumsum(0) - 1).clamp(min=0)]
+    rows[: int(sel.indices[0])] = 0
+    torch.testing.assert_close(out[0][0].double(), rows + residual[0].double(), rtol=1e-5, atol=1e-5)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_gradient_of_p_stops_at_the_clamp() -> None:
+    h, p, sel, *_ = arguments(torch.tensor([[0.0, 1e-4, 0.5, 1 - 1e-4, 1.0]]), 4, budget=5)
+    _, (_, grad_p) = differentiate(ops.dechunk_ema, (h, p, sel))
+    assert (grad_p[0] != 0).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.usefixtures("host_reads")
+def test_garbage_in_slack_stays_there(dtype: torch.dtype) -> None:
+    h, p, sel, *rest = arguments(random_probs(2, 35), 8, dtype, capacity=60)
+    slack = (sel.indices < 0)[:, None]
+    check_against_reference(ops.dechunk_ema, h, p, sel, *rest)
+    results = [differentiate(ops.dechunk_ema, (h.masked_fill(slack, x), p, sel, *rest)) for x in (0.0, float("nan"))]
+    for clean, dirty in zip(*(outputs + grads for outputs, grads in results), strict=True):
+        assert torch.equal(clean, dirty)
+    assert not results[1][1][0].masked_select(slack).any()
+
+
+def test_packed_equals_each_sequence_alone() -> None:
+    lengths = (17, 1, 33, 64)
+    p, cu_seqlens = random_probs(sum(lengths)), random_cu_seqlens(*lengths)
+    h, _, sel, gate, residual = arguments(p, 24, cu_seqlens=cu_seqlens)
+    packed = ops.dechunk_ema(h, p, sel, gate, residual)
+    parts = zip(h.split(sel.lengths.tolist()), *(x.split(lengths) for x in (p, gate, residual)), strict=True)
+    alone = [ops.dechunk_ema(a, b, ops.select_tokens(b, random_cu_seqlens(b.shape[0])), c, d) for a, b, c, d in parts]
+    # Blocks start elsewhere in the packed buffer: equal to rounding.
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
+def test_a_sequence_does_not_see_the_others() -> None:
+    p = random_probs(2, 40)
+    h, _, sel, *_ = arguments(p, 8)
+    changed = h.clone()
+    changed[: int(sel.cu_seqlens[1])] = 1e30
+    assert torch.equal(ops.dechunk_ema(h, p, sel)[1], ops.dechunk_ema(changed, p, sel)[1])
+
+
+def test_repeatable() -> None:
+    args = arguments(random_probs(2, 300), 24)
+    first, second = differentiate(ops.dechunk_ema, args), differentiate(ops.dechunk_ema, args)
+    assert all(torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True))
+
+
+def test_strided_input() -> None:
+    h, p, sel, gate, _ = arguments(random_probs(2, 35), 24)
+    residual = randn(35, 2, 48).transpose(0, 1)[..., ::2]
+    check_against_reference(ops.dechunk_ema, randn(24, h.shape[0]).t(), p, sel, gate, residual)
+
+
+def test_gradcheck() -> None:
+    h, p, sel, _, residual = (x.double() if isinstance(x, Tensor) else x for x in arguments(random_probs(2, 20), 3))
+    leaves = [x.requires_grad_() for x in (h, p, residual)]
+    assert torch.autograd.gradcheck(lambda h, p, r: ops.dechunk_ema(h, p, sel, None, r), leaves)
+    expected = reference.dechunk_ema(h, p, sel, None, residual)
+    torch.testing.assert_close(ops.dechunk_ema(h, p, sel, None, residual), expected, rtol=1e-13, atol=1e-13)

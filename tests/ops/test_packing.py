@@ -1,0 +1,104 @@
+"""Gather and scatter move rows exactly, with exact gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.ops import reference
+
+PATTERNS = ["random", "one", "all", "none"]
+pytestmark = pytest.mark.usefixtures("host_reads")
+
+
+def assert_exact(op: Any, *args: Any) -> None:
+    results = [differentiate(fn, args) for fn in (op, getattr(reference, op.__name__))]
+    for actual, expected in zip(*(outputs + grads for outputs, grads in results), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("width", [8, 33, 1152])
+def test_exact(pattern: str, width: int, dtype: torch.dtype) -> None:
+    p = random_probs(3, 35, pattern=pattern)
+    for mode in ({}, {"capacity": 50}, {"budget": 4}):
+        sel = ops.select_tokens(p, **mode)
+        assert_exact(ops.gather_tokens, randn(3, 35, width, dtype=dtype), sel)
+        assert_exact(ops.scatter_tokens, randn(sel.indices.numel(), width, dtype=dtype), sel, -1.5)
+
+
+@pytest.mark.parametrize("mode", [{}, {"capacity": 50}])
+def test_bias(dtype: torch.dtype, mode: dict[str, int]) -> None:
+    sel = ops.select_tokens(random_probs(3, 35), **mode)
+    check_against_reference(ops.gather_tokens, randn(3, 35, 24, dtype=dtype), sel, randn(35, 24))
+    check_against_reference(ops.gather_tokens, randn(3, 35, 24, dtype=dtype), sel, randn(35, 24, dtype=dtype))
+
+
+def test_packed_source(dtype: torch.dtype) -> None:
+    cu_seqlens = random_cu_seqlens(0, 12, 1, 0, 7)
+    sel = ops.select_tokens(random_probs(20), cu_seqlens)
+    assert_exact(ops.gather_tokens, randn(20, 16, dtype=dtype), sel)
+    assert_exact(ops.scatter_tokens, randn(sel.indices.numel(), 16, dtype=dtype), sel)
+
+
+def test_no_images() -> None:
+    sel = ops.select_tokens(torch.zeros(0, 6))
+    assert ops.gather_tokens(randn(0, 6, 4), sel).shape == (0, 4)
+    assert ops.gather_tokens(randn(0, 6, 4), sel, randn(6, 4)).shape == (0, 4)
+    assert ops.scatter_tokens(randn(0, 4), sel).shape == (0, 6, 4)
+
+
+def test_strided_input() -> None:
+    sel = ops.select_tokens(random_probs(2, 20))
+    wide = randn(20, 2, 24).transpose(0, 1)[..., ::3]
+    assert_exact(ops.gather_tokens, wide, sel)
+    tokens = randn(8, sel.indices.numel()).t()
+    assert_exact(ops.scatter_tokens, tokens, sel)
+    assert_exact(ops.gather_tokens, randn(20, 8).expand(2, 20, 8), sel)
+
+
+def test_round_trip() -> None:
+    sel = ops.select_tokens(random_probs(3, 35))
+    x = randn(3, 35, 8)
+    back = ops.scatter_tokens(ops.gather_tokens(x, sel), sel, float("nan"))
+    kept = sel.mask[..., None]
+    assert torch.equal(back.masked_select(kept), x.masked_select(kept))
+    assert back.masked_select(~kept).isnan().all()
+
+
+def with_slack() -> tuple[Any, Tensor]:
+    sel = ops.select_tokens(random_probs(2, 20), capacity=30)
+    return sel, sel.indices < 0
+
+
+def test_gather_slack_is_zero() -> None:
+    sel, slack = with_slack()
+    x = randn(2, 20, 8)
+    x[0, 0] = float("nan")
+    sel = sel._replace(indices=sel.indices.masked_fill(sel.indices == 0, -1))
+    slack = sel.indices < 0
+    assert not ops.gather_tokens(x, sel)[slack].any()
+    assert not ops.gather_tokens(x, sel, randn(20, 8))[slack].any()
+
+
+def test_garbage_in_slack_stays_there() -> None:
+    sel, slack = with_slack()
+    tokens = randn(30, 8).masked_fill(slack[:, None], float("nan")).requires_grad_()
+    out = ops.scatter_tokens(tokens, sel)
+    assert out.isfinite().all()
+    (grad,) = torch.autograd.grad(out, tokens, torch.randn_like(out))
+    assert grad.isfinite().all()
+    assert not grad[slack].any()
+    x, bias = randn(2, 20, 8).requires_grad_(), randn(20, 8).requires_grad_()
+    out = ops.gather_tokens(x, sel, bias)
+    grads = torch.autograd.grad(out, (x, bias), randn(30, 8).masked_fill(slack[:, None], float("nan")))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_double_backward() -> None:
+    sel = ops.select_tokens(random_probs(2, 6))
+    x = randn(2, 6, 3).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: ops.gather_tokens(x, sel).pow(3), (x,))
