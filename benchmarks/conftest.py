@@ -1,16 +1,12 @@
 """What a run writes down beside its times: the machine, the copy bandwidth, who was left out and why."""
 
-import functools
 import os
-import platform
 import time
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import sets
-from dcdit.timing import copy_bandwidth
+from benchmarks.machine import machine
 
 LEFT_OUT: dict[str, str] = {}
 """Peers that did not run, and why."""
@@ -37,19 +33,6 @@ def deadline() -> None:
         pytest.skip(f"past DCDIT_BENCH_SECONDS={limit}")
 
 
-@functools.cache
-def machine() -> dict[str, Any]:
-    device = sets.device()
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(sets.dtype()).removeprefix("torch."),
-        "set": sets.chosen_set(),
-        "copy_gbps": copy_bandwidth(device),
-    }
-
-
 @pytest.fixture
 def copy_gbps() -> float:
     """Bandwidth of a large copy, measured once in this run."""
@@ -63,11 +46,3 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     for side, reason in LEFT_OUT.items():
         terminalreporter.write_line(f"left out: {side} ({reason})")
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

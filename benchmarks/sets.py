@@ -10,6 +10,8 @@ from dcdit.models.presets import LATENT_STRIDE, SCALES
 from dcdit.workloads import Shape
 
 SETS = ("tiny", "reduced", "gpu", "full")
+DIRECTIONS = ("forward", "forward+backward")
+MODEL_DIRECTIONS = ("inference", "training")
 OP_SCALES = ("S", "B", "XL")
 OP_SIZES = (256, 512, 1024)
 KEPT = (0.1, 0.25, 0.5)
@@ -21,8 +23,17 @@ class OpCase(NamedTuple):
 
     label: str
     shape: Shape
-    compiled: bool
-    """Whether the compiled plain formulation is timed too; compiling costs more than everything else."""
+    compiled: tuple[str, ...]
+    """Directions in which the compiled plain formulation is timed too; compiling costs more than everything else."""
+
+
+class ModelCase(NamedTuple):
+    """Where whole models are timed."""
+
+    scale: str
+    size: int
+    batch: int
+    direction: str
 
 
 def chosen_set() -> str:
@@ -48,7 +59,7 @@ def dtype() -> torch.dtype:
 def op_cases(name: str) -> Iterator[OpCase]:
     """The cases of a set, the most important first."""
     if name == "tiny":
-        yield OpCase("tiny", tiny_shape(), compiled=False)
+        yield OpCase("tiny", tiny_shape(), compiled=())
         return
     full = [(scale, size, keep) for size in OP_SIZES for scale in OP_SCALES for keep in KEPT]
     important = _REDUCED if name == "reduced" else [case for case in full if case[2] == 0.25 or case[:2] == ("XL", 256)]
@@ -58,8 +69,25 @@ def op_cases(name: str) -> Iterator[OpCase]:
         # The same number of positions at every size, so that sizes compare.
         batch = (4 if device().type == "cpu" else 64) * 256**2 // size**2 or 1
         shape = Shape(batch, (side, side), width, keep, dtype(), device())
-        compiled = name != "reduced" or (scale, size) == ("S", 256)
+        first = (scale, size) == ("S", 256)
+        compiled = DIRECTIONS[:first] if name == "reduced" else DIRECTIONS
         yield OpCase(f"{scale} {size}px keep {keep:g}", shape, compiled)
+
+
+def model_cases(name: str) -> Iterator[ModelCase]:
+    """The cases of a set, the most important first."""
+    if name == "tiny":
+        yield from (ModelCase("tiny", 128, 2, direction) for direction in MODEL_DIRECTIONS)
+    elif name == "reduced":
+        yield from (ModelCase(scale, 256, 2, "inference") for scale in ("S", "B"))
+        yield ModelCase("S", 256, 2, "training")
+    else:
+        batches = (1, 8, 32, 128, 256) if name == "full" else (32, 1)
+        sizes = (256, 512) if name == "full" else (256,)
+        for direction in MODEL_DIRECTIONS:
+            for size in sizes:
+                for scale in ("XL", "S", "B", "L"):
+                    yield from (ModelCase(scale, size, batch, direction) for batch in batches)
 
 
 def tiny_shape() -> Shape:

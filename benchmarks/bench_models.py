@@ -1,0 +1,181 @@
+"""Whole models: DC-DiT at several budgets against the static DiT of the same transformer, inference and training step.
+
+The router of an untrained model is calibrated: its output bias is shifted so that it keeps a quarter of the positions
+of latents whose roughness differs from image to image, which spreads the kept share over the batch. The reference implementation is a side where DCDIT_OFFICIAL names its checkout.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import sets
+from benchmarks.bench_ops import time_side
+from benchmarks.counting import count_work
+from benchmarks.equality import TOLERANCE, check_equal
+from benchmarks.peers import official
+from dcdit import ops
+from dcdit.models import DCDiT, DiT, count_flops, create_model
+from dcdit.profile import calibrate_router, static_counterparts, varied_latents
+from dcdit.timing import time_stages
+
+KEEP = 0.25
+DROPS = (0.0, 0.2, 0.4, 0.6)
+SIDES = ("static patch 1", "static patch 2", *(f"drop {rho:g}" for rho in DROPS), "budget", "official drop 0.2")
+RATIO_WEIGHT = 0.03
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    t: Tensor
+    y: Tensor
+
+
+class Group:
+    """One size at one resolution and batch size: the dynamic model, its static counterparts, a batch."""
+
+    def __init__(self, scale: str, size: int, batch: int) -> None:
+        device, dtype = sets.device(), sets.dtype()
+        torch.manual_seed(0)
+        self.dynamic = _create(scale, size)
+        official.stir(self.dynamic)
+        self.dynamic = self.dynamic.to(device=device, dtype=dtype).eval()
+        self.batch = _batch(self.dynamic, batch)
+        calibrate_router(self.dynamic, *self.batch, KEEP)
+        if device.type == "cuda":  # every side in its fastest form
+            for part in (self.dynamic.encoder, self.dynamic.router, self.dynamic.decoder):
+                part.compile()
+        self.budget = max(1, int(KEEP * (1 - 0.2) * self.dynamic.pos_embed.shape[0]))
+        configs = static_counterparts(self.dynamic.config).values()
+        self.statics = {f"static patch {c.patch_size}": c for c in configs}
+
+    def options(self, side: str) -> dict[str, Any]:
+        return {"budget": self.budget} if side == "budget" else {"drop_fraction": float(side.split()[-1])}
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (one group lives at a time)
+    def side(self, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, int], float | None]:
+        """The module of a side, how it is called, its FLOPs by stage and the share of tokens it keeps."""
+        if name in self.statics:
+            config = self.statics[name]
+            static = DiT(config).to(device=self.batch.x.device, dtype=self.batch.x.dtype).eval()
+            if self.batch.x.is_cuda:
+                static.compile()
+            return static, {}, count_flops(config, batch=len(self.batch.x)), None
+        options = self.options(name)
+        with torch.no_grad():
+            _, routing = self.dynamic(*self.batch, **options, return_routing=True)
+        lengths = routing.selection.lengths.tolist()
+        flops = count_flops(self.dynamic.config, lengths)
+        share = sum(lengths) / routing.mask.numel()
+        if not name.startswith("official"):
+            return self.dynamic, options, flops, share
+        module = official.build_verified(self.dynamic, *self.batch, options["drop_fraction"])
+        return module, {"tail_dropping_fraction": options["drop_fraction"]}, flops, share
+
+    def check(self) -> None:
+        """The dynamic model computes what the plain definitions say."""
+        with torch.no_grad():
+            out = self.dynamic(*self.batch, drop_fraction=0.2)
+            with ops.use_backend("reference"):
+                expected = self.dynamic(*self.batch, drop_fraction=0.2)
+        check_equal("DC-DiT against the reference operations", [out], [expected], TOLERANCE[out.dtype])
+
+
+@functools.lru_cache(maxsize=1)
+def group_of(scale: str, size: int, batch: int) -> Group:
+    made = Group(scale, size, batch)
+    made.check()
+    return made
+
+
+def _create(scale: str, size: int) -> DCDiT:
+    tiny = {"depth": 2, "hidden_size": 128, "num_heads": 2} if scale == "tiny" else {}
+    model = create_model("DC-DiT-S" if tiny else f"DC-DiT-{scale}", size, **tiny)
+    assert isinstance(model, DCDiT)
+    return model
+
+
+def _batch(model: DCDiT, size: int) -> Batch:
+    device, dtype = model.pos_embed.device, model.x_embedder.weight.dtype
+    x = varied_latents(size, model.config.in_channels, model.config.grid).to(device, dtype)
+    return Batch(x, torch.linspace(0, 999, size, device=device).long(), torch.arange(size, device=device))
+
+
+def parameters() -> list[Any]:
+    return [
+        pytest.param(*case, side, id=f"{case.scale}-{case.size}px-b{case.batch}-{case.direction}-{side}")
+        for case in sets.model_cases(sets.chosen_set())
+        for side in SIDES
+    ]
+
+
+@pytest.mark.parametrize(("scale", "size", "batch", "direction", "side"), parameters())
+def test_model(scale: str, size: int, batch: int, direction: str, side: str, benchmark: Any, leave_out: Any) -> None:
+    if side.startswith("official") and (reason := official.why_not()):
+        leave_out("official", reason)
+    group = group_of(scale, size, batch)
+    module, options, flops, share = group.side(side)
+    device = group.batch.x.device
+    work = inference(module, group.batch, options)
+    if direction == "training":
+        work = training_step(module, group.batch, options)
+    benchmark.group = f"{scale} {size}px batch {batch} {direction}"
+    time_side(benchmark, work, device)
+    seconds = benchmark.stats.stats.median
+    passes = 3 if direction == "training" else 1
+    dynamic = share is not None and not side.startswith("official")
+    benchmark.extra_info.update(
+        kind="model", scale=scale, size=size, batch=batch, direction=direction, side=side, ms=1e3 * seconds,
+        images_per_s=batch / seconds, kept_share=share, gflops=passes * flops["total"] / batch / 1e9,
+        stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
+        stage_ms=time_stages(work, device, 3) if dynamic and direction == "inference" else None,
+        peak_bytes=peak_bytes(work, device),
+    )  # fmt: skip
+
+
+def inference(module: nn.Module, batch: Batch, options: dict[str, Any]) -> Callable[[], tuple[Tensor, ...]]:
+    def work() -> tuple[Tensor, ...]:
+        with torch.inference_mode():
+            return (_first(module(*batch, **options)),)
+
+    return work
+
+
+def training_step(module: nn.Module, batch: Batch, options: dict[str, Any]) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward, loss, backward and AdamW; dynamic sides also train the router."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+    noise = torch.zeros_like(batch.x)
+    ours = isinstance(module, DCDiT)
+
+    def work() -> tuple[Tensor, ...]:
+        result = module(*batch, **options, **({"return_routing": True} if ours else {}))
+        loss = F.mse_loss(_first(result).chunk(2, dim=1)[0], noise)
+        if ours:
+            routing = result[1]
+            loss = loss + RATIO_WEIGHT * ops.ratio_loss(routing.prob, routing.natural_mask, 1 / KEEP)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return (loss.detach(),)
+
+    return work
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that a call takes beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with count_work() as done:
+        work()
+    return done.peak_bytes
