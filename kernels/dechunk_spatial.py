@@ -1,12 +1,12 @@
 """Spatial de-chunking: survey and nearest map, smoothing at the kept tokens, plug-back; and the way back.
 
-Forward reads and writes (L, D) once: only (T, D) rows lie between the steps, and only the float32 smoothed rows s are
-kept for the backward, ``h' = q h + (1 - q) s`` is one multiply-add away from them (the other way round it would lose
-what 1 - q is small by). Backward reads the output gradient once.
+Forward reads and writes (L, D) once: only (T, D) rows lie between the steps. What is kept for the backward is one of
+them, the float32 difference h - s; ``h' = q h + (1 - q) s = h - (1 - q) (h - s)`` is one multiply-add away from it.
+Backward reads the output gradient once.
 
 With K the Gaussian of the distance, Z its sum with weights q, and c_i = (1 - q_i) / (Z_i + 1e-8), the gradients are,
-for g the gradient of h' and v_j = sum_i K_ij c_i g_i: dh_j = q_j g_j + q_j v_j, and dq_j = <g_j, h_j - s_j> + <v_j,
-h_j> - sum_i K_ij c_i <g_i, s_i>. K is symmetric, so v is a smoothing too.
+for g the gradient of h' and v_j = sum_i K_ij c_i g_i over the other tokens i: dh_j = q_j ((1 + c_j) g_j + v_j), and
+dq_j = <(1 + c_j) g_j, h_j - s_j> + <v_j, h_j> - sum_i K_ij c_i <g_i, s_i>. K is symmetric, so v is a smoothing too.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from dcdit.kernels.smooth import smooth_bwd, smooth_fwd
 class Saved(NamedTuple):
     """What the forward leaves for the backward."""
 
-    smoothed: Tensor
-    """(T, D) float32: s."""
+    detail: Tensor
+    """(T, D) float32: h - s."""
     scale: Tensor
     """(T,) float32: c."""
     nearest: Tensor
@@ -75,9 +75,9 @@ def dechunk_spatial_fwd(
     """
     survey = survey_fwd(slots, p, grid, h.shape[0])
     nearest = nearest_fwd(survey, grid)
-    smoothed, scale = smooth_fwd(h, survey, p.shape[0], grid, sigma, radius)
-    out = plug_back_fwd(h, smoothed, survey, nearest, residual)
-    return out, Saved(smoothed, scale, nearest, *survey)
+    detail, scale = smooth_fwd(h, survey, p.shape[0], grid, sigma, radius)
+    out = plug_back_fwd(h, detail, survey, nearest, residual)
+    return out, Saved(detail, scale, nearest, *survey)
 
 
 def dechunk_spatial_bwd(
@@ -92,11 +92,11 @@ def dechunk_spatial_bwd(
     survey = Survey(*saved[3:])
     grad_h = empty(tuple(h.shape), h.dtype, device) if want_h else None
     cell, along, gate_part = plug_back_bwd(
-        grad, h, saved.smoothed, survey, saved.nearest, cu_seqlens, grid, grad_h, want_p, gate_dtype is not None
+        grad, h, saved.detail, survey, saved.nearest, cu_seqlens, grid, grad_h, want_p, gate_dtype is not None
     )
     grad_q = None
     if want_h or want_p:
-        grad_q = smooth_bwd(cell, h, saved.smoothed, along, saved.scale, survey, grad_h, images, grid, sigma, radius)
+        grad_q = smooth_bwd(cell, h, saved.detail, along, saved.scale, survey, grad_h, images, grid, sigma, radius)
     grad_p = empty((images, length), p.dtype, device) if want_p else None
     grad_gate = None if gate_dtype is None else empty((images, length), gate_dtype, device)
     if grad_p is not None or grad_gate is not None:

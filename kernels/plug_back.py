@@ -25,26 +25,26 @@ _TILE = tl.constexpr(TILE)
 
 
 @triton.jit
-def _token_row(h_ptr, smoothed_ptr, q_ptr, slot, known, channel, h_stride, D: tl.constexpr):
-    """``h' = q h + (1 - q) s`` of slots [N] at ``channel`` [C], float32; zero where the slot is not known."""
+def _token_row(h_ptr, detail_ptr, q_ptr, slot, known, channel, h_stride, D: tl.constexpr):
+    """``h' = h - (1 - q) (h - s)`` of slots [N] at ``channel`` [C], float32; zero where the slot is not known."""
     slot = slot.to(tl.int64)[:, None]
     inside = known[:, None] & (channel < D)[None, :]
     q = tl.load(q_ptr + slot, mask=known[:, None], other=0.0)
     h = tl.load(h_ptr + slot * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    smoothed = tl.load(smoothed_ptr + slot * D + channel[None, :], mask=inside, other=0.0)
-    return q * h + (1 - q) * smoothed
+    detail = tl.load(detail_ptr + slot * D + channel[None, :], mask=inside, other=0.0)
+    return h - (1 - q) * detail
 
 
 @triton.jit(do_not_specialize=["positions"])
 def _plug_back_fwd_kernel(
-    h_ptr, smoothed_ptr, q_ptr, nearest_ptr, residual_ptr, out_ptr, positions, h_stride, residual_stride,
+    h_ptr, detail_ptr, q_ptr, nearest_ptr, residual_ptr, out_ptr, positions, h_stride, residual_stride,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     inside = (row < positions)[:, None] & (channel < D)[None, :]
     slot = tl.load(nearest_ptr + row, mask=row < positions, other=-1)
-    value = _token_row(h_ptr, smoothed_ptr, q_ptr, slot, slot >= 0, channel, h_stride, D)
+    value = _token_row(h_ptr, detail_ptr, q_ptr, slot, slot >= 0, channel, h_stride, D)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + row[:, None] * residual_stride + channel[None, :], mask=inside, other=0.0)
         value += residual.to(tl.float32)
@@ -104,18 +104,18 @@ def _tile_owner(nearest_ptr, top, tile_row, tile_col, height, width):
 
 
 @triton.jit
-def _gate_row(h_ptr, smoothed_ptr, q_ptr, gate_part_ptr, token, channel, h_stride, D: tl.constexpr):
+def _gate_row(h_ptr, detail_ptr, q_ptr, gate_part_ptr, token, channel, h_stride, D: tl.constexpr):
     """h' of one token [1, C], if it is needed."""
     if gate_part_ptr is not None:
         one = tl.zeros((1,), tl.int32) + token
-        return _token_row(h_ptr, smoothed_ptr, q_ptr, one, one >= 0, channel, h_stride, D)
+        return _token_row(h_ptr, detail_ptr, q_ptr, one, one >= 0, channel, h_stride, D)
     else:  # Triton would compile both returns otherwise.
         return 0.0
 
 
 @triton.jit(do_not_specialize=["height", "width", "tiles_down", "tiles_across", "positions"])
 def _tile_sum_kernel(
-    grad_ptr, h_ptr, smoothed_ptr, q_ptr, nearest_ptr, tile_sum_ptr, gate_part_ptr,
+    grad_ptr, h_ptr, detail_ptr, q_ptr, nearest_ptr, tile_sum_ptr, gate_part_ptr,
     height, width, tiles_down, tiles_across, positions, h_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _tile_sum_kernel(
     if owner < 0:
         return
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    value = _gate_row(h_ptr, smoothed_ptr, q_ptr, gate_part_ptr, owner, channel, h_stride, D)
+    value = _gate_row(h_ptr, detail_ptr, q_ptr, gate_part_ptr, owner, channel, h_stride, D)
     if gate_part_ptr is not None:
         gate_part_ptr += tl.program_id(1).to(tl.int64) * positions
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -142,7 +142,7 @@ def _tile_sum_kernel(
 
 @triton.jit(do_not_specialize=["images", "height", "width", "tiles_down", "tiles_across", "positions", "tokens"])
 def _cell_sum_kernel(
-    grad_ptr, h_ptr, smoothed_ptr, q_ptr, nearest_ptr, tile_sum_ptr, box_ptr, cu_ptr,
+    grad_ptr, h_ptr, detail_ptr, q_ptr, nearest_ptr, tile_sum_ptr, box_ptr, cu_ptr,
     cell_ptr, along_ptr, gate_part_ptr, grad_h_ptr,
     images, height, width, tiles_down, tiles_across, positions, tokens, h_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -162,7 +162,7 @@ def _cell_sum_kernel(
     first_row, last_row = tl.load(box_ptr) - top, tl.load(box_ptr + 2) - top
     first_col, last_col = tl.load(box_ptr + 1), tl.load(box_ptr + 3)
     rows, cols = last_row - first_row + 1, last_col - first_col + 1
-    value = _gate_row(h_ptr, smoothed_ptr, q_ptr, gate_part_ptr, token, channel, h_stride, D)
+    value = _gate_row(h_ptr, detail_ptr, q_ptr, gate_part_ptr, token, channel, h_stride, D)
     if gate_part_ptr is not None:
         gate_part_ptr += tl.program_id(1).to(tl.int64) * positions
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -192,31 +192,32 @@ def _cell_sum_kernel(
                         )  # fmt: skip
     tl.store(cell_ptr + row_offset + channel, total, mask=inside)
     if along_ptr is not None:
-        smoothed = tl.load(smoothed_ptr + row_offset + channel, mask=inside, other=0.0)
-        tl.store(along_ptr + tl.program_id(1).to(tl.int64) * tokens + token, tl.sum(total * smoothed, 0))
+        h = tl.load(h_ptr + token.to(tl.int64) * h_stride + channel, mask=inside, other=0.0).to(tl.float32)
+        detail = tl.load(detail_ptr + row_offset + channel, mask=inside, other=0.0)
+        tl.store(along_ptr + tl.program_id(1).to(tl.int64) * tokens + token, tl.sum(total * (h - detail), 0))
 
 
-def plug_back_fwd(h: Tensor, smoothed: Tensor, survey: Survey, nearest: Tensor, residual: Tensor | None) -> Tensor:
-    """(T, D) tokens, their float32 smoothed rows, (S,) nearest slots, (S, D) residual rows -> (S, D) in h's dtype.
+def plug_back_fwd(h: Tensor, detail: Tensor, survey: Survey, nearest: Tensor, residual: Tensor | None) -> Tensor:
+    """(T, D) tokens, float32 ``h - s``, (S,) nearest slots, (S, D) residual rows -> (S, D) in h's dtype.
 
-    ``q h + (1 - q) s`` of the nearest token plus the residual, rounded once; h and residual have a unit last stride.
+    h' of the nearest token plus the residual, rounded once; h and residual have a unit last stride.
     """
     positions, d = nearest.shape[0], h.shape[1]
     out = empty((positions, d), h.dtype, h.device)
     config = config_for("plug_back_fwd", h.device, D=d)
     launch(
         _plug_back_fwd_kernel, (cdiv(positions, config["ROWS"]), cdiv(d, config["BLOCK_D"])),
-        h, smoothed, survey.confidence, nearest, residual, out, positions, h.stride(0),
+        h, detail, survey.confidence, nearest, residual, out, positions, h.stride(0),
         0 if residual is None else residual.stride(0), D=d, **config,
     )  # fmt: skip
     return out
 
 
 def plug_back_bwd(
-    grad: Tensor, h: Tensor, smoothed: Tensor, survey: Survey, nearest: Tensor, cu_seqlens: Tensor,
+    grad: Tensor, h: Tensor, detail: Tensor, survey: Survey, nearest: Tensor, cu_seqlens: Tensor,
     grid: tuple[int, int], grad_h: Tensor | None, want_along: bool, want_gate: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradient of the smoothed rows ``q h + (1 - q) s`` from that of the grid.
+    """Gradient of the rows h' from that of the grid.
 
     Args:
         grad: contiguous (S, D) gradient of the output.
@@ -243,7 +244,7 @@ def plug_back_bwd(
     cell = empty((tokens, d), torch.float32, device)
     along = empty((parts, tokens), torch.float32, device) if want_along else None
     gate_part = empty((parts, positions), torch.float32, device) if want_gate else None
-    inputs = grad, h, smoothed, survey.confidence, nearest
+    inputs = grad, h, detail, survey.confidence, nearest
     launch(
         _tile_sum_kernel, (tiles, parts), *inputs, tile_sum, gate_part, height, width, *cuts, positions, h.stride(0),
         D=d, **config,

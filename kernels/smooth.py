@@ -10,6 +10,11 @@ With s = 0.25 and R = 6 (sigma 1) that is some 220 rows per 64 tokens on a large
 L is: the cost is linear in L. Runs of whole grid rows would need less arithmetic to find but read W instead of STRIP_W
 + 2R columns; gathering per token would read about 156 s rows for each token alone.
 
+A token's own part stays out of the sums: what is kept is the difference h - s that smoothing makes, straight from the
+other tokens, ``(h (Z' + 1e-8) - sum' K q h) / (Z + 1e-8)`` with the primed sums over others. Taken as a difference of
+two nearly equal rows it would drown in rounding for a token that has hardly any company, and with it the gradient of
+q.
+
 Weights carry the accuracy of float32. bfloat16 tokens meet a weight cut into three bfloat16 parts, 24 bits together,
 so every product is exact before its float32 sum; other dtypes go through ``bf16x6``, which cuts both sides that way
 and leaves out only products below 2^-24. (Plain "tf32" would lose half the bits, and "ieee" leaves the tensor cores.)
@@ -89,7 +94,7 @@ def _window_sum(
     D: tl.constexpr, RADIUS: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the window: of ``K weight source`` [BM, BLOCK_D], and of ``K weight along`` [BM] (1 if None)."""
+    """Sums over a window's other tokens: ``K weight source`` [BM, BLOCK_D] and ``K weight along`` [BM] (1 if None)."""
     real = slot >= 0
     row = tl.load(row_ptr + slot, mask=real, other=0)  # [BM]
     col = tl.load(col_ptr + slot, mask=real, other=0)
@@ -108,7 +113,7 @@ def _window_sum(
             present = other >= 0
             down = tl.load(row_ptr + other, mask=present, other=0)[None, :] - row[:, None]  # [BM, BJ]
             across = tl.load(col_ptr + other, mask=present, other=0)[None, :] - col[:, None]
-            near = (tl.abs(down) <= RADIUS) & (tl.abs(across) <= RADIUS)
+            near = (tl.abs(down) <= RADIUS) & (tl.abs(across) <= RADIUS) & ((down != 0) | (across != 0))
             kernel = tl.where(near, tl.exp2((down * down + across * across).to(tl.float32) * fall), 0.0)
             # A missing token weighs nothing, so what its coordinates say does not matter.
             weight = tl.load(weight_ptr + other, mask=present, other=0.0)
@@ -131,7 +136,7 @@ def _window_sum(
 
 @triton.jit(do_not_specialize=["height", "width", "bands", "strips", "shares", "tokens"])
 def _smooth_fwd_kernel(
-    h_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, smoothed_ptr, scale_ptr,
+    h_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, detail_ptr, scale_ptr,
     height, width, bands, strips, shares, tokens, h_stride, fall,
     D: tl.constexpr, RADIUS: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -145,17 +150,21 @@ def _smooth_fwd_kernel(
         h_stride, tokens, 0, fall, channel, D, RADIUS, BM, BJ, LINES, BLOCK_D,
     )  # fmt: skip
     real = slot >= 0
-    norm = total + ROW_EPS
     inside = real[:, None] & (channel < D)[None, :]
-    tl.store(smoothed_ptr + slot.to(tl.int64)[:, None] * D + channel[None, :], acc / norm[:, None], mask=inside)
+    own = slot.to(tl.int64)[:, None]
+    h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + slot, mask=real, other=0.0)
+    without_own = total + ROW_EPS
+    norm = without_own + q
+    detail = (h * without_own[:, None] - acc) / norm[:, None]
+    tl.store(detail_ptr + own * D + channel[None, :], detail, mask=inside)
     if tl.program_id(1) == 0:
-        q = tl.load(q_ptr + slot, mask=real, other=0.0)
         tl.store(scale_ptr + slot, (1 - q) / norm, mask=real)
 
 
 @triton.jit(do_not_specialize=["height", "width", "bands", "strips", "shares", "tokens", "parts"])
 def _smooth_bwd_kernel(
-    grad_ptr, h_ptr, smoothed_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, scale_ptr, grad_h_ptr, grad_q_ptr,
+    grad_ptr, h_ptr, detail_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, scale_ptr, grad_h_ptr, grad_q_ptr,
     height, width, bands, strips, shares, tokens, parts, h_stride, fall,
     D: tl.constexpr, RADIUS: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -174,13 +183,14 @@ def _smooth_bwd_kernel(
     inside = real[:, None] & (channel < D)[None, :]
     own = slot.to(tl.int64)[:, None]
     grad = tl.load(grad_ptr + own * D + channel[None, :], mask=inside, other=0.0)
+    grad *= 1 + tl.load(scale_ptr + slot, mask=real, other=0.0)[:, None]
     if grad_h_ptr is not None:
         q = tl.load(q_ptr + slot, mask=real, other=0.0)
         tl.store(grad_h_ptr + own * D + channel[None, :], q[:, None] * (grad + spread), mask=inside)
     if grad_q_ptr is not None:
         h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        smoothed = tl.load(smoothed_ptr + own * D + channel[None, :], mask=inside, other=0.0)
-        grad_q = tl.sum(grad * (h - smoothed) + spread * h, 1) - total
+        detail = tl.load(detail_ptr + own * D + channel[None, :], mask=inside, other=0.0)
+        grad_q = tl.sum(grad * detail + spread * h, 1) - total
         tl.store(grad_q_ptr + tl.program_id(1).to(tl.int64) * tokens + slot, grad_q, mask=real)
 
 
@@ -199,30 +209,30 @@ def _blocks(images: int, grid: tuple[int, int], config: dict[str, int]) -> tuple
 def smooth_fwd(
     h: Tensor, survey: Survey, images: int, grid: tuple[int, int], sigma: float, radius: int
 ) -> tuple[Tensor, Tensor]:
-    """(T, D) tokens with a unit last stride -> (T, D) ``s_i = sum_j W_ij h_j`` and (T,) ``(1 - q_i) / (Z_i + 1e-8)``.
+    """(T, D) tokens, unit last stride -> float32 (T, D) ``h_i - s_i`` and (T,) ``c_i = (1 - q_i) / (Z_i + 1e-8)``.
 
-    Both are float32. Z_i is the sum of the weights before normalisation. Rows of slack tokens stay unwritten.
+    ``s_i = sum_j W_ij h_j``; Z_i is the sum of its weights before normalisation. Rows of slack tokens stay unwritten.
     """
     tokens, d = h.shape
-    smoothed = empty((tokens, d), torch.float32, h.device)
+    detail = empty((tokens, d), torch.float32, h.device)
     scale = empty((tokens,), torch.float32, h.device)
     config = config_for("smooth_fwd", h.device, D=d)
     programs, cuts = _blocks(images, grid, config)
     launch(
-        _smooth_fwd_kernel, (programs, cdiv(d, config["BLOCK_D"])), h, *survey, smoothed, scale,
+        _smooth_fwd_kernel, (programs, cdiv(d, config["BLOCK_D"])), h, *survey, detail, scale,
         *grid, *cuts, tokens, h.stride(0), _fall(sigma), D=d, RADIUS=radius, **config,
     )  # fmt: skip
-    return smoothed, scale
+    return detail, scale
 
 
 def smooth_bwd(
-    grad: Tensor, h: Tensor, smoothed: Tensor, along: Tensor | None, scale: Tensor, survey: Survey,
+    grad: Tensor, h: Tensor, detail: Tensor, along: Tensor | None, scale: Tensor, survey: Survey,
     grad_h: Tensor | None, images: int, grid: tuple[int, int], sigma: float, radius: int,
 ) -> Tensor | None:  # fmt: skip
-    """Gradients of ``q_i h_i + (1 - q_i) s_i``, from those of its rows.
+    """Gradients of ``h'_i = q_i h_i + (1 - q_i) s_i`` from that of its rows.
 
     Args:
-        grad: contiguous (T, D) float32, g.
+        grad: contiguous (T, D) float32.
         along: (parts, T) float32 whose sum over parts is ``<g_i, s_i>``; None if no gradient of q is wanted.
         grad_h: (T, D) in h's dtype, its rows of real tokens are written; None if it is not wanted.
 
@@ -236,7 +246,7 @@ def smooth_bwd(
     parts = 0 if along is None else along.shape[0]
     grad_q = None if along is None else empty((slices, tokens), torch.float32, h.device)
     launch(
-        _smooth_bwd_kernel, (programs, slices), grad, h, smoothed, along, *survey, scale, grad_h, grad_q,
+        _smooth_bwd_kernel, (programs, slices), grad, h, detail, along, *survey, scale, grad_h, grad_q,
         *grid, *cuts, tokens, parts, h.stride(0), _fall(sigma), D=d, RADIUS=radius, **config,
     )  # fmt: skip
     return grad_q

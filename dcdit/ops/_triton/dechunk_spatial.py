@@ -32,15 +32,17 @@ def dechunk_spatial(
 
 
 def window_radius(sigma: float, prob_floor: float) -> int:
-    """How many grid cells the window reaches: 6 sigma for the paper's sigmas, 7 to 8 sigma for a fixed budget.
+    """How many grid cells the window reaches: 6 sigma, and farther where float32 could tell the difference.
 
-    A full plane of tokens farther than r weighs less than ``2 pi sigma^2 exp(-r^2 / (2 sigma^2))`` together; that must
-    be below float32 rounding of a row's own weight, which is at least ``prob_floor``. The first cell left out is
-    radius + 1.
+    A full plane of tokens farther than r weighs less than ``2 pi sigma^2 exp(-r^2 / (2 sigma^2))`` together; beside a
+    row's own weight, at least ``prob_floor``, that must round away. 6 sigma is enough for the paper's sigmas 1 and 2; a
+    fixed budget (no floor) takes 7 to 8, and so do sigmas far above.
     """
     own = max(prob_floor, _LEAST_CONFIDENCE)
     plane = max(2 * math.pi * sigma**2, own)
-    return max(1, math.ceil(sigma * math.sqrt(2 * math.log(plane / (_HALF_ULP * own)))) - 1)
+    # The first cell left out is radius + 1.
+    told_apart = math.ceil(sigma * math.sqrt(2 * math.log(plane / (_HALF_ULP * own)))) - 1
+    return max(math.ceil(6 * sigma), told_apart)
 
 
 def _launch(
@@ -64,7 +66,7 @@ def _fake(
         return h.new_empty(shape, dtype=torch.float32)
 
     saved = kernels.Saved(
-        smoothed=real(tokens, h.shape[1]),
+        detail=real(tokens, h.shape[1]),
         scale=real(tokens),
         nearest=whole(positions),
         rank=whole(p.shape[0] * height, width + 1),
@@ -107,11 +109,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 
 def _backward_launch(
-    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, smoothed: Tensor, scale: Tensor,
+    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, detail: Tensor, scale: Tensor,
     nearest: Tensor, rank: Tensor, row: Tensor, col: Tensor, confidence: Tensor,
     height: int, width: int, sigma: float, radius: int, want_h: bool, want_p: bool, gate_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    saved = kernels.Saved(smoothed, scale, nearest, rank, row, col, confidence)
+    saved = kernels.Saved(detail, scale, nearest, rank, row, col, confidence)
     grads = kernels.dechunk_spatial_bwd(
         grad, h, p, slots, cu_seqlens, saved, (height, width), sigma, radius, want_h, want_p, gate_dtype
     )
@@ -120,7 +122,7 @@ def _backward_launch(
 
 
 def _backward_fake(
-    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, smoothed: Tensor, scale: Tensor,
+    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, detail: Tensor, scale: Tensor,
     nearest: Tensor, rank: Tensor, row: Tensor, col: Tensor, confidence: Tensor,
     height: int, width: int, sigma: float, radius: int, want_h: bool, want_p: bool, gate_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

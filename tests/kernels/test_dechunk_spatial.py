@@ -1,0 +1,287 @@
+"""Spatial de-chunking kernels: against the definition, ties, cells, bitwise independence, slack, and tracing."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_against_reference, differentiate, randn, random_selection
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.kernels import _launch, nearest
+from dcdit.ops import TokenSelection
+from dcdit.ops._triton.dechunk_spatial import _dechunk, window_radius
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
+MODES: list[dict[str, Any]] = [{}, {"drop_fraction": 0.4}, {"capacity": 60}, {"budget": 1}, {"threshold": 0.2}]
+SMOOTH = {"BAND_H": 4, "STRIP_W": 4, "BM": 16, "BJ": 16, "LINES": 4, "BLOCK_D": 16, "num_warps": 4}
+SMALL_BLOCKS = {
+    "survey": {"LINES": 2, "BLOCK": 4, "num_warps": 1},
+    "nearest": {"BLOCK": 16, "num_warps": 1},
+    "smooth_fwd": SMOOTH,
+    "smooth_bwd": SMOOTH,
+    "plug_back_fwd": {"ROWS": 16, "BLOCK_D": 16, "num_warps": 1},
+    "plug_back_box": {"BLOCK": 16, "num_warps": 1},
+    "plug_back_bwd": {"BLOCK_D": 16, "num_warps": 1},
+    "dechunk_scalar_gradients": {"BLOCK": 16, "num_warps": 1},
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations whose blocks, windows and slices even a small grid overflows."""
+    monkeypatch.setattr(_launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, TokenSelection):
+        return TokenSelection(*(moved(field, device) for field in value))
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def arguments(
+    images: int,
+    grid: tuple[int, int],
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    sigma: float = 1.0,
+    pattern: str = "random",
+    gate: bool = True,
+    residual: bool = True,
+    seed: int = 0,
+    **mode: Any,
+) -> tuple[Any, ...]:
+    """Arguments of dechunk_spatial in order."""
+    length = grid[0] * grid[1]
+    p, sel = random_selection(images, length, pattern=pattern, seed=seed, **mode)
+    h = randn(sel.indices.shape[0], width, dtype=dtype, seed=seed + 1)
+    added = randn(images, length, width, dtype=dtype, seed=seed + 2) if residual else None
+    confidence = torch.where(p > 0.5, p, 1 - p) if gate else None
+    return tuple(moved(x, device) for x in (h, p, sel, grid, sigma, confidence, added))
+
+
+def hand_made(mask: Tensor, grid: tuple[int, int], width: int, device: torch.device) -> tuple[Any, ...]:
+    """Arguments for a kept mask that no selection would make."""
+    p = torch.where(mask, 0.8, 0.2)
+    lengths = mask.sum(1).to(torch.int32)
+    sel = TokenSelection(
+        indices=mask.flatten().nonzero().squeeze(1),
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        lengths=lengths,
+        max_seqlen=int(lengths.max()),
+        mask=mask,
+        natural_mask=mask,
+        slots=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
+        overflow=torch.zeros((), dtype=torch.int32),
+        source_cu_seqlens=None,
+        prob_floor=0.5,
+    )
+    h = randn(sel.indices.shape[0], width, seed=1)
+    return tuple(moved(x, device) for x in (h, p, sel, grid, 1.0, p.clone(), randn(*mask.shape, width, seed=2)))
+
+
+def run(*args: Any) -> list[Tensor | None]:
+    """Output and gradients of h, p, gate and residual (those given)."""
+    with ops.use_backend("triton"):
+        outputs, grads = differentiate(ops.dechunk_spatial, args)
+    return [*outputs, *grads]
+
+
+@given(
+    images=st.integers(1, 2),
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 5)),
+    width=st.sampled_from([8, 24]),
+    dtype=st.sampled_from(DTYPES),
+    sigma=st.sampled_from([0.5, 1.0, 2.0, 16.0]),
+    pattern=st.sampled_from(PATTERNS),
+    gate=st.booleans(),
+    residual=st.booleans(),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 99),
+)
+@example(
+    images=3, grid=(5, 7), width=24, dtype=torch.bfloat16, sigma=1.0, pattern="random", gate=True, residual=True,
+    mode={"capacity": 40}, seed=1,
+)  # fmt: skip
+@example(
+    images=2, grid=(4, 4), width=8, dtype=torch.float32, sigma=1.0, pattern="ties", gate=True, residual=True,
+    mode={"budget": 5}, seed=2,
+)  # fmt: skip
+def test_matches_the_definition(
+    images: int, grid: tuple[int, int], width: int, dtype: torch.dtype, sigma: float, pattern: str, gate: bool,
+    residual: bool, mode: dict[str, Any], seed: int, device: torch.device,
+) -> None:  # fmt: skip
+    args = arguments(images, grid, width, device, dtype, sigma, pattern, gate, residual, seed, **mode)
+    check_against_reference(ops.dechunk_spatial, *args, backend="triton")
+
+
+@pytest.mark.parametrize(("grid", "pattern"), [((7, 9), "random"), ((2, 11), "all"), ((13, 3), "ties")])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_grids_larger_than_the_blocks(
+    grid: tuple[int, int], pattern: str, dtype: torch.dtype, device: torch.device, small_blocks: None
+) -> None:
+    args = arguments(1, grid, 24, device, dtype, sigma=0.5, pattern=pattern, seed=4)
+    check_against_reference(ops.dechunk_spatial, *args, backend="triton")
+
+
+@given(
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    images=st.integers(1, 3),
+    kept=st.sampled_from([0, 1, 2, 5, 144]),
+    seed=st.integers(0, 999),
+)
+def test_nearest_is_exact_and_ties_go_to_the_lowest_index(
+    grid: tuple[int, int], images: int, kept: int, seed: int, device: torch.device
+) -> None:
+    length = grid[0] * grid[1]
+    order = torch.rand(images, length, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    mask = (order < kept).to(device)
+    slots = torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32)
+    survey = nearest.survey_fwd(slots, mask.float(), grid, int(mask.sum()))
+    found = nearest.nearest_fwd(survey, grid).view(images, length)
+    index = torch.arange(length, device=device)
+    row, col = index // grid[1], index % grid[1]
+    distance = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
+    key = torch.where(mask[:, None, :], distance * length + index, length**3)
+    owner = slots.gather(1, key.argmin(-1))
+    assert torch.equal(found, torch.where(mask.any(1, keepdim=True), owner, -1).to(torch.int32))
+
+
+@pytest.mark.parametrize("places", [[37], [0, 98], [60, 61], []], ids=str)
+def test_huge_cells(places: list[int], device: torch.device) -> None:
+    """Cells that hold whole tiles, next to an image in which no cell does; also an image that keeps nothing."""
+    grid = (9, 11)
+    mask = torch.zeros(2, grid[0] * grid[1], dtype=torch.bool)
+    mask[0, places] = True
+    mask[1, ::9] = True
+    h, p, sel, _, sigma, gate, residual = hand_made(mask, grid, 8, device)
+    out, grad_h, grad_p, grad_gate, grad_residual = run(h, p, sel, grid, sigma, gate, residual)
+    assert all(x is not None and x.isfinite().all() for x in (out, grad_h, grad_p, grad_gate, grad_residual))
+    if not places:
+        assert torch.equal(out[0], residual[0])
+        assert not grad_p[0].any() and not grad_gate[0].any()
+        return
+    check_against_reference(ops.dechunk_spatial, h, p, sel, grid, sigma, gate, residual, backend="triton")
+
+
+def gradients(args: tuple[Any, ...], cotangent: Tensor) -> list[Tensor]:
+    """Output and the gradients of h, p, gate and residual for a given cotangent."""
+    args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args)
+    with ops.use_backend("triton"):
+        out = ops.dechunk_spatial(*args)
+    return [out, *torch.autograd.grad(out, [a for a in args if isinstance(a, Tensor)], cotangent)]
+
+
+@pytest.mark.parametrize("mode", MODES[1:3], ids=str)
+def test_an_image_does_not_depend_on_its_batch(mode: dict[str, Any], device: torch.device, small_blocks: None) -> None:
+    grid, images = (4, 7), 2
+    h, p, sel, _, sigma, gate, residual = arguments(images, grid, 24, device, seed=3, **mode)
+    cotangent = randn(*residual.shape, seed=9).to(device)
+    whole = gradients((h, p, sel, grid, sigma, gate, residual), cotangent)
+    starts = sel.cu_seqlens.tolist()
+    for i in range(images):
+        tokens, image = slice(starts[i], starts[i + 1]), slice(i, i + 1)
+        alone = sel._replace(
+            indices=sel.indices[tokens] - i * p.shape[1],
+            cu_seqlens=sel.cu_seqlens[i : i + 2] - starts[i],
+            mask=sel.mask[image],
+            slots=torch.where(sel.mask[image], sel.slots[image] - starts[i], -1).to(torch.int32),
+        )
+        parts = gradients(
+            (h[tokens], p[image], alone, grid, sigma, gate[image], residual[image]), cotangent[image]
+        )  # fmt: skip
+        for name, part, batch in zip(("out", "h", "p", "gate", "residual"), parts, whole, strict=True):
+            assert torch.equal(part, batch[tokens if name == "h" else image]), name
+
+
+def test_repeats_to_the_bit(device: torch.device) -> None:
+    args = arguments(2, (6, 7), 24, device, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(run(*args), run(*args), strict=True))
+
+
+def test_garbage_in_slack_rows_stays_there(device: torch.device) -> None:
+    h, *rest = arguments(2, (4, 5), 8, device, capacity=30)
+    real = int(rest[1].cu_seqlens[-1])
+    clean = run(h, *rest)
+    dirty = h.clone()
+    dirty[real:] = float("nan")
+    assert real < 30
+    assert all(torch.equal(a, b) for a, b in zip(clean, run(dirty, *rest), strict=True))
+    assert not clean[1][real:].any()
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
+    args = arguments(1, (4, 4), 8, device)
+    expected = run(*args)[1 + wanted]
+    position = [0, 1, 5, 6][wanted]
+    alone = list(args)
+    alone[position] = args[position].detach().requires_grad_()
+    with ops.use_backend("triton"):
+        out = ops.dechunk_spatial(*alone)
+    (grad,) = torch.autograd.grad(out, alone[position], randn(*out.shape, seed=7).to(device))
+    assert torch.equal(grad, expected)
+
+
+def test_strided_inputs(device: torch.device) -> None:
+    h, p, sel, grid, sigma, gate, residual = arguments(2, (4, 5), 8, device)
+    strided = (
+        torch.stack([h, h], 1).flatten(1)[:, :8], torch.stack([p, p], 2)[..., 0], sel, grid, sigma,
+        gate.t().contiguous().t(), residual.transpose(1, 2).contiguous().transpose(1, 2),
+    )  # fmt: skip
+    plain = gradients((h, p, sel, grid, sigma, gate, residual), randn(*residual.shape, seed=9).to(device))
+    cotangent = randn(*residual.shape, seed=9).to(device).transpose(0, 1).contiguous().transpose(0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(strided, cotangent), strict=True))
+
+
+def test_no_images(device: torch.device) -> None:
+    outputs = run(*arguments(0, (3, 4), 8, device))
+    assert [tuple(x.shape) for x in outputs] == [(0, 12, 8), (0, 8), (0, 12), (0, 12), (0, 12, 8)]
+
+
+def test_wide_rows(device: torch.device) -> None:
+    check_against_reference(
+        ops.dechunk_spatial, *arguments(1, (3, 4), 1152, device, torch.bfloat16), backend="triton"
+    )  # fmt: skip
+
+
+def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
+    h, p, *rest = arguments(1, (3, 4), 8, device, residual=False)
+    with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
+        ops.dechunk_spatial(h.double(), p, *rest)
+    slots = torch.empty(1, 32768, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="32768"):
+        nearest.survey_fwd(slots, slots.float(), (1, 32768), 0)
+
+
+def test_the_window_reaches_as_far_as_float32_can_tell() -> None:
+    assert [window_radius(sigma, 0.5) for sigma in (1.0, 2.0)] == [6, 12]
+    offset = torch.arange(-400, 401, dtype=torch.float64)
+    distance = offset[:, None] ** 2 + offset**2
+    # A token of weight `own` alone in its window, in a plane that keeps every token outside.
+    for own in (0.5, 1e-4):
+        for sigma in (0.5, 1.0, 2.0, 3.0, 16.0):
+            radius = window_radius(sigma, own)
+            outside = (offset.abs()[:, None] > radius) | (offset.abs() > radius)
+            assert float(torch.exp(-distance / (2 * sigma**2))[outside].sum()) * (1 - own) / own < 2.0**-24
+
+
+def test_op_registration(device: torch.device) -> None:
+    h, p, sel, grid, sigma, gate, residual = arguments(2, (3, 4), 8, device)
+    inputs = (h, p, sel.slots, sel.cu_seqlens, gate, residual.flatten(0, 1))
+    inputs = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
+    torch.library.opcheck(_dechunk.op._opoverload, (*inputs, *grid, sigma, 6))
+
+
+@pytest.mark.parametrize("options", [{"gate": True, "residual": True}, {"gate": False, "residual": False}], ids=str)
+def test_compiles_without_a_break(options: dict[str, bool], device: torch.device) -> None:
+    args = arguments(2, (3, 4), 8, device, **options)
+    compiled = torch.compile(ops.dechunk_spatial, fullgraph=True, backend="aot_eager")
+    with ops.use_backend("triton"):
+        outputs, grads = differentiate(compiled, args)
+    for a, b in zip([*outputs, *grads], run(*args), strict=True):
+        assert torch.equal(a, b)
