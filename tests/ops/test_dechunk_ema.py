@@ -112,10 +112,21 @@ def test_repeatable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True))
 
 
-def test_strided_input() -> None:
-    h, p, sel, gate, _ = arguments(random_probs(2, 35), 24)
+@pytest.mark.parametrize("mode", [{}, {"budget": 16}], ids=["threshold", "whole blocks"])
+def test_strided_input(mode: dict[str, int]) -> None:
+    h, p, sel, gate, _ = arguments(random_probs(2, 35), 24, **mode)
     residual = randn(35, 2, 48).transpose(0, 1)[..., ::2]
     check_against_reference(ops.dechunk_ema, randn(24, h.shape[0]).t(), p, sel, gate, residual)
+
+
+def test_broadcast_gradient() -> None:
+    h, p, sel, gate, residual = arguments(random_probs(2, 35), 24)
+    leaves = [x.requires_grad_() for x in (h, p, gate, residual)]
+    out = ops.dechunk_ema(h, p, sel, gate, residual)
+    broadcast = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    dense = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for actual, expected in zip(broadcast, dense, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_gradcheck() -> None:

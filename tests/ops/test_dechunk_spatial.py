@@ -144,6 +144,16 @@ def test_only_the_wanted_gradients() -> None:
         assert torch.equal(grad, full[name])
 
 
+def test_broadcast_gradient() -> None:
+    h, p, sel, grid, sigma, gate, residual = arguments(2, (5, 7), 24)
+    leaves = [x.requires_grad_() for x in (h, p, gate, residual)]
+    out = ops.dechunk_spatial(h, p, sel, grid, sigma, gate, residual)
+    broadcast = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    dense = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for actual, expected in zip(broadcast, dense, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_gradcheck() -> None:
     h, p, sel, grid, sigma, _, residual = arguments(2, (3, 4), 3, sigma=1.5)
     h, p, residual = (x.double().requires_grad_() for x in (h, p, residual))

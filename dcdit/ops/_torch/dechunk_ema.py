@@ -83,10 +83,10 @@ def _scan(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
     missing = -total % BLOCK
     if missing:
         x, scale, decay = F.pad(x, (0, 0, 0, missing)), F.pad(scale, (0, missing)), F.pad(decay, (0, missing))
-    x, decay = x.view(-1, BLOCK, width), decay.view(-1, BLOCK)
+    x, decay = x.reshape(-1, BLOCK, width), decay.reshape(-1, BLOCK)
     # weight[m, i] = scale_i * decay_{i+1} ... decay_m
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=x.device).tril(-1)
-    weight = torch.where(later, decay[:, :, None], 1).cumprod(1).tril() * scale.view(-1, 1, BLOCK)
+    weight = torch.where(later, decay[:, :, None], 1).cumprod(1).tril() * scale.reshape(-1, 1, BLOCK)
     out = torch.bmm(weight, x)
     if out.shape[0] > 1:
         since_start = decay.cumprod(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dcdit.ops._torch._common import PROB_EPS, ROW_EPS, chunk_rows, chunks, opaque, reads_are_free
+from dcdit.ops._torch.packing import take_rows
 
 
 def window_radius(sigma: float, prob_floor: float, dtype: torch.dtype) -> int:
@@ -125,7 +126,7 @@ def _smooth_backward(
 
 def _window_totals(scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
     """(T,): ``sum_j K_ij scale_j``; 0 in slack rows."""
-    image = torch.where(slots >= 0, scale[slots.clamp(min=0)], 0)
+    image = take_rows(scale[:, None], slots.flatten()).view(slots.shape)
     for axis in (1, 2):
         size = slots.shape[axis]
         reach = min(radius, size - 1)
@@ -133,7 +134,7 @@ def _window_totals(scale: Tensor, slots: Tensor, indices: Tensor, radius: int, s
         image = torch.zeros_like(image)
         for step in range(2 * reach + 1):
             image.add_(padded.narrow(axis, step, size), alpha=math.exp(-((step - reach) ** 2) / (2 * sigma**2)))
-    return torch.where(indices < 0, 0, image.flatten().index_select(0, indices.clamp(min=0)))
+    return take_rows(image.view(-1, 1), indices).squeeze(1)
 
 
 def _window_sums(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:

@@ -1,0 +1,379 @@
+"""Bad calls fail at once, with a message that names the value and what is accepted."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcdit import ops
+
+B, H, W, D = 2, 3, 4, 8
+L = H * W
+P = torch.full((B, L), 0.75)
+SEL = ops.select_tokens(P)
+T = B * L
+X, TOKENS, TABLE = torch.zeros(B, L, D), torch.zeros(T, D), torch.zeros(B, D)
+CU = SEL.cu_seqlens
+PACKED_CU = torch.tensor([0, 5, L], dtype=torch.int32)
+PACKED_SEL = ops.select_tokens(P[0], PACKED_CU)
+WEIGHT = torch.zeros(D, 3, 3)
+FEATURES, CHANNELS = torch.zeros(B, D, H, W), torch.zeros(D)
+META = torch.device("meta")
+
+
+def cu(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+class Bad(NamedTuple):
+    name: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    says: tuple[str, ...]
+    """The offending value, and what is accepted."""
+
+
+def nan_at(x: Tensor, index: int) -> Tensor:
+    return x.clone().index_put_((torch.tensor(0), torch.tensor(index)), torch.tensor(float("nan")))
+
+
+SELECT = [
+    Bad("p of one dimension", lambda: ops.select_tokens(P[0]), ValueError, ("p ", "(12)", "(B, L)")),
+    Bad("p of three dimensions", lambda: ops.select_tokens(X), ValueError, ("p ", "(2, 12, 8)", "(B, L)")),
+    Bad("p of integers", lambda: ops.select_tokens(P.long()), TypeError, ("p ", "torch.int64", "float32")),
+    Bad("grid with cu_seqlens", lambda: ops.select_tokens(P, CU), ValueError, ("p ", "(2, 12)", "(S,)")),
+    Bad("NaN", lambda: ops.select_tokens(nan_at(P, 3)), ValueError, ("p holds 1 NaN", "[0, 1]")),
+    Bad("drop of 1", lambda: ops.select_tokens(P, drop_fraction=1.0), ValueError, ("drop_fraction", "1.0", "[0, 1)")),
+    Bad("drop below 0", lambda: ops.select_tokens(P, drop_fraction=-0.1), ValueError, ("-0.1", "[0, 1)")),
+    Bad("NaN drop", lambda: ops.select_tokens(P, drop_fraction=float("nan")), ValueError, ("nan", "[0, 1)")),
+    Bad(
+        "one drop of 1",
+        lambda: ops.select_tokens(P, drop_fraction=torch.tensor([0.5, 1.0])),
+        ValueError,
+        ("drop_fraction", "[0.5, 1.0]", "[0, 1)"),
+    ),
+    Bad(
+        "three drops for two images",
+        lambda: ops.select_tokens(P, drop_fraction=torch.zeros(3)),
+        ValueError,
+        ("drop_fraction", "(3)", "(2,)"),
+    ),
+    Bad(
+        "drop on another device",
+        lambda: ops.select_tokens(P, drop_fraction=torch.zeros(B, device=META)),
+        ValueError,
+        ("drop_fraction", "meta", "cpu"),
+    ),
+    Bad("threshold", lambda: ops.select_tokens(P, threshold=1.5), ValueError, ("threshold", "1.5", "[0, 1]")),
+    Bad("budget above L", lambda: ops.select_tokens(P, budget=13), ValueError, ("budget", "13", "1 to 12")),
+    Bad("budget 0", lambda: ops.select_tokens(P, budget=0), ValueError, ("budget", "0", "1 to 12")),
+    Bad("budget 2.5", lambda: ops.select_tokens(P, budget=2.5), TypeError, ("budget", "2.5", "int")),
+    Bad(
+        "budget above the shortest sequence",
+        lambda: ops.select_tokens(P[0], PACKED_CU, budget=6),
+        ValueError,
+        ("budget", "6", "1 to 5"),
+    ),
+    Bad(
+        "budget and drop",
+        lambda: ops.select_tokens(P, drop_fraction=0.1, budget=3),
+        ValueError,
+        ("budget=3", "drop_fraction"),
+    ),
+    Bad(
+        "budget and capacity", lambda: ops.select_tokens(P, budget=3, capacity=9), ValueError, ("budget=3", "capacity")
+    ),
+    Bad("capacity below B", lambda: ops.select_tokens(P, capacity=1), ValueError, ("capacity is 1", "at least 2")),
+    Bad("capacity True", lambda: ops.select_tokens(P, capacity=True), TypeError, ("capacity", "True", "int")),
+]
+
+CU_SEQLENS = [
+    Bad("int64", lambda: ops.select_tokens(P[0], cu(0, 5, L, dtype=torch.int64)), TypeError, ("torch.int64", "int32")),
+    Bad("of two dimensions", lambda: ops.select_tokens(P[0], cu(0, L)[None]), ValueError, ("(1, 2)", "(B + 1,)")),
+    Bad("empty", lambda: ops.select_tokens(P[0], cu()), ValueError, ("(0)", "(B + 1,)")),
+    Bad("not from 0", lambda: ops.select_tokens(P[0], cu(1, L)), ValueError, ("starts at 1", "0")),
+    Bad("descending", lambda: ops.select_tokens(P[0], cu(0, 7, 5, L)), ValueError, ("descends", "[0, 7, 5, 12]")),
+    Bad("too short", lambda: ops.select_tokens(P[0], cu(0, 5)), ValueError, ("ends at 5", "12")),
+    Bad("too long", lambda: ops.select_tokens(P[0], cu(0, 13)), ValueError, ("ends at 13", "12")),
+    Bad(
+        "too long for the tokens",
+        lambda: ops.modulated_layer_norm(TOKENS, TABLE, TABLE, cu(0, 5, 25)),
+        ValueError,
+        ("ends at 25", "24"),
+    ),
+    Bad(
+        "int64 for the tokens",
+        lambda: ops.gated_add(TOKENS, TOKENS, TABLE, CU.long()),
+        TypeError,
+        ("torch.int64", "int32"),
+    ),
+    Bad(
+        "elsewhere",
+        lambda: ops.gated_add(TOKENS, TOKENS, TABLE, CU.to(META)),
+        ValueError,
+        ("cu_seqlens", "meta", "cpu"),
+    ),
+    Bad("of cosine", lambda: ops.boundary_prob_cosine(X[0], X[0], cu(0, 5)), ValueError, ("ends at 5", "12")),
+]
+
+BOUNDARY = [
+    Bad(
+        "packed without cu_seqlens",
+        lambda: ops.boundary_prob_cosine(X[0], X[0]),
+        ValueError,
+        ("q ", "(12, 8)", "(B, L, D)"),
+    ),
+    Bad(
+        "k of another shape",
+        lambda: ops.boundary_prob_cosine(X, X[:, 1:]),
+        ValueError,
+        ("k ", "(2, 11, 8)", "(2, 12, 8)"),
+    ),
+    Bad("k of another dtype", lambda: ops.boundary_prob_cosine(X, X.half()), TypeError, ("k ", "float16", "float32")),
+    Bad("k elsewhere", lambda: ops.boundary_prob_cosine(X, X.to(META)), ValueError, ("k ", "meta", "cpu")),
+    Bad("integers", lambda: ops.boundary_prob_cosine(X.long(), X.long()), TypeError, ("q ", "torch.int64", "float32")),
+    Bad("grid", lambda: ops.boundary_prob_cosine2d(X, X, WEIGHT, (3, 5)), ValueError, ("(3, 5)", "12")),
+    Bad("negative grid", lambda: ops.boundary_prob_cosine2d(X, X, WEIGHT, (-3, -4)), ValueError, ("(-3, -4)", "12")),
+    Bad(
+        "grid of three",
+        lambda: ops.boundary_prob_cosine2d(X, X, WEIGHT, (3, 2, 2)),
+        ValueError,
+        ("(3, 2, 2)", "(H, W)"),
+    ),
+    Bad(
+        "weight",
+        lambda: ops.boundary_prob_cosine2d(X, X, WEIGHT[:, None], (H, W)),
+        ValueError,
+        ("(8, 1, 3, 3)", "(D, 3, 3)"),
+    ),
+    Bad(
+        "packed cosine2d",
+        lambda: ops.boundary_prob_cosine2d(X[0], X[0], WEIGHT, (H, W)),
+        ValueError,
+        ("(12, 8)", "(B, L, D)"),
+    ),
+    Bad(
+        "features of three dimensions",
+        lambda: ops.boundary_prob_predictability(X, CHANNELS, CHANNELS, CHANNELS, torch.zeros(1)),
+        ValueError,
+        ("(2, 12, 8)", "(B, C, H, W)"),
+    ),
+    Bad(
+        "groups",
+        lambda: ops.boundary_prob_predictability(FEATURES, CHANNELS, CHANNELS, CHANNELS, torch.zeros(1), 3),
+        ValueError,
+        ("num_groups is 3", "divisor of C = 8"),
+    ),
+    Bad(
+        "norm weight",
+        lambda: ops.boundary_prob_predictability(FEATURES, CHANNELS[1:], CHANNELS, CHANNELS, torch.zeros(1)),
+        ValueError,
+        ("norm_weight", "(7)", "(8,)"),
+    ),
+    Bad(
+        "out weight",
+        lambda: ops.boundary_prob_predictability(FEATURES, CHANNELS, CHANNELS, CHANNELS[1:], torch.zeros(1)),
+        ValueError,
+        ("out_weight", "(7)", "(C,)"),
+    ),
+    Bad(
+        "out bias",
+        lambda: ops.boundary_prob_predictability(FEATURES, CHANNELS, CHANNELS, CHANNELS, CHANNELS),
+        ValueError,
+        ("out_bias", "(8)", "(1,)"),
+    ),
+]
+
+PACKING = [
+    Bad("x of another batch", lambda: ops.gather_tokens(X[:1], SEL), ValueError, ("x ", "(1, 12, 8)", "(2, 12)")),
+    Bad("x without width", lambda: ops.gather_tokens(P, SEL), ValueError, ("x ", "(2, 12)")),
+    Bad("x elsewhere", lambda: ops.gather_tokens(X.to(META), SEL), ValueError, ("meta", "cpu")),
+    Bad("x of integers", lambda: ops.gather_tokens(X.long(), SEL), TypeError, ("x ", "torch.int64", "float32")),
+    Bad(
+        "bias of another length",
+        lambda: ops.gather_tokens(X, SEL, X[0, 1:]),
+        ValueError,
+        ("bias", "(11, 8)", "(12, 8)"),
+    ),
+    Bad(
+        "bias of a packed source", lambda: ops.gather_tokens(X[0], PACKED_SEL, X[0]), ValueError, ("bias", "(B, L, D)")
+    ),
+    Bad("too few tokens", lambda: ops.scatter_tokens(TOKENS[1:], SEL), ValueError, ("t ", "(23, 8)", "24")),
+    Bad("unpacked tokens", lambda: ops.scatter_tokens(X, SEL), ValueError, ("t ", "(2, 12, 8)", "(T, D)")),
+    Bad("tokens elsewhere", lambda: ops.scatter_tokens(TOKENS.to(META), SEL), ValueError, ("meta", "cpu")),
+]
+
+DECHUNK = [
+    Bad("too few tokens", lambda: ops.dechunk_spatial(TOKENS[1:], P, SEL, (H, W)), ValueError, ("h ", "(23, 8)", "24")),
+    Bad(
+        "p of another shape",
+        lambda: ops.dechunk_spatial(TOKENS, P[:1], SEL, (H, W)),
+        ValueError,
+        ("p ", "(1, 12)", "(2, 12)"),
+    ),
+    Bad("grid", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (W, W)), ValueError, ("(4, 4)", "12", "(H, W)")),
+    Bad("sigma 0", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), 0.0), ValueError, ("sigma is 0.0", "(0, 16]")),
+    Bad("sigma below 0", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), -1.0), ValueError, ("-1.0", "(0, 16]")),
+    Bad("NaN sigma", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), float("nan")), ValueError, ("nan", "(0, 16]")),
+    Bad("sigma 17", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), 17.0), ValueError, ("17.0", "(0, 16]")),
+    Bad(
+        "packed source",
+        lambda: ops.dechunk_spatial(TOKENS[:L], P[0], PACKED_SEL, (H, W)),
+        ValueError,
+        ("packed", "(B, L)"),
+    ),
+    Bad(
+        "gate", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), gate=P[0]), ValueError, ("gate", "(12)", "(2, 12)")
+    ),
+    Bad(
+        "integer gate",
+        lambda: ops.dechunk_ema(TOKENS, P, SEL, gate=P.long()),
+        TypeError,
+        ("gate", "torch.int64", "float32"),
+    ),
+    Bad(
+        "residual",
+        lambda: ops.dechunk_ema(TOKENS, P, SEL, residual=TOKENS),
+        ValueError,
+        ("residual", "(24, 8)", "(2, 12, 8)"),
+    ),
+    Bad(
+        "residual dtype",
+        lambda: ops.dechunk_ema(TOKENS, P, SEL, residual=X.half()),
+        TypeError,
+        ("residual", "float16", "float32"),
+    ),
+    Bad(
+        "residual elsewhere",
+        lambda: ops.dechunk_ema(TOKENS, P, SEL, residual=X.to(META)),
+        ValueError,
+        ("residual", "meta", "cpu"),
+    ),
+    Bad("p elsewhere", lambda: ops.dechunk_ema(TOKENS, P.to(META), SEL), ValueError, ("p ", "meta", "cpu")),
+]
+
+LOSS = [
+    Bad("target 1", lambda: ops.ratio_loss(P, P > 0.5, 1.0), ValueError, ("target is 1.0", "above 1")),
+    Bad("NaN target", lambda: ops.ratio_loss(P, P > 0.5, float("nan")), ValueError, ("target is nan", "above 1")),
+    Bad(
+        "group size",
+        lambda: ops.ratio_loss(P, P > 0.5, 4.0, 3),
+        ValueError,
+        ("group_size is 3", "divisor of the batch 2"),
+    ),
+    Bad("group size 0", lambda: ops.ratio_loss(P, P > 0.5, 4.0, 0), ValueError, ("group_size is 0", "divisor")),
+    Bad(
+        "groups of a packed source",
+        lambda: ops.ratio_loss(P[0], P[0] > 0.5, 4.0, 2),
+        ValueError,
+        ("group_size is 2", "(B, L)"),
+    ),
+    Bad(
+        "mask of another shape",
+        lambda: ops.ratio_loss(P, P[0] > 0.5, 4.0),
+        ValueError,
+        ("natural_mask", "(12)", "(2, 12)"),
+    ),
+    Bad("mask of floats", lambda: ops.ratio_loss(P, P, 4.0), TypeError, ("natural_mask", "torch.float32", "bool")),
+    Bad("nothing", lambda: ops.ratio_loss(P[:0], P[:0] > 0.5, 4.0), ValueError, ("(0, 12)", "at least one")),
+]
+
+MODULATION = [
+    Bad(
+        "unpacked tokens",
+        lambda: ops.modulated_layer_norm(X, TABLE, TABLE, CU),
+        ValueError,
+        ("t ", "(2, 12, 8)", "(T, D)"),
+    ),
+    Bad(
+        "integer tokens",
+        lambda: ops.modulated_layer_norm(TOKENS.long(), TABLE, TABLE, CU),
+        TypeError,
+        ("torch.int64", "float32"),
+    ),
+    Bad(
+        "shift of one image",
+        lambda: ops.modulated_layer_norm(TOKENS, TABLE[:1], TABLE, CU),
+        ValueError,
+        ("shift", "(1, 8)", "(2, 8)"),
+    ),
+    Bad(
+        "scale dtype",
+        lambda: ops.modulated_layer_norm(TOKENS, TABLE, TABLE.half(), CU),
+        TypeError,
+        ("scale", "float16", "float32"),
+    ),
+    Bad("expanded gate", lambda: ops.gated_add(TOKENS, TOKENS, TOKENS, CU), ValueError, ("gate", "(24, 8)", "(2, 8)")),
+    Bad(
+        "y of another shape",
+        lambda: ops.gated_add(TOKENS, TOKENS[1:], TABLE, CU),
+        ValueError,
+        ("y ", "(23, 8)", "(24, 8)"),
+    ),
+    Bad("y dtype", lambda: ops.gated_add(TOKENS, TOKENS.half(), TABLE, CU), TypeError, ("y ", "float16", "float32")),
+    Bad(
+        "gate elsewhere", lambda: ops.gated_add(TOKENS, TOKENS, TABLE.to(META), CU), ValueError, ("gate", "meta", "cpu")
+    ),
+    Bad(
+        "shift of the fused pair",
+        lambda: ops.gated_add_modulated_layer_norm(TOKENS, TOKENS, TABLE, TABLE[:, 1:], TABLE, CU),
+        ValueError,
+        ("shift", "(2, 7)", "(2, 8)"),
+    ),
+]
+
+BACKEND = [Bad("unknown", lambda: ops.use_backend("cuda"), ValueError, ("'cuda'", "triton", "torch", "reference"))]
+
+TABLE_OF_BAD_CALLS = {
+    f"{family}: {bad.name}": bad
+    for family, calls in {
+        "select": SELECT,
+        "cu_seqlens": CU_SEQLENS,
+        "boundary": BOUNDARY,
+        "packing": PACKING,
+        "dechunk": DECHUNK,
+        "loss": LOSS,
+        "modulation": MODULATION,
+        "backend": BACKEND,
+    }.items()
+    for bad in calls
+}
+
+
+@pytest.mark.parametrize("bad", TABLE_OF_BAD_CALLS.values(), ids=TABLE_OF_BAD_CALLS.keys())
+def test_bad_call(bad: Bad) -> None:
+    with pytest.raises(bad.error) as raised:
+        bad.call()
+    message = str(raised.value)
+    assert type(raised.value) is bad.error
+    assert "\n" not in message
+    for part in bad.says:
+        assert part in message, f"{message!r} does not say {part!r}"
+
+
+def test_every_table_entry_is_a_bad_call_for_its_own_reason() -> None:
+    """The good call next to the bad ones works."""
+    ops.select_tokens(P[0], PACKED_CU, budget=5)
+    ops.dechunk_spatial(TOKENS, P, SEL, (H, W), 16.0, P, X)
+    ops.dechunk_ema(TOKENS[:L], P[0], PACKED_SEL, P[0], X[0])
+    ops.boundary_prob_predictability(FEATURES, CHANNELS, CHANNELS, CHANNELS, torch.zeros(1))
+    ops.boundary_prob_cosine2d(X, X, WEIGHT, (H, W))
+    ops.gated_add_modulated_layer_norm(TOKENS, TOKENS, TABLE, TABLE, TABLE, CU)
+    ops.ratio_loss(P, P > 0.5, 4.0, 1)
+
+
+def test_a_selection_whose_images_keep_nothing_is_accepted() -> None:
+    nothing = torch.zeros(B, L, dtype=torch.bool)
+    sel = SEL._replace(
+        indices=SEL.indices[:0],
+        cu_seqlens=torch.zeros_like(CU),
+        lengths=torch.zeros_like(SEL.lengths),
+        mask=nothing,
+        slots=torch.full_like(SEL.slots, -1),
+    )
+    assert ops.gather_tokens(X, sel).shape == (0, D)
+    assert not ops.dechunk_spatial(TOKENS[:0], P, sel, (H, W)).any()
+    assert not ops.dechunk_ema(TOKENS[:0], P, sel).any()
+    assert (ops.scatter_tokens(TOKENS[:0], sel, 2.0) == 2.0).all()

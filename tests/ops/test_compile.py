@@ -1,0 +1,90 @@
+"""With static shapes the operators trace into one graph, and compute the same."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import differentiate, randn, random_probs
+from torch import Tensor
+
+from dcdit import ops
+
+B, H, W, D = 2, 6, 7, 16
+L = H * W
+MODES = {"budget": {"budget": 9}, "capacity": {"capacity": 40, "drop_fraction": 0.2}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def route(x: Tensor, q: Tensor, k: Tensor, weight: Tensor, mode: dict[str, Any]) -> tuple[Tensor, ...]:
+    p = (ops.boundary_prob_cosine2d(q, k, weight, (H, W)) + ops.boundary_prob_cosine(q, k)) / 2
+    sel = ops.select_tokens(p, **mode)
+    tokens = ops.gather_tokens(x, sel, x[0])
+    confidence = torch.where(p > 0.5, p, 1 - p)
+    spatial = ops.dechunk_spatial(tokens, p, sel, (H, W), 1.0, confidence, x)
+    held = ops.dechunk_ema(tokens, p, sel, confidence, x)
+    return spatial, held, ops.scatter_tokens(tokens, sel, 1.0), ops.ratio_loss(p, sel.natural_mask, 4.0)
+
+
+def block(t: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
+    added, normed = ops.gated_add_modulated_layer_norm(t, y, gate, shift, scale, cu_seqlens)
+    return added, ops.gated_add(normed, y, gate, cu_seqlens), ops.modulated_layer_norm(t, shift, scale, cu_seqlens)
+
+
+def assert_same(compiled: Any, fn: Any, *args: Any) -> None:
+    eager, traced = differentiate(fn, args), differentiate(compiled, args)
+    for expected, actual in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_routing_is_one_graph(mode: dict[str, Any]) -> None:
+    args = [randn(B, L, D, seed=seed) for seed in range(3)] + [randn(D, 3, 3) / 9]
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    assert_same(compiled, route, *args, mode)
+
+
+def test_block_is_one_graph() -> None:
+    sel = ops.select_tokens(random_probs(B, L), capacity=40)
+    args = [randn(40, D, seed=seed) for seed in range(2)] + [randn(B, D, seed=2 + seed) for seed in range(3)]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_same(compiled, block, *args, sel.cu_seqlens)
+
+
+def test_changed_masks_do_not_recompile() -> None:
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    weight = randn(D, 3, 3) / 9
+    with torch.no_grad():
+        for seed in range(4):
+            inputs = [randn(B, L, D, seed=seed + i) for i in range(3)]
+            with torch.compiler.set_stance("fail_on_recompile" if seed else "default"):
+                for actual, expected in zip(
+                    compiled(*inputs, weight, MODES["capacity"]), route(*inputs, weight, MODES["capacity"]), strict=True
+                ):
+                    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_custom_operators_are_well_formed() -> None:
+    from dcdit.ops._torch import dechunk_ema, nearest, smoothing, spread  # noqa: F401
+
+    p = random_probs(B, L)
+    sel = ops.select_tokens(p)
+    h, q = randn(sel.indices.numel(), D), p.flatten()[sel.indices]
+    slots, owner = sel.slots.view(B, H, W), sel.slots.flatten().long()
+    registered = torch.ops.dcdit_torch
+    calls = {
+        registered.nearest_kept: (slots >= 0,),
+        registered.spread: (h, owner, randn(B * L, D), torch.float32),
+        registered.row_dots: (randn(B * L, D), h, owner),
+        registered.smooth_forward: (h, q, slots, sel.indices, 6, 1.0),
+        registered.smooth_backward: (h, h, q, h, q[:, None], slots, sel.indices, 6, 1.0),
+        registered.scan: (h, q, 1 - q),
+    }
+    for op, args in calls.items():
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
