@@ -1,7 +1,8 @@
 """Whole models: DC-DiT at several budgets against the static DiT of the same transformer, inference and training step.
 
 The router of an untrained model is calibrated: its output bias is shifted so that it keeps a quarter of the positions
-of latents whose roughness differs from image to image, which spreads the kept share over the batch. The reference implementation is a side where DCDIT_OFFICIAL names its checkout.
+of latents whose roughness differs from image to image, which spreads the kept share over the batch. The reference
+implementation is a side where DCDIT_OFFICIAL names its checkout.
 """
 
 import functools

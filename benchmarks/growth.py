@@ -20,13 +20,11 @@ from dcdit.workloads import WORKLOADS, Shape, create_workload
 SIDES = (16, 32, 64, 128, 256)
 
 
-def measure(
-    names: Sequence[str], sides: Sequence[int], width: int, keep: float, seconds: float
-) -> list[dict[str, Any]]:
-    """Nanoseconds per position of each operation, forward, and forward with backward, at each grid.
+def measure(name: str, sides: Sequence[int], width: int, keep: float, seconds: float) -> list[dict[str, Any]]:
+    """Nanoseconds per position of an operation at each grid, forward, and forward with backward.
 
     Args:
-        names: of the workloads.
+        name: of the workload.
         sides: of square grids.
         width: D.
         keep: share of the tokens that is kept.
@@ -37,19 +35,19 @@ def measure(
     """
     if not sides or min(sides) < 1:
         raise ValueError(f"sides is {list(sides)}; accepted: one or more positive grid sides")
-    positions = max(sides) ** 2
     rows = []
-    for name in names:
-        for direction in sets.DIRECTIONS[:1] if name.startswith("select") else sets.DIRECTIONS:
-            works = {}
-            for side in sides:
-                shape = Shape(positions // side**2, (side, side), width, keep, sets.dtype(), sets.device())
-                workload = create_workload(name, shape)
-                works[str(side)] = workload.forward if direction == "forward" else workload.forward_backward
-            times = time_sides(works, sets.device(), seconds, warmup=1, least=3)
-            ns = {side: 1e6 * ms / (positions // int(side) ** 2 * int(side) ** 2) for side, ms in times.items()}
-            rows.append({"op": name, "direction": direction, "width": width, "keep": keep, "ns_per_position": ns})
-            print(f"{name} {direction}: " + ", ".join(f"{s}: {n:.1f} ns" for s, n in ns.items()), flush=True)
+    for direction in sets.DIRECTIONS[:1] if name.startswith("select") else sets.DIRECTIONS:
+        works, positions = {}, {}
+        for side in sides:
+            images = max(sides) ** 2 // side**2
+            shape = Shape(images, (side, side), width, keep, sets.dtype(), sets.device())
+            workload = create_workload(name, shape)
+            works[str(side)] = workload.forward if direction == "forward" else workload.forward_backward
+            positions[str(side)] = images * side**2
+        times = time_sides(works, sets.device(), seconds, warmup=1, least=3)
+        ns = {side: 1e6 * ms / positions[side] for side, ms in times.items()}
+        rows.append({"op": name, "direction": direction, "width": width, "keep": keep, "ns_per_position": ns})
+        print(f"{name} {direction}: " + ", ".join(f"{side}: {n:.1f} ns" for side, n in ns.items()), flush=True)
     return rows
 
 
@@ -62,10 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="timing budget per point (default: %(default)s)")
     parser.add_argument("--out", default="out/bench/growth.json", help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    rows = measure(args.op, args.side, args.width, args.keep, args.seconds)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"dcdit": {**machine(), "left_out": {}}, "growth": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for name in args.op:  # written after each, so that nothing measured is lost
+        rows += measure(name, args.side, args.width, args.keep, args.seconds)
+        out.write_text(json.dumps({"dcdit": {**machine(), "left_out": {}}, "growth": rows}, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 

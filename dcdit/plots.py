@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from dcdit.profile import Profile
 
 
-def _figure(*args: Any, **options: Any) -> tuple[Any, Any]:
-    """A figure on the file-only backend, so that no display is needed."""
+def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes (as ``plt.subplots``) on the file-only backend, so that no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ def _figure(*args: Any, **options: Any) -> tuple[Any, Any]:
 
 def plot_profile(result: "Profile", path: Path) -> None:
     """Time against FLOPs with the eta = 1 line through each static model, and the stages of each budget."""
-    figure, (left, right) = _figure(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.2))
     statics = [side for side in result.sides if side.drop_fraction is None]
     dynamic = [side for side in result.sides if side.drop_fraction is not None]
     edge = 1.1 * max(side.gflops for side in result.sides)
@@ -65,7 +65,7 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
 
     ``log`` rows hold step, loss, and natural: the kept share before dropping.
     """
-    figure, (left, right) = _figure(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = new_figure(1, 2, figsize=(9, 3.2))
     steps = [row["step"] for row in log]
     left.plot(steps, [row["loss"] for row in log], lw=1)
     left.set(xlabel="step", ylabel="diffusion loss", yscale="log")
@@ -81,7 +81,7 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path) -> None:
 
     Each column holds title, image (H, W, 3) in [0, 1], prob (H, W) and mask (H, W) bool.
     """
-    figure, axes = _figure(3, len(columns), figsize=(2.1 * len(columns), 6.6), squeeze=False)
+    figure, axes = new_figure(3, len(columns), figsize=(2.1 * len(columns), 6.6), squeeze=False)
     for axis, column in zip(axes.T, columns, strict=True):
         axis[0].imshow(column["image"], interpolation="nearest")
         axis[0].set_title(column["title"], fontsize=8)
