@@ -4,7 +4,7 @@ MINUTES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench aot gpu-test clean
+.PHONY: demo test test-full lint format bench gpu-bench aot gpu-test clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -24,8 +24,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## the CPU benchmark set
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+bench: $(VENV)/.installed ## the benchmarks of this machine -> benchmarks/results/
+	$(BIN)/python -m benchmarks.suite
+
+gpu-bench: $(VENV)/.installed ## the same where there is a CUDA device, within 9 minutes; says so and stops elsewhere
+	$(BIN)/python -m benchmarks.suite --gpu --minutes 9
 
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
 	$(BIN)/python tests/kernels/aot.py --jobs 2

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--side", nargs="+", type=int, default=list(SIDES), help="grid sides (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=384, help="D (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
     parser.add_argument("--keep", type=float, default=0.25, help="kept share (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="timing budget per point (default: %(default)s)")
     parser.add_argument("--out", default="out/bench/growth.json", help="file to write (default: %(default)s)")

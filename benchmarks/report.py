@@ -36,15 +36,11 @@ def read(paths: Sequence[Path]) -> dict[str, Any]:
             raw = json.loads(path.read_text())
             conditions = raw["dcdit"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f"{path} holds no results; accepted: JSON of the benchmarks or of the growth run"
-            ) from None
+            raise ValueError(f"{path} holds no results; accepted: JSON of the benchmarks or the growth run") from None
         first = found.setdefault("conditions", conditions)
         for name in ("device", "dtype", "threads"):
             if conditions[name] != first[name]:
-                raise ValueError(
-                    f"{path} has {name} {conditions[name]}, {paths[0]} {first[name]}; accepted: one machine"
-                )
+                raise ValueError(f"{path} has {name} {conditions[name]}; accepted: {first[name]}, as in {paths[0]}")
         found["left_out"].update(conditions["left_out"])
         found["day"] = raw.get("datetime", found["day"])[:10]
         for benchmark in raw.get("benchmarks", []):
@@ -80,7 +76,7 @@ def _head(found: dict[str, Any]) -> str:
             "",
             f"- {conditions['threads']} threads, torch {conditions['torch']}, {conditions['dtype']}, "
             f"set {conditions['set']}. Copy bandwidth in this run: {conditions['copy_gbps']:.1f} GB/s.",
-            "- Every side computed the same results before it was timed. Times are medians; an empty cell was not measured.",
+            "- Every side computed the same before it was timed. Times are medians; an empty cell was not measured.",
             *left_out,
         ]
     )
@@ -108,8 +104,8 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
     pictures.plot_models(groups, picture)
     parts = [
         "## Models",
-        "eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic): 1 means that every saved FLOP became time. "
-        "A training step counts three forwards.",
+        "eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic): 1 means that every saved FLOP became "
+        "time. A training step counts three forwards.",
         f"![time against FLOPs]({picture.name})",
     ]
     for title, rows in groups.items():
@@ -148,8 +144,8 @@ def _ops(rows: Sequence[Row], copy_gbps: float, page: Path) -> str:
     pictures.plot_roofline(first, copy_gbps, picture)
     parts = [
         "## Operations",
-        "Bytes are the least possible: each input read once, each output written once. The share is of the copy bandwidth; "
-        "data that a cache holds can pass 100 %. Host: one call on tiny tensors.",
+        "Bytes are the least possible: each input read once, each output written once. The share is of the copy "
+        "bandwidth; data that a cache holds can pass 100 %. Host: one call on tiny tensors.",
         f"![share of the copy bandwidth]({picture.name})",
     ]
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -203,8 +199,8 @@ def _growth(rows: Sequence[Row], page: Path) -> str:
     return "\n\n".join(
         [
             "## Growth with the grid",
-            f"Nanoseconds per position, width {rows[0]['width']}, {rows[0]['keep']:.0%} kept. Every grid has as many images as "
-            "make the same number of positions: a flat row is a cost linear in the positions of an image.",
+            f"Nanoseconds per position, width {rows[0]['width']}, {rows[0]['keep']:.0%} kept. Every grid has as many "
+            "images as make the same number of positions: a flat row is a cost linear in the positions of an image.",
             f"![time per position]({picture.name})",
             markdown_table(head, body),
         ]

@@ -18,9 +18,9 @@ from benchmarks.report import read, write
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
-    "models": (0.5, ["-m", "pytest", "-q", "benchmarks/bench_models.py", "--benchmark-only"]),
+    "models": (0.45, ["-m", "pytest", "-q", "benchmarks/bench_models.py", "--benchmark-only"]),
     "ops": (0.35, ["-m", "pytest", "-q", "benchmarks/bench_ops.py", "--benchmark-only"]),
-    "growth": (0.15, ["-m", "benchmarks.growth", "--seconds", "0.3"]),
+    "growth": (0.2, ["-m", "benchmarks.growth", "--seconds", "0.3"]),
 }
 """Share of the time, and command, of each part."""
 GRACE = 20.0
