@@ -70,6 +70,13 @@ def test_optional_arguments(missing: tuple[str, ...], dtype: torch.dtype) -> Non
     check_against_reference(ops.dechunk_spatial, h, p, sel, grid, sigma, gate, residual)
 
 
+def test_lone_token_without_confidence() -> None:
+    # Its weight is 1e-4, so the 1e-8 of the normaliser shows.
+    p = torch.zeros(2, 35)
+    sel = ops.select_tokens(p)
+    check_against_reference(ops.dechunk_spatial, randn(2, 8), p, sel, (5, 7), 1.0, p, randn(2, 35, 8))
+
+
 def test_no_images() -> None:
     p = torch.zeros(0, 12)
     assert ops.dechunk_spatial(torch.zeros(0, 8), p, ops.select_tokens(p), (3, 4)).shape == (0, 12, 8)
