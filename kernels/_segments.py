@@ -1,8 +1,8 @@
 """Cut packed segments into chunks counted from each segment's own start, without asking the host how long they are.
 
 Chunk ``c`` of segment ``b`` gets the slot ``cu_seqlens[b] // CHUNK + b + c``. Segments never share a slot, there are
-at most ``chunk_slots`` of them whatever the lengths, and a segment is cut the same way wherever it sits in the batch: that
-is what makes a packed batch and its sequences one by one equal to the last bit.
+at most ``chunk_slots`` of them whatever the lengths, and a segment is cut the same way wherever it sits in the batch:
+that is what makes a packed batch and its sequences one by one equal to the last bit.
 """
 
 import triton

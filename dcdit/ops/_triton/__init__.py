@@ -5,6 +5,7 @@ from dcdit.ops._triton.boundary import (
     boundary_prob_cosine2d,
     boundary_prob_predictability,
 )
+from dcdit.ops._triton.dechunk_ema import dechunk_ema
 from dcdit.ops._triton.dechunk_spatial import dechunk_spatial
 from dcdit.ops._triton.loss import ratio_loss
 from dcdit.ops._triton.modulation import gated_add, gated_add_modulated_layer_norm, modulated_layer_norm
@@ -15,6 +16,7 @@ __all__ = [
     "boundary_prob_cosine",
     "boundary_prob_cosine2d",
     "boundary_prob_predictability",
+    "dechunk_ema",
     "dechunk_spatial",
     "gated_add",
     "gated_add_modulated_layer_norm",

@@ -1,0 +1,214 @@
+"""EMA de-chunking kernels: against the definition, chunk seams, independence of the batch, slack rows, and tracing."""
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.kernels._launch import force_config
+from dcdit.ops import TokenSelection, dechunk_ema
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATTERNS = ["random", "ties", "one", "none", "all", "extreme"]
+SMALL = {
+    "dechunk_ema": {"CHUNK": 8, "BLOCK_D": 8, "num_warps": 1},
+    "dechunk_ema_bwd": {"BLOCK_D": 8, "num_warps": 1},
+    "dechunk_ema_carry": {"CHUNKS": 2, "BLOCK_D": 8, "num_warps": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks() -> Iterator[ExitStack]:
+    """Seams within few positions; the interpreter's scan costs by the element."""
+    with ExitStack() as stack:
+        for kernel, config in SMALL.items():
+            stack.enter_context(force_config(kernel, config))
+        yield stack
+
+
+def grid_case(
+    images: int, length: int, pattern: str = "random", seed: int = 0, **options: Any
+) -> tuple[Tensor, TokenSelection]:
+    p = random_probs(images, length, pattern=pattern, seed=seed)
+    with ops.use_backend("reference"):
+        return p, ops.select_tokens(p, **options)
+
+
+def packed_case(
+    lengths: list[int], pattern: str = "random", seed: int = 0, **options: Any
+) -> tuple[Tensor, TokenSelection]:
+    p = random_probs(max(sum(lengths), 1), pattern=pattern, seed=seed)[: sum(lengths)]
+    with ops.use_backend("reference"):
+        return p, ops.select_tokens(p, random_cu_seqlens(*lengths), **options)
+
+
+def arguments(
+    case: tuple[Tensor, TokenSelection],
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    gate: bool = True,
+    residual: bool = True,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, ...]:
+    """h and residual are slices of wider rows; slack rows of h are NaN."""
+    p, sel = case
+    sel = TokenSelection(*(x.to(device) if isinstance(x, Tensor) else x for x in sel))
+    h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed)[:, width:].to(device)
+    h[int(sel.cu_seqlens[-1]) :] = float("nan")
+    extra = randn(*p.shape, 2 * width, dtype=dtype, seed=seed + 1).to(device)[..., :width]
+    confidence = torch.where(p > 0.5, p, 1 - p).to(device)
+    return h, p.to(device), sel, confidence if gate else None, extra if residual else None
+
+
+def run(op: Callable[..., Any], *args: Any) -> list[Tensor | None]:
+    with ops.use_backend("triton"):
+        outputs, grads = differentiate(op, args)
+    return [*outputs, *grads]
+
+
+def assert_same(actual: list[Tensor | None], wanted: list[Tensor | None]) -> None:
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+variants = {
+    "pattern": st.sampled_from(PATTERNS),
+    "dtype": st.sampled_from(DTYPES),
+    "gate": st.booleans(),
+    "residual": st.booleans(),
+    "seed": st.integers(0, 99),
+}
+
+
+@given(images=st.integers(0, 2), length=st.integers(1, 20), width=st.sampled_from([8, 16]), **variants)
+@example(images=1, length=40, width=8, pattern="random", dtype=torch.float32, gate=True, residual=True, seed=0)
+def test_grid_source_matches_the_definition(
+    images: int, length: int, width: int, pattern: str, dtype: torch.dtype, gate: bool, residual: bool, seed: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    case = grid_case(images, length, pattern, seed)
+    args = arguments(case, width, dtype, gate, residual, seed, device)
+    check_against_reference(dechunk_ema, *args, backend="triton")
+
+
+@given(lengths=st.lists(st.integers(0, 12), max_size=4), **variants)
+@example(lengths=[1, 45, 0, 2], pattern="all", dtype=torch.float32, gate=True, residual=True, seed=0)
+@example(lengths=[0, 0], pattern="all", dtype=torch.float32, gate=True, residual=True, seed=0)
+def test_packed_source_matches_the_definition(
+    lengths: list[int], pattern: str, dtype: torch.dtype, gate: bool, residual: bool, seed: int, device: torch.device
+) -> None:
+    args = arguments(packed_case(lengths, pattern, seed), 8, dtype, gate, residual, seed, device)
+    check_against_reference(dechunk_ema, *args, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capacity", [12, 90])
+def test_slack_rows_are_ignored(capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    args = arguments(grid_case(2, 15, capacity=capacity), 8, dtype, device=device)
+    check_against_reference(dechunk_ema, *args, backend="triton")
+    slack = int(args[2].cu_seqlens[-1])
+    assert slack < capacity
+    assert not run(dechunk_ema, *args)[1][slack:].any()
+
+
+def test_budget_keeps_tokens_of_zero_probability(device: torch.device) -> None:
+    args = arguments(grid_case(2, 15, "extreme", budget=12), device=device)
+    check_against_reference(dechunk_ema, *args, backend="triton")
+
+
+def test_gradient_of_p_includes_the_ends_of_the_clamp(device: torch.device) -> None:
+    case = grid_case(1, 6, budget=6)
+    p = torch.tensor([[1e-4, 1 - 1e-4, 0.5, 0.0, 1.0, 0.7]])
+    args = arguments((p, case[1]), device=device)
+    grad_p = run(dechunk_ema, *args)[2]
+    with ops.use_backend("reference"):
+        wanted = differentiate(dechunk_ema, args)[1][1]
+    assert wanted.ne(0).tolist() == [[True, True, True, False, False, True]]
+    torch.testing.assert_close(grad_p, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_shipped_configuration(small_chunks: ExitStack, device: torch.device) -> None:
+    small_chunks.close()
+    args = arguments(packed_case([1, 67]), 24, torch.bfloat16, device=device)
+    check_against_reference(dechunk_ema, *args, backend="triton")
+
+
+@given(lengths=st.lists(st.integers(0, 12), min_size=2, max_size=2), dtype=st.sampled_from(DTYPES))
+@example(lengths=[3, 35, 9], dtype=torch.float32)
+def test_packed_equals_each_sequence_alone(lengths: list[int], dtype: torch.dtype, device: torch.device) -> None:
+    case = packed_case(lengths)
+    h, p, sel, gate, residual = arguments(case, 8, dtype, device=device)
+
+    def evaluate(*args: Any) -> list[Tensor]:
+        leaves = [args[i].detach().requires_grad_() for i in (0, 1, 3, 4)]
+        with ops.use_backend("triton"):
+            out = dechunk_ema(leaves[0], leaves[1], args[2], *leaves[2:])
+        # A cotangent that depends on the rows alone, not on where they sit.
+        return [out.detach(), *torch.autograd.grad(out, leaves, out.detach() * 0.5)]
+
+    together = evaluate(h, p, sel, gate, residual)
+    starts, token_starts = random_cu_seqlens(*lengths).tolist(), sel.cu_seqlens.tolist()
+    for (lo, hi), (first, last) in zip(itertools.pairwise(starts), itertools.pairwise(token_starts), strict=True):
+        with ops.use_backend("reference"):
+            own = ops.select_tokens(p[lo:hi], torch.tensor([0, hi - lo], dtype=torch.int32, device=device))
+        assert own.indices.shape[0] == last - first
+        alone = evaluate(h[first:last], p[lo:hi], own, gate[lo:hi], residual[lo:hi])
+        out, grad_h, grad_p, grad_gate, grad_residual = together
+        cut = [out[lo:hi], grad_h[first:last], grad_p[lo:hi], grad_gate[lo:hi], grad_residual[lo:hi]]
+        assert_same(cut, alone)
+
+
+def test_grid_equals_packed(device: torch.device) -> None:
+    h, p, sel, gate, residual = arguments(grid_case(2, 19), device=device)
+    flat = sel._replace(
+        source_cu_seqlens=random_cu_seqlens(19, 19).to(device), mask=sel.mask.flatten(), slots=sel.slots.flatten()
+    )
+    grid = run(dechunk_ema, h, p, sel, gate, residual)
+    packed = run(dechunk_ema, h, p.flatten(), flat, gate.flatten(), residual.flatten(0, 1))
+    assert_same([a.reshape(b.shape) for a, b in zip(grid, packed, strict=True)], packed)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 3, 4])
+def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
+    args = list(arguments(grid_case(2, 19), device=device))
+    together = dict(zip((0, 1, 3, 4), run(dechunk_ema, *args)[1:], strict=True))
+    leaf = args[wanted] = args[wanted].detach().requires_grad_()
+    with ops.use_backend("triton"):
+        out = dechunk_ema(*args)
+    grad = torch.autograd.grad(out, leaf, randn(*out.shape, seed=7).to(device))[0]
+    torch.testing.assert_close(grad, together[wanted], rtol=0, atol=0)
+
+
+def test_float64_is_refused() -> None:
+    h, *others = arguments(grid_case(1, 5), residual=False)
+    with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
+        dechunk_ema(h.double(), *others)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_registration(packed: bool, device: torch.device) -> None:
+    case = packed_case([9, 0, 2]) if packed else grid_case(2, 9, capacity=12)
+    h, p, sel, gate, residual = arguments(case, device=device)
+    h = h.nan_to_num()  # opcheck compares whole inputs, and NaN is not equal to itself
+    h, p, gate, rows = (x.detach().requires_grad_() for x in (h, p, gate, residual.reshape(-1, 8)))
+    args = (h, p, sel.slots, sel.cu_seqlens, sel.source_cu_seqlens, gate, rows)
+    importlib.import_module("dcdit.ops._triton")  # registers it
+    torch.library.opcheck(torch.ops.dcdit.dechunk_ema.default, args)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_without_a_graph_break(packed: bool, device: torch.device) -> None:
+    case = packed_case([9, 0, 2]) if packed else grid_case(2, 9, capacity=12)
+    args = arguments(case, device=device)
+    compiled = torch.compile(dechunk_ema, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, *args), run(dechunk_ema, *args))
