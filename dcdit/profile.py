@@ -1,7 +1,7 @@
 """`dcdit profile`: does the compression of a DC-DiT become time? FLOPs and wall-clock against the static DiT.
 
-The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), all sides timed in the same run with
-the same dtype: eta = 1 means that every saved FLOP became time.
+The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), all sides timed in the same run
+with the same dtype: eta = 1 means that every saved FLOP became time.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops, create_model
+from dcdit.nn import STAGES
 from dcdit.nn.routers import PredictabilityRouter
 from dcdit.ops.attention import attention_backends
 from dcdit.timing import time_sides, time_stages
@@ -55,12 +56,15 @@ class Profile:
     torch: str
     attention: str
     compiled: bool
+    channels_last: bool
+    """Whether the convolution weights of the dynamic model lie channels-last."""
     sides: list[Side]
 
     def table(self) -> str:
         """The comparison as a Markdown table."""
         statics = [side.name for side in self.sides if side.drop_fraction is None]
-        head = ["model", "drop", "kept", "GFLOPs/image", "ms/forward", "images/s", *(f"eta vs {name}" for name in statics)]
+        head = ["model", "drop", "kept", "GFLOPs/image", "ms/forward", "images/s"]
+        head += [f"eta vs {name}" for name in statics]
         rows = [
             [
                 side.name,
@@ -90,9 +94,13 @@ class Profile:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells padded to their column, numbers to the right of the first one."""
     width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    line = "| " + " | ".join("{:<%d}" % width[0] if i == 0 else "{:>%d}" % w for i, w in enumerate(width)) + " |"
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(width)) + "|"
-    return "\n".join([line.format(*head), rule, *(line.format(*row) for row in rows)])
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, width, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(width)) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
 
 
 def varied_latents(batch: int, channels: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
@@ -111,13 +119,17 @@ def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, share: float
     """Shift the output bias of an untrained router so that it naturally keeps this share of x.
 
     Raises:
-        ValueError: the router is not the predictability router (the only one with an output bias).
+        ValueError: the share is not between 0 and 1, or the router is not the predictability router (the only one with
+            an output bias).
     """
+    if not 0 < share < 1:
+        raise ValueError(f"share is {share}; accepted: a number between 0 and 1")
     if not isinstance(model.router, PredictabilityRouter):
         raise ValueError(f"router is {model.config.router!r}; calibration accepts: predictability")
     _, routing = model(x, t, y, return_routing=True)
     logits = torch.logit(routing.prob[:, 1:-1].float(), eps=1e-6)  # the ends are forced
-    model.router.out.bias -= torch.quantile(logits.flatten()[: 2**24], 1 - share).to(model.router.out.bias.dtype)
+    bias = model.router.out.bias
+    bias.copy_(bias - torch.quantile(logits.flatten()[: 2**24], 1 - share).to(bias.dtype))
 
 
 def static_counterparts(config: DCDiTConfig) -> dict[str, DiTConfig]:
@@ -173,20 +185,21 @@ def profile(
             name=label,
             drop_fraction=rho,
             kept_share=share,
-            gflops=sum(flops.values()) / batch / 1e9,
+            gflops=flops["total"] / batch / 1e9,
             ms=times[key],
             images_per_second=1e3 * batch / times[key],
             eta={},
             stage_ms=stages,
-            stage_gflops={} if rho is None else {stage: count / batch / 1e9 for stage, count in flops.items()},
+            stage_gflops={} if rho is None else {stage: flops[stage] / batch / 1e9 for stage in STAGES},
         )
 
-    sides = [side(label, label, count_flops(static.config, batch=batch), None, None) for label, static in statics.items()]
-    baselines = list(sides)
+    baselines = [side(label, label, count_flops(s.config, batch=batch), None, None) for label, s in statics.items()]
+    sides = list(baselines)
     for rho in drop_fractions:
         _, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
         lengths = routing.selection.lengths.tolist()
-        dynamic = side(name, f"{name} {rho:g}", count_flops(model.config, lengths), rho, sum(lengths) / routing.mask.numel())
+        share = sum(lengths) / routing.mask.numel()
+        dynamic = side(name, f"{name} {rho:g}", count_flops(model.config, lengths), rho, share)
         dynamic.eta = {b.name: (b.ms / dynamic.ms) / (b.gflops / dynamic.gflops) for b in baselines}
         sides.append(dynamic)
     return Profile(
@@ -198,6 +211,11 @@ def profile(
         torch=torch.__version__,
         attention=next(label for label, available, _ in attention_backends(device) if available),
         compiled=compiled,
+        channels_last=all(
+            weight.is_contiguous(memory_format=torch.channels_last)
+            for weight in model.parameters()
+            if weight.dim() == 4
+        ),
         sides=sides,
     )
 
@@ -214,18 +232,20 @@ def advice(result: Profile, low: float = 0.9) -> list[str]:
     if on_gpu and result.dtype == "float32":
         hints.append("--dtype bfloat16: tensor cores and the flash kernels need half precision.")
     if on_gpu and result.attention == "sdpa":
-        hints.append("attention runs on the sdpa fallback, which reads lengths on the host: pip install 'dcdit[flash]'.")
+        hints.append(
+            "attention runs on the sdpa fallback and waits for lengths on the host: pip install 'dcdit[flash]'."
+        )
     if on_gpu and not result.compiled:
         hints.append("--compile: the static side and the convolutions gain from it.")
     if on_gpu and result.batch < 8:
         hints.append(f"--batch above {result.batch}: small batches are bound by launches, not by work.")
+    if not result.channels_last:
+        hints.append("convolution weights are not channels-last: model.to(memory_format=torch.channels_last).")
     per_flop = worst.stage_ms["transformer"] / worst.stage_gflops["transformer"]
     for stage, ms in worst.stage_ms.items():
         expected = per_flop * worst.stage_gflops.get(stage, 0.0)
         if stage != "whole" and ms - expected > 0.05 * worst.stage_ms["whole"]:
-            hints.append(
-                f"stage {stage!r} takes {ms:.1f} ms; at the transformer's speed per FLOP it would take {expected:.1f} ms."
-            )
+            hints.append(f"stage {stage!r} takes {ms:.1f} ms; at the transformer's speed per FLOP: {expected:.1f} ms.")
     return hints
 
 
@@ -253,9 +273,11 @@ def run(args: argparse.Namespace) -> int:
     """Entry point of ``dcdit profile``."""
     from dcdit.plots import plot_profile
 
+    device = _device(args.device)
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; accepted: a positive number of images")
-    device = torch.device(args.device)
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds is {args.seconds}; accepted: a positive number")
     torch.manual_seed(0)
     model, name = _model(args)
     model = model.to(device=device, dtype=DTYPES[args.dtype]).eval()
@@ -273,8 +295,17 @@ def run(args: argparse.Namespace) -> int:
     print(result.table(), result.stage_table(), *advice(result), sep="\n\n")
     if args.trace:
         _write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
+        print(f"\nwrote {args.trace}: open it in ui.perfetto.dev or chrome://tracing")
     print(f"\nwrote {out / 'profile.json'} and {out / 'profile.png'}")
     return 0
+
+
+def _device(name: str) -> torch.device:
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; accepted: cpu, cuda")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but no CUDA device is visible to PyTorch; accepted here: cpu")
+    return torch.device(name)
 
 
 def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
@@ -296,7 +327,8 @@ def _write_trace(work: Any, path: str) -> None:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     from dcdit.nn.stages import collect_stages
 
-    with torch.inference_mode(), torch.profiler.profile(activities=activities) as recorded:
-        with collect_stages(torch.profiler.record_function):
-            work()
+    record = torch.profiler.profile(activities=activities)
+    with torch.inference_mode(), record as recorded, collect_stages(torch.profiler.record_function):
+        work()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(path)

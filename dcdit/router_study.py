@@ -43,7 +43,15 @@ def study_router(
         noising: how the model's objective noises them.
         levels: shares of the time axis, 0 (data) to 1 (noise).
         seed: of the noise, the same at every level.
+
+    Raises:
+        ValueError: fewer than three images, or a level outside 0 to 1.
     """
+    if len(x0) < 3:
+        raise ValueError(f"x0 holds {len(x0)} images; accepted: at least 3, to compare smooth and detailed ones")
+    wrong = [level for level in levels if not 0 <= level <= 1]
+    if wrong:
+        raise ValueError(f"levels holds {wrong[0]}; accepted: shares from 0 (data) to 1 (noise)")
     detail = local_detail(x0)
     order = detail.flatten(1).mean(1).argsort()
     third = len(order) // 3
