@@ -26,17 +26,18 @@ def _load_pair(q_ptr, k_ptr, row, rows, q_stride, k_stride, D: tl.constexpr, BLO
 @triton.jit
 def _starts_sequence(row, rows, cu_ptr, length, sequences, steps, PACKED: tl.constexpr):
     """Whether a sequence starts at a row; the row after the last one counts as a start."""
-    if not PACKED:
+    if PACKED:
+        row = tl.minimum(row, rows)
+        low = tl.zeros_like(row)
+        high = low + sequences
+        for _ in range(steps):
+            middle = (low + high) // 2
+            before = tl.load(cu_ptr + middle) < row
+            low = tl.where(before, middle + 1, low)
+            high = tl.where(before, high, middle)
+        return tl.load(cu_ptr + low) == row
+    else:
         return row % length == 0
-    row = tl.minimum(row, rows)
-    low = tl.zeros_like(row)
-    high = low + sequences
-    for _ in range(steps):
-        middle = (low + high) // 2
-        before = tl.load(cu_ptr + middle) < row
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, middle)
-    return tl.load(cu_ptr + low) == row
 
 
 @triton.jit(do_not_specialize=["rows", "length", "sequences", "steps"])

@@ -21,6 +21,9 @@ MAX_SPLITS = 128
 MIN_TILES = 4
 """Tiles that share one partial sum of the backward, at least: three numbers per channel are written for each."""
 
+MAX_POSITIONS = 256
+"""Positions in a tile of the statistics, at most, however few channels there are."""
+
 MEMBERSHIP = 8192
 """Groups x channels one statistics program may sort into groups."""
 
@@ -370,7 +373,7 @@ def _statistics(x: Tensor, layout: _Layout, groups: int) -> tuple[Tensor, int]:
         share = cdiv(share, 2)
     config = dict(config_for("predictability_statistics", x.device, C=channels))
     block_c = triton.next_power_of_2(share * width)
-    block_p = max(1, config.pop("TILE") // block_c)
+    block_p = min(MAX_POSITIONS, max(1, config.pop("TILE") // block_c))
     tiles = cdiv(length, MAX_SPLITS * block_p)
     splits = cdiv(length, max(1, tiles * block_p))
     partial = empty((images, splits, 2, groups), torch.float32, x.device)

@@ -56,6 +56,6 @@ def ratio_loss_fwd(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple
     loss, slopes = empty((), torch.float32, p.device), empty((groups,), torch.float32, p.device)
     launch(_sums_kernel, (splits, groups), p, mask, partial, size, splits, UNIT=1 if size % 16 else 16, **config)
     launch(
-        _loss_kernel, (1,), partial, loss, slopes, groups, size, splits, target, BLOCK_G=16, BLOCK_S=64, num_warps=4
+        _loss_kernel, (1,), partial, loss, slopes, groups, size, splits, target, BLOCK_G=16, BLOCK_S=32, num_warps=4
     )  # fmt: skip
     return loss, slopes
