@@ -38,8 +38,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, meta))
         return
+    device = next(argument.device for argument in args if isinstance(argument, Tensor))
     try:
-        kernel[grid](*args, **meta)
+        # Triton starts on the current device, which need not be the tensors'.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel[grid](*args, **meta)
+        else:
+            kernel[grid](*args, **meta)
     except RuntimeError as error:
         if "active drivers" not in str(error):
             raise

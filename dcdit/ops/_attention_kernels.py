@@ -96,8 +96,8 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return requested
 
 
-# Constant for the compiler: the choice depends on the machine and on static properties of the tensors only. This is what
-# torch.compiler.assume_constant_result sets; calling it would import the whole compiler with `import dcdit`.
+# Constant for the compiler: the choice depends on the machine and on static properties of the tensors only. This is
+# what torch.compiler.assume_constant_result sets; calling it would import the whole compiler with `import dcdit`.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
