@@ -68,7 +68,6 @@ CASES: dict[str, Callable[[], Counts]] = {
         if not name.startswith("select")
     },
     **{f"model, {mode}": lambda mode=mode: count_model(mode) for mode in MODES},
-    "model, cosine2d": lambda: count_model("exact", router="cosine2d"),
     "model, cosine1d and EMA": lambda: count_model("exact", router="cosine1d", dechunk="ema"),
 }
 
