@@ -1,14 +1,15 @@
 """Gaussian smoothing of the kept tokens of a grid, as products of small dense tiles over kept tokens only.
 
-A program owns up to BM kept tokens of one block of the grid (BAND_H x STRIP_W positions, a shape that no kept count
-changes) and walks over the kept tokens of their window, BJ at a time: weights from coordinates in registers, then a
-product on the tensor cores. Packed rows follow the raster order, so the kept tokens of a window are one run per grid
-row (see ``nearest.Survey``); the runs are strung together so that tiles stay full at any density.
+A program owns one block of the grid (BAND_H x STRIP_W positions, whatever is kept), takes the kept tokens in it BM at
+a time and walks over the kept tokens of their window, BJ at a time: weights from coordinates in registers, then a
+product on the tensor cores. Packed rows follow the raster order, so the kept tokens of any rectangle are one run per
+grid row (see ``nearest.Survey``); the runs are strung together so that tiles stay full at any density.
 
-On paper, at a kept share s and radius R, one program reads (BM / (s STRIP_W) + 2R)(STRIP_W + 2R) s rows for BM tokens.
-With s = 0.25 and R = 6 (sigma 1) that is some 220 rows per 64 tokens on a large grid and fewer at its edges, whatever
-L is: the cost is linear in L. Runs of whole grid rows would need less arithmetic to find but read W instead of STRIP_W
-+ 2R columns; gathering per token would read about 156 s rows for each token alone.
+On paper, at a kept share s and radius R, BM tokens meet (BM / (s STRIP_W) + 2R)(STRIP_W + 2R) s others: with BM = 32,
+STRIP_W = 32, s = 0.25 and R = 6 (sigma 1) 176 on a large grid, fewer at its edges, whatever L is. So the cost is
+linear in L. Runs of whole grid rows would be simpler to find, but meet W instead of STRIP_W + 2R columns; a gather per
+token reads (2R + 1)^2 s rows for each token alone, here BM tokens share theirs; and taps at every grid position would
+multiply the arithmetic by 1 / s^2.
 
 A token's own part stays out of the sums: what is kept is the difference h - s that smoothing makes, straight from the
 other tokens, ``(h (Z' + 1e-8) - sum' K q h) / (Z + 1e-8)`` with the primed sums over others. Taken as a difference of
@@ -72,36 +73,32 @@ def _listed(place, first, begin, count):
 
 
 @triton.jit
-def _own_tokens(
-    rank_ptr, height, width, bands, strips, shares, BAND_H: tl.constexpr, STRIP_W: tl.constexpr, BM: tl.constexpr
-):
-    """This program's slots [BM] (-1 past the end), and the first row of its image in the stacked grids."""
-    block = tl.program_id(0) // shares
-    share = tl.program_id(0) % shares
+def _block(rank_ptr, height, width, bands, strips, BAND_H: tl.constexpr, STRIP_W: tl.constexpr):
+    """First row of this program's image in the stacked grids, and the runs of its block."""
+    block = tl.program_id(0)
     strip = block % strips
     band = block // strips % bands
     top = block // strips // bands * height
     line = band * BAND_H + tl.arange(0, BAND_H)
     right = tl.minimum((strip + 1) * STRIP_W, width)
     first, begin, count = _runs(rank_ptr, top + line, line < height, strip * STRIP_W, right, width)
-    return _listed(share * BM + tl.arange(0, BM), first, begin, count), top
+    return top, first, begin, count
 
 
 @triton.jit
 def _window_sum(
     source_ptr, weight_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
-    source_stride, tokens, parts, fall, channel,
-    D: tl.constexpr, RADIUS: tl.constexpr,
-    BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
+    source_stride, tokens, parts, radius, fall, channel,
+    D: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums over a window's other tokens: ``K weight source`` [BM, BLOCK_D] and ``K weight along`` [BM] (1 if None)."""
     real = slot >= 0
     row = tl.load(row_ptr + slot, mask=real, other=0)  # [BM]
     col = tl.load(col_ptr + slot, mask=real, other=0)
-    from_line = tl.maximum(tl.min(tl.where(real, row, _FAR), 0) - RADIUS, top)
-    to_line = tl.minimum(tl.max(tl.where(real, row, -1), 0) + RADIUS + 1, top + height)
-    left = tl.maximum(tl.min(tl.where(real, col, _FAR), 0) - RADIUS, 0)
-    right = tl.minimum(tl.max(tl.where(real, col, -1), 0) + RADIUS + 1, width)
+    from_line = tl.maximum(tl.min(tl.where(real, row, _FAR), 0) - radius, top)
+    to_line = tl.minimum(tl.max(tl.where(real, row, -1), 0) + radius + 1, top + height)
+    left = tl.maximum(tl.min(tl.where(real, col, _FAR), 0) - radius, 0)
+    right = tl.minimum(tl.max(tl.where(real, col, -1), 0) + radius + 1, width)
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     # Summed along its rows once, behind the loops.
     total = tl.zeros((BM, BJ), tl.float32)
@@ -113,7 +110,7 @@ def _window_sum(
             present = other >= 0
             down = tl.load(row_ptr + other, mask=present, other=0)[None, :] - row[:, None]  # [BM, BJ]
             across = tl.load(col_ptr + other, mask=present, other=0)[None, :] - col[:, None]
-            near = (tl.abs(down) <= RADIUS) & (tl.abs(across) <= RADIUS) & ((down != 0) | (across != 0))
+            near = (tl.abs(down) <= radius) & (tl.abs(across) <= radius) & ((down != 0) | (across != 0))
             kernel = tl.where(near, tl.exp2((down * down + across * across).to(tl.float32) * fall), 0.0)
             # A missing token weighs nothing, so what its coordinates say does not matter.
             weight = tl.load(weight_ptr + other, mask=present, other=0.0)
@@ -134,64 +131,64 @@ def _window_sum(
     return acc, tl.sum(total, 1)
 
 
-@triton.jit(do_not_specialize=["height", "width", "bands", "strips", "shares", "tokens"])
+@triton.jit(do_not_specialize=["height", "width", "bands", "strips", "tokens", "radius"])
 def _smooth_fwd_kernel(
     h_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, detail_ptr, scale_ptr,
-    height, width, bands, strips, shares, tokens, h_stride, fall,
-    D: tl.constexpr, RADIUS: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
+    height, width, bands, strips, tokens, radius, h_stride, fall,
+    D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    slot, top = _own_tokens(rank_ptr, height, width, bands, strips, shares, BAND_H, STRIP_W, BM)
-    if tl.max(slot, 0) < 0:
-        return
+    top, first, begin, count = _block(rank_ptr, height, width, bands, strips, BAND_H, STRIP_W)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc, total = _window_sum(
-        h_ptr, q_ptr, None, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
-        h_stride, tokens, 0, fall, channel, D, RADIUS, BM, BJ, LINES, BLOCK_D,
-    )  # fmt: skip
-    real = slot >= 0
-    inside = real[:, None] & (channel < D)[None, :]
-    own = slot.to(tl.int64)[:, None]
-    h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    q = tl.load(q_ptr + slot, mask=real, other=0.0)
-    without_own = total + ROW_EPS
-    norm = without_own + q
-    detail = (h * without_own[:, None] - acc) / norm[:, None]
-    tl.store(detail_ptr + own * D + channel[None, :], detail, mask=inside)
-    if tl.program_id(1) == 0:
-        tl.store(scale_ptr + slot, (1 - q) / norm, mask=real)
+    for start in range(0, tl.sum(count, 0), BM):
+        slot = _listed(start + tl.arange(0, BM), first, begin, count)
+        acc, total = _window_sum(
+            h_ptr, q_ptr, None, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
+            h_stride, tokens, 0, radius, fall, channel, D, BM, BJ, LINES, BLOCK_D,
+        )  # fmt: skip
+        real = slot >= 0
+        inside = real[:, None] & (channel < D)[None, :]
+        own = slot.to(tl.int64)[:, None]
+        h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        q = tl.load(q_ptr + slot, mask=real, other=0.0)
+        without_own = total + ROW_EPS
+        norm = without_own + q
+        detail = (h * without_own[:, None] - acc) / norm[:, None]
+        tl.store(detail_ptr + own * D + channel[None, :], detail, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(scale_ptr + slot, (1 - q) / norm, mask=real)
 
 
-@triton.jit(do_not_specialize=["height", "width", "bands", "strips", "shares", "tokens", "parts"])
+@triton.jit(do_not_specialize=["height", "width", "bands", "strips", "tokens", "parts", "radius"])
 def _smooth_bwd_kernel(
     grad_ptr, h_ptr, detail_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, scale_ptr, grad_h_ptr, grad_q_ptr,
-    height, width, bands, strips, shares, tokens, parts, h_stride, fall,
-    D: tl.constexpr, RADIUS: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
+    height, width, bands, strips, tokens, parts, radius, h_stride, fall,
+    D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    slot, top = _own_tokens(rank_ptr, height, width, bands, strips, shares, BAND_H, STRIP_W, BM)
-    if tl.max(slot, 0) < 0:
-        return
+    top, first, begin, count = _block(rank_ptr, height, width, bands, strips, BAND_H, STRIP_W)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     # The sum over <g_i, s_i> knows no channels: the first slice takes it whole.
     parts = tl.where(tl.program_id(1) == 0, parts, 0)
-    spread, total = _window_sum(
-        grad_ptr, scale_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
-        D, tokens, parts, fall, channel, D, RADIUS, BM, BJ, LINES, BLOCK_D,
-    )  # fmt: skip
-    real = slot >= 0
-    inside = real[:, None] & (channel < D)[None, :]
-    own = slot.to(tl.int64)[:, None]
-    grad = tl.load(grad_ptr + own * D + channel[None, :], mask=inside, other=0.0)
-    grad *= 1 + tl.load(scale_ptr + slot, mask=real, other=0.0)[:, None]
-    if grad_h_ptr is not None:
-        q = tl.load(q_ptr + slot, mask=real, other=0.0)
-        tl.store(grad_h_ptr + own * D + channel[None, :], q[:, None] * (grad + spread), mask=inside)
-    if grad_q_ptr is not None:
-        h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        detail = tl.load(detail_ptr + own * D + channel[None, :], mask=inside, other=0.0)
-        grad_q = tl.sum(grad * detail + spread * h, 1) - total
-        tl.store(grad_q_ptr + tl.program_id(1).to(tl.int64) * tokens + slot, grad_q, mask=real)
+    for start in range(0, tl.sum(count, 0), BM):
+        slot = _listed(start + tl.arange(0, BM), first, begin, count)
+        spread, total = _window_sum(
+            grad_ptr, scale_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
+            D, tokens, parts, radius, fall, channel, D, BM, BJ, LINES, BLOCK_D,
+        )  # fmt: skip
+        real = slot >= 0
+        inside = real[:, None] & (channel < D)[None, :]
+        own = slot.to(tl.int64)[:, None]
+        grad = tl.load(grad_ptr + own * D + channel[None, :], mask=inside, other=0.0)
+        grad *= 1 + tl.load(scale_ptr + slot, mask=real, other=0.0)[:, None]
+        if grad_h_ptr is not None:
+            q = tl.load(q_ptr + slot, mask=real, other=0.0)
+            tl.store(grad_h_ptr + own * D + channel[None, :], q[:, None] * (grad + spread), mask=inside)
+        if grad_q_ptr is not None:
+            h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+            detail = tl.load(detail_ptr + own * D + channel[None, :], mask=inside, other=0.0)
+            grad_q = tl.sum(grad * detail + spread * h, 1) - total
+            tl.store(grad_q_ptr + tl.program_id(1).to(tl.int64) * tokens + slot, grad_q, mask=real)
 
 
 def _fall(sigma: float) -> float:
@@ -199,11 +196,9 @@ def _fall(sigma: float) -> float:
     return -math.log2(math.e) / (2 * sigma**2)
 
 
-def _blocks(images: int, grid: tuple[int, int], config: dict[str, int]) -> tuple[int, tuple[int, int, int]]:
-    """Number of programs, and (bands, strips, shares): cuts of a grid, and programs that share a block's tokens."""
-    bands, strips = cdiv(grid[0], config["BAND_H"]), cdiv(grid[1], config["STRIP_W"])
-    shares = cdiv(min(grid[0], config["BAND_H"]) * min(grid[1], config["STRIP_W"]), config["BM"])
-    return images * bands * strips * shares, (bands, strips, shares)
+def _cuts(grid: tuple[int, int], config: dict[str, int]) -> tuple[int, int]:
+    """Bands and strips that blocks of BAND_H x STRIP_W cut a grid into."""
+    return cdiv(grid[0], config["BAND_H"]), cdiv(grid[1], config["STRIP_W"])
 
 
 def smooth_fwd(
@@ -216,11 +211,11 @@ def smooth_fwd(
     tokens, d = h.shape
     detail = empty((tokens, d), torch.float32, h.device)
     scale = empty((tokens,), torch.float32, h.device)
-    config = config_for("smooth_fwd", h.device, D=d)
-    programs, cuts = _blocks(images, grid, config)
+    config = config_for("smooth_bf16" if h.dtype == torch.bfloat16 else "smooth_float32", h.device, D=d)
+    bands, strips = _cuts(grid, config)
     launch(
-        _smooth_fwd_kernel, (programs, cdiv(d, config["BLOCK_D"])), h, *survey, detail, scale,
-        *grid, *cuts, tokens, h.stride(0), _fall(sigma), D=d, RADIUS=radius, **config,
+        _smooth_fwd_kernel, (images * bands * strips, cdiv(d, config["BLOCK_D"])), h, *survey, detail, scale,
+        *grid, bands, strips, tokens, radius, h.stride(0), _fall(sigma), D=d, **config,
     )  # fmt: skip
     return detail, scale
 
@@ -240,13 +235,13 @@ def smooth_bwd(
         float32 (slices, T) whose sum over slices is the gradient of q, or None.
     """
     tokens, d = h.shape
-    config = config_for("smooth_bwd", h.device, D=d)
+    config = config_for("smooth_float32", h.device, D=d)
     slices = cdiv(d, config["BLOCK_D"])
-    programs, cuts = _blocks(images, grid, config)
+    bands, strips = _cuts(grid, config)
     parts = 0 if along is None else along.shape[0]
     grad_q = None if along is None else empty((slices, tokens), torch.float32, h.device)
     launch(
-        _smooth_bwd_kernel, (programs, slices), grad, h, detail, along, *survey, scale, grad_h, grad_q,
-        *grid, *cuts, tokens, parts, h.stride(0), _fall(sigma), D=d, RADIUS=radius, **config,
+        _smooth_bwd_kernel, (images * bands * strips, slices), grad, h, detail, along, *survey, scale, grad_h, grad_q,
+        *grid, bands, strips, tokens, parts, radius, h.stride(0), _fall(sigma), D=d, **config,
     )  # fmt: skip
     return grad_q

@@ -21,8 +21,8 @@ SMOOTH = {"BAND_H": 4, "STRIP_W": 4, "BM": 16, "BJ": 16, "LINES": 4, "BLOCK_D": 
 SMALL_BLOCKS = {
     "survey": {"LINES": 2, "BLOCK": 4, "num_warps": 1},
     "nearest": {"BLOCK": 16, "num_warps": 1},
-    "smooth_fwd": SMOOTH,
-    "smooth_bwd": SMOOTH,
+    "smooth_bf16": SMOOTH,
+    "smooth_float32": SMOOTH,
     "plug_back_fwd": {"ROWS": 16, "BLOCK_D": 16, "num_warps": 1},
     "plug_back_box": {"BLOCK": 16, "num_warps": 1},
     "plug_back_bwd": {"BLOCK_D": 16, "num_warps": 1},
