@@ -133,3 +133,8 @@ def observe_configs() -> Iterator[list[tuple[str, dict[str, int], dict[str, int]
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    # Triton's own is wrapped for use inside kernels, and costs the host several times as much.
+    return 1 << (n - 1).bit_length()

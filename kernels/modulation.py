@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels._launch import cdiv, config_for, empty, launch, next_power_of_2
 from dcdit.kernels._segments import chunk_slots, find_chunk
 
 
@@ -163,7 +163,7 @@ def _forward(
         _modulation_fwd_kernel, (chunk_slots(rows, images, config["ROWS"]),),
         x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images,
         *(_row_stride(tensor) for tensor in (x, y, gate, shift, scale)), eps,
-        D=d, BLOCK_D=triton.next_power_of_2(d), **config,
+        D=d, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def modulation_bwd(
         grad_added, grad_normed, None if grad_normed is None else added, y, gate, scale, stats, cu_seqlens,
         grad_x if want_x else None, grad_y if want_y else None, partial, rows, images,
         *(_row_stride(tensor) for tensor in (grad_added, grad_normed, added, y, gate, scale)),
-        D=d, PARTS=parts, BLOCK_D=triton.next_power_of_2(d), **config,
+        D=d, PARTS=parts, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip
     grad_modulation = empty((images, parts, d), _modulation_dtype(gate, scale), device)
     if partial is not None:
