@@ -145,11 +145,12 @@ def test_the_full_set_holds_every_shape() -> None:
 
 def run_benchmarks(tmp_path: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, Path]:
     out = tmp_path / "raw.json"
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist too
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, f"--benchmark-json={out}", *arguments],
         cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "DCDIT_BENCH": "tiny", "OMP_NUM_THREADS": "1", official.VARIABLE: "", **environment},
+        env={**outside, "DCDIT_BENCH": "tiny", "OMP_NUM_THREADS": "1", official.VARIABLE: "", **environment},
     )  # fmt: skip
     return done, out
 
