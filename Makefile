@@ -10,10 +10,10 @@ demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on re
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
 
 test: $(VENV)/.installed ## the test suite
-	$(BIN)/python -m pytest -n 2 --durations 15
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 test-full: $(VENV)/.installed ## the same with many more random examples per kernel
-	DCDIT_FULL=1 $(BIN)/python -m pytest -n 2
+	DCDIT_FULL=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
