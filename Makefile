@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
-MINUTES ?= 3
+MINUTES ?= 3.5
 VENV := .venv
 BIN := $(VENV)/bin
 

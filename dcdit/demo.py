@@ -45,7 +45,7 @@ def demo_config(out: Path, minutes: float, seed: int = 0) -> TrainConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dcdit demo``."""
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.5, help="training time, minutes (default: %(default)s)")
     parser.add_argument("--out", default="out/demo", help="folder of the report; its old contents are replaced")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples")
 
