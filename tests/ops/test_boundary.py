@@ -53,6 +53,15 @@ def test_cosine_of_extreme_rows(scale: float) -> None:
     assert p[0, 5] == 0.5
 
 
+@pytest.mark.parametrize("op", [ops.boundary_prob_cosine, ops.boundary_prob_cosine2d], ids=["1d", "2d"])
+def test_rows_shorter_than_the_norm_may_be(op: object) -> None:
+    # Below 1e-12 the norm is a constant, and the gradient no longer at right angles to the row.
+    q, k = randn(1, 12, 8), randn(1, 12, 8, seed=1)
+    q[0, ::2] *= 1e-14
+    k[0, 1::3] *= 1e-14
+    check_against_reference(op, q, k, *([randn(8, 3, 3) / 9, (3, 4)] if op is ops.boundary_prob_cosine2d else []))
+
+
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_cosine_stays_in_the_unit_interval(value: float) -> None:
     # Rounding takes a cosine of equal rows past 1.
