@@ -198,6 +198,18 @@ def test_an_image_does_not_depend_on_its_batch(mode: dict[str, Any], device: tor
             assert torch.equal(part, batch[tokens if name == "h" else image]), name
 
 
+def test_nan_stays_in_its_image(device: torch.device) -> None:
+    h, p, sel, grid, sigma, _, residual = arguments(2, (4, 5), 8, device)
+    first = int(sel.cu_seqlens[1])
+    broken = h.clone()
+    broken[:first] = float("nan")
+    clean, dirty = (gradients((x, p, sel, grid, sigma, None, residual), torch.ones_like(residual)) for x in (h, broken))
+    assert dirty[0][0].isnan().all()
+    assert torch.equal(dirty[0][1], clean[0][1])
+    assert torch.equal(dirty[1][first:], clean[1][first:])
+    assert torch.equal(dirty[2][1], clean[2][1])
+
+
 def test_repeats_to_the_bit(device: torch.device) -> None:
     args = arguments(2, (6, 7), 24, device, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(run(*args), run(*args), strict=True))
