@@ -51,13 +51,16 @@ def plot_roofline(rows: Sequence[Row], copy_gbps: float, path: Path) -> None:
 
 def plot_growth(rows: Sequence[Row], path: Path) -> None:
     """Time per position over the number of positions of the grid, log axes: flat is linear."""
-    figure, axes = new_figure(1, 2, figsize=(12, 4.5), sharey=True)
+    figure, axes = new_figure(1, 2, figsize=(13, 4.5), sharey=True)
+    names = list(dict.fromkeys(row["op"] for row in rows))
     for axis, direction in zip(axes, ("forward", "forward+backward"), strict=True):
-        for number, row in enumerate(row for row in rows if row["direction"] == direction):
+        for row in (row for row in rows if row["direction"] == direction):
             sides = [int(side) for side in row["ns_per_position"]]
+            number = names.index(row["op"])
             style = "o-" if number < 10 else "s--"
-            axis.plot([side**2 for side in sides], row["ns_per_position"].values(), style, ms=3, label=row["op"])
+            times = list(row["ns_per_position"].values())
+            axis.plot([side**2 for side in sides], times, style, color=f"C{number}", ms=3, label=row["op"])
         axis.set(xscale="log", yscale="log", xlabel="positions of the grid", title=direction)
     axes[0].set(ylabel="ns per position")
-    axes[0].legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc="outside right center")
     figure.savefig(path)
