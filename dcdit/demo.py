@@ -6,6 +6,7 @@ static DiT of the same transformer.
 
 import argparse
 import json
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -106,6 +107,7 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
         "parameters": sum(p.numel() for p in model.parameters()),
         "checkpoint": str(result.checkpoint),
         "seconds": time.monotonic() - began,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "class_names": list(held_out.class_names),
     }
     (out / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -180,7 +182,8 @@ def _report(facts: dict[str, Any], timing: str, stages: str) -> str:
 
 A DC-DiT with {facts["parameters"]:,} parameters, trained from scratch for {facts["steps"]} steps of
 {optim["batch_size"]} crops (32x32 pixels, one token per pixel, one class per photograph:
-{", ".join(facts["class_names"])}). Everything took {facts["seconds"]:.0f} s.
+{", ".join(facts["class_names"])}). Everything took {facts["seconds"]:.0f} s
+and at most {facts["peak_memory_gb"]:.1f} GB of memory.
 A handful of photographs shows the mechanism; it says nothing about generalisation.
 
 ## Training
