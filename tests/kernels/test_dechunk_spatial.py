@@ -1,21 +1,31 @@
 """Spatial de-chunking kernels: against the definition, ties, cells, bitwise independence, slack, and tracing."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_selection
+from helpers import (
+    ULPS_FLOOR,
+    assert_close_to_reference,
+    check_rms_against_reference,
+    differentiate,
+    randn,
+    random_selection,
+    reference64,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dcdit import ops
 from dcdit.kernels import _launch, nearest
-from dcdit.ops import TokenSelection
+from dcdit.ops import TokenSelection, reference
 from dcdit.ops._triton.dechunk_spatial import _dechunk, window_radius
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
+NAMES = ["output", "gradient of h", "gradient of p", "gradient of gate or residual", "gradient of residual"]
 MODES: list[dict[str, Any]] = [{}, {"drop_fraction": 0.4}, {"capacity": 60}, {"budget": 1}, {"threshold": 0.2}]
 SMOOTH = {"BAND_H": 4, "STRIP_W": 4, "BM": 16, "BJ": 16, "LINES": 4, "BLOCK_D": 16, "num_warps": 4}
 SMALL_BLOCKS = {
@@ -91,6 +101,46 @@ def run(*args: Any) -> list[Tensor | None]:
     return [*outputs, *grads]
 
 
+def check(*args: Any) -> None:
+    """Output and gradients against the definition.
+
+    The gradient of p is a small difference of large numbers, and the largest error of few values is luck: its floor is
+    counted in ulps of those numbers.
+    """
+    exact, same = (
+        [*outputs, *grads]
+        for outputs, grads in (
+            reference64(reference.dechunk_spatial, *args),
+            differentiate(reference.dechunk_spatial, args),
+        )
+    )
+    for i, (name, *triple) in enumerate(zip(NAMES, run(*args), exact, same, strict=False)):
+        floor = ULPS_FLOOR
+        if i == 2 and triple[1].any():
+            floor *= max(1.0, largest_term_of_grad_p(*args[:5]) / float(triple[1].abs().max()))
+        assert_close_to_reference(*triple, name=name, ulps_floor=floor)
+
+
+def largest_term_of_grad_p(h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float) -> float:
+    """The gradient of p under the cotangent of :func:`run`, with every subtraction made an addition of magnitudes."""
+    cotangent = randn(*p.shape, h.shape[1], seed=7).to(h.device).double().abs()
+    index = torch.arange(p.shape[1], device=h.device)
+    place = torch.stack([index // grid[1], index % grid[1]], 1).double()
+    starts, largest = sel.cu_seqlens.tolist(), 0.0
+    for image, (start, end) in enumerate(itertools.pairwise(starts)):
+        kept = sel.mask[image].nonzero().squeeze(1)
+        q = p[image, kept].double().clamp(1e-4, 1 - 1e-4)
+        kernel = torch.exp(-torch.cdist(place[kept], place[kept]).square() / (2 * sigma**2))
+        norm = kernel @ q
+        owner = torch.cdist(place, place[kept]).argmin(1)
+        grad = torch.zeros(end - start, h.shape[1], dtype=torch.float64, device=h.device)
+        product = grad.index_add(0, owner, cotangent[image]) @ h[start:end].double().abs().T
+        along = (kernel * q * product).sum(1) / norm
+        spread = (kernel * ((1 - q) / norm)[:, None] * (product + along[:, None])).sum(0)
+        largest = max(largest, float((product.diagonal() + along + spread).max()))
+    return largest
+
+
 @given(
     images=st.integers(1, 2),
     grid=st.tuples(st.integers(1, 6), st.integers(1, 5)),
@@ -116,7 +166,7 @@ def test_matches_the_definition(
     residual: bool, mode: dict[str, Any], seed: int, device: torch.device,
 ) -> None:  # fmt: skip
     args = arguments(images, grid, width, device, dtype, sigma, pattern, gate, residual, seed, **mode)
-    check_against_reference(ops.dechunk_spatial, *args, backend="triton")
+    check(*args)
 
 
 @pytest.mark.parametrize(("grid", "pattern"), [((7, 9), "random"), ((2, 11), "all"), ((13, 3), "ties")])
@@ -125,7 +175,7 @@ def test_grids_larger_than_the_blocks(
     grid: tuple[int, int], pattern: str, dtype: torch.dtype, device: torch.device, small_blocks: None
 ) -> None:
     args = arguments(1, grid, 24, device, dtype, sigma=0.5, pattern=pattern, seed=4)
-    check_against_reference(ops.dechunk_spatial, *args, backend="triton")
+    check(*args)
 
 
 @given(
@@ -157,7 +207,7 @@ def test_huge_cells(places: list[int], device: torch.device) -> None:
     grid = (9, 11)
     mask = torch.zeros(2, grid[0] * grid[1], dtype=torch.bool)
     mask[0, places] = True
-    mask[1, ::9] = True
+    mask[1, ::25] = True
     h, p, sel, _, sigma, gate, residual = hand_made(mask, grid, 8, device)
     out, grad_h, grad_p, grad_gate, grad_residual = run(h, p, sel, grid, sigma, gate, residual)
     assert all(x is not None and x.isfinite().all() for x in (out, grad_h, grad_p, grad_gate, grad_residual))
@@ -165,7 +215,7 @@ def test_huge_cells(places: list[int], device: torch.device) -> None:
         assert torch.equal(out[0], residual[0])
         assert not grad_p[0].any() and not grad_gate[0].any()
         return
-    check_against_reference(ops.dechunk_spatial, h, p, sel, grid, sigma, gate, residual, backend="triton")
+    check(h, p, sel, grid, sigma, gate, residual)
 
 
 def gradients(args: tuple[Any, ...], cotangent: Tensor) -> list[Tensor]:
@@ -255,10 +305,18 @@ def test_no_images(device: torch.device) -> None:
     assert [tuple(x.shape) for x in outputs] == [(0, 12, 8), (0, 8), (0, 12), (0, 12), (0, 12, 8)]
 
 
+def test_gradient_of_p_is_as_accurate_as_pytorch(device: torch.device) -> None:
+    """Over many inputs, where luck evens out, also without a floor."""
+    check_rms_against_reference(
+        ops.dechunk_spatial,
+        lambda seed: arguments(1, (4, 4), 24, device, gate=False, residual=False, seed=seed),
+        seeds=10,
+        backend="triton",
+    )
+
+
 def test_wide_rows(device: torch.device) -> None:
-    check_against_reference(
-        ops.dechunk_spatial, *arguments(1, (3, 4), 1152, device, torch.bfloat16), backend="triton"
-    )  # fmt: skip
+    check(*arguments(1, (3, 4), 1152, device, torch.bfloat16))
 
 
 def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
