@@ -61,6 +61,11 @@ class OptimSection:
     """AdamW, as DiT and DC-DiT are trained"""
 
     steps: int = option(400_000, "optimiser steps", at_least=1)
+    flops: float | None = option(
+        None,
+        "stop once training has spent this many FLOPs, looked at with every log line; null runs all steps",
+        above=0,
+    )
     batch_size: int = option(256, "images per step, over all processes and accumulation passes", at_least=1)
     accumulate: int = option(1, "forward and backward passes per step", at_least=1)
     lr: float = option(1e-4, "learning rate", at_least=0)

@@ -12,6 +12,7 @@ FLAGS = {
     "--data": "data.kind",
     "--data-path": "data.path",
     "--steps": "optim.steps",
+    "--flops": "optim.flops",
     "--batch-size": "optim.batch_size",
     "--lr": "optim.lr",
     "--precision": "optim.precision",

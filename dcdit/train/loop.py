@@ -17,6 +17,7 @@ from dcdit.data import Samples, batches, create_dataset
 from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 from dcdit.models import DCDiT, create_model
 from dcdit.ops import ratio_loss
+from dcdit.train.compute import SpentFlops
 from dcdit.train.ema import EMA
 from dcdit.train.log import Record, Window, append, cut_log
 from dcdit.train.schedule import NOISE, drop_fraction, learning_rate, seed_of
@@ -31,7 +32,7 @@ class TrainResult:
     step: int
     """Steps done, earlier parts of a resumed run included."""
     reason: str
-    """``"steps"`` (all done), ``"minutes"`` or ``"interrupt"``."""
+    """``"steps"`` (all done), ``"flops"``, ``"minutes"`` or ``"interrupt"``."""
     checkpoint: Path
     """The checkpoint saved at the end; ``dcdit.checkpoint.load_model`` reads it."""
     log: Path
@@ -46,7 +47,8 @@ def train(
     """Train a model; see :class:`dcdit.config.TrainConfig` for what can be set.
 
     A run that is interrupted (Ctrl-C, SIGTERM, ``run.minutes``) saves a checkpoint, and resumed from it continues as if
-    it had never stopped: bit for bit on a CPU.
+    it had never stopped: bit for bit on a CPU. ``optim.flops`` ends a run at the first record in log.jsonl whose
+    ``flops`` reach it, so runs are compared at compute that is equal to within ``run.log_every`` steps.
 
     Args:
         config: everything about the run.
@@ -91,6 +93,7 @@ class _Run:
             self.model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=self.device.type == "cuda"
         )
         self.ema = EMA(self.model, optim.ema_decay)
+        self.flops = SpentFlops(self.model.config, self.device)
         self.start = 0 if resume is None else self._restore(ckpt.load_checkpoint(resume))
         self.net = self.accelerator.prepare(torch.compile(self.model) if optim.compile else self.model)
 
@@ -106,11 +109,12 @@ class _Run:
         self.model.train()
         window = Window()
         saved = None
-        step, reason = self.start, "steps"
+        step = self.start
+        reason = self._stop_reason(False, 0.0, step % config.run.log_every == 0)
         began = time.monotonic()
         data = self._batches()
         with Signals() as signals, self._progress() as bar:
-            while step < config.optim.steps:
+            while step < config.optim.steps and reason == "steps":
                 window.add(self._step(step, data), config.optim.batch_size)
                 step += 1
                 bar.update()
@@ -125,8 +129,6 @@ class _Run:
                         self._log_validation(step)
                     if step % config.run.checkpoint_every == 0 or done or reason != "steps":
                         saved = self._save(step)
-                if reason != "steps":
-                    break
         return TrainResult(step, reason, saved or self._save(step), self.log, self.main)
 
     def _step(self, step: int, data: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -166,6 +168,7 @@ class _Run:
                 return out.float()
 
         diffusion = self.objective(predict, x, y)["loss"].mean()
+        self.flops.add(x.shape[0], routing.selection.lengths if self.dynamic else None)
         if not self.dynamic:
             return {"loss": diffusion, "diffusion_loss": diffusion}
         router = self.config.router
@@ -203,7 +206,8 @@ class _Run:
         record: Record = {"step": step, **dict(zip(names, means.tolist(), strict=True))}
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"the loss is {record['loss']} at step {step}; lower optim.lr or check the data")
-        record |= {"lr": learning_rate(self.config.optim, step - 1), "images_per_s": window.rate()}
+        record |= {"lr": learning_rate(self.config.optim, step - 1), "flops": self.flops.read(self.accelerator)}
+        record |= {"images_per_s": window.rate()}
         window.clear()
         self._write(record)
         kept = f" kept {record['kept']:.1%}" if self.dynamic else ""
@@ -234,21 +238,24 @@ class _Run:
 
     def _stop_reason(self, interrupted: bool, minutes: float, logging: bool) -> str:
         """Why to stop now, the same on every rank: with several, they agree at the steps that synchronise anyway."""
-        late = self.config.run.minutes is not None and minutes >= self.config.run.minutes
-        code = 2 if interrupted else 1 if late else 0
+        run, flops = self.config.run, self.config.optim.flops
+        spent = flops is not None and logging and self.flops.spent >= flops
+        late = run.minutes is not None and minutes >= run.minutes
+        code = 3 if interrupted else 2 if late else 1 if spent else 0
         if self.accelerator.num_processes > 1:
             if not logging:
                 return "steps"
             codes = self.accelerator.gather(torch.tensor([code], device=self.device))
             code = int(codes.max())
-        return ("steps", "minutes", "interrupt")[code]
+        return ("steps", "flops", "minutes", "interrupt")[code]
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, step: int) -> Path:
         folder = ckpt.checkpoint_path(self.out, step)
+        flops = self.flops.read(self.accelerator)
         if self.main:
-            trainer = {"step": step, "config": to_dict(self.config)}
+            trainer = {"step": step, "flops": flops, "config": to_dict(self.config)}
             notes = {"objective": self.config.diffusion.objective}
             ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
             ckpt.keep_newest(self.out, self.config.run.keep_checkpoints)
@@ -264,9 +271,7 @@ class _Run:
         ckpt.load_weights(self.model, saved.model, saved.path)
         self.ema.load(saved.ema)
         ckpt.load_optimizer(self.model, self.optimizer, saved.optimizer, saved.path)
-        step = saved.trainer.get("step")
-        if not isinstance(step, int):
-            raise ValueError(f"{saved.path}/{ckpt.TRAINER} has the step {step!r}; accepted: a whole number")
+        step, self.flops.spent = (_whole(saved, key) for key in ("step", "flops"))
         return step
 
 
@@ -276,6 +281,13 @@ def _accelerator(config: TrainConfig) -> Any:
     except ImportError:
         raise ModuleNotFoundError("training needs accelerate: pip install 'dcdit[train]'") from None
     return Accelerator(cpu=config.optim.device == "cpu", mixed_precision="no")
+
+
+def _whole(saved: ckpt.Checkpoint, key: str) -> int:
+    value = saved.trainer.get(key)
+    if not isinstance(value, int):
+        raise ValueError(f"{saved.path}/{ckpt.TRAINER} has the {key} {value!r}; accepted: a whole number")
+    return value
 
 
 def _share(config: TrainConfig, processes: int, dynamic: bool) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dcdit.config import OptimSection, RouterSection
-from dcdit.train import EMA
+from dcdit.train import EMA, matched_steps
 from dcdit.train.log import Window, append, cut_log
 from dcdit.train.schedule import drop_fraction, learning_rate, seed_of
 from dcdit.train.validate import validate
@@ -95,6 +95,16 @@ def test_window_averages_and_forgets():
     assert window.images == 12 and window.rate() > 0
     window.clear()
     assert window.images == 0 and not window.values
+
+
+def test_matched_steps():
+    """By hand: 10 per step up to step 20, 5 per step from there."""
+    records = [{"step": step, "flops": 10 * min(step, 20) + 5 * max(step - 20, 0)} for step in (10, 20, 40, 60)]
+    records.insert(1, {"step": 10, "val_loss": 1.0})
+    assert [matched_steps(flops, records) for flops in (1, 100, 205, 395, 500)] == [1, 10, 21, 59, 80]
+    assert matched_steps(30, records[:1]) == 3
+    with pytest.raises(ValueError, match="no record has flops"):
+        matched_steps(1, [{"step": 10}])
 
 
 def test_log_is_cut_at_the_resumed_step(tmp_path):

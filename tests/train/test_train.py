@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from dcdit import checkpoint as ckpt
+from dcdit import ops
 from dcdit.config import dump_yaml, override
 from dcdit.data import NpzDataset, batches
 from dcdit.diffusion import DiTObjective
-from dcdit.models import create_model
+from dcdit.models import count_flops, create_model
 from dcdit.ops import ratio_loss
 from dcdit.train import EMA, train
 from dcdit.train.schedule import NOISE, seed_of
@@ -176,6 +177,7 @@ def test_two_processes_equal_two_passes_of_one(config, tmp_path):
         torch.testing.assert_close(two.model[name], one.model[name], rtol=1e-5, atol=1e-6, msg=name)
     (*_, ours), (*_, theirs) = (records(single), [json.loads(s) for s in (tmp_path / "two/log.jsonl").open()])
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    assert theirs["flops"] == ours["flops"]
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
@@ -198,6 +200,44 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(config, overrides):
         return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
 
     assert without_speed(whole) == without_speed(second)
+
+
+@pytest.mark.parametrize("name", ["DC-DiT-S", "DiT-S/2"])
+def test_flops_are_counted_from_the_lengths_kept(config, name, monkeypatch):
+    """Three times the forward passes, over accumulation, dropped tokens and a resumed run."""
+    lengths = []
+    select = ops.select_tokens
+
+    def recording(*args, **kwargs):
+        lengths.append(select(*args, **kwargs).lengths.tolist())
+        return select(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "select_tokens", recording)
+    settings = config(f"model.name={name}", "optim.accumulate=2", "run.log_every=2", out="stopped")
+    first = train(settings, callbacks=[stop_at(2)])
+    result = train(settings, resume=first.log.parent)
+    assert [record["step"] for record in records(result)] == [2, 4]
+    model = ckpt.load_model(result.checkpoint).config
+    if name == "DC-DiT-S":
+        assert len(lengths) == 8 and len({sum(part) for part in lengths}) > 1
+        expected = [3 * sum(count_flops(model, part)["total"] for part in lengths[:n]) for n in (4, 8)]
+    else:
+        expected = [3 * count_flops(model, batch=4 * steps)["total"] for steps in (2, 4)]
+    assert [record["flops"] for record in records(result)] == expected
+    assert ckpt.read_trainer(result.checkpoint)["flops"] == expected[-1]
+
+
+def test_flops_limit(config):
+    """The run stops at the first record that has spent them, and does so again when it is resumed."""
+    per_step = 3 * count_flops(create_model("DiT-S/2", num_classes=3, **TINY).config, batch=4)["total"]
+    static = ["model.name=DiT-S/2", "optim.steps=1000", "run.log_every=2", "run.checkpoint_every=1"]
+    settings = config(*static, f"optim.flops={2.5 * per_step}")
+    for resume in (None, settings.run.out):
+        result = train(settings, resume=resume)
+        assert (result.step, result.reason) == (4, "flops")
+    assert records(result)[-1]["flops"] == 4 * per_step
+    settings.optim.flops = 5 * per_step
+    assert train(settings, resume=settings.run.out).step == 6
 
 
 def test_resume_repeats_lost_steps(config):

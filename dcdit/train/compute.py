@@ -1,0 +1,80 @@
+"""Training compute: what a run has spent, counted in FLOPs, and how many steps another needs to spend the same."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.models import DCDiTConfig, DiTConfig, count_flops
+
+FORWARD_AND_BACKWARD = 3
+"""A backward pass costs two forward passes: one product for the inputs' gradient, one for the weights'."""
+
+
+class SpentFlops:
+    """Training FLOPs of a run: three times :func:`dcdit.models.count_flops` at the lengths each step kept.
+
+    Adding never waits for the device; reading does.
+
+    Args:
+        config: of the model that is trained.
+        device: where the kept lengths are.
+        spent: by the earlier parts of a resumed run.
+    """
+
+    def __init__(self, config: DCDiTConfig | DiTConfig, device: torch.device, spent: int = 0) -> None:
+        self.spent = spent
+        """By all processes, as of the last reading."""
+        forward = [count_flops(config)["total"]] if isinstance(config, DiTConfig) else _forward_by_length(config)
+        # int64 counts exactly: between two readings, even of a large run, far fewer than 2^63 are spent.
+        self._per_image = torch.tensor([FORWARD_AND_BACKWARD * flops for flops in forward], device=device)
+        self._unread = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, images: int, lengths: Tensor | None) -> None:
+        """Count one forward and backward pass.
+
+        Args:
+            images: in the batch.
+            lengths: (images,) integer, kept tokens of each; None for a static model.
+        """
+        self._unread += images * self._per_image[0] if lengths is None else self._per_image[lengths.long()].sum()
+
+    def read(self, accelerator: Any) -> int:
+        """Total over all processes, each of which has to call this."""
+        self.spent += int(accelerator.gather(self._unread).sum())
+        self._unread.zero_()
+        return self.spent
+
+
+def _forward_by_length(config: DCDiTConfig) -> list[int]:
+    positions = config.grid[0] * config.grid[1]
+    return [0, *(count_flops(config, length)["total"] for length in range(1, positions + 1))]
+
+
+def matched_steps(flops: float, records: Sequence[Mapping[str, Any]]) -> int:
+    """Steps after which a run has spent ``flops``, told from the beginning of its log.
+
+    This is how DC-DiT is compared with a static DiT at equal training compute (arXiv 2603.06351, appendix): its steps
+    times its FLOPs per step are the baseline's, and what a step costs is measured, since the router decides it. The
+    option ``optim.flops`` stops a run there without knowing the number of steps beforehand.
+
+    Args:
+        flops: total training FLOPs, e.g. the last ``flops`` in the log of the baseline.
+        records: of log.jsonl, in order; those without ``flops`` are passed over. Beyond the last one, a step costs what
+            it cost on average over their second half, so the log should reach well past the steps without dropping.
+
+    Raises:
+        ValueError: no record with ``flops``.
+    """
+    pairs = [(record["step"], record["flops"]) for record in records if "flops" in record]
+    if not pairs:
+        raise ValueError("no record has flops; accepted: the log.jsonl of a run")
+    steps, spent = np.array([(0, 0), *pairs], dtype=float).T
+    if flops <= spent[-1]:
+        return math.ceil(np.interp(flops, spent, steps))
+    middle = len(pairs) // 2
+    per_step = (spent[-1] - spent[middle]) / (steps[-1] - steps[middle])
+    return math.ceil(steps[-1] + (flops - spent[-1]) / per_step)
