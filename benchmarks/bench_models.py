@@ -22,12 +22,14 @@ from benchmarks.peers import official
 from dcdit import ops
 from dcdit.models import DCDiT, DiT, count_flops, create_model
 from dcdit.profile import calibrate_router, static_counterparts, varied_latents
-from dcdit.timing import time_stages
+from dcdit.timing import time_sides, time_stages
 
 KEEP = 0.25
 DROPS = (0.0, 0.2, 0.4, 0.6)
 SIDES = ("static patch 1", "static patch 2", *(f"drop {rho:g}" for rho in DROPS), "budget", "official drop 0.2")
 RATIO_WEIGHT = 0.03
+SECONDS, LEAST_ROUNDS = (0.02, 3) if sets.chosen_set() == "tiny" else (3.0, 5)
+"""More rounds than an operation gets: a ratio of two sides carries the noise of both."""
 
 
 class Batch(NamedTuple):
@@ -121,11 +123,14 @@ def test_model(scale: str, size: int, batch: int, direction: str, side: str, ben
     group = group_of(scale, size, batch)
     module, options, flops, share = group.side(side)
     device = group.batch.x.device
-    work = inference(module, group.batch, options)
+    work, optimizer_ms = inference(module, group.batch, options), None
     if direction == "training":
-        work = training_step(module, group.batch, options)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+        work = training_step(module, optimizer, group.batch, options)
     benchmark.group = f"{scale} {size}px batch {batch} {direction}"
-    time_side(benchmark, work, device)
+    time_side(benchmark, work, device, SECONDS, LEAST_ROUNDS)
+    if direction == "training":
+        optimizer_ms = time_optimizer(optimizer, device)
     seconds = benchmark.stats.stats.median
     passes = 3 if direction == "training" else 1
     dynamic = share is not None and not side.startswith("official")
@@ -134,6 +139,7 @@ def test_model(scale: str, size: int, batch: int, direction: str, side: str, ben
         images_per_s=batch / seconds, kept_share=share, gflops=passes * flops["total"] / batch / 1e9,
         stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
         stage_ms=time_stages(work, device, 3) if dynamic and direction == "inference" else None,
+        optimizer_ms=optimizer_ms,
         peak_bytes=peak_bytes(work, device),
     )  # fmt: skip
 
@@ -146,9 +152,10 @@ def inference(module: nn.Module, batch: Batch, options: dict[str, Any]) -> Calla
     return work
 
 
-def training_step(module: nn.Module, batch: Batch, options: dict[str, Any]) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward, loss, backward and AdamW; dynamic sides also train the router."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+def training_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: dict[str, Any]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward, loss, backward and the optimiser; dynamic sides also train the router."""
     noise = torch.zeros_like(batch.x)
     ours = isinstance(module, DCDiT)
 
@@ -164,6 +171,16 @@ def training_step(module: nn.Module, batch: Batch, options: dict[str, Any]) -> C
         return (loss.detach(),)
 
     return work
+
+
+def time_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """Milliseconds of the optimiser alone: it reads every weight, however few tokens there were."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    ms = time_sides({"step": optimizer.step}, device, seconds=SECONDS / 3)["step"]
+    optimizer.zero_grad()
+    return ms
 
 
 def _first(result: Any) -> Tensor:

@@ -109,7 +109,9 @@ def check_side(op: str, side: str, sides: Sides, dtype: torch.dtype) -> None:
     check_equal(f"{op} on {side}", results(side), results("plain"), TOLERANCE[dtype])
 
 
-def time_side(benchmark: Any, work: Work, device: torch.device) -> None:
+def time_side(
+    benchmark: Any, work: Work, device: torch.device, seconds: float = SECONDS, least: int = LEAST_ROUNDS
+) -> None:
     """Rounds of single calls within a time budget; on a GPU each waits for the device."""
 
     def finished() -> None:
@@ -121,7 +123,7 @@ def time_side(benchmark: Any, work: Work, device: torch.device) -> None:
     start = time.perf_counter()
     finished()
     once = time.perf_counter() - start
-    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / once)))
+    rounds = min(MOST_ROUNDS, max(least, int(seconds / once)))
     benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
 
 

@@ -19,6 +19,8 @@ from dcdit.profile import markdown_table
 
 Row = dict[str, Any]
 GROWTH_FROM, GROWTH_TO = "32", "256"
+LOW_ETA = 0.9
+"""Below it the page says where the time went."""
 
 
 def read(paths: Sequence[Path]) -> dict[str, Any]:
@@ -105,13 +107,15 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
     parts = [
         "## Models",
         "eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic): 1 means that every saved FLOP became "
-        "time. A training step counts three forwards.",
+        "time. A training step counts three forwards; the optimizer in it costs the same whatever is kept.",
         f"![time against FLOPs]({picture.name})",
     ]
     for title, rows in groups.items():
         conversion = etas(rows)
         statics = [row["side"] for row in rows if row["kept_share"] is None]
         head = ["side", "kept", "GFLOPs/image", "ms", "images/s", "peak MiB", *(f"eta vs {name}" for name in statics)]
+        stepping = any(row["optimizer_ms"] for row in rows)
+        head += ["optimizer ms"] * stepping
         body = [
             [
                 row["side"],
@@ -121,6 +125,7 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
                 _number(row["images_per_s"], ".2f"),
                 _mebibytes(row["peak_bytes"]),
                 *(_number(conversion.get(row["side"], {}).get(name), ".2f") for name in statics),
+                *([_number(row["optimizer_ms"], ".1f")] * stepping),
             ]
             for row in rows
         ]
@@ -128,7 +133,33 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
         staged = [row for row in rows if row["stage_ms"]]
         if staged:
             parts += ["Milliseconds by stage:", _stages(staged)]
+        reasons = [_reason(row, rows, conversion[row["side"]]) for row in rows if row["side"] in conversion]
+        if any(reasons):
+            parts += ["\n".join(f"- {reason}" for reason in reasons if reason)]
     return "\n\n".join(parts)
+
+
+def _reason(row: Row, rows: Sequence[Row], conversion: dict[str, float]) -> str:
+    """Where the time of a side goes that converts badly; empty for one that does not."""
+    if not conversion or min(conversion.values()) >= LOW_ETA:
+        return ""
+    name = min(conversion, key=lambda static: conversion[static])
+    static = next(side for side in rows if side["side"] == name)
+    per_gflop = static["ms"] / static["gflops"]
+    excess = {
+        stage: ms - per_gflop * row["stage_gflops"].get(stage, 0.0)
+        for stage, ms in (row["stage_ms"] or {}).items()
+        if stage != "whole"
+    }
+    if row["optimizer_ms"]:
+        excess["optimizer"] = row["optimizer_ms"] - static["optimizer_ms"] * row["gflops"] / static["gflops"]
+    worst = sorted((stage for stage in excess if excess[stage] > 0), key=lambda stage: -excess[stage])[:3]
+    named = ", ".join(f"{stage} {excess[stage]:+.1f} ms" for stage in worst) or "no stage that was timed"
+    total = row["ms"] - per_gflop * row["gflops"]
+    return (
+        f"{row['side']} converts at {conversion[name]:.2f} against {name}: {total:.1f} ms above that model's time per "
+        f"FLOP. By stage: {named}."
+    )
 
 
 def _stages(rows: Sequence[Row]) -> str:

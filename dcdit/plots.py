@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from dcdit.profile import Profile
+    from dcdit.profile import Profile, Side
 
 
 def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
@@ -22,42 +22,50 @@ def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def plot_profile(result: "Profile", path: Path) -> None:
-    """Time against FLOPs with the eta = 1 line through each static model, and the stages of each budget."""
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.2))
+    """Time against FLOPs with the eta = 1 line through each static model, both by stage, and eta over the budgets."""
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4.2), width_ratios=(5, 6, 4))
     statics = [side for side in result.sides if side.drop_fraction is None]
     dynamic = [side for side in result.sides if side.drop_fraction is not None]
     edge = 1.1 * max(side.gflops for side in result.sides)
     for number, side in enumerate(statics):
-        left.plot(
-            [0, edge],
-            [0, edge * side.ms / side.gflops],
-            "--",
-            color=f"C{number}",
-            lw=1,
-            label=f"eta = 1 vs {side.name}",
-        )
+        line = [0, edge * side.ms / side.gflops]
+        left.plot([0, edge], line, "--", color=f"C{number}", lw=1, label=f"eta = 1 vs {side.name}")
         left.plot(side.gflops, side.ms, "s", color=f"C{number}")
+        etas = [budget.eta[side.name] for budget in dynamic]
+        right.plot(
+            [budget.drop_fraction for budget in dynamic], etas, "o-", color=f"C{number}", label=f"vs {side.name}"
+        )
     left.plot([s.gflops for s in dynamic], [s.ms for s in dynamic], "o-", color="C3", label=result.model)
     for side in dynamic:
-        left.annotate(
-            f"drop {side.drop_fraction:g}",
-            (side.gflops, side.ms),
-            textcoords="offset points",
-            xytext=(5, -11),
-            fontsize=7,
-        )
+        place = (side.gflops, side.ms)
+        text = f"drop {side.drop_fraction:g}"
+        left.annotate(text, place, textcoords="offset points", xytext=(5, -11), fontsize=7)
     left.set(xlabel="GFLOPs per image", ylabel=f"ms per forward, batch {result.batch}", xlim=(0, edge), ylim=(0, None))
     left.legend(fontsize=7)
-    bottom = np.zeros(len(dynamic))
-    names = [f"drop {side.drop_fraction:g}" for side in dynamic]
-    for stage in (stage for stage in dynamic[0].stage_ms if stage != "whole"):
-        height = np.array([side.stage_ms[stage] for side in dynamic])
-        right.bar(names, height, bottom=bottom, label=stage)
-        bottom += height
-    right.set(ylabel="ms per forward, by stage")
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    _plot_stages(middle, dynamic)
+    right.axhline(1, color="black", ls=":", lw=1)
+    right.set(xlabel="drop fraction", ylabel="conversion eta")
+    right.set_ylim(0, 1.1 * max(1.0, right.get_ylim()[1]))
+    right.legend(fontsize=7)
     figure.suptitle(f"{result.model} on {result.device}, {result.dtype}", fontsize=10)
     figure.savefig(path)
+
+
+def _plot_stages(axis: Any, dynamic: Sequence["Side"]) -> None:
+    """Shares of the time and of the FLOPs, a pair of bars for each budget: a stage that is slow per FLOP shows."""
+    names, columns = [], []
+    for side in dynamic:
+        for unit, stages in (("time", side.stage_ms), ("FLOPs", side.stage_gflops)):
+            names.append(f"{unit}\n{side.drop_fraction:g}")
+            total = sum(value for stage, value in stages.items() if stage != "whole")
+            columns.append({stage: value / total for stage, value in stages.items()})
+    bottom = np.zeros(len(names))
+    for stage in (stage for stage in dynamic[0].stage_ms if stage != "whole"):
+        height = np.array([column.get(stage, 0.0) for column in columns])
+        axis.bar(names, height, bottom=bottom, label=stage)
+        bottom += height
+    axis.set(xlabel="drop fraction", ylabel="share of a forward, by stage", ylim=(0, 1))
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> None:
