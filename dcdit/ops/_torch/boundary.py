@@ -43,7 +43,7 @@ def boundary_prob_predictability(
 ) -> Tensor:
     x = wide(features)
     x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
-    p = torch.sigmoid((x * out_weight.to(x.dtype)[:, None, None]).sum(1).flatten(1) + out_bias.to(x.dtype))
+    p = torch.sigmoid(torch.matmul(out_weight.to(x.dtype), x.flatten(2)) + out_bias.to(x.dtype))
     position = torch.arange(p.shape[1], device=p.device)
     return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
 
