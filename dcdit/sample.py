@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcdit._vae import latent_range, load_autoencoder
 from dcdit.checkpoint import Model, load_model, read_metadata
 from dcdit.diffusion import METHODS, sample
 from dcdit.models import DCDiT
 
 DEFAULT_METHOD = {"dit": "ddpm", "flow": "heun"}
-SD_VAE_SCALE = 0.18215
-"""Scaling of Stable Diffusion's latents, for autoencoders whose configuration does not say."""
 
 
 class KeptShares:
@@ -191,24 +190,15 @@ def _decoder(vae: str | None, model: Model, device: torch.device) -> Callable[[T
     """From samples to (B, 3, H, W) in [-1, 1]; None where samples are latents and nothing decodes them."""
     if vae is None:
         return (lambda x: x) if model.config.in_channels == 3 else None
-    if not (Path(vae) / "config.json").is_file():
-        raise FileNotFoundError(f"no diffusers autoencoder (config.json) in {vae!r}; nothing is ever downloaded")
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise ModuleNotFoundError("decoding latents needs diffusers: pip install 'dcdit[train]'") from None
-    try:
-        autoencoder = AutoencoderKL.from_pretrained(vae, local_files_only=True).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{vae} holds no readable AutoencoderKL: {' '.join(str(error).split())}") from None
+    autoencoder = load_autoencoder(vae, device)
     channels = autoencoder.config.latent_channels
     if channels != model.config.in_channels:
         raise ValueError(f"{vae} decodes {channels} channels; the model makes {model.config.in_channels}")
-    scale = autoencoder.config.get("scaling_factor") or SD_VAE_SCALE
+    shift, scale = latent_range(autoencoder)
 
     @torch.no_grad()
     def decode(x: Tensor) -> Tensor:
-        return autoencoder.decode(x.float() / scale).sample
+        return autoencoder.decode(x.float() / scale + shift).sample
 
     return decode
 

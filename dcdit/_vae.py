@@ -1,0 +1,35 @@
+"""Autoencoders of diffusers, from local folders only, and the range of their latents."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SD_VAE_SCALE = 0.18215
+"""Scaling of Stable Diffusion's latents, for autoencoders whose configuration does not say."""
+
+
+def load_autoencoder(path: str | Path, device: torch.device) -> Any:
+    """A diffusers ``AutoencoderKL`` in eval mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no diffusers configuration there; nothing is ever downloaded.
+        ValueError: it does not load. ModuleNotFoundError: diffusers is missing.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"no diffusers autoencoder (config.json) in {str(path)!r}; nothing is ever downloaded")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ModuleNotFoundError("an autoencoder needs diffusers: pip install 'dcdit[train]'") from None
+    try:
+        autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds no readable AutoencoderKL: {' '.join(str(error).split())}") from None
+    return autoencoder.to(device).eval().requires_grad_(False)
+
+
+def latent_range(autoencoder: Any) -> tuple[float, float]:
+    """(shift, scale): a model sees (z - shift) * scale of the autoencoder's z."""
+    config = autoencoder.config
+    return config.get("shift_factor") or 0.0, config.get("scaling_factor") or SD_VAE_SCALE
