@@ -1,11 +1,15 @@
 """A folder of images: one class per subfolder, or a flat folder of one class."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from dcdit.data._samples import Samples, Split, sample_rng, to_sample
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -37,7 +41,7 @@ class ImageFolder(Samples):
     ) -> None:
         if size < 1:
             raise ValueError(f"size is {size}; accepted: at least 1 pixel")
-        self.files, self.labels, self.class_names = _scan(Path(path))
+        self.files, self.labels, self.class_names = image_files(Path(path))
         self.split = Split(split, len(self.files), held_out, seed, path)
         self.shape = (3, size, size)
         self.random = split == "train"
@@ -48,13 +52,14 @@ class ImageFolder(Samples):
         item = self.split.item(n)
         rng = sample_rng(self.seed, n)
         position = rng.random() if self.random else 0.5
-        pixels = _read_square(self.files[item], self.shape[1], position)
+        pixels = read_square(self.files[item], self.shape[1], position)
         if self.flip and rng.integers(2):
             pixels = pixels[:, ::-1]
         return to_sample(pixels), self.labels[item]
 
 
-def _scan(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+def image_files(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """The images of a folder, the label of each, and the names of the labels. Errors as in :class:`ImageFolder`."""
     if not path.is_dir():
         raise FileNotFoundError(f"no image folder {str(path)!r}")
     flat = _images(path)
@@ -74,19 +79,44 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
 
 
-def _read_square(path: Path, size: int, position: float) -> np.ndarray:
+def read_rgb(path: Path) -> np.ndarray:
+    """The whole image as uint8 (H, W, 3)."""
+    return np.asarray(_open(path))
+
+
+def read_square(path: Path, size: int, position: float) -> np.ndarray:
     """A square of the image, at ``position`` in [0, 1] along its longer side, as uint8 (size, size, 3)."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            # Lets the JPEG decoder skip resolution that the resize would throw away.
-            image.draft("RGB", (2 * size, 2 * size))
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+    # Lets the JPEG decoder skip resolution that the resize would throw away.
+    rgb = _open(path, draft=(2 * size, 2 * size))
     width, height = rgb.size
     side = min(width, height)
     left, top = position * (width - side), position * (height - side)
     box = (left, top, left + side, top + side)
     return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+
+
+def read_centre(path: Path, size: int) -> np.ndarray:
+    """The centre of the image as uint8 (size, size, 3), cropped and resized as DiT and ADM do it (arXiv 2105.05233)."""
+    from PIL import Image
+
+    rgb = _open(path)
+    while min(rgb.size) >= 2 * size:
+        rgb = rgb.resize((rgb.width // 2, rgb.height // 2), Image.Resampling.BOX)
+    scale = size / min(rgb.size)
+    rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
+    return np.asarray(rgb.crop((left, top, left + size, top + size)))
+
+
+def _open(path: Path, draft: tuple[int, int] | None = None) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if draft is not None:
+                image.draft("RGB", draft)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
