@@ -1,5 +1,6 @@
-"""Modules of dynamic-token diffusion transformers."""
+"""Modules of dynamic-token diffusion transformers; those for 1-D sequences are in :mod:`dcdit.nn.hnet`."""
 
+from dcdit.nn import hnet
 from dcdit.nn.chunk import ChunkLayer, EMADeChunk, SpatialDeChunk
 from dcdit.nn.conv_block import ConvBlock, ConvStack
 from dcdit.nn.dit_block import DenseDiTBlock, DiTBlock, Pending, Sequences
@@ -34,6 +35,7 @@ __all__ = [
     "StackedModulation",
     "TimestepEmbedder",
     "collect_stages",
+    "hnet",
     "sincos_position",
     "stage",
 ]

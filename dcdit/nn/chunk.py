@@ -47,7 +47,7 @@ class SpatialDeChunk(nn.Module):
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
         """(T, D), (B, L), residual (B, L, D) -> (B, L, D)."""
         with without_autocast(h):
-            return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, _confidence(p), residual)
+            return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, confidence(p), residual)
 
 
 class EMADeChunk(nn.Module):
@@ -56,9 +56,9 @@ class EMADeChunk(nn.Module):
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
         """(T, D), (B, L), residual (B, L, D) -> (B, L, D)."""
         with without_autocast(h):
-            return ops.dechunk_ema(h, p, sel, _confidence(p), residual)
+            return ops.dechunk_ema(h, p, sel, confidence(p), residual)
 
 
-def _confidence(p: Tensor) -> Tensor | None:
+def confidence(p: Tensor) -> Tensor | None:
     """The straight-through gate c; it only carries a gradient, so without one there is nothing to pass."""
     return torch.where(p > 0.5, p, 1 - p) if p.requires_grad else None

@@ -45,7 +45,7 @@ class PredictabilityRouter(nn.Module):
             )
 
 
-class _CosineRouter(nn.Module):
+class CosineProjections(nn.Module):
     """Query and key projections, which start as the identity."""
 
     def __init__(self, dim: int) -> None:
@@ -58,7 +58,7 @@ class _CosineRouter(nn.Module):
         nn.init.eye_(self.key.weight)
 
 
-class Cosine2dRouter(_CosineRouter):
+class Cosine2dRouter(CosineProjections):
     """Cosine dissimilarity to the filtered neighbourhood (DC-DiT v1).
 
     Args:
@@ -82,7 +82,7 @@ class Cosine2dRouter(_CosineRouter):
             return ops.boundary_prob_cosine2d(q, k, self.filter.to(q.dtype), self.grid)
 
 
-class Cosine1dRouter(_CosineRouter):
+class Cosine1dRouter(CosineProjections):
     """Cosine dissimilarity to the previous token in raster order (H-Net, arXiv 2507.07955, section 2.2).
 
     Args:

@@ -1,0 +1,223 @@
+"""Dynamic chunking of 1-D sequences, in training and one token at a time (H-Net, arXiv 2507.07955, section 2.2).
+
+A stage of an H-Net is a :class:`RoutingModule`, a :class:`ChunkLayer`, an inner network over the packed chunks (it may
+hold further stages) and a :class:`DeChunkLayer`. Everything is causal. The forward pass takes packed sequences (S, D)
+with ``cu_seqlens``, or a padded batch (B, L, D) with a mask; chunks are always packed.
+
+Decoding keeps one row of cache per sequence of the batch. Sequences draw their boundaries at different steps, so a
+layer steps the rows it is told to and leaves the others alone: an inner stage gets the rows that its outer stage chose.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dcdit import ops
+from dcdit.nn.chunk import EMADeChunk, confidence
+from dcdit.nn.precision import without_autocast
+from dcdit.nn.routers import CosineProjections
+from dcdit.ops import TokenSelection
+from dcdit.ops._backend import value_checks_enabled
+from dcdit.ops.reference import PROB_EPS
+
+THRESHOLD = 0.5
+
+
+@dataclass
+class RoutingCache:
+    """What :meth:`RoutingModule.step` remembers of B sequences."""
+
+    query: Tensor
+    """(B, D): the projected last token."""
+    started: Tensor
+    """(B,) bool: whether there was one."""
+
+
+@dataclass
+class DeChunkCache:
+    """What :meth:`DeChunkLayer.step` remembers of B sequences."""
+
+    held: Tensor
+    """(B, D) float32 (float64 for float64 tokens): the moving average, 0 before the first chunk."""
+
+
+class RoutingModule(CosineProjections):
+    """How likely a token is to open a chunk: its cosine dissimilarity to the token before.
+
+    Args:
+        dim: D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.reset_parameters()
+
+    def allocate_inference_cache(self, batch_size: int) -> RoutingCache:
+        """A cache for sequences of which nothing was seen."""
+        weight = self.query.weight
+        return RoutingCache(
+            query=weight.new_zeros(batch_size, weight.shape[0]),
+            started=torch.zeros(batch_size, dtype=torch.bool, device=weight.device),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: RoutingCache | None = None,
+    ) -> Tensor:
+        """Boundary probabilities of whole sequences.
+
+        Args:
+            x: (B, L, D), or packed (S, D) with ``cu_seqlens``.
+            cu_seqlens: int32 (B+1,).
+            mask: (B, L) bool, the tokens that are no padding: one run per row, so padding may lie on either side.
+            cache: filled as if every sequence had been stepped to its end; what it held is forgotten.
+
+        Returns:
+            (B, L) or (S,) float32 (float64 for float64 x): 1 at the first token of a sequence, 0 in padding.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes do not fit, both ``mask`` and ``cu_seqlens``, or (on a GPU only with
+                ``DCDIT_CHECK=1``) a row of the mask that is not one run.
+        """
+        if mask is not None:
+            _check_mask(mask, x, cu_seqlens)
+        q, k = self.query(x), self.key(x)
+        with without_autocast(x):
+            p = ops.boundary_prob_cosine(q, k, cu_seqlens)
+        if mask is not None:
+            before = nn.functional.pad(mask[:, :-1], (1, 0))
+            p = p.masked_fill(mask & ~before, 1.0).masked_fill(~mask, 0.0)
+        if cache is not None:
+            last, seen = _last_rows(x, cu_seqlens, mask)
+            cache.query = torch.where(seen[:, None], q.flatten(0, -2)[last], 0).detach()
+            cache.started = seen
+        return p
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: RoutingCache, rows: Tensor | None = None) -> Tensor:
+        """Boundary probabilities (B',) of the next token (B', D) of these sequences.
+
+        Args:
+            rows: (B',) int64, which rows of the cache they are; None is all, in order.
+        """
+        q, k = self.query(x), self.key(x)
+        previous, started = _take(cache.query, rows).to(q.dtype), _take(cache.started, rows)
+        with without_autocast(x):
+            # Each a sequence of two tokens: the operation, and so the rounding, is that of the forward pass.
+            p = ops.boundary_prob_cosine(torch.stack([previous, q], 1), torch.stack([k, k], 1))[:, 1]
+        p = p.masked_fill(~started, 1.0)
+        _put(cache.query, rows, q)
+        _put(cache.started, rows, torch.ones_like(started))
+        return p
+
+
+class ChunkLayer(nn.Module):
+    """Packs the tokens that open a chunk: those with p > 0.5."""
+
+    def forward(self, x: Tensor, p: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, TokenSelection]:
+        """(B, L, D), or packed (S, D) with ``cu_seqlens``, and p -> chunks (T, D) and their selection.
+
+        The inner network reads ``sel.cu_seqlens`` and ``sel.max_seqlen``.
+        """
+        sel = ops.select_tokens(p, cu_seqlens, THRESHOLD)
+        return ops.gather_tokens(x, sel), sel
+
+    def step(self, x: Tensor, p: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Next tokens (B', D), their p (B',), the rows they belong to -> the tokens that open a chunk, and their rows.
+
+        Either may be empty: then the inner network has nothing to do. One size is read back from the device.
+        """
+        opened = (p > THRESHOLD).nonzero().squeeze(1)
+        return x[opened], opened if rows is None else rows[opened]
+
+
+class DeChunkLayer(EMADeChunk):
+    """Spreads chunks over their tokens: a moving average weighted by p, held until the next chunk.
+
+    The straight-through gate of the router's confidence is included, and so is the addition of the residual.
+    """
+
+    def allocate_inference_cache(self, batch_size: int, like: Tensor) -> DeChunkCache:
+        """A cache for sequences of which nothing was seen; ``like`` is (..., D) on the device and in the dtype of the
+        chunks."""
+        return DeChunkCache(_wide(like).new_zeros(batch_size, like.shape[-1]))
+
+    def forward(
+        self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor, cache: DeChunkCache | None = None
+    ) -> Tensor:
+        """Whole sequences: chunks (T, D), p and selection as from :class:`ChunkLayer` -> tokens, (B, L, D) or (S, D).
+
+        Args:
+            residual: (B, L, D) or (S, D), added to the result.
+            cache: filled as if every sequence had been stepped to its end; what it held is forgotten.
+        """
+        if cache is None:
+            return super().forward(h, p, sel, residual)
+        # The cache keeps the average as it is before the residual and the rounding to the dtype of h.
+        with without_autocast(h):
+            held = ops.dechunk_ema(_wide(h), p, sel, confidence(p))
+        last, seen = _last_rows(held, sel.source_cu_seqlens, None)
+        cache.held = torch.where(seen[:, None], held.flatten(0, -2)[last], 0).detach()
+        return (held + residual).to(h.dtype)
+
+    @torch.no_grad()
+    def step(self, h: Tensor, p: Tensor, cache: DeChunkCache, residual: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The next tokens (B', D) of these sequences.
+
+        Args:
+            h: (B'', D): the inner network's output for the chunks that :meth:`ChunkLayer.step` opened, in its order.
+            p: (B',), of all B' tokens.
+            residual: (B', D), added to the result.
+            rows: (B',) int64, which rows of the cache they are; None is all, in order.
+        """
+        held = _take(cache.held, rows)
+        opened = (p > THRESHOLD)[:, None]
+        chunks = torch.zeros_like(held).masked_scatter(opened, h.to(held.dtype))
+        q = p.to(held.dtype).clamp(PROB_EPS, 1 - PROB_EPS)[:, None]
+        held = torch.where(opened, q * chunks + (1 - q) * held, held)
+        _put(cache.held, rows, held)
+        return (held + residual).to(h.dtype)
+
+
+def _check_mask(mask: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise ValueError("both mask and cu_seqlens are given; accepted: cu_seqlens for packed x, or mask for padded x")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}; accepted: bool")
+    if x.dim() != 3 or mask.shape != x.shape[:2]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)} for x {tuple(x.shape)}; accepted: the (B, L) of x")
+    if value_checks_enabled(mask):
+        starts = (mask & ~nn.functional.pad(mask[:, :-1], (1, 0))).sum(1)
+        if bool((starts != 1).any()):
+            raise ValueError("a row of mask is not one run of True; accepted: padding before and after it only")
+
+
+def _last_rows(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B,) the last token of each sequence in x.flatten(0, -2), and (B,) bool whether there is one."""
+    if cu_seqlens is not None:
+        return (cu_seqlens[1:].long() - 1).clamp(min=0), cu_seqlens.diff() > 0
+    images, length = x.shape[:2]
+    starts = torch.arange(0, images * length, length, device=x.device)
+    if mask is None:
+        return starts + length - 1, torch.ones_like(starts, dtype=torch.bool)
+    position = torch.arange(length, device=x.device)
+    return starts + torch.where(mask, position, 0).amax(1), mask.any(1)
+
+
+def _take(cache: Tensor, rows: Tensor | None) -> Tensor:
+    return cache if rows is None else cache[rows]
+
+
+def _put(cache: Tensor, rows: Tensor | None, values: Tensor) -> None:
+    if rows is None:
+        cache.copy_(values)
+    else:
+        cache.index_copy_(0, rows, values.to(cache.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
