@@ -84,8 +84,14 @@ class RouterSection:
     """routing budget (arXiv 2603.06351); a static DiT has none and ignores it"""
 
     target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
+    target_start: float | None = option(None, "N at the first step, where it is not the target yet", above=1)
+    target_warmup_steps: int = option(0, "steps over which N goes linearly from target_start to target", at_least=0)
     loss_weight: float = option(0.03, "weight of the ratio loss", at_least=0)
-    group_size: int | None = option(16, "images per group of the ratio loss; null takes the whole batch", at_least=1)
+    group_size: int | None = option(
+        16,
+        "images per group of the ratio loss, a divisor of the images per forward pass; null takes the whole batch",
+        at_least=1,
+    )
     drop_fractions: list[float] = option(  # noqa: RUF009
         [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "one is drawn per step after the warm-up", at_least=0, below=1
     )
@@ -119,6 +125,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             _schema.check_bounds(getattr(self, section.name), f"{section.name}.")
+        start, steps = self.router.target_start, self.router.target_warmup_steps
+        if (start is None) != (steps == 0):
+            raise ValueError(
+                f"router.target_start is {start} and router.target_warmup_steps is {steps}; accepted: both or neither"
+            )
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -1,7 +1,7 @@
 """Training objectives: ``objective(model_fn, x0, y) -> {"loss": (B,), ...}``."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -47,8 +47,18 @@ class DiTObjective:
         Raises:
             ValueError: x0 is not (B, C, H, W), or the model's output has the wrong shape.
         """
-        t = torch.randint(TRAIN_STEPS, x0.shape[:1], device=x0.device, generator=generator)
-        return self.losses(model_fn, x0, y, t, _noise_like(x0, generator))
+        return self.losses(model_fn, x0, y, *self.draw(x0.shape, x0.device, generator, x0.dtype))
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """The random steps (B,) and noise (B, C, H, W), float32 at least, that ``losses`` takes for data of a shape."""
+        t = torch.randint(TRAIN_STEPS, shape[:1], device=device, generator=generator)
+        return t, torch.randn(shape, device=device, dtype=_wide(dtype), generator=generator)
 
     def losses(self, model_fn: ModelFn, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The same at given steps ``t`` (B,) int64 and with given noise."""
@@ -94,10 +104,21 @@ class FlowMatchingObjective:
         Returns:
             ``loss``, ``mse`` (the same) and ``t`` as the model sees it, each (B,).
         """
+        return self.losses(model_fn, x0, y, *self.draw(x0.shape, x0.device, generator, x0.dtype))
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        """The random times (B,) and noise (B, C, H, W), float32 at least, that ``losses`` takes for data of a shape."""
+        wide = _wide(dtype)
         draw = torch.rand if self.time == "uniform" else torch.randn
-        t = draw(x0.shape[:1], device=x0.device, dtype=_wide(x0.dtype), generator=generator)
-        t = t if self.time == "uniform" else t.sigmoid()
-        return self.losses(model_fn, x0, y, t, _noise_like(x0, generator))
+        t = draw(shape[:1], device=device, dtype=wide, generator=generator)
+        noise = torch.randn(shape, device=device, dtype=wide, generator=generator)
+        return t if self.time == "uniform" else t.sigmoid(), noise
 
     def losses(self, model_fn: ModelFn, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The same at given times ``t`` (B,) in [0, 1] and with given noise."""
@@ -137,10 +158,6 @@ def _column(values: Tensor, t: Tensor) -> Tensor:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _noise_like(x0: Tensor, generator: Generator | None) -> Tensor:
-    return torch.randn(x0.shape, device=x0.device, dtype=_wide(x0.dtype), generator=generator)
 
 
 def _check_data(x0: Tensor) -> None:

@@ -20,7 +20,7 @@ from dcdit.ops import ratio_loss
 from dcdit.train.compute import SpentFlops
 from dcdit.train.ema import EMA
 from dcdit.train.log import Record, Window, append, cut_log
-from dcdit.train.schedule import NOISE, drop_fraction, learning_rate, seed_of
+from dcdit.train.schedule import NOISE, compression_target, drop_fraction, learning_rate, seed_of
 from dcdit.train.signals import Signals
 from dcdit.train.validate import Objective, validate
 
@@ -106,7 +106,7 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
             cut_log(self.log, self.start)
-        self.model.train()
+        self._training_mode()
         window = Window()
         saved = None
         step = self.start
@@ -133,19 +133,18 @@ class _Run:
 
     def _step(self, step: int, data: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         optim = self.config.optim
-        rho = torch.full((self.share,), drop_fraction(self.config.router, optim.seed, step), device=self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, step)
+        draws = self._draw(step)
         parts: list[dict[str, Tensor]] = []
         for part in range(optim.accumulate):
             x, y = (tensor.to(self.device, non_blocking=True) for tensor in next(data))
-            # Timesteps, noise and label dropout follow from which share of which batch this is, and from nothing else:
-            # two passes of one process are one pass of two processes.
-            position = part * self.accelerator.num_processes + self.accelerator.process_index
-            torch.manual_seed(seed_of(optim.seed, NOISE, step, position))
+            first = (part * self.accelerator.num_processes + self.accelerator.process_index) * self.share
+            t, noise, unlabelled = (values[first : first + self.share] for values in draws)
+            y = y.masked_fill(unlabelled, self.model.config.num_classes)
             last = part == optim.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.net):
-                values = self._loss(x, y, rho)
+                values = self._loss(step, x, y, t, noise)
                 self.accelerator.backward(values["loss"] / optim.accumulate)
             parts.append({name: value.detach() for name, value in values.items()})
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
@@ -155,8 +154,26 @@ class _Run:
         means = {name: torch.stack([values[name] for values in parts]).mean() for name in parts[0]}
         return {**means, "grad_norm": norm}
 
-    def _loss(self, x: Tensor, y: Tensor, rho: Tensor) -> dict[str, Tensor]:
+    def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is random in a step: timesteps, noise and which images lose their label, for the whole batch.
+
+        Every process and every accumulation pass takes its share of the same numbers, so how the batch is split changes
+        nothing. For the same reason the model does not drop labels itself.
+        """
+        optim, model = self.config.optim, self.model.config
+        generator = torch.Generator(self.device).manual_seed(seed_of(optim.seed, NOISE, step))
+        t, noise = self.objective.draw((optim.batch_size, *self.data.shape), self.device, generator)
+        chance = torch.rand(optim.batch_size, device=self.device, generator=generator)
+        return t, noise, chance < model.class_dropout_prob
+
+    def _training_mode(self) -> None:
+        self.model.train()
+        self.model.y_embedder.eval()
+
+    def _loss(self, step: int, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Means over the batch; ``loss`` is what is minimised."""
+        router = self.config.router
+        rho = torch.full(x.shape[:1], drop_fraction(router, self.config.optim.seed, step), device=self.device)
         routing: Any = None
 
         def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -167,12 +184,12 @@ class _Run:
                 out, routing = self.net(x, t, y, drop_fraction=rho, return_routing=True)
                 return out.float()
 
-        diffusion = self.objective(predict, x, y)["loss"].mean()
+        diffusion = self.objective.losses(predict, x, y, t, noise)["loss"].mean()
         self.flops.add(x.shape[0], routing.selection.lengths if self.dynamic else None)
         if not self.dynamic:
             return {"loss": diffusion, "diffusion_loss": diffusion}
-        router = self.config.router
-        ratio = ratio_loss(routing.prob, routing.natural_mask, router.target, router.group_size)
+        target = compression_target(router, step)
+        ratio = ratio_loss(routing.prob, routing.natural_mask, target, router.group_size)
         return {
             "loss": diffusion + router.loss_weight * ratio,
             "diffusion_loss": diffusion,
@@ -206,8 +223,10 @@ class _Run:
         record: Record = {"step": step, **dict(zip(names, means.tolist(), strict=True))}
         if not math.isfinite(record["loss"]):
             raise FloatingPointError(f"the loss is {record['loss']} at step {step}; lower optim.lr or check the data")
-        record |= {"lr": learning_rate(self.config.optim, step - 1), "flops": self.flops.read(self.accelerator)}
-        record |= {"images_per_s": window.rate()}
+        record["lr"] = learning_rate(self.config.optim, step - 1)
+        if self.dynamic:
+            record["target"] = compression_target(self.config.router, step - 1)
+        record |= {"flops": self.flops.read(self.accelerator), "images_per_s": window.rate()}
         window.clear()
         self._write(record)
         kept = f" kept {record['kept']:.1%}" if self.dynamic else ""
@@ -226,7 +245,7 @@ class _Run:
 
             images = self.config.run.eval_images
             losses[name] = validate(predict, self.objective, self.held_out, images, self.share, self.device)
-        self.model.train()
+        self._training_mode()
         self._write({"step": step, **losses})
 
     def _write(self, record: Record) -> None:
@@ -299,9 +318,12 @@ def _share(config: TrainConfig, processes: int, dynamic: bool) -> int:
             f"optim.batch_size is {optim.batch_size}; accepted: a multiple of optim.accumulate times processes = "
             f"{optim.accumulate * processes}"
         )
-    if dynamic and group is not None and share % group:
+    # A group of images that are not in one forward pass would be another group, depending on how the batch is split.
+    split = share < optim.batch_size
+    if dynamic and (split if group is None else share % group):
         raise ValueError(
-            f"router.group_size is {group}; accepted: a divisor of the {share} images per forward pass, or null"
+            f"router.group_size is {'null' if group is None else group}; accepted: a divisor of the {share} images per "
+            f"forward pass{'' if split else ', or null'}"
         )
     return share
 

@@ -1,4 +1,4 @@
-"""What depends on the step alone, so that a resumed run goes on exactly: learning rate, drop fraction, seeds."""
+"""What depends on the step alone, so that a resumed run goes on exactly: learning rate, budgets, seeds."""
 
 import numpy as np
 
@@ -23,3 +23,14 @@ def drop_fraction(router: RouterSection, seed: int, step: int) -> float:
     if step < router.drop_warmup_steps:
         return 0.0
     return router.drop_fractions[seed_of(seed, DROP, step) % len(router.drop_fractions)]
+
+
+def compression_target(router: RouterSection, step: int) -> float:
+    """N of the ratio loss: linear from ``target_start`` at step 0, then ``target``.
+
+    This is the curriculum of the reference implementation (github AMD-AGI/DynamicChunkingDiT, ``train.py``), which
+    starts dropping where it ends.
+    """
+    if router.target_start is None or step >= router.target_warmup_steps:
+        return router.target
+    return router.target_start + (router.target - router.target_start) * step / router.target_warmup_steps

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dcdit.data import Samples, batches
+from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-Objective = Callable[[Predict, Tensor, Tensor], dict[str, Tensor]]
+Objective = DiTObjective | FlowMatchingObjective
 
 
 @torch.no_grad()
@@ -17,12 +18,14 @@ def validate(
 ) -> float:
     """Mean diffusion loss over the first ``images`` samples, ``batch_size`` at a time.
 
-    Reseeds PyTorch's global random numbers.
+    Timestep and noise of sample n follow from n alone, whatever the batch size.
     """
     size = min(batch_size, images)
     total = 0.0
     for number, (x, y) in enumerate(batches(dataset, 0, -(-images // size), size)):
-        torch.manual_seed(number)
-        count = min(size, images - number * size)
-        total += float(objective(predict, x[:count].to(device), y[:count].to(device))["loss"].double().sum())
+        numbers = range(number * size, min((number + 1) * size, images))
+        x, y = x[: len(numbers)].to(device), y[: len(numbers)].to(device)
+        draws = [objective.draw(x[:1].shape, device, Generator(device).manual_seed(n)) for n in numbers]
+        t, noise = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        total += float(objective.losses(predict, x, y, t, noise)["loss"].double().sum())
     return total / images

@@ -99,6 +99,8 @@ def test_there_are_shipped_configurations():
         ("optim.ema_decay=1", ValueError, r"optim\.ema_decay is 1\.0; accepted: at least 0 and below 1"),
         ("router.group_size=x", TypeError, r"router\.group_size is 'x'; accepted: int or null"),
         ("router.target=1", ValueError, r"router\.target is 1\.0; accepted: above 1"),
+        ("router.target_start=2", ValueError, r"target_start is 2\.0 and .*steps is 0; accepted: both or neither"),
+        ("router.target_warmup_steps=9", ValueError, r"target_start is None and .*is 9; accepted: both or neither"),
         ("router.drop_fractions=0.5", TypeError, r"router\.drop_fractions is 0\.5; accepted: list of float"),
         ("router.drop_fractions=[a]", TypeError, r"router\.drop_fractions\[0\] is 'a'; accepted: float"),
         ("router.drop_fractions=[0, 1]", ValueError, r"is \[0\.0, 1\.0\]; accepted: .* numbers at least 0 and below 1"),

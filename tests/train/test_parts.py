@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from dcdit.config import OptimSection, RouterSection
+from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 from dcdit.train import EMA, matched_steps
 from dcdit.train.log import Window, append, cut_log
-from dcdit.train.schedule import drop_fraction, learning_rate, seed_of
+from dcdit.train.schedule import compression_target, drop_fraction, learning_rate, seed_of
 from dcdit.train.validate import validate
 
 
@@ -52,6 +53,12 @@ def test_drop_fractions():
     assert all(60 < drawn[10:].count(rho) < 140 for rho in router.drop_fractions)
 
 
+def test_compression_target():
+    router = RouterSection(target=16.0, target_start=4.0, target_warmup_steps=4)
+    assert [compression_target(router, step) for step in range(6)] == [4, 7, 10, 13, 16, 16]
+    assert compression_target(RouterSection(target=3.0), 0) == 3
+
+
 def test_seeds_differ():
     seeds = {seed_of(seed, stream, step) for seed in range(5) for stream in range(2) for step in range(50)}
     assert len(seeds) == 500
@@ -65,24 +72,21 @@ class Numbers(torch.utils.data.Dataset):
         return torch.full(self.shape, float(n)), 0
 
 
+@pytest.mark.parametrize("objective", [DiTObjective(learn_sigma=False), FlowMatchingObjective()])
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10])
-def test_validation_is_a_mean_over_exactly_the_images(batch_size):
-    def objective(predict, x, y):
+def test_validation_is_a_mean_over_exactly_the_images(objective, batch_size):
+    """Every image once, with a timestep and noise of its own that do not depend on how they are batched."""
+    expected = 0.0
+    for n in range(5):
+        t, noise = objective.draw((1, 1, 1, 1), torch.device("cpu"), torch.Generator().manual_seed(n))
+        x = torch.full((1, 1, 1, 1), float(n))
+        expected += objective.losses(lambda x, t, y: 2 * x, x, torch.zeros(1), t, noise)["loss"].item() / 5
+
+    def predict(x, t, y):
         assert not torch.is_grad_enabled()
-        return {"loss": predict(x, x, y).flatten()}
+        return 2 * x
 
-    found = validate(lambda x, t, y: 2 * x, objective, Numbers(), 5, batch_size, torch.device("cpu"))
-    assert found == 2 * (0 + 1 + 2 + 3 + 4) / 5
-
-
-def test_validation_noise_is_fixed():
-    def objective(predict, x, y):
-        return {"loss": torch.rand(x.shape[0])}
-
-    torch.manual_seed(1)
-    first = validate(None, objective, Numbers(), 5, 2, torch.device("cpu"))
-    torch.manual_seed(2)
-    assert validate(None, objective, Numbers(), 5, 2, torch.device("cpu")) == first
+    assert validate(predict, objective, Numbers(), 5, batch_size, torch.device("cpu")) == pytest.approx(expected)
 
 
 def test_window_averages_and_forgets():
