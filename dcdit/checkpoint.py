@@ -10,6 +10,7 @@ A checkpoint is a folder::
 Each of the first two is a complete model on its own: :func:`load_model` takes the folder or either file.
 """
 
+import argparse
 import json
 import shutil
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ def read_metadata(path: str | Path, ema: bool = True) -> dict[str, str]:
     Path and errors as in :func:`load_model`. Empty for a state dict of the reference implementation.
     """
     path = Path(path)
-    return {} if path.suffix in REFERENCE_SUFFIXES else _read_tensors(_model_file(path, ema), only_metadata=True)[1]
+    return {} if path.suffix in REFERENCE_SUFFIXES else read_tensors(_model_file(path, ema), only_metadata=True)[1]
 
 
 def _model_file(path: Path, ema: bool) -> Path:
@@ -189,7 +190,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     folder = find_checkpoint(path)
     architecture, config, model = _read_model(folder / MODEL)
     _, _, ema = _read_model(folder / EMA)
-    optimizer, _ = _read_tensors(folder / OPTIMIZER)
+    optimizer, _ = read_tensors(folder / OPTIMIZER)
     return Checkpoint(folder, architecture, config, model, ema, optimizer, read_trainer(folder))
 
 
@@ -256,7 +257,7 @@ def checkpoint_path(run: str | Path, step: int) -> Path:
 
 
 def _read_model(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    state, metadata = _read_tensors(path)
+    state, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT or "config" not in metadata or "architecture" not in metadata:
         raise ValueError(
             f"{path} has no dcdit configuration in its metadata; accepted: files of dcdit.checkpoint.save_model"
@@ -268,7 +269,8 @@ def _read_model(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     return metadata["architecture"], config, state
 
 
-def _read_tensors(path: Path, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of any safetensors file and its metadata. Errors as in :func:`load_model`."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     try:
@@ -293,14 +295,23 @@ def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[s
 # --- the reference implementation's files ---------------------------------------------------------------------------
 
 
-def _load_reference(path: Path, ema: bool) -> Model:
-    from dcdit.models import load_official
-    from dcdit.models.presets import SCALES
+def read_state_dict(path: Path, ema: bool = True) -> dict[str, Tensor]:
+    """A state dict that PyTorch pickled, read without unpickling anything but tensors and plain values.
 
+    Args:
+        path: the state dict itself, or a training checkpoint with entries ``"ema"`` and ``"model"``. The argparse
+            namespace that facebookresearch/DiT adds is plain values and passes.
+        ema: take ``"ema"`` rather than ``"model"``.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: the file needs real unpickling, which could run any code, or holds no state dict.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} does not load as plain tensors (weights_only=True): {first}") from None
@@ -308,6 +319,14 @@ def _load_reference(path: Path, ema: bool) -> Model:
         state = state.get("ema" if ema else "model", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise ValueError(f"{path} holds no state dict; accepted: names to tensors, or a dict with 'ema' and 'model'")
+    return state
+
+
+def _load_reference(path: Path, ema: bool) -> Model:
+    from dcdit.models import load_official
+    from dcdit.models.presets import SCALES
+
+    state = read_state_dict(path, ema)
     if "pos_embed" not in state:
         raise ValueError(f"{path} has no 'pos_embed'; accepted: a state dict of the DC-DiT reference implementation")
     _, positions, width = state["pos_embed"].shape

@@ -99,6 +99,15 @@ class RouterSection:
 
 
 @dataclass
+class UpcycleSection:
+    """a DC-DiT made from a pretrained static DiT (arXiv 2603.06351, v1)"""
+
+    source: str | None = option(None, "the static DiT: .pt, .safetensors, run or diffusers folder; null makes none")
+    distill_steps: int = option(5000, "steps at the start that also hold every block to the source's", at_least=0)
+    distill_weight: float = option(1.0, "weight of that loss", at_least=0)
+
+
+@dataclass
 class RunSection:
     """where results go and how often"""
 
@@ -120,6 +129,7 @@ class TrainConfig:
     diffusion: DiffusionSection = field(default_factory=DiffusionSection)
     optim: OptimSection = field(default_factory=OptimSection)
     router: RouterSection = field(default_factory=RouterSection)
+    upcycle: UpcycleSection = field(default_factory=UpcycleSection)
     run: RunSection = field(default_factory=RunSection)
 
     def __post_init__(self) -> None:
@@ -139,15 +149,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         FileNotFoundError: no such file.
         ValueError, TypeError: broken YAML, unknown key, wrong type, value out of bounds; one line that names the key.
     """
-    return override({} if path is None else _read(Path(path)), overrides)
+    return from_dict(given_keys(path, overrides))
+
+
+def given_keys(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load_config` would read, unchecked and without the defaults of the keys that nobody gave."""
+    return _with({} if path is None else _read(Path(path)), overrides)
 
 
 def override(data: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:
     """The configuration of ``data`` (as in :func:`from_dict`) with overrides, as in :func:`load_config`."""
-    data = copy.deepcopy(data)
-    for assignment in overrides:
-        _lay_over(data, assignment)
-    return from_dict(data)
+    return from_dict(_with(data, overrides))
 
 
 def from_dict(data: dict[str, Any]) -> TrainConfig:
@@ -180,6 +192,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; accepted: a mapping of sections")
+    return data
+
+
+def _with(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    for assignment in overrides:
+        _lay_over(data, assignment)
     return data
 
 

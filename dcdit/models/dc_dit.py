@@ -43,6 +43,15 @@ class Routing(NamedTuple):
     selection: TokenSelection
 
 
+class BlockStates(NamedTuple):
+    """What the inner transformer of a forward pass did, for a teacher to compare with."""
+
+    cond: Tensor
+    """(B, D): SiLU of the conditioning that every block saw, dropped labels included."""
+    outputs: list[Tensor]
+    """The packed tokens (T, D) after each block."""
+
+
 class DCDiT(nn.Module):
     """Dynamic-token DiT: encoder, router, transformer over the kept tokens, de-chunk, decoder.
 
@@ -99,7 +108,8 @@ class DCDiT(nn.Module):
         budget: int | None = None,
         capacity: int | None = None,
         return_routing: bool = False,
-    ) -> Tensor | tuple[Tensor, Routing]:
+        return_states: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing] | tuple[Tensor, Routing, BlockStates]:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
 
         Args:
@@ -111,10 +121,11 @@ class DCDiT(nn.Module):
             capacity: static number of packed tokens for the whole batch (CUDA graphs); see
                 :func:`dcdit.ops.select_tokens`.
             return_routing: also return the router's decision.
+            return_states: also return the router's decision and the output of every block.
 
         Returns:
             (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
-            :class:`Routing`.
+            :class:`Routing`; with ``return_states`` a triple with :class:`Routing` and :class:`BlockStates`.
 
         Raises:
             ValueError: a shape, a label or an option that is not accepted.
@@ -133,20 +144,30 @@ class DCDiT(nn.Module):
         with stage("router"):
             p = self.router(encoded)
         packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
+        states = BlockStates(cond, []) if return_states else None
         with stage("transformer"):
-            packed = self.transform(packed, cond, Sequences(sel.cu_seqlens, sel.max_seqlen, capacity is not None))
+            seqs = Sequences(sel.cu_seqlens, sel.max_seqlen, capacity is not None)
+            packed = self.transform(packed, cond, seqs, None if states is None else states.outputs)
         with stage("dechunk"):
             tokens = self.dechunk(packed, p, sel, self.residual_proj(encoded))
         with stage("decoder"):
             tokens = self.decoder(tokens, grid, conv_cond)
         with stage("final"):
             out = to_grid(self.final_layer(tokens, cond), grid).contiguous()
-        return (out, Routing(p, sel.mask, sel.natural_mask, sel)) if return_routing else out
+        if not (return_routing or return_states):
+            return out
+        routing = Routing(p, sel.mask, sel.natural_mask, sel)
+        return (out, routing) if states is None else (out, routing, states)
 
-    def transform(self, tokens: Tensor, cond: Tensor, seqs: Sequences) -> Tensor:
-        """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D)."""
+    def transform(self, tokens: Tensor, cond: Tensor, seqs: Sequences, outputs: list[Tensor] | None = None) -> Tensor:
+        """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D).
+
+        The tokens after each block are appended to ``outputs``.
+        """
         pending: Pending | None = None
         for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
             tokens, pending = block(tokens, pending, mod, seqs)
+            if outputs is not None:
+                outputs.append(gated_add(tokens, pending.branch, pending.gate, seqs.cu_seqlens))
         assert pending is not None
         return self.norm(gated_add(tokens, *pending, seqs.cu_seqlens))

@@ -54,7 +54,7 @@ class LabelEmbedder(nn.Module):
         return self.table(y)
 
 
-def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
+def sincos_position(dim: int, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
     """Fixed 2-D sine-cosine position table: (H*W, D) float32 in raster order.
 
     The first half of the channels encodes the column and the second the row, each as sines then cosines.
@@ -62,10 +62,12 @@ def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
     Args:
         dim: D, a multiple of 4.
         grid: (H, W).
+        patch_size: the unit of length, in cells. With P, a cell gets the (fractional) position of its centre on the
+            coarser grid whose cells are P x P of these.
     """
     height, width = grid
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     rows = torch.arange(height, dtype=torch.float64)[:, None].expand(height, width).flatten()
     cols = torch.arange(width, dtype=torch.float64)[None, :].expand(height, width).flatten()
-    angles = [axis[:, None] * frequencies for axis in (cols, rows)]
+    angles = [((axis + 0.5) / patch_size - 0.5)[:, None] * frequencies for axis in (cols, rows)]
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()

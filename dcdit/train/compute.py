@@ -33,14 +33,16 @@ class SpentFlops:
         self._per_image = torch.tensor([FORWARD_AND_BACKWARD * flops for flops in forward], device=device)
         self._unread = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, images: int, lengths: Tensor | None) -> None:
+    def add(self, images: int, lengths: Tensor | None, others: int = 0) -> None:
         """Count one forward and backward pass.
 
         Args:
             images: in the batch.
             lengths: (images,) integer, kept tokens of each; None for a static model.
+            others: FLOPs per image besides those of the model, e.g. of a teacher's forward pass.
         """
         self._unread += images * self._per_image[0] if lengths is None else self._per_image[lengths.long()].sum()
+        self._unread += images * others
 
     def read(self, accelerator: Any) -> int:
         """Total over all processes, each of which has to call this."""

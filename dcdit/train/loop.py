@@ -18,6 +18,7 @@ from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 from dcdit.models import DCDiT, create_model
 from dcdit.ops import ratio_loss
 from dcdit.train.compute import SpentFlops
+from dcdit.train.distill import begin_upcycling
 from dcdit.train.ema import EMA
 from dcdit.train.log import Record, Window, append, cut_log
 from dcdit.train.schedule import NOISE, compression_target, drop_fraction, learning_rate, seed_of
@@ -80,6 +81,7 @@ class _Run:
         model = config.model
         self.model = create_model(model.name, model.image_size, model.num_classes, **model.overrides).to(self.device)
         self.dynamic = isinstance(self.model, DCDiT)
+        self.teacher = begin_upcycling(config, self.model, resume)
         self.share = _share(config, self.accelerator.num_processes, self.dynamic)
         self.data = create_dataset(config.data, "train", optim.seed)
         _check_fit(self.data, self.model)
@@ -118,7 +120,9 @@ class _Run:
                 window.add(self._step(step, data), config.optim.batch_size)
                 step += 1
                 bar.update()
-                logging = step % config.run.log_every == 0 or step == config.optim.steps
+                # A record never mixes steps with and without a teacher.
+                ends = (config.optim.steps, config.upcycle.distill_steps if self.teacher else None)
+                logging = step % config.run.log_every == 0 or step in ends
                 if logging:
                     bar.set_postfix_str(self._log_training(step, window))
                 minutes = (time.monotonic() - began) / 60
@@ -175,28 +179,39 @@ class _Run:
         router = self.config.router
         rho = torch.full(x.shape[:1], drop_fraction(router, self.config.optim.seed, step), device=self.device)
         routing: Any = None
+        distill: Tensor | None = None
+        if step >= self.config.upcycle.distill_steps:
+            self.teacher = None
+        teacher = self.teacher
 
         def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            nonlocal routing
+            nonlocal routing, distill
             with self._autocast():
                 if not self.dynamic:
                     return self.net(x, t, y).float()
-                out, routing = self.net(x, t, y, drop_fraction=rho, return_routing=True)
+                options = {"drop_fraction": rho, "return_routing": True, "return_states": teacher is not None}
+                out, routing, *states = self.net(x, t, y, **options)
+                if teacher is not None:
+                    distill = teacher.loss(x, states[0], routing.selection)
                 return out.float()
 
         diffusion = self.objective.losses(predict, x, y, t, noise)["loss"].mean()
-        self.flops.add(x.shape[0], routing.selection.lengths if self.dynamic else None)
+        self.flops.add(x.shape[0], routing.selection.lengths if self.dynamic else None, teacher.flops if teacher else 0)
         if not self.dynamic:
             return {"loss": diffusion, "diffusion_loss": diffusion}
         target = compression_target(router, step)
         ratio = ratio_loss(routing.prob, routing.natural_mask, target, router.group_size)
+        loss = diffusion + router.loss_weight * ratio
+        if distill is not None:
+            loss = loss + self.config.upcycle.distill_weight * distill
         return {
-            "loss": diffusion + router.loss_weight * ratio,
+            "loss": loss,
             "diffusion_loss": diffusion,
             "ratio_loss": ratio,
             "kept": routing.mask.float().mean(),
             "natural": routing.natural_mask.float().mean(),
             "drop_fraction": rho[0],
+            **({} if distill is None else {"distill_loss": distill}),
         }
 
     def _autocast(self) -> torch.autocast:
@@ -230,6 +245,7 @@ class _Run:
         window.clear()
         self._write(record)
         kept = f" kept {record['kept']:.1%}" if self.dynamic else ""
+        kept += f" distill {record['distill_loss']:.3f}" if "distill_loss" in record else ""
         return f"loss {record['loss']:.4f}{kept} {record['images_per_s']:.1f} images/s"
 
     def _log_validation(self, step: int) -> None:

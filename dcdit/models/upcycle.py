@@ -1,0 +1,85 @@
+"""Upcycling: the transformer of a pretrained static DiT becomes the inner transformer of a DC-DiT (arXiv 2603.06351).
+
+Copied: the blocks with their adaLN, and the timestep and class embedders, which stay frozen. Not copied, for it has
+another shape or another meaning: the patch embedding, the final layer, the position table. The encoder, the router, the
+decoder and the final layer of the DC-DiT start as always.
+"""
+
+from typing import Any
+
+import torch
+
+from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.dc_dit import DCDiT
+from dcdit.models.dit import DiT
+from dcdit.nn import sincos_position
+
+SHARED = ("grid", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")
+"""Fields that a DC-DiT and the DiT it is made from have in common; so are the rows of the label table."""
+FROZEN = ("t_embedder", "y_embedder")
+
+
+def upcycled_fields(source: DiTConfig) -> dict[str, Any]:
+    """The fields of :class:`DCDiTConfig` that a DC-DiT made from ``source`` takes over.
+
+    Not that there is no null class: a DC-DiT without one cannot be guided, which is to be asked for.
+    """
+    values = source.to_dict()
+    null_class = ["class_dropout_prob"] if source.class_dropout_prob > 0 else []
+    names = (*SHARED, "num_classes", "learn_sigma", *null_class)
+    return {**{name: values[name] for name in names}, "adapt_conditioning": True}
+
+
+def check_source(config: DCDiTConfig, source: DiTConfig) -> None:
+    """Raise ValueError, one line, if a DC-DiT of ``config`` cannot be made from ``source``."""
+    for name in SHARED:
+        wanted, found = getattr(config, name), getattr(source, name)
+        if wanted != found:
+            raise ValueError(f"the pretrained DiT has {name} {found}, the DC-DiT {wanted}; accepted: equal ones")
+    rows, wanted = _label_rows(source), _label_rows(config)
+    if config.class_dropout_prob > 0 and (source.class_dropout_prob == 0 or rows == config.num_classes):
+        raise ValueError(
+            f"the pretrained DiT has no null class beside its {rows} labels and the DC-DiT has class_dropout_prob "
+            f"{config.class_dropout_prob}; accepted: 0"
+        )
+    if rows != wanted:
+        raise ValueError(
+            f"the pretrained DiT has {rows} rows of labels (null class included), the DC-DiT {wanted}; accepted: "
+            "equal numbers"
+        )
+    if source.frequency_shift != 0:
+        raise ValueError(
+            f"the pretrained DiT has frequency_shift {source.frequency_shift}; accepted: 0, that of the DC-DiT"
+        )
+
+
+def _label_rows(config: DCDiTConfig | DiTConfig) -> int:
+    return config.num_classes + (config.class_dropout_prob > 0)
+
+
+@torch.no_grad()
+def upcycle(model: DCDiT, source: DiT) -> None:
+    """Put the weights of ``source`` into ``model``, in place.
+
+    Positions are counted in patches of the source: a token of cell (r, c) gets the sine-cosine position of that cell's
+    centre on the source's patch grid, because that is the unit in which the copied blocks learned to read them. For
+    patch size 1 it is the usual table. The table is stored with the weights, so the model is an ordinary one.
+
+    Args:
+        model: newly made.
+        source: any dtype and device.
+
+    Raises:
+        ValueError: the two do not fit, see :func:`check_source`.
+    """
+    check_source(model.config, source.config)
+    # The blocks of the two differ in how they are called, not in their weights.
+    for name in ("blocks", "modulation", *FROZEN):
+        model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
+    model.get_buffer("pos_embed").copy_(sincos_position(model.config.hidden_size, model.config.grid, source.config.patch_size))
+
+
+def freeze_embedders(model: DCDiT) -> None:
+    """Keep the timestep and class embedders as they are from now on."""
+    for name in FROZEN:
+        model.get_submodule(name).requires_grad_(False)
