@@ -11,6 +11,7 @@ from dcdit import __version__
 
 COMMANDS = {
     "train": ("dcdit.train", "train a DC-DiT or a static DiT"),
+    "upcycle": ("dcdit.upcycle", "train a DC-DiT that starts from a pretrained static DiT"),
     "sample": ("dcdit.sample", "draw images from a checkpoint, at any drop fraction"),
     "profile": ("dcdit.profile", "where the time goes, dynamic against static"),
     "demo": ("dcdit.demo", "train, sample, look into and time a small DC-DiT on real photographs"),

@@ -76,7 +76,8 @@ def upcycle(model: DCDiT, source: DiT) -> None:
     # The blocks of the two differ in how they are called, not in their weights.
     for name in ("blocks", "modulation", *FROZEN):
         model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
-    model.get_buffer("pos_embed").copy_(sincos_position(model.config.hidden_size, model.config.grid, source.config.patch_size))
+    position = sincos_position(model.config.hidden_size, model.config.grid, source.config.patch_size)
+    model.get_buffer("pos_embed").copy_(position)
 
 
 def freeze_embedders(model: DCDiT) -> None:
