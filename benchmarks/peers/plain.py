@@ -150,7 +150,9 @@ def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residua
         # Differences of float32 sums are off by 1e-4 after a thousand tokens.
         decay = torch.log1p(-confidence).double().cumsum(1)
         later = torch.ones(order.shape[1], order.shape[1], dtype=torch.bool, device=h.device).tril()
-        weight = (decay[:, :, None] - decay[:, None]).float().masked_fill(~later, -torch.inf).exp() * confidence[:, None]
+        weight = (decay[:, :, None] - decay[:, None]).float().masked_fill(~later, -torch.inf).exp() * confidence[
+            :, None
+        ]
         return plug_back_last(torch.bmm(weight, tokens), sel, gate, residual)
 
     return call

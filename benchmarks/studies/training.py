@@ -1,0 +1,81 @@
+"""Several training runs side by side, one process and one thread each; a study that is stopped goes on where it was."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dcdit.checkpoint import list_checkpoints, read_trainer
+from dcdit.config import TrainConfig, dump_yaml
+
+
+class RunFailedError(RuntimeError):
+    """A training run of a study ended with an error; the message names its log."""
+
+
+def train_all(configs: Mapping[str, TrainConfig], jobs: int) -> None:
+    """Train every run that is not finished, ``jobs`` at a time.
+
+    Args:
+        configs: name of a run -> its configuration, whose ``optim.flops`` or ``optim.steps`` ends it.
+        jobs: processes.
+
+    Raises:
+        RunFailedError: a run failed; the others are waited for.
+    """
+    waiting = [name for name in configs if not finished(configs[name])]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    with tqdm(total=len(configs), initial=len(configs) - len(waiting), desc="training runs") as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = _start(configs[name])
+            time.sleep(1)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    failed.append(f"{name} (see {_output(configs[name])})")
+                bar.update()
+    if failed:
+        raise RunFailedError(f"training failed: {', '.join(failed)}")
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether the newest checkpoint of a run reached its FLOPs or its steps."""
+    if not list_checkpoints(config.run.out):
+        return False
+    trainer = read_trainer(config.run.out)
+    return trainer["step"] >= config.optim.steps or (
+        config.optim.flops is not None and trainer["flops"] >= config.optim.flops
+    )
+
+
+def read_log(config: TrainConfig) -> list[dict[str, Any]]:
+    """The records of a run's log.jsonl."""
+    lines = (Path(config.run.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _start(config: TrainConfig) -> subprocess.Popen[bytes]:
+    folder = Path(config.run.out)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "dcdit", "train"]
+    if list_checkpoints(folder):
+        command += ["--resume", str(folder)]
+    else:
+        file = folder.with_suffix(".yaml")
+        file.write_text(dump_yaml(config), encoding="utf-8")
+        command += ["--config", str(file)]
+    with _output(config).open("ab") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _output(config: TrainConfig) -> Path:
+    return Path(config.run.out).with_suffix(".out")

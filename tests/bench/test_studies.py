@@ -1,0 +1,100 @@
+"""The CIFAR-10 study end to end: fabricated strips, tiny models, a tiny extractor."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.studies import cifar10, training
+from dcdit.config import TrainConfig, load_config
+from dcdit.train import train
+
+TINY = {**cifar10.COMMON, "hidden_size": 128, "depth": 1}
+FLOPS = 2.5e10
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The npm package with 8 images a strip; the study reads the first 16 of the test batch."""
+    folder = tmp_path_factory.mktemp("package")
+    rng = np.random.default_rng(0)
+    for name, count in {**{f"data_batch_{i}": 8 for i in range(1, 6)}, "test_batch": 48}.items():
+        coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse.repeat(8, 1).repeat(8, 2).reshape(count, 1024, 3)).save(folder / f"{name}.png")
+    for name, count in (("train_lables", 40), ("test_lables", 48)):
+        (folder / f"{name}.json").write_text(json.dumps([i % 10 for i in range(count)]))
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(cifar10, "MODELS", {"dc-dit": ("DC-DiT-S", TINY), "static-flops": ("DiT-S/8", TINY)})
+    monkeypatch.setattr(cifar10, "HELD_OUT", 16)
+    monkeypatch.setattr(cifar10, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(cifar10, "BATCH", 8)
+    base = tmp_path / "base.yaml"
+    often = "log_every: 1, eval_every: 1, eval_images: 8"
+    base.write_text(cifar10.BASE.read_text().replace("log_every: 10, eval_every: 100, eval_images: 128", often))
+    assert often in base.read_text()
+    monkeypatch.setattr(cifar10, "BASE", base)
+    monkeypatch.setattr(cifar10, "train_all", train_here)
+    torch.manual_seed(0)
+    extractor = Extractor()
+    monkeypatch.setattr(cifar10, "load_extractor", lambda path: extractor)
+    return tmp_path
+
+
+class Extractor(torch.nn.Module):
+    """Six numbers of an image."""
+
+    identity = "tiny"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(48, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.nn.functional.avg_pool2d(images.float(), 8).flatten(1))
+
+
+def train_here(configs: dict[str, TrainConfig], jobs: int) -> None:
+    """In this process: starting two more takes longer than the training."""
+    for config in configs.values():
+        if not training.finished(config):
+            train(config)
+
+
+def arguments(package: Path, folder: Path) -> list[str]:
+    options = {"--data": package, "--inception": "x.pt", "--flops": FLOPS, "--samples": 16, "--reference": 32}
+    options |= {"--runs": folder / "runs", "--out": folder / "page"}
+    return [str(part) for pair in options.items() for part in pair] + ["--seeds", "0", "--jobs", "2"]
+
+
+def test_study_trains_measures_and_goes_on(package: Path, tiny: Path) -> None:
+    cifar10.main(arguments(package, tiny))
+    told = json.loads((tiny / "page" / "study.json").read_text())["runs"]
+    assert set(told) == {"dc-dit-0", "static-flops-0"}
+    for run in told.values():
+        assert run["training_flops"] >= FLOPS
+        assert {"FID", "KID"} <= set(run["evaluation"]["figures"])
+    assert set(told["dc-dit-0"]["loss"]) == {"0.0", "0.3", "0.6"}
+    assert told["dc-dit-0"]["gflops"]["0.6"] < told["dc-dit-0"]["gflops"]["0.0"]
+    assert len(told["dc-dit-0"]["routing"]["kept_share"]) == len(cifar10.NOISE_LEVELS)
+    text = (tiny / "page" / "report.md").read_text()
+    for picture in ("losses.png", "samples.png", "routing.png"):
+        assert picture in text
+        assert (tiny / "page" / picture).is_file()
+
+    before = {path: path.stat().st_mtime_ns for path in (tiny / "runs").rglob("*.safetensors")}
+    cifar10.main(arguments(package, tiny))
+    assert {path: path.stat().st_mtime_ns for path in (tiny / "runs").rglob("*.safetensors")} == before
+
+
+def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
+    config: TrainConfig = load_config(None, [f"run.out={tmp_path / 'run'}", f"data.path={tmp_path / 'nowhere'}"])
+    with pytest.raises(training.RunFailedError, match=r"broken \(see .*run\.out\)"):
+        training.train_all({"broken": config}, jobs=1)
+    assert "nowhere" in (tmp_path / "run.out").read_text()
