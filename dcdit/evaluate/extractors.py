@@ -1,0 +1,163 @@
+"""Networks that turn images into features, and the one place where pixels are brought to Inception's input.
+
+An extractor is a module, called with uint8 images (N, 3, H, W). It returns the pooled features (N, D); or a mapping, or
+a tuple in this order, of
+
+- ``pooled``: (N, D), for FID, KID, precision and recall;
+- ``logits``: (N, classes), for IS; ADM leaves the bias of the last layer out;
+- ``spatial``: (N, at least 7, h, w), for sFID; of Inception, the output of ``mixed_6/conv`` (Nash et al.).
+
+What it cannot give is left out (or None), and the metrics that need it are reported as left out. If it has an
+``identity`` (text that changes whenever its features do), features can be cached and stored statistics are checked.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+SIDE = 299
+"""Pixels per side of Inception's input."""
+
+
+def resize_adm(images: Tensor) -> Tensor:
+    """The bilinear resize inside the TensorFlow graph that FID was defined with; ADM's and DiT's numbers use it.
+
+    Output pixel i reads at i * H / 299 (no half-pixel shift) and nothing is smoothed before shrinking.
+
+    Args:
+        images: float (N, 3, H, W).
+
+    Returns:
+        (N, 3, 299, 299).
+    """
+    for dim in (2, 3):
+        size = images.shape[dim]
+        position = torch.arange(SIDE, device=images.device, dtype=torch.float64) * size / SIDE
+        low = position.long()
+        weight = (position - low).to(images.dtype).view([-1 if i == dim else 1 for i in range(4)])
+        high = (low + 1).clamp(max=size - 1)
+        images = images.index_select(dim, low).lerp(images.index_select(dim, high), weight)
+    return images
+
+
+def resize_clean(images: Tensor) -> Tensor:
+    """Antialiased bicubic, as Pillow resizes, without rounding: what clean-fid (arXiv 2104.11222) recommends.
+
+    Shapes as in :func:`resize_adm`.
+    """
+    if images.shape[-2:] == (SIDE, SIDE):
+        return images
+    return interpolate(images, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
+
+
+RESIZES: dict[str, Callable[[Tensor], Tensor]] = {"adm": resize_adm, "clean": resize_clean}
+
+
+class TorchScriptInception(nn.Module):
+    """An Inception v3 in a TorchScript file, which maps float (N, 3, 299, 299) in [-1, 1) to pooled features (N, D).
+
+    Images are resized (``resize``), and pixels become (x - 128) / 128. A file whose ``layers`` carry the names of the
+    TensorFlow graph also gives the spatial features of ``mixed_6/conv``.
+
+    Args:
+        path: the file.
+        resize: one of :data:`RESIZES`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no TorchScript file.
+    """
+
+    def __init__(self, path: str | Path, resize: str = "adm") -> None:
+        super().__init__()
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded")
+        try:
+            self.script = torch.jit.load(str(path), map_location="cpu").eval()
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} is no TorchScript file: {reason}") from None
+        self.resize = resize
+        self.identity = f"sha256:{_sha256(path)[:16]} resize={resize}"
+        self.layers = self._layers()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        x = (RESIZES[self.resize](images.float()) - 128) / 128
+        if self.layers is None:
+            return {"pooled": self.script(x)}
+        for name, layer in self.layers.named_children():
+            if name == "mixed_6":
+                spatial = layer.conv(x)  # type: ignore[operator]
+            x = layer(x)
+        return {"pooled": x.flatten(1), "spatial": spatial}
+
+    @torch.no_grad()
+    def _layers(self) -> nn.Module | None:
+        """The script's layers, if calling them one after another is the same as calling the script."""
+        layers = getattr(getattr(self.script, "net", self.script), "layers", None)
+        if not isinstance(layers, nn.Module) or not hasattr(getattr(layers, "mixed_6", None), "conv"):
+            return None
+        x = probe = torch.linspace(-1, 1, 3 * SIDE**2).view(1, 3, SIDE, SIDE)
+        for layer in layers.children():
+            x = layer(x)
+        return layers if torch.allclose(x.flatten(1), self.script(probe), rtol=1e-4) else None
+
+
+class TorchFidelityInception(nn.Module):
+    """The Inception v3 of torch-fidelity: pooled features and logits, after its own resize, which is ADM's.
+
+    Args:
+        path: its weights, ``weights-inception-2015-12-05-6726825d.pth``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ModuleNotFoundError: torch-fidelity is missing or does not import.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded")
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except (
+            ImportError,
+            RuntimeError,
+            AttributeError,
+        ) as error:  # a torchvision of another torch raises any of them
+            raise ModuleNotFoundError(
+                f"{path} is for torch-fidelity, which does not import here ({str(error).strip().splitlines()[0]}); "
+                "accepted without it: a TorchScript Inception (.pt)"
+            ) from None
+        self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+        self.identity = f"torch-fidelity sha256:{_sha256(path)[:16]} resize=adm"
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pooled, logits = self.net(images)
+        return {"pooled": pooled, "logits": logits}
+
+
+def load_extractor(path: str | Path, resize: str = "adm") -> nn.Module:
+    """An extractor from a file: torch-fidelity's weights (``.pth``), or a TorchScript Inception (anything else).
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: see the two classes.
+        ValueError: an unknown resize, or one that torch-fidelity does not do.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize is {resize!r}; accepted: {', '.join(RESIZES)}")
+    if Path(path).suffix != ".pth":
+        return TorchScriptInception(path, resize)
+    if resize != "adm":
+        raise ValueError(f"resize is {resize!r}, but torch-fidelity resizes as ADM does; accepted: adm")
+    return TorchFidelityInception(path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
