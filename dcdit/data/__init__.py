@@ -10,10 +10,20 @@ from dcdit.config import DataSection
 from dcdit.data._samples import Samples
 from dcdit.data.cifar10 import Cifar10
 from dcdit.data.folder import ImageFolder
+from dcdit.data.latents import LatentDataset
 from dcdit.data.npz import NpzDataset
 from dcdit.data.photographs import Photographs
 
-__all__ = ["Cifar10", "ImageFolder", "NpzDataset", "Photographs", "Samples", "batches", "create_dataset"]
+__all__ = [
+    "Cifar10",
+    "ImageFolder",
+    "LatentDataset",
+    "NpzDataset",
+    "Photographs",
+    "Samples",
+    "batches",
+    "create_dataset",
+]
 
 
 def create_dataset(section: DataSection, split: str = "train", seed: int = 0) -> Samples:
@@ -28,9 +38,12 @@ def create_dataset(section: DataSection, split: str = "train", seed: int = 0) ->
         raise ValueError(f"data.path is null; data.kind={section.kind!r} needs one")
     if section.kind == "cifar10":
         return Cifar10(section.path, split, section.flip, seed)
+    if section.kind == "latents":
+        latent = (section.scale, section.skip_damaged)
+        return LatentDataset(section.path, split, section.held_out, section.flip, seed, *latent)
     if section.kind == "npz":
         return NpzDataset(section.path, split, section.held_out, section.flip, seed)
-    return ImageFolder(section.path, section.size, split, section.held_out, section.flip, seed)
+    return ImageFolder(section.path, section.size, split, section.held_out, section.flip, seed, section.skip_damaged)
 
 
 def batches(

@@ -1,5 +1,6 @@
 """What every dataset shares: sample n of a run is a pure function of (seed, n), so a resumed run sees the same data."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "held_out")
+
+
+class DamagedFile(ValueError):
+    """A file of a dataset that is missing or not what it should be; the message names it."""
+
+
+def skip_or_raise(error: DamagedFile, skip: bool) -> None:
+    """Warn that something is left out of a dataset if that was asked for (``data.skip_damaged``), else raise it."""
+    if not skip:
+        raise error
+    warnings.warn(f"skipped: {error}", stacklevel=3)
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
@@ -67,3 +79,32 @@ class Split:
             self._order = np.random.default_rng([self.seed, epoch, 1]).permutation(self.items)
             self._epoch = epoch
         return int(self._order[position])
+
+
+class StoredSamples(Samples):
+    """Samples read from disk one by one. A damaged one stops the run, or gives its place to the next if that is asked.
+
+    Even then sample n is a pure function of (seed, n) and of what is damaged.
+    """
+
+    split: Split
+    skip_damaged: bool
+    """Pass over damaged items, with a warning that names each and counts those this process has met."""
+    _damaged: frozenset[int] = frozenset()
+
+    def load(self, item: int, n: int) -> tuple[Tensor, int]:
+        """Stored item ``item`` as sample n shows it. DamagedFile where it cannot be read."""
+        raise NotImplementedError
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        for position in range(n, n + len(self.split)):
+            item = self.split.item(position)
+            try:
+                return self.load(item, n)
+            except DamagedFile as error:
+                if not self.skip_damaged:
+                    raise
+                if item not in self._damaged:
+                    self._damaged |= {item}
+                    skip_or_raise(DamagedFile(f"{error} ({len(self._damaged)} so far)"), skip=True)
+        raise DamagedFile(f"none of the {len(self.split)} items from sample {n} on can be read")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from dcdit.data._samples import Samples, Split, sample_rng, to_sample
+from dcdit.data._samples import DamagedFile, Split, StoredSamples, sample_rng, to_sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class ImageFolder(Samples):
+class ImageFolder(StoredSamples):
     """Images of a folder, the shorter side resized to ``size`` and a square of it cropped (random while training).
 
     Args:
@@ -24,6 +24,7 @@ class ImageFolder(Samples):
         held_out: share of the images in the held-out split.
         flip: mirror training images at random.
         seed: sample n is a pure function of (seed, n).
+        skip_damaged: pass over files that cannot be read, with a warning, instead of stopping.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -38,6 +39,7 @@ class ImageFolder(Samples):
         held_out: float = 0.1,
         flip: bool = True,
         seed: int = 0,
+        skip_damaged: bool = False,
     ) -> None:
         if size < 1:
             raise ValueError(f"size is {size}; accepted: at least 1 pixel")
@@ -47,9 +49,9 @@ class ImageFolder(Samples):
         self.random = split == "train"
         self.flip = flip and self.random
         self.seed = seed
+        self.skip_damaged = skip_damaged
 
-    def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        item = self.split.item(n)
+    def load(self, item: int, n: int) -> tuple[Tensor, int]:
         rng = sample_rng(self.seed, n)
         position = rng.random() if self.random else 0.5
         pixels = read_square(self.files[item], self.shape[1], position)
@@ -119,4 +121,4 @@ def _open(path: Path, draft: tuple[int, int] | None = None) -> "Image.Image":
                 image.draft("RGB", draft)
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+        raise DamagedFile(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None

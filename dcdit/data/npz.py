@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dcdit.data._samples import Samples, Split, sample_rng, to_sample
+from dcdit.data._store import LatentStore, as_latent
 
 Array = np.ndarray[Any, Any]
 ARRAYS = ("images", "latents", "labels")
@@ -52,6 +53,26 @@ class NpzDataset(Samples):
         if self.flip and sample_rng(self.seed, n).integers(2):
             value = value[:, ::-1]
         return to_sample(value), label
+
+
+class ArrayLatents(LatentStore):
+    """The latents of :class:`NpzDataset` for :class:`dcdit.data.LatentDataset`. Errors as there."""
+
+    def __init__(self, path: Path) -> None:
+        arrays = _load(path)
+        if "latents" not in arrays:
+            raise ValueError(f"{path} holds images; accepted: latents and labels (images: data.kind=npz)")
+        _check(path, arrays["latents"], arrays["labels"], latent=True)
+        self.path, self.values = path, arrays["latents"]
+        self.labels = np.asarray(arrays["labels"], np.int64)
+        self.shape = self.values.shape[1:]
+
+    def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:
+        return as_latent(self.values[item], f"{self.path}, latent {item}", self.shape)
+
+
+def has_latents(path: Path) -> bool:
+    return path.suffix == ".npz" or (path / "latents.npy").is_file()
 
 
 def _load(path: Path) -> dict[str, Array]:
