@@ -8,8 +8,9 @@ for 5K steps. It does not say how two token sets are compared. Here:
 - A kept token at cell (r, c) is compared with the teacher's token of the patch that covers (r, c): it stands for that
   region. Where one token per patch is kept, the two sets are the same, and equal inputs give loss zero.
 - The teacher sees the same noisy images and the same conditioning, labels dropped in the same rows.
-- The squared error of a block is divided by the mean square of the teacher's tokens: the residual stream grows with the
-  depth, and otherwise the last blocks would be all of the loss.
+- A block's mean squared error over the kept tokens of an image is divided by the mean square of the teacher's tokens of
+  that image: the residual stream grows with the depth, and otherwise the last blocks would be all of the loss. Image by
+  image, so that the loss of a batch does not depend on how the batch is split.
 """
 
 from pathlib import Path
@@ -41,7 +42,7 @@ class Teacher:
         self._patch_of_cell = patch_of_cell(dit.config.grid, dit.config.patch_size).to(device)
 
     def loss(self, x: Tensor, states: BlockStates, sel: TokenSelection) -> Tensor:
-        """Relative squared error of the student's block outputs, averaged over the blocks.
+        """Relative squared error of the student's block outputs, averaged over images and blocks.
 
         Args:
             x: (B, C, H, W), the noisy images that the student saw.
@@ -49,16 +50,15 @@ class Teacher:
             sel: the tokens that it kept, without slack (no capacity).
 
         Returns:
-            () float32; 0 where all outputs agree, 1 where the student's are zero. Differentiable in the outputs.
+            () float32; 0 where all outputs agree, about 1 where the student's are zero. Differentiable in the outputs.
         """
         cells = self._patch_of_cell.shape[0]
-        outputs = block_outputs(self.dit, x, states.cond.detach())
-        patches = outputs[0].shape[1]
-        rows = sel.indices // cells * patches + self._patch_of_cell[sel.indices % cells]
+        image, patch = sel.indices // cells, self._patch_of_cell[sel.indices % cells]
         errors = []
-        for theirs, ours in zip(outputs, states.outputs, strict=True):
-            target = theirs.flatten(0, 1)[rows].float()
-            errors.append((ours.float() - target).square().mean() / target.square().mean())
+        for theirs, ours in zip(block_outputs(self.dit, x, states.cond.detach()), states.outputs, strict=True):
+            error = (ours.float() - theirs[image, patch].float()).square().mean(1)
+            scale = sel.lengths * theirs.float().square().mean((1, 2))
+            errors.append((error / scale[image]).sum() / x.shape[0])
         return torch.stack(errors).mean()
 
 
