@@ -12,7 +12,9 @@ from dcdit import __version__
 COMMANDS = {
     "train": ("dcdit.train", "train a DC-DiT or a static DiT"),
     "upcycle": ("dcdit.upcycle", "train a DC-DiT that starts from a pretrained static DiT"),
+    "extract": ("dcdit.extract", "turn a folder of images into latents, with a local autoencoder"),
     "sample": ("dcdit.sample", "draw images from a checkpoint, at any drop fraction"),
+    "evaluate": ("dcdit.evaluate", "FID, IS, KID, precision and recall of a checkpoint's samples or of any images"),
     "profile": ("dcdit.profile", "where the time goes, dynamic against static"),
     "demo": ("dcdit.demo", "train, sample, look into and time a small DC-DiT on real photographs"),
     "tune": ("dcdit.tune", "find launch configurations for this GPU"),
@@ -26,6 +28,7 @@ EXTRAS = {
     "yaml": "train",
     "skimage": "demo",
     "matplotlib": "demo",
+    "torchmetrics": "eval",
 }
 """Import names and the extra of this package that installs them."""
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
