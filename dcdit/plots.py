@@ -84,8 +84,8 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     figure.savefig(path)
 
 
-def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path) -> None:
-    """One column per noise level: the noisy image, the router's probability, the kept tokens.
+def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
+    """One column per noise level: an image (called so), the router's probability, the kept tokens.
 
     Each column holds title, image (H, W, 3) in [0, 1], prob (H, W) and mask (H, W) bool.
     """
@@ -97,10 +97,40 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path) -> None:
         axis[2].imshow(column["image"] * 0.25, interpolation="nearest")
         axis[2].imshow(np.where(column["mask"], 1.0, np.nan), vmin=0, vmax=1.3, cmap="inferno", interpolation="nearest")
         axis[2].set_title(f"{column['mask'].mean():.0%} kept", fontsize=8)
-    for axis, label in zip(axes[:, 0], ("input", "probability", "kept tokens"), strict=True):
+    for axis, label in zip(axes[:, 0], (image, "probability", "kept tokens"), strict=True):
         axis.set_ylabel(label, fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[1, -1], fraction=0.046)
+    figure.savefig(path)
+
+
+def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Over the sampling, from noise to data: the share of the tokens kept in each branch of guidance, and the FLOPs.
+
+    Each run holds name and calls, the records of :class:`dcdit.model_calls.ModelCalls`.
+    """
+    branches = {"conditional branch": ""}
+    if any("kept_null" in call for run in runs for call in run["calls"]):
+        branches["unconditional branch"] = "_null"
+    figure, axes = new_figure(1, len(branches) + 1, figsize=(4.4 * (len(branches) + 1), 3.6), squeeze=False)
+    *shares, flops = axes[0]
+    for number, run in enumerate(runs):
+        color = f"C{number}"
+        for axis, suffix in zip(shares, branches.values(), strict=True):
+            calls = [call for call in run["calls"] if f"kept{suffix}" in call]
+            times = [call["t"] / 1000 for call in calls]
+            axis.plot(times, [call[f"natural{suffix}"] for call in calls], "--", color=color, lw=1)
+            axis.plot(times, [call[f"kept{suffix}"] for call in calls], color=color, lw=1.5, label=run["name"])
+        times = [call["t"] / 1000 for call in run["calls"]]
+        flops.plot(times, [call["gflops"] for call in run["calls"]], color=color, lw=1.5, label=run["name"])
+    for axis, title in zip(shares, branches, strict=True):
+        axis.set(title=title, ylabel="share of the tokens", ylim=(0, None))
+    flops.set(title="cost, all branches", ylabel="GFLOPs per image and call", ylim=(0, None))
+    for axis in axes[0]:
+        axis.set_xlabel("time (1 noise, 0 data)")
+        axis.invert_xaxis()
+    shares[0].plot([], [], "--", color="black", lw=1, label="before dropping")
+    shares[0].legend(fontsize=7)
     figure.savefig(path)

@@ -1,10 +1,12 @@
-"""``dcdit sample``: pictures from a checkpoint at one or more drop fractions, and what the router kept on the way."""
+"""``dcdit sample``: pictures from a checkpoint at one or more budgets, and what the router kept on the way."""
 
 import argparse
+import importlib
 import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +16,27 @@ from torch import Tensor
 
 from dcdit._vae import latent_range, load_autoencoder
 from dcdit.checkpoint import Model, load_model, read_metadata
-from dcdit.diffusion import METHODS, sample
-from dcdit.models import DCDiT
+from dcdit.diffusion import METHODS, Step, sample
+from dcdit.diffusion.drop_schedules import FORMS
+from dcdit.diffusion.guidance import Fraction
+from dcdit.model_calls import ModelCalls, Record, RoutingMap, mean_records, tflops_per_image
+from dcdit.sample_plan import check_budget, device_name, guidance_of, make_plans
 
 DEFAULT_METHOD = {"dit": "ddpm", "flow": "heun"}
 
 
-class KeptShares:
-    """A dynamic model that notes the share of tokens it keeps in each call; passes for the model in a sampler.
+@dataclass
+class Drawn:
+    """What came of a plan."""
 
-    Args:
-        model: called with ``return_routing=True``.
-        images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
-    """
-
-    def __init__(self, model: DCDiT, images: int) -> None:
-        self.config, self.model, self.images = model.config, model, images
-        self.calls: list[dict[str, Tensor]] = []
-
-    def __call__(
-        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, budget: int | None = None
-    ) -> Tensor:
-        out, routing = self.model(x, t, y, drop_fraction, budget, return_routing=True)
-        kept, natural = routing.mask.float().mean(1), routing.natural_mask.float().mean(1)
-        call = {"t": t[0], "kept": kept[: self.images].mean(), "natural": natural[: self.images].mean()}
-        if len(kept) > self.images:
-            call["kept_null"] = kept[self.images :].mean()
-        self.calls.append(call)
-        return out
-
-    def records(self) -> list[dict[str, float]]:
-        """One entry per model call: time ``t``, shares ``kept`` and ``natural`` (before dropping), ``kept_null``."""
-        return [{name: float(value) for name, value in call.items()} for call in self.calls]
+    x: Tensor
+    """(N, C, H, W) on the device."""
+    calls: list[Record]
+    """Of each model call, averaged over the images."""
+    maps: list[RoutingMap]
+    """How the router saw the first image at each call, if asked for."""
+    expected: dict[float, Tensor]
+    """Time of a step to the first image (C, H, W) that the model expected there, if asked for."""
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -67,8 +58,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RHO",
         help="share of kept tokens to drop, in [0, 1); one picture each",
     )
+    add("--drop-schedule", nargs="+", metavar="SHAPE", help=f"one that changes while sampling, from noise on: {FORMS}")
     add("--null-drop-fraction", type=float, metavar="RHO", help="another one for the unconditional branch (Lite-CFG)")
     add("--budget", type=int, metavar="K", help="keep exactly K tokens per image instead")
+    add(
+        "--target-flops",
+        type=float,
+        metavar="TFLOPS",
+        help="choose the drop fraction that spends at most so many TFLOPs per image over the whole run",
+    )
+    add(
+        "--target-latency",
+        type=float,
+        metavar="SECONDS",
+        help="choose the drop fraction that takes at most so many seconds per image, decoding not counted",
+    )
+    add("--profile", metavar="JSON", help="a profile.json to choose by, instead of a short pilot run here")
     add("--labels", type=int, nargs="+", metavar="N", help="classes to draw (default: all, at most 16)")
     count = parser.add_mutually_exclusive_group()
     count.add_argument("--num-per-class", type=int, default=1, metavar="N", help="images of each label (default 1)")
@@ -76,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=250, help="sampling steps (default 250)")
     add("--method", choices=METHODS, help="default: ddpm, or heun for a model trained with the flow objective")
     add("--cfg-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance; 1 is none (default 1)")
+    add(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide at these times only; 1 is noise, 0 data (default 0 1)",
+    )
     add("--seed", type=int, default=0, help="fixes the noise; all drop fractions share it (default 0)")
     add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
@@ -86,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="local diffusers AutoencoderKL that turns latents into pixels; without it they go to .npz",
     )
     add("--individual", action="store_true", help="also write every image as its own PNG")
+    add("--report", action="store_true", help="also write report.md: what was kept over time, FLOPs, boundary maps")
     add(
         "--out",
         default="out/samples",
@@ -104,38 +117,60 @@ def run(args: argparse.Namespace) -> None:
     decode = _decoder(args.vae, model, device)
     labels = _labels(args, model)
     method = args.method or DEFAULT_METHOD[read_metadata(args.checkpoint, not args.no_ema).get("objective", "dit")]
-    fractions = _fractions(args, model)
+    check_budget(args, model)
+    if args.report:
+        importlib.import_module("matplotlib")  # missed before the work, not after it
+    plans = make_plans(args, model, labels.to(device), method, _clips(model, method))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "checkpoint": str(args.checkpoint),
         "model": {"architecture": type(model).__name__, **model.config.to_dict()},
         "method": method,
-        **{name: getattr(args, name) for name in ("steps", "cfg_scale", "seed", "precision", "budget", "batch_size")},
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        **{name: getattr(args, name) for name in ("steps", "cfg_scale", "cfg_interval", "null_drop_fraction")},
+        **{name: getattr(args, name) for name in ("seed", "precision", "budget", "batch_size")},
+        "device": device_name(device),
         "labels": labels.tolist(),
         "runs": [],
     }
-    for rho in fractions:
+    traces = []
+    for plan in plans:
         began = time.perf_counter()
-        x, calls = _draw(args, model, labels.to(device), method, rho)
+        drawn = _draw(args, model, labels.to(device), method, plan.drop)
         seconds = time.perf_counter() - began
-        files = _write(args, out, decode, x, labels, "samples" if rho is None else f"drop_{rho:g}")
-        kept = {"kept": _mean(calls, "kept"), "natural": _mean(calls, "natural")} if calls else {}
-        report["runs"].append({"drop_fraction": rho, "seconds": seconds, "files": files, **kept, "calls": calls})
+        files = _write(args, out, decode, drawn.x, labels, plan.name)
+        kept: dict[str, Any] = {
+            name: _mean(drawn.calls, name) for name in ("kept", "natural") if name in drawn.calls[0]
+        }
+        tflops = tflops_per_image(drawn.calls)
+        told: dict[str, Any] = {"name": plan.name, **plan.told, "files": files, **kept, "tflops_per_image": tflops}
+        told |= {"seconds": seconds, "seconds_per_image": seconds / len(labels), "calls": drawn.calls}
+        report["runs"].append(told)
+        traces.append((drawn.maps, drawn.expected))
         share = f", kept {kept['kept']:.1%} of the tokens" if kept else ""
-        print(f"{files[0]}: {len(labels)} images{share}")
+        each = f"{tflops:.4g} TFLOPs and {seconds / len(labels):.3g} s per image"
+        print(f"{files[0]}: {len(labels)} images{share}, {each}")
     (out / "samples.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    if args.report:
+        from dcdit.sample_report import write_report
+
+        print(f"wrote {write_report(out, report, traces, decode)}")
 
 
-def _draw(
-    args: argparse.Namespace, model: Model, labels: Tensor, method: str, rho: float | None
-) -> tuple[Tensor, list[dict[str, float]]]:
-    """Samples (N, C, H, W) and, for a dynamic model, what each model call kept, averaged over the batches."""
+def _draw(args: argparse.Namespace, model: Model, labels: Tensor, method: str, drop: Fraction | None) -> Drawn:
     images, calls = [], []
+    expected: dict[float, Tensor] = {}
+    maps: list[RoutingMap] = []
+
+    def note(step: Step) -> None:
+        expected[step.t] = step.x0[0]
+
+    null = args.null_drop_fraction
+    both = drop if drop is None or null is None else (drop, null)
     for first in range(0, len(labels), args.batch_size):
         batch = labels[first : first + args.batch_size]
-        watched: Any = KeptShares(model, len(batch)) if isinstance(model, DCDiT) else model
+        shown = args.report and first == 0
+        watched = ModelCalls(model, len(batch), maps=shown)
         images.append(
             sample(
                 watched,
@@ -143,20 +178,23 @@ def _draw(
                 args.steps,
                 method,
                 cfg_scale=args.cfg_scale,
-                drop_fraction=rho if rho is None or args.null_drop_fraction is None else (rho, args.null_drop_fraction),
+                cfg_interval=guidance_of(args).interval,
+                drop_fraction=both,
                 budget=args.budget,
-                clip=model.config.in_channels == 3 and method in ("ddpm", "ddim"),
+                clip=_clips(model, method),
                 seed=args.seed,
                 first_index=first,
+                callback=note if shown else None,
             )
         )
-        calls.append((len(batch), watched.records() if isinstance(watched, KeptShares) else []))
-    total = len(labels)
-    means = [
-        {name: sum(count * call[name] for (count, _), call in zip(calls, row, strict=True)) / total for name in row[0]}
-        for row in zip(*(records for _, records in calls), strict=True)
-    ]
-    return torch.cat(images), means
+        calls.append((len(batch), watched.records()))
+        maps = maps or watched.maps()
+    return Drawn(torch.cat(images), mean_records(calls), maps, expected)
+
+
+def _clips(model: Model, method: str) -> bool:
+    """Pixels have known bounds, latents have not."""
+    return model.config.in_channels == 3 and method in ("ddpm", "ddim")
 
 
 def _mean(calls: list[dict[str, float]], name: str) -> float:
@@ -201,29 +239,6 @@ def _decoder(vae: str | None, model: Model, device: torch.device) -> Callable[[T
         return autoencoder.decode(x.float() / scale + shift).sample
 
     return decode
-
-
-def _fractions(args: argparse.Namespace, model: Model) -> list[float | None]:
-    """One run per fraction; None leaves the option out."""
-    given = args.drop_fraction
-    for rho in [*(given or ()), *([] if args.null_drop_fraction is None else [args.null_drop_fraction])]:
-        if not 0 <= rho < 1:
-            raise ValueError(f"drop_fraction is {rho}; accepted: a number in [0, 1)")
-    wanted = given is not None or args.null_drop_fraction is not None
-    if wanted and not isinstance(model, DCDiT):
-        raise ValueError(
-            f"{args.checkpoint} holds a static {type(model).__name__}, which drops no tokens; leave --drop-fraction out"
-        )
-    if wanted and args.budget is not None:
-        raise ValueError(
-            f"--budget {args.budget} fixes the kept tokens; leave --drop-fraction and --null-drop-fraction out"
-        )
-    positions = math.prod(model.config.grid)
-    if args.budget is not None and not 1 <= args.budget <= positions:
-        raise ValueError(f"budget is {args.budget}; accepted: 1 to {positions}, the positions of an image")
-    if isinstance(model, DCDiT) and args.budget is None:
-        return list(given or [0.0])
-    return [None]
 
 
 def _labels(args: argparse.Namespace, model: Model) -> Tensor:

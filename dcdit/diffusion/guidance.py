@@ -53,9 +53,7 @@ def guided(
         )
     if channels != "all" and (not isinstance(channels, int) or channels < 1):
         raise ValueError(f"cfg channels are {channels!r}; accepted: a positive integer, or 'all'")
-    low, high = interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"cfg interval is {interval}; accepted: (low, high) with 0 <= low <= high <= 1")
+    low, high = check_interval(interval)
     for name, value in (("drop_fraction", drop_fraction), ("budget", budget)):
         if value is not None and not takes(model, name):
             raise ValueError(
@@ -80,6 +78,18 @@ def guided(
         return torch.cat([mixed, conditional[:, count:]], dim=1)
 
     return predict
+
+
+def check_interval(interval: tuple[float, float] | None) -> tuple[float, float]:
+    """The times (low, high) that an interval stands for: all of them if it is None.
+
+    Raises:
+        ValueError: not 0 <= low <= high <= 1.
+    """
+    low, high = interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"cfg interval is {interval}; accepted: (low, high) with 0 <= low <= high <= 1")
+    return low, high
 
 
 def _fractions(

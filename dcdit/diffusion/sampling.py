@@ -82,7 +82,7 @@ def sample(
     noise = ImageNoise(seed, first_index, labels.shape[0], shape, labels.device, dtype)
     count, run = _sampler(method, num_steps, noise, eta, clip)
     x = noise()
-    with evaluating(model), _bar(count, progress) as advance:
+    with evaluating(model), progress_bar(count, progress, "sampling", "step") as advance:
         for step in run(lambda x, t: predict(x, t).to(dtype), x):
             x = step.x
             advance()
@@ -112,7 +112,7 @@ def _sampler(
 
 
 @contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
+def progress_bar(total: int, wanted: bool, name: str, unit: str) -> Iterator[Callable[[], object]]:
     """A progress bar to advance, where there is one to show."""
     try:
         from tqdm import tqdm
@@ -121,5 +121,5 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
     if not wanted:
         yield lambda: None
         return
-    with tqdm(total=total, desc="sampling", unit="step") as bar:
+    with tqdm(total=total, desc=name, unit=unit) as bar:
         yield bar.update

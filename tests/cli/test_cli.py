@@ -14,7 +14,7 @@ import dcdit
 from dcdit import checkpoint as ckpt
 from dcdit.cli import main
 from dcdit.models import create_model
-from dcdit.sample import KeptShares
+from dcdit.model_calls import ModelCalls
 
 TINY = ["in_channels=3", "grid=[8,8]", "hidden_size=128", "depth=1", "num_heads=2"]
 
@@ -129,7 +129,7 @@ def test_kept_shares_are_the_models_own():
     model = create_model("DC-DiT-S", num_classes=3, hidden_size=128, depth=1, num_heads=2, grid=(8, 8)).eval()
     torch.nn.init.normal_(model.router.out.weight, std=5.0)
     x, t, y = torch.randn(3, 4, 8, 8), torch.full((3,), 500), torch.tensor([0, 1, 3])
-    watched = KeptShares(model, images=2)
+    watched = ModelCalls(model, images=2)
     with torch.no_grad():
         out, routing = model(x, t, y, drop_fraction=0.5, return_routing=True)
         assert torch.equal(watched(x, t, y, drop_fraction=0.5), out)
@@ -326,7 +326,7 @@ def test_drop_fraction_of_a_static_model(fails, static_latents):
 
 
 def test_budget_with_drop_fraction(fails, trained):
-    fails(f"sample --checkpoint {trained} --budget 3 --drop-fraction 0.5", match="--budget 3 fixes the kept tokens")
+    fails(f"sample --checkpoint {trained} --budget 3 --drop-fraction 0.5", match="--drop-fraction and --budget each say how many")
 
 
 def test_budget_too_large(fails, trained):

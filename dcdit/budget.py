@@ -1,0 +1,199 @@
+"""Choosing a drop fraction for a budget of FLOPs or of seconds, from what was measured at several fractions.
+
+The measurement is a short pilot: the same sampler on one batch, a few steps at each fraction. A run of any length, with
+any guidance interval, is made up of such calls, so its cost is the pilot's cost at the times of its own calls.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.diffusion import sample
+from dcdit.diffusion.guidance import check_interval
+from dcdit.diffusion.sampling import progress_bar
+from dcdit.diffusion.schedule import TRAIN_STEPS
+from dcdit.model_calls import ModelCalls, Record, call_times
+from dcdit.models import DCDiT
+from dcdit.timing import Clock, Mark
+
+PILOT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
+PILOT_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What decides how many rows a model call has.
+
+    Raises:
+        ValueError: an interval that guidance does not accept.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    null_drop_fraction: float | None = None
+    """Of the unconditional branch; None is the conditional one's."""
+
+    def __post_init__(self) -> None:
+        check_interval(self.interval)
+
+    def at(self, t: float) -> bool:
+        """Whether a call at this time, 1000 to 0, computes both branches."""
+        low, high = check_interval(self.interval)
+        return self.scale != 1 and low <= t / TRAIN_STEPS <= high
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Cost per image of a whole sampling run at several drop fractions."""
+
+    unit: str
+    source: str
+    """Where it was measured."""
+    drop_fractions: list[float]
+    """Ascending."""
+    costs: list[float]
+
+    def choose(self, target: float) -> tuple[float, float]:
+        """The least drop fraction whose cost is at most the target, and that cost, interpolated.
+
+        A cost that rises with the fraction is noise of the clock: it counts as the least one before it.
+
+        Raises:
+            ValueError: not even the largest fraction is that cheap.
+        """
+        falling = np.minimum.accumulate(self.costs)
+        least, most = falling[-1], falling[0]
+        if not target >= least:
+            raise ValueError(
+                f"the target is {target:g} {self.unit} per image; reachable: {least:.4g} (drop fraction "
+                f"{self.drop_fractions[-1]:g}) to {most:.4g} (drop fraction {self.drop_fractions[0]:g})"
+            )
+        rho = float(np.interp(target, falling[::-1], self.drop_fractions[::-1]))
+        return rho, float(np.interp(rho, self.drop_fractions, falling))
+
+
+def measure_costs(
+    model: DCDiT,
+    labels: Tensor,
+    num_steps: int | str,
+    method: str,
+    guidance: Guidance,
+    *,
+    seed: int = 0,
+    clip: bool = False,
+    progress: bool = True,
+) -> tuple[CostTable, CostTable]:
+    """TFLOPs and seconds per image of a sampling run, from a pilot of this batch on the labels' device.
+
+    FLOPs are counted from the lengths that the pilot kept. Seconds hold for this machine and this batch size, and for
+    the sampler alone, without any decoding of latents.
+    """
+    times = call_times(method, num_steps)
+    steps = min(PILOT_STEPS, len(times))
+    options: Any = {"cfg_scale": guidance.scale, "clip": clip, "seed": seed, "progress": False}
+
+    def pilot(rho: float, steps: int) -> list[Record]:
+        null = rho if guidance.null_drop_fraction is None else guidance.null_drop_fraction
+        calls = _TimedCalls(model, len(labels), alone=guidance.interval is not None)
+        sample(calls, labels, steps, method, drop_fraction=(rho, null), **options)
+        return calls.records()
+
+    tflops, seconds = [], []
+    with progress_bar(len(PILOT_FRACTIONS), progress, "pilot", "fraction") as advance:
+        pilot(0.0, 1)  # the first call of all is slow for reasons of its own
+        for rho in PILOT_FRACTIONS:
+            calls = _at_times(pilot(rho, steps), times)
+            guided = [guidance.at(t) for t in times]
+            tflops.append(float(np.where(guided, calls["gflops"], calls["gflops_alone"]).sum()) / 1e3)
+            seconds.append(float(np.where(guided, calls["seconds"], calls["seconds_alone"]).sum()))
+            advance()
+    source = f"a pilot of {len(labels)} images on this machine"
+    fractions = list(PILOT_FRACTIONS)
+    return CostTable("TFLOPs", source, fractions, tflops), CostTable("seconds", source, fractions, seconds)
+
+
+def seconds_from_profile(
+    path: str | Path, times: Sequence[float], guidance: Guidance, device: str, dtype: str
+) -> CostTable:
+    """Seconds per image of a sampling run with model calls at these times, from a profile.json of ``dcdit profile``.
+
+    A call costs each of its rows what a row of the profile's batch cost at that drop fraction. Which model was
+    profiled, and on what inputs, the file does not tell.
+
+    Args:
+        device, dtype: what the run has, as :class:`dcdit.profile.Profile` calls it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no such profile, or one of another device, dtype or thread count.
+    """
+    try:
+        profile = json.loads(Path(path).read_text(encoding="utf-8"))
+        sides = sorted(
+            (s for s in profile["sides"] if s["drop_fraction"] is not None), key=lambda s: s["drop_fraction"]
+        )
+        fractions = [float(side["drop_fraction"]) for side in sides]
+        per_row = [side["ms"] / profile["batch"] / 1e3 for side in sides]
+        measured = (profile["device"], profile["dtype"], profile["threads"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is no profile; accepted: the profile.json of dcdit profile") from None
+    here = (device, dtype, torch.get_num_threads())
+    if measured != here:
+        told = [f"{name}, {kind}, {threads} threads" for name, kind, threads in (measured, here)]
+        raise ValueError(f"{path} was measured on {told[0]}; this run has {told[1]}: profile again")
+    null = guidance.null_drop_fraction
+    if len(fractions) < 2 or (null is not None and not fractions[0] <= null <= fractions[-1]):
+        raise ValueError(
+            f"{path} holds the drop fractions {fractions}; accepted: at least two, with that of the null branch "
+            f"({null}) between them"
+        )
+    guided = sum(guidance.at(t) for t in times)
+    null_rows = per_row if null is None else [float(np.interp(null, fractions, per_row))] * len(per_row)
+    costs = [len(times) * row + guided * null_row for row, null_row in zip(per_row, null_rows, strict=True)]
+    return CostTable("seconds", str(path), fractions, costs)
+
+
+class _TimedCalls(ModelCalls):
+    """Also the seconds per image of each call, and, if asked for, of the conditional branch alone."""
+
+    def __init__(self, model: DCDiT, images: int, alone: bool) -> None:
+        super().__init__(model, images)
+        self._alone = alone
+        self._marks: list[list[tuple[Mark, Mark]]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
+        clock, n = Clock(x.device), self.images
+        start = clock.mark()
+        out = super().__call__(x, t, y, **options)
+        marks = [(start, clock.mark())]
+        if self._alone and len(x) > n:
+            rho = options["drop_fraction"]
+            start = clock.mark()
+            self.model(x[:n], t[:n], y[:n], drop_fraction=rho[:n] if isinstance(rho, Tensor) else rho)
+            marks.append((start, clock.mark()))
+        self._marks.append(marks)
+        return out
+
+    def records(self) -> list[Record]:
+        """Beside the usual: ``seconds``; and of the conditional branch ``gflops_alone``, ``seconds_alone``."""
+        records = super().records()
+        for record, marks in zip(records, self._marks, strict=True):
+            spent = [Clock.milliseconds(*pair) / 1e3 / self.images for pair in marks]
+            record |= {"seconds": spent[0], "seconds_alone": spent[-1]}
+            record["gflops_alone"] = record["gflops"] - record.get("gflops_null", 0.0)
+        return records
+
+
+def _at_times(pilot: list[Record], times: Sequence[float]) -> dict[str, np.ndarray]:
+    """What calls at these times would have cost, by interpolation over time."""
+    calls = sorted(pilot, key=lambda call: call["t"])
+    known = [call["t"] for call in calls]
+    names = ("gflops", "gflops_alone", "seconds", "seconds_alone")
+    return {name: np.interp(times, known, [call[name] for call in calls]) for name in names}

@@ -1,0 +1,114 @@
+"""What each model call of a sampling run kept and cost."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcdit.models import DCDiT, DiT, count_flops
+
+Record = dict[str, float]
+
+
+class RoutingMap(NamedTuple):
+    """How the router saw one image at one model call."""
+
+    t: float
+    """The time the model was told, from 1000 (noise) to 0."""
+    prob: Tensor
+    """(H, W) float32."""
+    mask: Tensor
+    """(H, W) bool: the kept tokens."""
+
+
+class ModelCalls:
+    """A model that notes what each of its calls keeps and costs; passes for the model in a sampler.
+
+    Nothing waits for the device before the notes are read.
+
+    Args:
+        model: a dynamic one is called with ``return_routing=True``.
+        images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
+        maps: also note how the router sees the first image.
+    """
+
+    def __init__(self, model: DCDiT | DiT, images: int, maps: bool = False) -> None:
+        self.config, self.model, self.images = model.config, model, images
+        self._maps = maps
+        self._calls: list[dict[str, Tensor]] = []
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
+        if not isinstance(self.model, DCDiT):
+            self._calls.append({"t": t})
+            return self.model(x, t, y, **options)
+        out, routing = self.model(x, t, y, **options, return_routing=True)
+        call = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
+        if self._maps:
+            call |= {"prob": routing.prob[0], "mask": routing.mask[0]}
+        self._calls.append(call)
+        return out
+
+    def records(self) -> list[Record]:
+        """One entry per call, means over the images.
+
+        ``t``, and ``gflops`` per image (see :func:`dcdit.models.count_flops`), both branches together. With guidance
+        ``gflops_null``, the unconditional branch's part. Of a dynamic model also the shares of the tokens ``kept`` and
+        ``natural`` (before dropping), and with guidance ``kept_null`` and ``natural_null``.
+        """
+        return [self._record(call) for call in self._calls]
+
+    def maps(self) -> list[RoutingMap]:
+        """How the router saw the first image, one entry per call."""
+        return [
+            RoutingMap(float(call["t"][0]), *(call[name].view(self.config.grid).cpu() for name in ("prob", "mask")))
+            for call in self._calls
+            if "prob" in call
+        ]
+
+    def _record(self, call: dict[str, Tensor]) -> Record:
+        rows = len(call["t"])
+        record = {"t": float(call["t"][0]), "gflops": 0.0}
+        for suffix, part in (("", slice(None, self.images)), ("_null", slice(self.images, None))):
+            lengths = call["lengths"][part].tolist() if "lengths" in call else None
+            branch = range(rows)[part]
+            if not branch:
+                continue
+            flops = count_flops(self.config, lengths, len(branch))["total"] / self.images / 1e9
+            record["gflops"] += flops
+            if suffix:
+                record["gflops_null"] = flops
+            if lengths is not None:
+                positions = len(branch) * self.config.grid[0] * self.config.grid[1]
+                record[f"kept{suffix}"] = sum(lengths) / positions
+                record[f"natural{suffix}"] = int(call["natural"][part].sum()) / positions
+        return record
+
+
+def mean_records(batches: list[tuple[int, list[Record]]]) -> list[Record]:
+    """The records of a run that was drawn in batches: (images, records) of each, averaged over all images."""
+    images = sum(count for count, _ in batches)
+    weights = [count / images for count, _ in batches]
+    return [
+        {name: sum(w * call[name] for w, call in zip(weights, calls, strict=True)) for name in calls[0]}
+        for calls in zip(*(records for _, records in batches), strict=True)
+    ]
+
+
+def tflops_per_image(records: list[Record]) -> float:
+    """FLOPs per image of the whole run, in the unit and the count of the papers' "TFLOPs/img": 2 per multiply-add."""
+    return sum(call["gflops"] for call in records) / 1e3
+
+
+@torch.no_grad()
+def call_times(method: str, num_steps: int | str) -> list[float]:
+    """The time of every model call of a sampling run, from 1000 (noise) to 0, without a model."""
+    from dcdit.diffusion import sample
+
+    times = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        times.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    sample(model, torch.zeros(1, dtype=torch.int64), num_steps, method, shape=(1, 1, 1), progress=False)
+    return times

@@ -1,0 +1,133 @@
+"""``dcdit sample --report``: what the router did while the pictures were drawn, as a page to read."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dcdit.model_calls import RoutingMap
+from dcdit.plots import plot_boundary_maps, plot_sampling
+from dcdit.profile import markdown_table
+
+COLUMNS = 6
+"""Steps shown as boundary maps."""
+
+Image = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def write_report(
+    out: Path,
+    report: dict[str, Any],
+    traces: Sequence[tuple[list[RoutingMap], dict[float, Tensor]]],
+    decode: Callable[[Tensor], Tensor] | None,
+) -> Path:
+    """Write report.md and its pictures.
+
+    Args:
+        out: the folder of the samples.
+        report: what samples.json holds.
+        traces: for each run, how the router saw its first image, and what image the model expected at each step's time.
+        decode: from samples (B, C, H, W) to (B, 3, h, w) in [-1, 1]; without it the first latent channels are shown.
+
+    Returns:
+        The path of report.md.
+    """
+    runs = report["runs"]
+    plot_sampling(runs, out / "sampling.png")
+    sections = []
+    for run, (maps, expected) in zip(runs, traces, strict=True):
+        picture = f"maps_{run['name']}.png"
+        plot_boundary_maps(_columns(maps, expected, decode), out / picture, "expected image")
+        shown = [f"![samples]({Path(name).name})" for name in run["files"][:1] if name.endswith(".png")]
+        sections.append("\n\n".join([f"## {run['name']}", *shown, f"![boundary maps]({picture})"]))
+    path = out / "report.md"
+    path.write_text(_page(report, sections), encoding="utf-8")
+    return path
+
+
+def _columns(
+    maps: list[RoutingMap], expected: dict[float, Tensor], decode: Callable[[Tensor], Tensor] | None
+) -> list[dict[str, Any]]:
+    """Evenly spaced steps, the first and the last among them."""
+    times = list(expected)
+    chosen = np.linspace(0, len(times) - 1, min(COLUMNS, len(times))).round().astype(int)
+    columns = []
+    for t in (times[i] for i in chosen):
+        image = _image(expected[t], decode)
+        # A method of two calls per step comes by some times twice: the later call is at the step's own state.
+        seen = min(reversed(maps), key=lambda seen: abs(seen.t - t))
+        prob, mask = seen.prob.numpy(), seen.mask.numpy()
+        repeat = np.ones((image.shape[0] // prob.shape[0], image.shape[1] // prob.shape[1]))
+        columns.append(
+            {
+                "title": f"time {t / 1000:.2f}",
+                "image": image,
+                "prob": np.kron(prob, repeat),
+                "mask": np.kron(mask, repeat).astype(bool),
+            }
+        )
+    return columns
+
+
+def _image(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Image:
+    """(H, W, 3) in [0, 1]."""
+    if decode is not None:
+        pixels = (decode(x[None])[0].float().clamp(-1, 1) + 1) / 2
+    else:
+        # Fewer than three latent channels repeat the last.
+        channels = x[[min(i, x.shape[0] - 1) for i in range(3)]].float()
+        low, high = channels.amin(), channels.amax()
+        pixels = (channels - low) / (high - low).clamp(min=1e-6)
+    return pixels.permute(1, 2, 0).cpu().numpy()
+
+
+def _page(report: dict[str, Any], sections: list[str]) -> str:
+    runs = report["runs"]
+    guided = any("kept_null" in call for run in runs for call in run["calls"])
+    head = ["run", "kept", *(["kept, unconditional"] if guided else []), "before dropping", "TFLOPs/image", "s/image"]
+    rows = [
+        [
+            run["name"],
+            f"{run['kept']:.1%}",
+            *([_percent(run["calls"], "kept_null")] if guided else []),
+            f"{run['natural']:.1%}",
+            f"{run['tflops_per_image']:.4g}",
+            f"{run['seconds_per_image']:.3g}",
+        ]
+        for run in runs
+    ]
+    changes = [
+        f"- {run['name']}: {run['calls'][0]['natural']:.1%} at time {run['calls'][0]['t'] / 1000:.2f}, "
+        f"{run['calls'][-1]['natural']:.1%} at time {run['calls'][-1]['t'] / 1000:.2f}"
+        for run in runs
+    ]
+    guidance = f"guidance {report['cfg_scale']:g}" if report["cfg_scale"] != 1 else "no guidance"
+    if report["cfg_interval"] is not None:
+        guidance += " at times {:g} to {:g}".format(*report["cfg_interval"])
+    targets = [
+        f"The target was {told['target']:g} {told['unit']} per image; {told['source']} let {told['expected']:.4g} be "
+        f"expected at drop fraction {run['drop_fraction']:.3f}."
+        for run in runs
+        if (told := run.get("target"))
+    ]
+    parts = [
+        "# What was kept while sampling",
+        f"{len(report['labels'])} images of `{report['checkpoint']}`: {report['steps']} steps of {report['method']}, "
+        f"{guidance}, seed {report['seed']}, {report['precision']} on {report['device']}.",
+        *targets,
+        markdown_table(head, rows),
+        "FLOPs are counted: 2 per multiply-add, both branches of guidance, every model call of the run. Seconds are "
+        "the sampler's, decoding not counted. Shares are means over the model calls.",
+        "![kept share and FLOPs over the sampling](sampling.png)",
+        "\n".join(["What the router keeps before dropping, at the first and the last model call:", "", *changes]),
+        *sections,
+        "The maps follow the first image; the expected image is what the model takes the clean data to be at a step.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _percent(calls: list[dict[str, float]], name: str) -> str:
+    values = [call[name] for call in calls if name in call]
+    return f"{sum(values) / len(values):.1%}" if values else ""

@@ -1,0 +1,270 @@
+"""`dcdit sample`: budgets on the command line, what they cost, and the report."""
+
+import json
+import re
+
+import pytest
+import torch
+from models.small import small_dc_dit, small_dit
+from PIL import Image
+
+from dcdit import checkpoint as ckpt
+from dcdit.cli import main
+from dcdit.models import count_flops
+from dcdit.profile import DTYPES
+
+GRID = {"grid": (8, 8), "in_channels": 3, "num_classes": 3}
+STEPS = 6
+IMAGES = 4
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dynamic") / "model.safetensors"
+    ckpt.save_model(path, small_dc_dit(**GRID))
+    return path
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    path = tmp_path_factory.mktemp("static") / "model.safetensors"
+    ckpt.save_model(path, small_dit(**GRID))
+    return path
+
+
+@pytest.fixture
+def draw(tmp_path, capsys):
+    """Run the command; its samples.json and what it printed."""
+
+    def draw(checkpoint, *flags):
+        common = ["--checkpoint", checkpoint, "--steps", STEPS, "--num", IMAGES, "--device", "cpu", "--out", tmp_path]
+        assert main(["sample", *map(str, [*common, *flags])]) == 0
+        return json.loads((tmp_path / "samples.json").read_text()), capsys.readouterr().out
+
+    return draw
+
+
+@pytest.fixture
+def fails(capsys):
+    def fails(checkpoint, flags, match):
+        assert main(["sample", "--checkpoint", str(checkpoint), "--device", "cpu", *flags.split()]) == 2
+        out, err = capsys.readouterr()
+        last = err.splitlines()[-1]  # a pilot has shown its progress before
+        assert out == "" and last.startswith("dcdit: error: ")
+        assert re.search(match, last), err
+
+    return fails
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_static_model(static, draw):
+    report, out = draw(static, "--cfg-scale", 2, "--cfg-interval", 0.3, 0.7)
+    (run,) = report["runs"]
+    guided = sum(0.3 <= call["t"] / 1000 <= 0.7 for call in run["calls"])
+    assert 0 < guided < STEPS
+    each = count_flops(ckpt.load_model(static).config)["total"]
+    assert run["tflops_per_image"] == pytest.approx((STEPS + guided) * each / 1e12)
+    assert f"{run['tflops_per_image']:.4g} TFLOPs" in out
+    assert report["cfg_interval"] == [0.3, 0.7]
+
+
+def test_lite_cfg_is_one_forward_that_costs_what_each_branch_keeps(dynamic, draw, monkeypatch):
+    """Every step is one call of the model; each branch keeps its natural tokens less its own share of them, and the
+    FLOPs are those of all these lengths."""
+    from dcdit.models import DCDiT
+
+    calls, forward = [], DCDiT.forward
+
+    def recording(self, x, t, y, *args, **options):
+        out, routing = forward(self, x, t, y, *args, **options)
+        calls.append((y.tolist(), routing.natural_mask.sum(1), routing.selection.lengths))
+        return out, routing
+
+    monkeypatch.setattr(DCDiT, "forward", recording)
+    report, _ = draw(dynamic, "--drop-fraction", 0.25, "--null-drop-fraction", 0.9, "--cfg-scale", 2)
+    (run,) = report["runs"]
+    assert len(calls) == STEPS
+    total = 0
+    for labels, natural, lengths in calls:
+        assert labels == [0, 1, 2, 0, 3, 3, 3, 3]
+        rho = torch.tensor([0.25] * IMAGES + [0.9] * IMAGES)
+        assert torch.equal(lengths, (natural - (natural * rho).int()).clamp(min=1).int())
+        total += count_flops(ckpt.load_model(dynamic).config, lengths.tolist())["total"]
+    assert run["tflops_per_image"] == pytest.approx(total / IMAGES / 1e12)
+    assert all(0 < call["gflops_null"] < call["gflops"] / 2 for call in run["calls"])
+
+
+def test_cfg_interval_leaves_the_branch_out(dynamic, draw):
+    report, _ = draw(dynamic, "--cfg-scale", 2, "--cfg-interval", 0.3, 0.7)
+    for call in report["runs"][0]["calls"]:
+        assert ("kept_null" in call) == ("gflops_null" in call) == (0.3 <= call["t"] / 1000 <= 0.7)
+
+
+def test_batches_cost_what_they_cost_together(dynamic, draw):
+    together, apart = (draw(dynamic, "--batch-size", size)[0]["runs"][0] for size in (4, 3))
+    for name in ("tflops_per_image", "kept", "natural"):
+        assert apart[name] == pytest.approx(together[name], rel=1e-3)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def test_drop_schedules(dynamic, draw):
+    report, _ = draw(dynamic, "--drop-schedule", "linear:0.9:0", "steps:0,0.5=0.9")
+    falling, rising = report["runs"]
+    assert falling["drop_schedule"] == "linear:0.9:0" and "drop_fraction" not in falling
+    shares = [[call["kept"] / call["natural"] for call in run["calls"]] for run in (falling, rising)]
+    assert shares[0][-1] == 1 and shares[0] == sorted(shares[0]) and shares[0][0] < 0.25
+    assert [share == 1 for share in shares[1]] == [call["t"] > 500 for call in rising["calls"]]
+
+
+# --- targets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [[], ["--cfg-scale", 2, "--null-drop-fraction", 0.8, "--cfg-interval", 0, 0.6]])
+def test_target_flops(dynamic, draw, guidance):
+    """The fraction chosen for a cost between two that were drawn costs about that, and no more than the tolerance of
+    a pilot."""
+    ends = [run["tflops_per_image"] for run in draw(dynamic, "--drop-fraction", 0, 0.9, *guidance)[0]["runs"]]
+    assert ends[1] < ends[0]
+    target = (ends[0] + ends[1]) / 2
+    report, out = draw(dynamic, "--target-flops", target, *guidance)
+    (run,) = report["runs"]
+    assert 0.1 < run["drop_fraction"] < 0.9
+    assert abs(run["tflops_per_image"] - target) < 0.1 * (ends[0] - ends[1])
+    told = run["target"]
+    assert (told["unit"], told["target"]) == ("TFLOPs", target) and told["expected"] == pytest.approx(target)
+    assert told["drop_fractions"] == [0, 0.2, 0.4, 0.6, 0.8, 0.9]
+    assert f"drop fraction {run['drop_fraction']:.3f}, which should take {told['expected']:.4g}" in out
+
+
+def test_a_generous_target_drops_nothing(dynamic, draw):
+    (run,) = draw(dynamic, "--target-flops", 5)[0]["runs"]
+    assert run["drop_fraction"] == 0 and run["target"]["expected"] < 5
+
+
+def test_target_latency(dynamic, draw):
+    """A target in the middle of what the pilot measured is met by a fraction that drops something."""
+    table = draw(dynamic, "--target-latency", 100)[0]["runs"][0]["target"]
+    assert table["unit"] == "seconds" and all(0 < cost < 100 for cost in table["costs"])
+    assert table["source"] == "a pilot of 4 images on this machine"
+
+
+def test_unreachable_targets(dynamic, fails):
+    fails(
+        dynamic,
+        "--steps 2 --target-flops 1e-9",
+        r"target is 1e-09 TFLOPs per image; reachable: .* \(drop fraction 0.9\)",
+    )
+    fails(dynamic, "--steps 2 --target-latency 1e-9", r"target is 1e-09 seconds per image; reachable: ")
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """A profile whose rows cost 10 ms at no drop and 4 ms at 0.6."""
+
+    def write(**changes):
+        sides = [
+            {"drop_fraction": None, "ms": 1.0},
+            {"drop_fraction": 0.6, "ms": 32.0},
+            {"drop_fraction": 0.0, "ms": 80.0},
+        ]
+        conditions = {"device": "cpu", "dtype": "float32", "threads": torch.get_num_threads(), "batch": 8}
+        path = tmp_path / "profile.json"
+        path.write_text(json.dumps({**conditions, "sides": sides, **changes}))
+        return path
+
+    return write
+
+
+def test_target_latency_from_a_profile(dynamic, draw, profile):
+    """6 calls of 10 ms to 4 ms per row: 42 ms is the middle, drop fraction 0.3."""
+    (run,) = draw(dynamic, "--target-latency", 0.042, "--profile", profile())[0]["runs"]
+    assert run["drop_fraction"] == pytest.approx(0.3) and run["target"]["costs"] == pytest.approx([0.06, 0.024])
+    # Guidance doubles the rows; a null branch at 0.45 costs 5.5 ms each time.
+    options = ["--cfg-scale", 2, "--null-drop-fraction", 0.45, "--target-latency", 0.075, "--profile", profile()]
+    (run,) = draw(dynamic, *options)[0]["runs"]
+    assert run["target"]["costs"] == pytest.approx([0.093, 0.057]) and run["drop_fraction"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"dtype": "bfloat16"}, r"was measured on cpu, bfloat16, \d+ threads; this run has cpu, float32"),
+        ({"threads": 99}, r"was measured on cpu, float32, 99 threads; this run has cpu, float32"),
+        ({"sides": []}, r"holds the drop fractions \[\]; accepted: at least two"),
+        ({"sides": [{}]}, "is no profile; accepted: the profile.json of dcdit profile"),
+        ({"sides": 3}, "is no profile"),
+    ],
+)
+def test_profiles_that_do_not_fit(dynamic, fails, profile, changes, match):
+    fails(dynamic, f"--target-latency 1 --profile {profile(**changes)}", match)
+
+
+def test_a_written_profile_is_read(dynamic, draw, tmp_path):
+    """What `dcdit profile` writes, not only what this file thinks it writes."""
+    command = ["profile", "--checkpoint", str(dynamic), "--batch", "2", "--seconds", "0.01", "--device", "cpu"]
+    assert main([*command, "--drop-fraction", "0", "0.5", "--out", str(tmp_path / "profile")]) == 0
+    (run,) = draw(dynamic, "--target-latency", 100, "--profile", tmp_path / "profile" / "profile.json")[0]["runs"]
+    assert run["drop_fraction"] == 0 and run["target"]["drop_fractions"] == [0, 0.5]
+    assert set(DTYPES) >= {"float32", "bfloat16"}
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--drop-fraction", 0, 0.5, "--cfg-scale", 2], ["--method", "heun", "--budget", 9]])
+def test_report(dynamic, draw, tmp_path, flags):
+    report, out = draw(dynamic, *flags, "--report", "--batch-size", 3)
+    page = (tmp_path / "report.md").read_text()
+    assert f"wrote {tmp_path / 'report.md'}" in out
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
+    assert pictures == ["sampling.png"] + [
+        picture for run in report["runs"] for picture in (f"{run['name']}.png", f"maps_{run['name']}.png")
+    ]
+    for picture in pictures:
+        with Image.open(tmp_path / picture) as image:
+            image.verify()
+    for run in report["runs"]:
+        assert f"{run['tflops_per_image']:.4g}" in page and f"{run['kept']:.1%}" in page
+
+
+def test_report_of_latents(tmp_path, draw):
+    """No pixels to show: the first latent channels stand in."""
+    path = tmp_path / "latent.safetensors"
+    ckpt.save_model(path, small_dc_dit(**{**GRID, "in_channels": 4}))
+    draw(path, "--report")
+    assert "samples.png" not in (tmp_path / "report.md").read_text()
+    with Image.open(tmp_path / "maps_drop_0.png") as image:
+        image.verify()
+
+
+# --- what a user can get wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--drop-fraction 0.1 --drop-schedule constant:0.1", "--drop-fraction and --drop-schedule each say"),
+        ("--target-flops 1 --target-latency 1", "--target-flops and --target-latency each say"),
+        ("--drop-schedule ramp:0:1", r"drop schedule 'ramp:0:1'; accepted: constant:RHO, linear"),
+        ("--drop-schedule linear:0:1", r"drop schedule holds 1; accepted: numbers in \[0, 1\)"),
+        ("--cfg-interval 0.2 0.5", "--cfg-interval is for guidance"),
+        ("--null-drop-fraction 0.5", "--null-drop-fraction is for guidance"),
+        ("--cfg-scale 2 --cfg-interval 0.6 0.2", r"cfg interval is \(0.6, 0.2\); accepted: \(low, high\)"),
+        ("--cfg-scale 2 --budget 5 --null-drop-fraction 0.5", "--budget 5 is for both branches"),
+        ("--target-flops 0", "--target-flops is 0.0; accepted: a positive number"),
+        ("--target-latency nan", "--target-latency is nan; accepted: a positive number"),
+        ("--profile a.json", "--profile is for --target-latency"),
+        ("--target-latency 1 --profile nowhere.json", "no profile 'nowhere.json'"),
+    ],
+)
+def test_budgets_that_do_not_fit(dynamic, fails, flags, match):
+    fails(dynamic, flags, match)
+
+
+@pytest.mark.parametrize("flags", ["--target-flops 1", "--drop-schedule constant:0", "--report"])
+def test_a_static_model_has_no_budget(static, fails, flags):
+    fails(static, flags, f"holds a static DiT, which drops no tokens; leave {flags.split()[0]} out")
