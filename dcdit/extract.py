@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, default=256, metavar="N", help="pixels per side (default 256)")
     add("--batch-size", type=int, default=32, metavar="N", help="images per forward pass (default 32)")
     add("--shard-size", type=int, default=10_000, metavar="N", help="images per file (default 10000)")
-    add("--workers", type=int, default=4, metavar="N", help="processes that read images (default 4)")
+    workers = min(4, os.cpu_count() or 1)
+    add("--workers", type=int, default=workers, metavar="N", help="processes that read images (default: at most 4)")
     add("--seed", type=int, default=0, help="fixes the draw from the autoencoder's posterior (default 0)")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if there is one (default auto)")
     add("--precision", choices=tuple(STORED), default="fp32", help="bf16 stores float16 (default fp32)")
@@ -244,7 +246,7 @@ def _write_shard(
         parts.append(encoder(pixels, first))
         first += len(pixels)
         bar.update(len(pixels))
-    latents, mirrored = (torch.cat(part) for part in zip(*parts, strict=True))
+    latents, mirrored = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
     if not (latents.isfinite().all() and mirrored.isfinite().all()):
         raise ValueError(f"the autoencoder gives numbers that are not finite for images of {path.name}")
     tensors = {LATENTS: latents, MIRRORED: mirrored, LABELS: torch.tensor([labels[image] for image in members])}

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dcdit.config import DataSection
 from dcdit.data import ImageFolder, NpzDataset, Photographs, batches, create_dataset
+from dcdit.data.folder import read_centre
 from dcdit.data.photographs import FILES, split_box
 
 
@@ -65,6 +66,27 @@ def test_folder_mirrors_some_images(tmp_path):
     mirrored = [torch.equal(x, plain.flip(-1)) for x in seen]
     assert any(mirrored) and not all(mirrored)
     assert all(torch.equal(x, plain) for x, flip in zip(seen, mirrored, strict=True) if not flip)
+
+
+def test_centre_crop_of_dit(tmp_path):
+    """Averaged over 2x2 pixels while twice the size or more, and cut from the middle."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    averages = pixels.reshape(16, 2, 24, 2, 3).mean((1, 3))[:, 4:20]
+    # Pillow rounds twice, once per direction.
+    assert np.abs(read_centre(tmp_path / "a.png", 16) - averages).max() <= 1
+    assert np.array_equal(read_centre(tmp_path / "a.png", 32), pixels[:, 8:40])
+
+
+def test_folder_skips_damaged_images_if_asked(folder):
+    (folder / "birds" / "2.png").write_bytes(b"not an image")
+    data = ImageFolder(folder, size=8, held_out=0, skip_damaged=True)
+    with pytest.warns(UserWarning, match=r"skipped: cannot read image '.*birds/2\.png'.* \(1 so far\)") as warned:
+        labels = [data[n][1] for n in range(20)]
+    assert len(warned) == 1
+    positions = {data.split.item(n): n for n in range(10)}
+    # Its place goes to the next image, whatever class that is.
+    assert labels[positions[2]] == data[positions[2] + 1][1]
 
 
 def test_folder_missing(tmp_path):
