@@ -1,0 +1,158 @@
+"""Samples of a checkpoint: shared out, continued, put together, and what they cost."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from models.small import small_dc_dit, small_dit
+
+from dcdit.checkpoint import load_model, save_model
+from dcdit.diffusion import sample
+from dcdit.evaluate import generate as module
+from dcdit.evaluate.generate import Settings, generate, weights_hash
+from dcdit.models import count_flops
+from dcdit.pictures import to_pixels
+
+PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
+CPU = torch.device("cpu")
+
+
+PLAIN = Settings(
+    checkpoint="run",
+    weights="abc",
+    num=7,
+    steps=3,
+    method="ddim",
+    drop="drop_0.5",
+    null_drop_fraction=None,
+    budget=None,
+    cfg_scale=1.0,
+    cfg_interval=None,
+    seed=5,
+    batch_size=2,
+    precision="fp32",
+    vae=None,
+)
+
+
+def draw(out, model=None, drop=0.5, rank=0, world=1, **changes):
+    model = model or small_dc_dit(**PIXELS)
+    return generate(
+        model, dataclasses.replace(PLAIN, **changes), drop, out, lambda x: x, device=CPU, rank=rank, world=world
+    )
+
+
+def arrays(out):
+    with np.load(out / "samples.npz") as archive:
+        return archive["arr_0"], archive["arr_1"]
+
+
+def test_images_are_those_of_sample(tmp_path):
+    model = small_dc_dit(**PIXELS)
+    draw(tmp_path, model)
+    pixels, labels = arrays(tmp_path)
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    alone = sample(model, torch.tensor(labels), 3, "ddim", drop_fraction=0.5, clip=True, seed=5, progress=False)
+    assert pixels.shape == (7, 8, 8, 3)
+    assert np.abs(pixels.astype(int) - to_pixels(alone)).max() <= 1  # batches of two against one of seven
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npz", "sampling.json"]
+
+
+def test_processes_share_the_batches(tmp_path):
+    draw(tmp_path / "one")
+    assert draw(tmp_path / "two", rank=1, world=2) is None
+    assert sorted(file.name for file in (tmp_path / "two" / "batches").iterdir()) == ["000001.npz", "000003.npz"]
+    assert draw(tmp_path / "two", rank=0, world=2) is not None
+    for a, b in zip(arrays(tmp_path / "one"), arrays(tmp_path / "two"), strict=True):
+        assert np.array_equal(a, b)
+    assert (tmp_path / "one" / "sampling.json").read_text() == (tmp_path / "two" / "sampling.json").read_text()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    draw(tmp_path / "whole")
+    drawn = []
+
+    def watched(*args, **options):
+        drawn.append(options["first_index"])
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return sample(*args, **options)
+
+    monkeypatch.setattr(module, "sample", watched)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    work = draw(tmp_path / "killed")
+    assert drawn == [0, 2, 4, 4, 6]
+    for a, b in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "killed"), strict=True):
+        assert np.array_equal(a, b)
+    assert draw(tmp_path / "killed") == work and len(drawn) == 5  # finished: nothing is drawn
+
+
+def test_images_of_other_settings_are_never_mixed(tmp_path, monkeypatch):
+    def stops(*args, first_index, **options):
+        if first_index:
+            raise KeyboardInterrupt
+        return sample(*args, first_index=first_index, **options)
+
+    monkeypatch.setattr(module, "sample", stops)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path)
+    with pytest.raises(ValueError, match=r"000000\.npz is of other settings: steps was 3 and is 4"):
+        draw(tmp_path, steps=4)
+    monkeypatch.undo()
+    draw(tmp_path)
+    with pytest.raises(ValueError, match=r"sampling\.json is of other settings: weights was 'abc' and is 'abd'"):
+        draw(tmp_path, weights="abd")
+
+
+def test_a_missing_batch_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"000001\.npz'; run the same command again"):
+        draw(tmp_path, rank=0, world=2)  # the other process is dead
+
+
+# --- what it costs ------------------------------------------------------------------------------------------------
+
+
+def test_work_of_a_dynamic_model_is_that_of_the_tokens_it_kept(tmp_path):
+    model = small_dc_dit(**PIXELS)
+    work = draw(tmp_path, model, num=3, batch_size=3, cfg_scale=2.0, null_drop_fraction=0.9)
+    lengths = []
+
+    def watched(x, t, y, drop_fraction):
+        out, routing = model(x, t, y, drop_fraction=drop_fraction, return_routing=True)
+        lengths.append(routing.selection.lengths.tolist())
+        return out
+
+    labels = torch.tensor([0, 1, 2])
+    options = {"drop_fraction": (0.5, 0.9), "cfg_scale": 2.0, "shape": (3, 8, 8), "null_class": 3, "progress": False}
+    sample(watched, labels, 3, "ddim", clip=True, seed=5, **options)
+    assert all(len(call) == 6 for call in lengths) and len(lengths) == 3
+    total = sum(count_flops(model.config, call)["total"] for call in lengths) / 3 / 1e12
+    null = sum(count_flops(model.config, call[3:])["total"] for call in lengths) / 3 / 1e12
+    assert work.tflops == pytest.approx(total) and work.tflops_null == pytest.approx(null)
+    assert work.kept == pytest.approx(np.mean([call[:3] for call in lengths]) / 64)
+    assert json.loads((tmp_path / "sampling.json").read_text())["work"]["tflops"] == work.tflops
+
+
+def test_work_of_a_static_model_is_that_of_every_call(tmp_path):
+    model = small_dit(**PIXELS, patch_size=2)
+    work = draw(tmp_path, model, drop=None, method="heun")
+    calls = len(work.calls)
+    assert calls in (5, 6)  # Heun calls twice per step, once in the last
+    assert work.tflops == pytest.approx(calls * count_flops(model.config)["total"] / 1e12)
+    assert work.kept is None and work.tflops_null == 0
+
+
+def test_weights_hash_is_of_what_load_model_reads(tmp_path):
+    model = small_dc_dit(**PIXELS)
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    save_model(folder / "model.safetensors", model)
+    save_model(folder / "ema.safetensors", model, {name: value * 2 for name, value in model.state_dict().items()})
+    hashes = {weights_hash(tmp_path, ema) for ema in (True, False)}
+    assert len(hashes) == 2
+    assert weights_hash(folder / "ema.safetensors", False) == weights_hash(tmp_path, True)
+    assert load_model(tmp_path, ema=True).config == model.config
