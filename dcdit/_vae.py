@@ -1,5 +1,7 @@
 """Autoencoders of diffusers, from local folders only, and the range of their latents."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,14 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
     return autoencoder.to(device).eval().requires_grad_(False)
 
 
-def latent_range(autoencoder: Any) -> tuple[float, float]:
-    """(shift, scale): a model sees (z - shift) * scale of the autoencoder's z."""
+def latent_range(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:
+    """(shift, scale), each of one number or one per channel: a model sees (z - shift) * scale of the autoencoder's z.
+
+    Args:
+        notes: of a checkpoint; ``latent_range`` in them is what the model was trained with and goes before what the
+            autoencoder's configuration says.
+    """
     config = autoencoder.config
-    return config.get("shift_factor") or 0.0, config.get("scaling_factor") or SD_VAE_SCALE
+    own = [config.get("shift_factor") or 0.0], [config.get("scaling_factor") or SD_VAE_SCALE]
+    shift, scale = json.loads(notes["latent_range"]) if notes and "latent_range" in notes else own
+    return shift, scale

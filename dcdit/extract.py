@@ -74,7 +74,8 @@ def extract(
         "image_list": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
         **encoder.identity(vae),
     }
-    plan = Manifest(len(files), encoder.shape, *latent_range(encoder.autoencoder), list(class_names), recipe)
+    (shift,), (scale,) = latent_range(encoder.autoencoder)
+    plan = Manifest(len(files), encoder.shape, shift, scale, list(class_names), recipe)
     finished = _finished(out, plan)
     plan.shards = list(finished.values())
     with _progress(len(files)) as bar:

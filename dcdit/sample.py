@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, ema=not args.no_ema).to(device)
     if args.precision == "bf16":
         model = model.bfloat16()
-    decode = _decoder(args.vae, model, device)
+    decode = _decoder(args.vae, model, device, read_metadata(args.checkpoint, not args.no_ema))
     labels = _labels(args, model)
     method = args.method or DEFAULT_METHOD[read_metadata(args.checkpoint, not args.no_ema).get("objective", "dit")]
     check_budget(args, model)
@@ -224,15 +224,20 @@ def _write(
     return [str(file) for file in files]
 
 
-def _decoder(vae: str | None, model: Model, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """From samples to (B, 3, H, W) in [-1, 1]; None where samples are latents and nothing decodes them."""
+def _decoder(
+    vae: str | None, model: Model, device: torch.device, notes: Mapping[str, str]
+) -> Callable[[Tensor], Tensor] | None:
+    """From samples to (B, 3, H, W) in [-1, 1]; None where samples are latents and nothing decodes them.
+
+    ``notes`` are what the checkpoint says about itself.
+    """
     if vae is None:
         return (lambda x: x) if model.config.in_channels == 3 else None
     autoencoder = load_autoencoder(vae, device)
     channels = autoencoder.config.latent_channels
     if channels != model.config.in_channels:
         raise ValueError(f"{vae} decodes {channels} channels; the model makes {model.config.in_channels}")
-    shift, scale = latent_range(autoencoder)
+    shift, scale = (torch.tensor(end, device=device).reshape(-1, 1, 1) for end in latent_range(autoencoder, notes))
 
     @torch.no_grad()
     def decode(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What every dataset shares: sample n of a run is a pure function of (seed, n), so a resumed run sees the same data."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Samples(Dataset[tuple[Tensor, int]]):
     """(C, H, W) of every sample."""
     class_names: tuple[str, ...]
     """Name of every label."""
+    notes: Mapping[str, str] = {}
+    """What a checkpoint keeps of the data: ``latent_range`` undoes the scaling of latents when samples are decoded."""
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
         """Sample n >= 0: float32 (C, H, W) in [-1, 1] (latents as stored), and its label."""

@@ -1,5 +1,6 @@
 """Latents that an autoencoder made, in the layouts that people have; :func:`open_latents` tells them apart."""
 
+import json
 from pathlib import Path
 
 from torch import Tensor
@@ -51,6 +52,10 @@ class LatentDataset(StoredSamples):
         self.store = open_latents(Path(path), skip_damaged)
         self.shape = self.store.shape
         self.shift, self.scale = self.store.range() if scale is None else (0.0, scale)
+        if self.store.raw:
+            ends = (self.shift, self.scale)
+            lists = [end.flatten().tolist() if isinstance(end, Tensor) else [end] for end in ends]
+            self.notes = {"latent_range": json.dumps(lists)}
         self.class_names = self.store.class_names or tuple(map(str, range(int(self.store.labels.max()) + 1)))
         self.split = Split(split, len(self.store.labels), held_out, seed, path)
         self.flip = flip and split == "train" and self.store.mirrored

@@ -101,7 +101,7 @@ def _sample(args: argparse.Namespace, out: Path) -> tuple[Settings, Work] | None
     model = load_model(args.checkpoint, ema=not args.no_ema).to(state.device)
     if args.precision == "bf16":
         model = model.bfloat16()
-    decode = _decoder(args.vae, model, state.device)
+    decode = _decoder(args.vae, model, state.device, read_metadata(args.checkpoint, not args.no_ema))
     if decode is None:
         raise ValueError(f"{args.checkpoint} makes latents of {model.config.in_channels} channels; --vae decodes them")
     check_budget(args, model)

@@ -291,7 +291,7 @@ class _Run:
         flops = self.flops.read(self.accelerator)
         if self.main:
             trainer = {"step": step, "flops": flops, "config": to_dict(self.config)}
-            notes = {"objective": self.config.diffusion.objective}
+            notes = {"objective": self.config.diffusion.objective, **self.data.notes}
             ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
             ckpt.keep_newest(self.out, self.config.run.keep_checkpoints)
         self.accelerator.wait_for_everyone()

@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from dcdit.checkpoint import read_metadata
 from dcdit.cli import main
 from dcdit.data import LatentDataset
 from dcdit.data.folder import read_centre
 from dcdit.extract import extract, verify
+from dcdit.models import create_model
+from dcdit.sample import _decoder
 
 SIZE = 16
 PER_CLASS = (4, 3)
@@ -103,6 +106,20 @@ def test_a_model_sees_the_range_of_the_autoencoder(extracted):
     for n in range(7):
         torch.testing.assert_close(seen[n][0], (stored[n][0] - 0.1) * 0.5)
         assert seen[n][1] == stored[n][1]
+
+
+@pytest.mark.parametrize("how", ["manifest", "statistics", "scale"])
+def test_what_a_model_sees_is_undone_before_decoding(copied, vae, how):
+    from diffusers import AutoencoderKL
+
+    if how == "statistics":
+        (copied / "manifest.json").unlink()
+    data = LatentDataset(copied, held_out=0, flip=False, scale=3.0 if how == "scale" else None)
+    decode = _decoder(str(vae), create_model("DiT-S/2", depth=1), torch.device("cpu"), data.notes)
+    with torch.no_grad():
+        z = LatentDataset(copied, held_out=0, flip=False, scale=1.0)[2][0]
+        expected = AutoencoderKL.from_pretrained(vae).eval().decode(z[None]).sample
+    torch.testing.assert_close(decode(data[2][0][None]), expected)
 
 
 def test_statistics_are_those_of_all_latents(extracted):
@@ -233,6 +250,22 @@ def test_from_images_to_a_trained_model(images, vae, tmp_path, capsys):
     train += ["--out", tmp_path / "run", *(word for item in sets for word in ("--set", item))]
     assert main([str(word) for word in train]) == 0
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert json.loads(read_metadata(tmp_path / "run")["latent_range"]) == [[0.1], [0.5]]
+    sample = [
+        "sample",
+        "--checkpoint",
+        tmp_path / "run",
+        "--vae",
+        vae,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+    ]
+    assert main([str(word) for word in sample]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 @pytest.mark.parametrize(
