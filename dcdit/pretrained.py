@@ -77,19 +77,19 @@ def _from_state(path: Path, state: Mapping[str, Tensor], num_heads: int | None) 
 
 
 def _from_diffusers(folder: Path) -> DiT:
-    config = _json(folder / CONFIG)
-    if config.get("_class_name") not in CLASSES:
-        raise ValueError(f"{folder / CONFIG} is of a {config.get('_class_name')!r}; accepted: {', '.join(CLASSES)}")
+    kind, side, num_heads = (
+        _entry(folder / CONFIG, key) for key in ("_class_name", "sample_size", "num_attention_heads")
+    )
+    if kind not in CLASSES:
+        raise ValueError(f"{folder / CONFIG} is of a {kind!r}; accepted: {', '.join(CLASSES)}")
     index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    names = sorted(set(_entry(index, "weight_map").values())) if index.is_file() else [WEIGHTS]
     state: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= checkpoint.read_tensors(folder / name)[0]
-    side = config["sample_size"]
-    overrides = {"grid": (side, side), "frequency_shift": 0, "mlp_norm_eps": 1e-6}
-    return _named(folder, state, config["num_attention_heads"], **overrides)
+    return _named(folder, state, num_heads, grid=(side, side), frequency_shift=0, mlp_norm_eps=1e-6)
 
 
 def _named(path: Path, state: Mapping[str, Tensor], num_heads: int, **overrides: Any) -> DiT:
@@ -99,8 +99,8 @@ def _named(path: Path, state: Mapping[str, Tensor], num_heads: int, **overrides:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _entry(path: Path, key: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is damaged: it is not JSON") from None
+        return json.loads(path.read_text(encoding="utf-8"))[key]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} is damaged or of something else: no {key!r} in it") from None

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
 def _taken_over(args: argparse.Namespace) -> list[str]:
     """Overrides that describe the DC-DiT of the source's transformer. What the user says stays; training checks it."""
     given = config.given_keys(args.config, args.set)
+    config.from_dict(given)  # what is wrong with it by itself is said first
     source = load_static_dit(args.source, args.num_heads).config
     fields = upcycled_fields(source)
     model: dict[str, Any] = {"num_classes": fields.pop("num_classes"), "image_size": LATENT_STRIDE * max(source.grid)}

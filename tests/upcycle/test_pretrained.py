@@ -152,12 +152,13 @@ def test_diffusers_weights_without_their_configuration(tmp_path, dit):
 
 
 def test_diffusers_folders_of_something_else(tmp_path):
-    config = {"_class_name": "UNet2DModel"}
+    config = {"_class_name": "UNet2DModel", "sample_size": 8, "num_attention_heads": 6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(tmp_path, r"is of a 'UNet2DModel'; accepted: DiTTransformer2DModel")
     config["_class_name"] = "DiTTransformer2DModel"
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
     refused(tmp_path, "accepted: weights in safetensors, not pickled ones", FileNotFoundError)
-    (tmp_path / "config.json").write_text("{")
-    refused(tmp_path, "damaged: it is not JSON")
+    for text in ("{", "[]", '{"_class_name": "DiTTransformer2DModel"}'):
+        (tmp_path / "config.json").write_text(text)
+        refused(tmp_path, "damaged or of something else: no '(_class_name|sample_size)' in it")

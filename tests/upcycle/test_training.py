@@ -229,6 +229,8 @@ def test_command_with_a_state_dict(archive, source, tmp_path, capsys):
         (["--set", "diffusion.objective=dit"], "diffusion.objective is 'dit'; accepted: 'flow', that of"),
         (["--resume", "runs/x"], "give --from to start, or --resume"),
         (["--from", "nowhere.pt"], "no pretrained DiT 'nowhere.pt'"),
+        (["--set", "model=3"], "model"),
+        (["--set", "upcycle.distil_steps=3"], "unknown configuration key 'upcycle.distil_steps'"),
     ],
 )
 def test_command_refuses(archive, source, tmp_path, capsys, extra, message):
