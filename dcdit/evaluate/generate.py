@@ -92,13 +92,13 @@ def generate(
 ) -> Work | None:
     """Draw ``settings.num`` images into ``out/samples.npz``, ADM's format.
 
-    Every batch becomes a file as soon as it is drawn, and batches that are there are not drawn again, by whichever
-    process. The images do not depend on the number of processes, nor (but for rounding) on the batch size.
+    Every batch becomes a file as soon as it is drawn, and batches that an earlier run left are not drawn again. The
+    images depend neither on the number of processes nor, but for rounding, on the batch size.
 
     Args:
         drop: what ``settings.drop`` says.
         decode: from samples to (B, 3, H, W) in [-1, 1].
-        rank, world: this process draws batches rank, rank + world, ...
+        rank, world: which process this is, and of how many; they take turns over the missing batches.
         wait: returns when all processes have called it.
 
     Returns:
@@ -110,17 +110,14 @@ def generate(
     from tqdm import tqdm
 
     finished = _finished(out, settings)
+    batches = range(-(-settings.num // settings.batch_size))
+    missing = [] if finished else [k for k in batches if not _is_drawn(_batch_file(out, k), settings)]
+    wait()  # nobody draws before everybody has looked
+    about = f"sampling, process {rank + 1} of {world}"
+    for k in tqdm(missing[rank::world], desc=about, unit="batch", disable=rank > 0):
+        batch = _draw(model, settings, drop, k * settings.batch_size, decode, device)
+        atomically(_batch_file(out, k), partial(_write, batch))
     wait()
-    if finished is None:
-        first = range(0, settings.num, settings.batch_size)
-        mine = list(enumerate(first))[rank::world]
-        for number, start in tqdm(
-            mine, desc=f"sampling, process {rank + 1} of {world}", unit="batch", disable=rank > 0
-        ):
-            if _read(_batch_file(out, number), settings) is None:
-                batch = _draw(model, settings, drop, start, decode, device)
-                atomically(_batch_file(out, number), partial(_write, batch))
-        wait()
     if rank:
         return None
     return finished or _assemble(out, settings)
@@ -168,8 +165,8 @@ def _draw(
     }
 
 
-def _batch_file(out: Path, number: int) -> Path:
-    return out / BATCHES / f"{number:06d}.npz"
+def _batch_file(out: Path, k: int) -> Path:
+    return out / BATCHES / f"{k:06d}.npz"
 
 
 def _write(batch: dict[str, Any], file: Path) -> None:
@@ -177,13 +174,12 @@ def _write(batch: dict[str, Any], file: Path) -> None:
         np.savez(target, **batch)
 
 
-def _read(file: Path, settings: Settings) -> dict[str, Any] | None:
-    """A batch, None if it is not drawn yet."""
+def _is_drawn(file: Path, settings: Settings) -> bool:
     if not file.is_file():
-        return None
+        return False
     with np.load(file, allow_pickle=False) as batch:
         _check(json.loads(str(batch["settings"])), settings, file)
-        return dict(batch)
+    return True
 
 
 def _check(stored: dict[str, Any], settings: Settings, where: Path) -> None:
@@ -209,13 +205,14 @@ def _assemble(out: Path, settings: Settings) -> Work:
     calls: list[tuple[int, list[Record]]] = []
 
     def batches() -> Iterator[Any]:
-        for number in range(-(-settings.num // settings.batch_size)):
-            batch = _read(_batch_file(out, number), settings)
-            if batch is None:
-                raise FileNotFoundError(f"no file {str(_batch_file(out, number))!r}; run the same command again")
-            labels.append(batch["labels"])
-            calls.append((len(batch["labels"]), json.loads(str(batch["calls"]))))
-            yield batch["images"]
+        for k in range(-(-settings.num // settings.batch_size)):
+            file = _batch_file(out, k)
+            if not file.is_file():
+                raise FileNotFoundError(f"no file {str(file)!r}; run the same command again")
+            with np.load(file, allow_pickle=False) as batch:
+                labels.append(batch["labels"])
+                calls.append((len(labels[-1]), json.loads(str(batch["calls"]))))
+                yield batch["images"]
 
     write_npz(out / SAMPLES, settings.num, batches(), labels)
     work = Work.of(mean_records(calls))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,11 +39,18 @@ PLAIN = Settings(
 )
 
 
-def draw(out, model=None, drop=0.5, rank=0, world=1, **changes):
+def draw(out, model=None, drop=0.5, rank=0, world=1, wait=lambda: None, **changes):
     model = model or small_dc_dit(**PIXELS)
-    return generate(
-        model, dataclasses.replace(PLAIN, **changes), drop, out, lambda x: x, device=CPU, rank=rank, world=world
-    )
+    plan = dataclasses.replace(PLAIN, **changes)
+    return generate(model, plan, drop, out, lambda x: x, device=CPU, rank=rank, world=world, wait=wait)
+
+
+def draw_together(out, world):
+    """As many processes as that, here threads."""
+    wait = threading.Barrier(world).wait
+    model = small_dc_dit(**PIXELS)
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: draw(out, model, rank=rank, world=world, wait=wait), range(world)))
 
 
 def arrays(out):
@@ -61,13 +70,10 @@ def test_images_are_those_of_sample(tmp_path):
 
 
 def test_processes_share_the_batches(tmp_path):
-    draw(tmp_path / "one")
-    assert draw(tmp_path / "two", rank=1, world=2) is None
-    assert sorted(file.name for file in (tmp_path / "two" / "batches").iterdir()) == ["000001.npz", "000003.npz"]
-    assert draw(tmp_path / "two", rank=0, world=2) is not None
-    for a, b in zip(arrays(tmp_path / "one"), arrays(tmp_path / "two"), strict=True):
+    work = draw(tmp_path / "one")
+    assert draw_together(tmp_path / "three", 3) == [work, None, None]
+    for a, b in zip(arrays(tmp_path / "one"), arrays(tmp_path / "three"), strict=True):
         assert np.array_equal(a, b)
-    assert (tmp_path / "one" / "sampling.json").read_text() == (tmp_path / "two" / "sampling.json").read_text()
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -89,6 +95,23 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for a, b in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "killed"), strict=True):
         assert np.array_equal(a, b)
     assert draw(tmp_path / "killed") == work and len(drawn) == 5  # finished: nothing is drawn
+
+
+def test_what_is_missing_is_shared_too(tmp_path, monkeypatch):
+    draw(tmp_path / "whole")
+    drawn = []
+
+    def watched(*args, **options):
+        drawn.append(options["first_index"])
+        return sample(*args, **options)
+
+    monkeypatch.setattr(module, "sample", watched)
+    draw(tmp_path / "part", rank=1, world=2)
+    assert drawn == [2, 6]
+    draw_together(tmp_path / "part", 2)
+    assert sorted(drawn[2:]) == [0, 4]
+    for a, b in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "part"), strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_images_of_other_settings_are_never_mixed(tmp_path, monkeypatch):
