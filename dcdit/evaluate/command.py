@@ -101,11 +101,12 @@ def _sample(args: argparse.Namespace, out: Path) -> tuple[Settings, Work] | None
     model = load_model(args.checkpoint, ema=not args.no_ema).to(state.device)
     if args.precision == "bf16":
         model = model.bfloat16()
-    decode = _decoder(args.vae, model, state.device, read_metadata(args.checkpoint, not args.no_ema))
+    notes = read_metadata(args.checkpoint, not args.no_ema)
+    decode = _decoder(args.vae, model, state.device, notes)
     if decode is None:
         raise ValueError(f"{args.checkpoint} makes latents of {model.config.in_channels} channels; --vae decodes them")
     check_budget(args, model)
-    method = args.method or DEFAULT_METHOD[read_metadata(args.checkpoint, not args.no_ema).get("objective", "dit")]
+    method = args.method or DEFAULT_METHOD[notes.get("objective", "dit")]
     (plan,) = make_plans(args, model, torch.empty(0), method, clip=False)
     settings = Settings(
         weights=weights_hash(args.checkpoint, not args.no_ema),
