@@ -121,7 +121,7 @@ def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
         for axis, suffix in zip(shares, branches.values(), strict=True):
             calls = [call for call in run["calls"] if f"kept{suffix}" in call]
             times = [call["t"] / 1000 for call in calls]
-            axis.plot(times, [call[f"natural{suffix}"] for call in calls], "--", color=color, lw=1)
+            axis.plot(times, [call[f"natural{suffix}"] for call in calls], "--", color=color, lw=1, zorder=1)
             axis.plot(times, [call[f"kept{suffix}"] for call in calls], color=color, lw=1.5, label=run["name"])
         times = [call["t"] / 1000 for call in run["calls"]]
         flops.plot(times, [call["gflops"] for call in run["calls"]], color=color, lw=1.5, label=run["name"])

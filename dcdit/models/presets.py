@@ -52,7 +52,8 @@ def create_model(
         image_size: pixels, one side or (height, width); the grid is an eighth of it. The de-chunk's sigma is 2 from
             512 pixels on, 1 below.
         num_classes: real classes; the null class comes on top.
-        **overrides: any other field of :class:`DCDiTConfig` or :class:`DiTConfig`, e.g. ``in_channels``.
+        **overrides: any other field of :class:`DCDiTConfig` or :class:`DiTConfig`, e.g. ``in_channels``;
+            ``router="cosine2d"`` makes the model of the paper's first version.
 
     Raises:
         ValueError: unknown name, or a value that is not accepted.

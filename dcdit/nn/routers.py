@@ -61,6 +61,9 @@ class CosineProjections(nn.Module):
 class Cosine2dRouter(CosineProjections):
     """Cosine dissimilarity to the filtered neighbourhood (DC-DiT v1).
 
+    At the start a token is its own neighbour with the same projections, so hardly any p is above one half and an image
+    keeps little more than its best token; the ratio loss raises p from there.
+
     Args:
         dim: D.
         grid: (H, W).
