@@ -11,9 +11,9 @@ Each of the first two is a complete model on its own: :func:`load_model` takes t
 """
 
 import argparse
+import contextlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dcdit._files import atomically
+from dcdit._files import atomically, remove, stood_aside
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 from dcdit.nn.layout import channels_last
 
@@ -185,27 +185,47 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: nothing there, or a file of it is missing.
-        ValueError: a damaged file.
+        ValueError: a damaged file. Both name the checkpoint before it, if there is one.
     """
     folder = find_checkpoint(path)
-    architecture, config, model = _read_model(folder / MODEL)
-    _, _, ema = _read_model(folder / EMA)
-    optimizer, _ = read_tensors(folder / OPTIMIZER)
-    return Checkpoint(folder, architecture, config, model, ema, optimizer, read_trainer(folder))
+    trainer = read_trainer(folder)
+    with _naming_the_one_before(folder):
+        architecture, config, model = _read_model(folder / MODEL)
+        _, _, ema = _read_model(folder / EMA)
+        optimizer, _ = read_tensors(folder / OPTIMIZER)
+    return Checkpoint(folder, architecture, config, model, ema, optimizer, trainer)
 
 
 def read_trainer(path: str | Path) -> dict[str, Any]:
     """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`."""
-    file = find_checkpoint(path) / TRAINER
+    folder = find_checkpoint(path)
+    with _naming_the_one_before(folder):
+        return _read_object(folder / TRAINER)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        trainer = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {str(file)!r}; it is no complete checkpoint") from None
     except ValueError:
         raise ValueError(f"{file} is damaged: it is not JSON") from None
-    if not isinstance(trainer, dict):
-        raise ValueError(f"{file} is damaged: it holds a {type(trainer).__name__}; accepted: an object")
-    return trainer
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(value).__name__}; accepted: an object")
+    return value
+
+
+@contextlib.contextmanager
+def _naming_the_one_before(folder: Path) -> Iterator[None]:
+    """Say in errors about a damaged checkpoint of a run which other one there is."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        run = folder.absolute().parents[1]
+        before = [other for other in list_checkpoints(run) if other.name < folder.name]
+        if not before:
+            raise
+        raise type(error)(f"{error}; the checkpoint before it can be resumed: --resume {before[-1]}") from None
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: State, source: str | Path) -> None:
@@ -238,14 +258,23 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted(file.parent for file in Path(run).glob(f"checkpoints/step_*/{MODEL}"))
+    """Checkpoint folders of a run, oldest first.
+
+    Where a process was killed just before it gave a new checkpoint the name of an old one, the old one is listed.
+    """
+    parent = Path(run) / "checkpoints"
+    folders = {path.name: path for path in parent.glob("step_*")} | stood_aside(parent)
+    return [folder for _, folder in sorted(folders.items()) if (folder / MODEL).is_file()]
 
 
-def keep_newest(run: str | Path, count: int | None) -> None:
-    """Delete all but the newest ``count`` checkpoints of a run (None: delete none)."""
-    for folder in list_checkpoints(run)[: -count if count else 0]:
-        shutil.rmtree(folder)
+def keep_newest(newest: Path, count: int | None) -> None:
+    """Delete all but ``count`` of a run's checkpoints up to ``newest`` (None: delete none).
+
+    Later ones, which a run resumed from an earlier checkpoint has yet to replace, stay and do not count.
+    """
+    folders = [folder for folder in list_checkpoints(newest.parents[1]) if folder.name <= newest.name]
+    for folder in folders[: -count if count else 0]:
+        remove(folder)
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit._files import atomically
+
 Record = dict[str, Any]
 
 
@@ -44,12 +46,12 @@ class Window:
 
 
 def cut_log(log: Path, step: int) -> None:
-    """Drop records of steps that a resumed run will do again."""
+    """Drop records of steps that a resumed run will do again, and a line that a kill left unfinished."""
     if not log.exists():
         return
-    lines = log.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    log.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    *lines, _ = log.read_text(encoding="utf-8").split("\n")
+    kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+    atomically(log, lambda file: file.write_text(kept, encoding="utf-8"))
 
 
 def append(log: Path, record: Record) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dcdit import checkpoint as ckpt
+from dcdit._files import atomically, recover
 from dcdit.config import TrainConfig, dump_yaml, to_dict
 from dcdit.data import Samples, batches, create_dataset
 from dcdit.diffusion import DiTObjective, FlowMatchingObjective
@@ -105,8 +106,10 @@ class _Run:
         config = self.config
         self.log = self.out / "log.jsonl"
         if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            for folder in (self.out, self.out / "checkpoints"):
+                recover(folder)
+            settings = dump_yaml(config)
+            atomically(self.out / "config.yaml", lambda file: file.write_text(settings, encoding="utf-8"))
             cut_log(self.log, self.start)
         self._training_mode()
         window = Window()
@@ -293,7 +296,7 @@ class _Run:
             trainer = {"step": step, "flops": flops, "config": to_dict(self.config)}
             notes = {"objective": self.config.diffusion.objective, **self.data.notes}
             ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
-            ckpt.keep_newest(self.out, self.config.run.keep_checkpoints)
+            ckpt.keep_newest(folder, self.config.run.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         return folder
 

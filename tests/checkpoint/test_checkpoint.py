@@ -1,14 +1,18 @@
 """Checkpoints: nothing is lost, nothing half-written is ever seen, and every damaged file says so in one line."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from killing import dies_before
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dcdit import checkpoint as ckpt
+from dcdit._files import recover
 from dcdit.models import create_model, presets, to_official
 
 TINY = {"hidden_size": 128, "depth": 1, "num_heads": 2, "grid": (8, 8), "num_classes": 3}
@@ -116,10 +120,20 @@ def test_newest_is_found_and_old_ones_go(saved):
     for step in (10, 9):
         ckpt.save_checkpoint(ckpt.checkpoint_path(run, step), model, ema, optimizer, {"step": step})
     assert ckpt.read_trainer(run) == {"step": 10}
-    ckpt.keep_newest(run, None)
+    ckpt.keep_newest(ckpt.checkpoint_path(run, 10), None)
     assert len(ckpt.list_checkpoints(run)) == 3
-    ckpt.keep_newest(run, 2)
+    ckpt.keep_newest(ckpt.checkpoint_path(run, 10), 2)
     assert [path.name for path in ckpt.list_checkpoints(run)] == ["step_00000009", "step_00000010"]
+
+
+def test_later_checkpoints_do_not_crowd_out_the_newest(saved):
+    """A run that was resumed from step 2 and has just saved step 3; step 10 is of its abandoned future."""
+    folder, model, ema, optimizer = saved
+    run = folder.parents[1]
+    for step in (10, 3):
+        ckpt.save_checkpoint(ckpt.checkpoint_path(run, step), model, ema, optimizer, {"step": step})
+    ckpt.keep_newest(ckpt.checkpoint_path(run, 3), 1)
+    assert [path.name for path in ckpt.list_checkpoints(run)] == ["step_00000003", "step_00000010"]
 
 
 # --- all or nothing -----------------------------------------------------------------------------------------------
@@ -144,6 +158,37 @@ def test_save_replaces(saved):
     ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
     assert ckpt.read_trainer(folder) == {"step": 3}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["replaced", "next"])
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, step):
+    model = tiny("DiT-S/2", hidden_size=32, num_heads=1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before, after = ({name: tensor + n for name, tensor in model.state_dict().items()} for n in (1, 2))
+    old, new = (ckpt.checkpoint_path("run", n) for n in (2, step))
+
+    def replace():
+        ckpt.save_checkpoint(tmp_path / new, model, after, optimizer, {"ema": "after"})
+        ckpt.keep_newest(tmp_path / new, 1)
+
+    found = []
+    for number in itertools.count():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        ckpt.save_checkpoint(tmp_path / old, model, before, optimizer, {"ema": "before"})
+        if not dies_before(number, replace):
+            break
+        checkpoint = ckpt.load_checkpoint(tmp_path / "run")
+        found.append(checkpoint.trainer["ema"])
+        assert_same(checkpoint.ema, {"before": before, "after": after}[found[-1]])
+        assert_same(ckpt.load_model(tmp_path / "run").state_dict(), checkpoint.ema)
+        recover(old_parent := (tmp_path / old).parent)
+        assert ckpt.read_trainer(tmp_path / "run") == checkpoint.trainer
+        listed = ckpt.list_checkpoints(tmp_path / "run")
+        assert sorted(path.name for path in old_parent.iterdir()) == [path.name for path in listed]
+        for path in listed:
+            ckpt.load_checkpoint(path)
+    # Once the new one is there, it stays.
+    assert found == sorted(found, key=("before", "after").index) and {*found} == {"before", "after"}
 
 
 # --- damaged or foreign files ---------------------------------------------------------------------------------------
@@ -214,6 +259,16 @@ def test_damaged_trainer(saved, text):
     (saved[0] / ckpt.TRAINER).write_text(text)
     with one_line(ValueError, r"trainer\.json is damaged"):
         ckpt.load_checkpoint(saved[0])
+
+
+@pytest.mark.parametrize("file", [ckpt.MODEL, ckpt.OPTIMIZER, ckpt.TRAINER])
+def test_the_checkpoint_before_a_damaged_one_is_named(saved, file):
+    folder, model, ema, optimizer = saved
+    newest = ckpt.save_checkpoint(folder.with_name("step_00000010"), model, ema, optimizer, {"step": 10})
+    (newest / file).write_bytes((newest / file).read_bytes()[:5])
+    with one_line(ValueError, rf"step_00000010/{file} is damaged.*: --resume \S*/step_00000002$"):
+        ckpt.load_checkpoint(folder.parents[1])
+    ckpt.load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("file", [ckpt.EMA, ckpt.OPTIMIZER, ckpt.TRAINER])

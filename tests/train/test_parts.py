@@ -119,3 +119,10 @@ def test_log_is_cut_at_the_resumed_step(tmp_path):
         append(log, {"step": step})
     cut_log(log, 3)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_torn_line_of_the_log_goes(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2, "los')
+    cut_log(log, 9)
+    assert log.read_text() == '{"step": 1}\n'

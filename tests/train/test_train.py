@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,10 @@ def config(archive, tmp_path):
 
 def records(result):
     return [json.loads(line) for line in result.log.read_text().splitlines()]
+
+
+def without_speed(result):
+    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
 
 
 def assert_same_weights(a, b):
@@ -198,10 +204,6 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(config, overrides):
     second = train(settings, resume=first.log.parent)
     assert (second.step, second.reason) == (4, "steps")
     assert_same_weights(whole.checkpoint, second.checkpoint)
-
-    def without_speed(result):
-        return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
-
     assert without_speed(whole) == without_speed(second)
 
 
@@ -258,6 +260,49 @@ def test_resume_of_a_finished_run_can_be_extended(config):
     result = train(config("optim.steps=5"), resume=config().run.out)
     assert result.step == 5
     assert train(config("optim.steps=5"), resume=config().run.out).step == 5
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["optim.precision=bf16", "optim.accumulate=2"], ["model.name=DiT-S/2", "run.eval_every=2"]],
+    ids=["dynamic-bf16-accumulate", "static"],
+)
+def test_a_run_killed_at_any_moment_goes_on_bitwise(config, tmp_path, overrides):
+    """SIGKILL before one of many file operations: between steps, in log lines, inside and around checkpoints."""
+    saving = ["run.checkpoint_every=1", "run.keep_checkpoints=1"]
+    whole = train(config(*overrides, *saving, out="whole"))
+    (tmp_path / "config.yaml").write_text(dump_yaml(config(*overrides, *saving)))
+    command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(tmp_path / "config.yaml")]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([*command, str(tmp_path / "runs"), "31"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = []
+    for out in sorted((tmp_path / "runs").iterdir(), key=lambda out: int(out.name)):
+        begun = bool(ckpt.list_checkpoints(out))
+        steps.append(ckpt.read_trainer(out)["step"] if begun else 0)
+        again = train(config(*overrides, *saving, f"run.out={out}"), resume=out if begun else None)
+        assert_same_weights(whole.checkpoint, again.checkpoint)
+        assert without_speed(whole) == without_speed(again)
+        assert [path.name for path in (out / "checkpoints").iterdir()] == [whole.checkpoint.name]
+    assert len(steps) >= 4 and min(steps) == 0 and max(steps) >= 2
+
+
+def test_a_run_killed_at_some_time_goes_on_bitwise(config, tmp_path):
+    """The command itself, and a SIGKILL that nothing in it waits for."""
+    saving = ["optim.steps=30", "run.checkpoint_every=3"]
+    whole = train(config(*saving, out="whole"))
+    settings = config(*saving, out="killed")
+    (tmp_path / "killed.yaml").write_text(dump_yaml(settings))
+    log = tmp_path / "killed" / "log.jsonl"
+    command = [sys.executable, "-m", "dcdit", "train", "--config", str(tmp_path / "killed.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 10):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert ckpt.read_trainer(settings.run.out)["step"] < 30
+    assert_same_weights(whole.checkpoint, train(settings, resume=settings.run.out).checkpoint)
 
 
 def test_time_limit(config):
