@@ -17,7 +17,8 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self._weights = [parameter.detach() for _, parameter in model.named_parameters()]
+        # The parameters themselves: distributed training moves their storage after this.
+        self._weights = [parameter for _, parameter in model.named_parameters()]
         self._averages = [self.state[name] for name, _ in model.named_parameters()]
 
     @torch.no_grad()

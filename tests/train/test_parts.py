@@ -26,6 +26,16 @@ def test_ema_by_hand():
     assert model.weight.item() == 10.0
 
 
+def test_ema_follows_weights_that_are_moved():
+    """Wrapping a model for several processes gives its parameters other storage."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    ema = EMA(model, decay=0.5)
+    model.weight.data = torch.full((1, 1), 3.0)
+    ema.update()
+    assert ema.state["weight"].item() == 2.0
+
+
 def test_ema_keeps_buffers_and_continues():
     model = nn.BatchNorm1d(3)
     ema = EMA(model, 0.5)

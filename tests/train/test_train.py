@@ -173,20 +173,27 @@ def test_static_baseline_trains(config):
     assert "kept" not in records(result)[0] and records(result)[0]["loss"] == records(result)[0]["diffusion_loss"]
 
 
-def test_two_processes_equal_two_passes_of_one(config, tmp_path):
-    single = train(config("optim.accumulate=2", out="single"))
-    (tmp_path / "two.yaml").write_text(dump_yaml(config("data.workers=1", out="two")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize("name", ["DC-DiT-S", "DiT-S/2"])
+def test_the_split_of_a_batch_changes_nothing(config, name, tmp_path):
+    """One pass of one process, and two passes each of two processes that `accelerate launch` starts."""
+    settings = [f"model.name={name}", "optim.batch_size=8", "run.eval_every=4"]
+    one = train(config(*settings, out="one"))
+    split = config(*settings, "optim.accumulate=2", "data.workers=1", out="two")
+    (tmp_path / "two.yaml").write_text(dump_yaml(split))
+    # The launcher starts several processes for GPUs only; on which device they compute is the run's own business.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += ["-m", "dcdit", "train", "--config", str(tmp_path / "two.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("steps done") == 1
-    one, two = (ckpt.load_checkpoint(tmp_path / name) for name in ("single", "two"))
-    for name in one.model:
-        torch.testing.assert_close(two.model[name], one.model[name], rtol=1e-5, atol=1e-6, msg=name)
-    (*_, ours), (*_, theirs) = (records(single), [json.loads(s) for s in (tmp_path / "two/log.jsonl").open()])
-    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
-    assert theirs["flops"] == ours["flops"]
+    both = records(one), [json.loads(line) for line in (tmp_path / "two/log.jsonl").open()]
+    for ours, theirs in zip(*both, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"images_per_s"}:
+            # Counts are equal; real numbers are sums in another order, in float32 and after up to four steps.
+            exact = key in ("step", "kept", "natural", "drop_fraction", "target", "flops", "lr")
+            assert theirs[key] == (ours[key] if exact else pytest.approx(ours[key], rel=1e-5)), key
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
