@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -275,7 +276,10 @@ def _write_statistics(path: Path, manifest: Manifest) -> None:
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()
     statistics = {"mean": mean, "std": std}
     stored = {name: value.float().reshape(1, channels, 1, 1) for name, value in statistics.items()}
-    atomically(path, lambda file: torch.save(stored, file))
+    # Saved straight to the file, the temporary file's name would be part of it.
+    data = io.BytesIO()
+    torch.save(stored, data)
+    atomically(path, lambda file: file.write_bytes(data.getvalue()))
 
 
 def _progress(total: int, unit: str = "image") -> Any:

@@ -149,7 +149,8 @@ def test_bf16_stores_half_precision(extracted, images, vae, tmp_path):
 # --- going on -----------------------------------------------------------------------------------------------------
 
 
-def test_stopped_and_continued_is_the_same_bit_for_bit(extracted, images, vae, tmp_path):
+def test_stopped_and_continued_is_the_same_bit_for_bit(extracted, images, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr("dcdit._files.os.getpid", lambda: 12345)  # another process
     broken = shutil.copytree(images, tmp_path / "images")
     good = (broken / "cats" / "1.png").read_bytes()
     (broken / "cats" / "1.png").write_bytes(good[:100])
