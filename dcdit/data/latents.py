@@ -78,8 +78,9 @@ def open_latents(path: Path, skip_damaged: bool = False) -> LatentStore:
         return Moments(moments, skip_damaged)
     if find_shards(path):
         return Shards(path, skip_damaged)
-    if find_pairs(path):
-        return FeaturePairs(path, skip_damaged)
+    pairs = find_pairs(path)
+    if pairs is not None:
+        return FeaturePairs(*pairs, skip_damaged)
     if has_latents(path):
         return ArrayLatents(path)
     raise ValueError(f"{path} holds no latents in a known layout; accepted: {ACCEPTED}")

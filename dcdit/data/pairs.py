@@ -21,16 +21,15 @@ class FeaturePairs(LatentStore):
     0.18215 already. Files belong together by name. All labels are read at once.
 
     Args:
-        path: the folder of both folders.
+        features, labels: the two folders, as :func:`find_pairs` finds them.
         skip_damaged: leave out pairs that miss a half, with a warning.
 
     Raises:
         DamagedFile: a half is missing, or a label is not one. ValueError: no pairs.
     """
 
-    def __init__(self, path: Path, skip_damaged: bool = False) -> None:
-        folders = find_pairs(path)
-        assert folders is not None
+    def __init__(self, features: Path, labels: Path, skip_damaged: bool = False) -> None:
+        folders = (features, labels)
         names = [{name for name in os.listdir(folder) if name.endswith(".npy")} for folder in folders]
         paired = sorted(names[0] & names[1], key=lambda name: (len(name), name))
         alone = sorted(names[0] ^ names[1])
@@ -38,12 +37,12 @@ class FeaturePairs(LatentStore):
             folder = folders[alone[0] in names[0]]
             message = f"{folder / alone[0]} is missing, one of {len(alone)} without its other half"
             skip_or_raise(DamagedFile(message), skip_damaged)
-        labels = _labels(FolderFiles(folders[1], paired), skip_damaged)
-        paired = [name for name, label in zip(paired, labels, strict=True) if label is not None]
+        found = _labels(FolderFiles(labels, paired), skip_damaged)
+        paired = [name for name, label in zip(paired, found, strict=True) if label is not None]
         if not paired:
-            raise ValueError(f"{path} holds no pairs of .npy files")
-        self.files = FolderFiles(folders[0], paired)
-        self.labels = np.array([label for label in labels if label is not None])
+            raise ValueError(f"{features} and {labels} hold no pairs of .npy files")
+        self.files = FolderFiles(features, paired)
+        self.labels = np.array([label for label in found if label is not None])
         channels, height, width = first_readable(self._read, len(paired), skip_damaged).shape
         self.shape = (channels, height, width)
 

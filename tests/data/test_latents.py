@@ -333,7 +333,7 @@ def test_unknown_layouts(tmp_path):
         LatentDataset(tmp_path)
     (tmp_path / "imagenet256_features").mkdir()
     (tmp_path / "imagenet256_labels").mkdir()
-    with pytest.raises(ValueError, match="holds no pairs"):
+    with pytest.raises(ValueError, match="hold no pairs"):
         LatentDataset(tmp_path)
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.zeros(2, int))
     with pytest.raises(ValueError, match=r"a\.npz holds images; accepted: latents and labels"):
