@@ -56,7 +56,8 @@ def check_bounds(section: Any, where: str) -> None:
         values = value if isinstance(value, list) else [value]
         if not values or not all(_inside(v, field.metadata) for v in values):
             hint = did_you_mean(value, field.metadata["choices"])
-            what = "a non-empty list of numbers " if isinstance(value, list) else ""
+            items = "" if field.metadata["choices"] else "numbers "
+            what = f"a non-empty list of {items}" if isinstance(value, list) else ""
             raise ValueError(f"{where}{field.name} is {value!r}; accepted: {what}{accepted}{hint}")
 
 

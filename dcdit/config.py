@@ -125,6 +125,9 @@ class RunSection:
     eval_images: int = option(64, "held-out images per validation, each time with the same noise", at_least=1)
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
+    trackers: list[str] | None = option(  # noqa: RUF009
+        None, "where records go besides log.jsonl; null for nowhere", choices=("tensorboard", "wandb")
+    )
     minutes: float | None = option(None, "stop and save after this many minutes; null runs all steps", above=0)
 
 

@@ -18,7 +18,7 @@ class EMA:
         self.decay = decay
         self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         # The parameters themselves: distributed training moves their storage after this.
-        self._weights = [parameter for _, parameter in model.named_parameters()]
+        self._weights: list[Tensor] = [parameter for _, parameter in model.named_parameters()]
         self._averages = [self.state[name] for name, _ in model.named_parameters()]
 
     @torch.no_grad()

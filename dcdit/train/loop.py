@@ -24,6 +24,7 @@ from dcdit.train.ema import EMA
 from dcdit.train.log import Record, Window, append, cut_log
 from dcdit.train.schedule import NOISE, compression_target, drop_fraction, learning_rate, seed_of
 from dcdit.train.signals import Signals
+from dcdit.train.trackers import Trackers, check_trackers
 from dcdit.train.validate import Objective, validate
 
 
@@ -111,6 +112,7 @@ class _Run:
             settings = dump_yaml(config)
             atomically(self.out / "config.yaml", lambda file: file.write_text(settings, encoding="utf-8"))
             cut_log(self.log, self.start)
+        self.trackers = Trackers(self.accelerator, config, self.start)
         self._training_mode()
         window = Window()
         saved = None
@@ -136,6 +138,7 @@ class _Run:
                         self._log_validation(step)
                     if step % config.run.checkpoint_every == 0 or done or reason != "steps":
                         saved = self._save(step)
+        self.trackers.finish()
         return TrainResult(step, reason, saved or self._save(step), self.log, self.main)
 
     def _step(self, step: int, data: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -271,6 +274,7 @@ class _Run:
         if not self.main:
             return
         append(self.log, record)
+        self.trackers.write(record)
         for callback in self.callbacks:
             callback(record)
 
@@ -318,7 +322,10 @@ def _accelerator(config: TrainConfig) -> Any:
         from accelerate import Accelerator
     except ImportError:
         raise ModuleNotFoundError("training needs accelerate: pip install 'dcdit[train]'") from None
-    return Accelerator(cpu=config.optim.device == "cpu", mixed_precision="no")
+    run = config.run
+    check_trackers(run.trackers)
+    cpu = config.optim.device == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision="no", log_with=run.trackers, project_dir=run.out)
 
 
 def _whole(saved: ckpt.Checkpoint, key: str) -> int:

@@ -105,6 +105,11 @@ def test_there_are_shipped_configurations():
         ("router.drop_fractions=[a]", TypeError, r"router\.drop_fractions\[0\] is 'a'; accepted: float"),
         ("router.drop_fractions=[0, 1]", ValueError, r"is \[0\.0, 1\.0\]; accepted: .* numbers at least 0 and below 1"),
         ("router.drop_fractions=[]", ValueError, r"is \[\]; accepted: a non-empty list"),
+        (
+            "run.trackers=[tensorbord]",
+            ValueError,
+            r"is \['tensorbord'\]; accepted: a non-empty list of tensorboard, wandb",
+        ),
         ("data.kind=foldr", ValueError, r"data\.kind is 'foldr'; accepted: folder, .*did you mean 'folder'\?"),
         ("data.path=3", TypeError, r"data\.path is 3; accepted: text or null"),
         ("model.overrides=[1]", TypeError, r"model\.overrides is \[1\]; accepted: mapping"),

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model on a CPU: what a step does, stopping without a trace, and misfits that are refused."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -310,6 +311,25 @@ def test_a_run_killed_at_some_time_goes_on_bitwise(config, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert ckpt.read_trainer(settings.run.out)["step"] < 30
     assert_same_weights(whole.checkpoint, train(settings, resume=settings.run.out).checkpoint)
+
+
+def test_tensorboard_shows_the_records_of_a_resumed_run(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config("run.trackers=[tensorboard]", "run.checkpoint_every=1", "run.eval_every=2")
+    result = train(settings)
+    again = train(settings, resume=ckpt.checkpoint_path(settings.run.out, 1))
+    shown = EventAccumulator(str(result.log.parent / "dcdit"))
+    shown.Reload()
+    for key in ("loss", "kept", "grad_norm", "val_loss", "flops"):
+        found = [(event.step, event.value) for event in shown.Scalars(key)]
+        assert found == [(r["step"], pytest.approx(r[key])) for r in records(again) if key in r], key
+
+
+def test_trackers_that_are_missing(config, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"^run\.trackers names wandb, which is not installed: pip install "):
+        train(config("run.trackers=[wandb]"))
 
 
 def test_time_limit(config):

@@ -1,0 +1,56 @@
+"""Records sent to TensorBoard or Weights & Biases as well as to log.jsonl, through accelerate."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from dcdit.config import TrainConfig
+from dcdit.train.log import Record
+
+
+class Trackers:
+    """The trackers of ``run.trackers``; they write on the main process only.
+
+    TensorBoard's files are in the folder ``dcdit`` of the run; a resumed run goes on in them, repeated steps replaced.
+    Weights & Biases gets a new run each time, in a group with the name of the run's folder.
+
+    Args:
+        accelerator: made with ``log_with=run.trackers`` and the run's folder as ``project_dir``.
+        config: of the run.
+        start: steps done before.
+    """
+
+    def __init__(self, accelerator: Any, config: TrainConfig, start: int) -> None:
+        self.accelerator = accelerator
+        folder = Path(config.run.out)
+        options = {"tensorboard": {"purge_step": start + 1}, "wandb": {"dir": str(folder), "group": folder.name}}
+        chosen = {name: options[name] for name in config.run.trackers or ()}
+        accelerator.init_trackers("dcdit", _flat(config), chosen)
+
+    def write(self, record: Record) -> None:
+        values = {name: value for name, value in record.items() if name != "step"}
+        self.accelerator.log(values, step=record["step"])
+
+    def finish(self) -> None:
+        """Write out what they still hold. (accelerate's ``end_training`` would end its process group too.)"""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def check_trackers(names: list[str] | None) -> None:
+    """Raise ModuleNotFoundError for one that is not installed; accelerate would go on without it, silently."""
+    for name in names or ():
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"run.trackers names {name}, which is not installed: pip install {name}")
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """``section.key`` to what trackers take: numbers and text."""
+    sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(config)}
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for section, options in sections.items()
+        for key, value in dataclasses.asdict(options).items()
+    }
