@@ -22,8 +22,8 @@ from dcdit.model_calls import ModelCalls, Record, call_times
 from dcdit.models import DCDiT
 from dcdit.timing import Clock, Mark
 
-PILOT_FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-PILOT_STEPS = 8
+PILOT_FRACTIONS = (0.0, 0.3, 0.6, 0.9)
+PILOT_STEPS = 16
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-flops",
         type=float,
         metavar="TFLOPS",
-        help="choose the drop fraction that spends at most so many TFLOPs per image over the whole run",
+        help="choose the drop fraction that spends so many TFLOPs per image over the whole run",
     )
     add(
         "--target-latency",
         type=float,
         metavar="SECONDS",
-        help="choose the drop fraction that takes at most so many seconds per image, decoding not counted",
+        help="choose the drop fraction that takes so many seconds per image, decoding not counted",
     )
     add("--profile", metavar="JSON", help="a profile.json to choose by, instead of a short pilot run here")
     add("--labels", type=int, nargs="+", metavar="N", help="classes to draw (default: all, at most 16)")

@@ -11,8 +11,8 @@ from dcdit.diffusion._model import name_of, takes
 from dcdit.diffusion.samplers import Predict
 from dcdit.diffusion.schedule import TRAIN_STEPS
 
-Fraction = float | Callable[[float], float]
-"""rho, or rho as a function of the time in [0, 1] (1 is noise)."""
+Fraction = float | Tensor | Callable[[float], float]
+"""rho; (B,), one for each image; or a function of the time in [0, 1] (1 is noise)."""
 
 
 def guided(
@@ -38,8 +38,9 @@ def guided(
         channels: how many channels are guided (at most C); ``"all"`` is C. DiT and SiT guide three of the four latent
             channels, and published numbers with them.
         interval: guide only at times in [low, high] of [0, 1], where 1 is noise (arXiv 2404.07724).
-        drop_fraction: rho of a dynamic model, a number or a function of the time in [0, 1]; a pair gives
-            (conditional, null) their own, which is Lite-CFG (arXiv 2603.06351: up to 0.9 for the null branch).
+        drop_fraction: rho of a dynamic model: a number, a (B,) tensor with one for each image, or a function of the
+            time in [0, 1]. A pair gives (conditional, null) their own, which is Lite-CFG (arXiv 2603.06351: up to 0.9
+            for the null branch).
         budget: kept tokens per image of a dynamic model.
 
     Raises:
@@ -97,11 +98,18 @@ def _fractions(
 ) -> float | Tensor:
     """What the model gets: the number, or (rows,) float32 where it varies: torch.compile specialises on numbers."""
     pair = given if isinstance(given, tuple) else (given, given)
-    values = [float(rho(time) if callable(rho) else rho) for rho in pair]
-    for rho in values:
-        if not 0 <= rho < 1:
+    branches = [rho(time) if callable(rho) else rho for rho in (pair if both else pair[:1])]
+    for rho in branches:
+        if isinstance(rho, Tensor):
+            if rho.shape != (images,):
+                raise ValueError(f"drop_fraction has shape {tuple(rho.shape)}; accepted: ({images},), one per image")
+        elif not 0 <= rho < 1:
             raise ValueError(f"drop_fraction is {rho} at time {time:g}; accepted: a number in [0, 1)")
-    if not any(callable(rho) for rho in pair) and (not both or values[0] == values[1]):
-        return values[0]
-    branches = [torch.full((images,), rho, device=device) for rho in (values if both else values[:1])]
-    return torch.cat(branches)
+    if all(isinstance(rho, float | int) for rho in pair) and len(set(branches)) == 1:
+        return float(branches[0])
+    return torch.cat(
+        [
+            rho.to(device, torch.float32) if isinstance(rho, Tensor) else torch.full((images,), rho, device=device)
+            for rho in branches
+        ]
+    )

@@ -111,6 +111,21 @@ def test_rho_of_time(x, y):
     assert model.calls[1]["drop_fraction"].tolist() == [0.5] * 3
 
 
+def test_rho_of_each_image(x, y):
+    model = Recorder()
+    each = torch.tensor([0.0, 0.5, 0.25], dtype=torch.float64)
+    guided(model, y, 2.0, NULL, drop_fraction=each)(x, 500)
+    guided(model, y, 2.0, NULL, drop_fraction=(each, 0.75))(x, 500)
+    guided(model, y, drop_fraction=each)(x, 500)
+    assert [call["drop_fraction"].tolist() for call in model.calls] == [
+        [0, 0.5, 0.25, 0, 0.5, 0.25],
+        [0, 0.5, 0.25, 0.75, 0.75, 0.75],
+        [0, 0.5, 0.25],
+    ]
+    with pytest.raises(ValueError, match=r"drop_fraction has shape \(2,\); accepted: \(3,\), one per image"):
+        guided(model, y, drop_fraction=each[:2])(x, 500)
+
+
 class Static(nn.Module):
     def forward(self, x, t, y):
         return x

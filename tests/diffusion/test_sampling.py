@@ -143,6 +143,17 @@ def test_a_dynamic_model_samples_with_lite_cfg_and_budgets():
     assert kept == [12, 12]
 
 
+def test_each_image_can_have_its_own_budget():
+    """One batch of requests: each image is what it would be in a batch of its own."""
+    model = dynamic().eval()
+    each, labels = torch.tensor([0.0, 0.5, 0.8]), torch.tensor([0, 1, 2])
+    options = {"num_steps": 3, "cfg_scale": 1.5, "progress": False}
+    together = sample(model, labels, drop_fraction=(each, 0.9), **options)
+    for i, rho in enumerate(each.tolist()):
+        alone = sample(model, labels[i : i + 1], drop_fraction=(rho, 0.9), first_index=i, **options)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-3)
+
+
 def test_batches_of_a_dynamic_model_agree():
     model = dynamic().eval()
     options = {"num_steps": 3, "cfg_scale": 1.5, "drop_fraction": lambda time: 0.5 * time, "progress": False}
