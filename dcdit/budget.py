@@ -18,7 +18,7 @@ from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import check_interval
 from dcdit.diffusion.sampling import progress_bar
 from dcdit.diffusion.schedule import TRAIN_STEPS
-from dcdit.model_calls import ModelCalls, Record, call_times
+from dcdit.model_calls import ModelCalls, call_times
 from dcdit.models import DCDiT
 from dcdit.timing import Clock, Mark
 
@@ -95,23 +95,18 @@ def measure_costs(
     the sampler alone, without any decoding of latents.
     """
     times = call_times(method, num_steps)
-    steps = min(PILOT_STEPS, len(times))
-    options: Any = {"cfg_scale": guidance.scale, "clip": clip, "seed": seed, "progress": False}
-
-    def pilot(rho: float, steps: int) -> list[Record]:
-        null = rho if guidance.null_drop_fraction is None else guidance.null_drop_fraction
-        calls = _TimedCalls(model, len(labels), alone=guidance.interval is not None)
-        sample(calls, labels, steps, method, drop_fraction=(rho, null), **options)
-        return calls.records()
-
+    guided = [guidance.at(t) for t in times]
+    options: Any = {"cfg_scale": guidance.scale, "cfg_interval": guidance.interval}
+    options |= {"clip": clip, "seed": seed, "progress": False}
     tflops, seconds = [], []
     with progress_bar(len(PILOT_FRACTIONS), progress, "pilot", "fraction") as advance:
-        pilot(0.0, 1)  # the first call of all is slow for reasons of its own
+        sample(_Pilot(model, len(labels), 0.0, guidance), labels, 1, method, **options)  # a first call is slow
         for rho in PILOT_FRACTIONS:
-            calls = _at_times(pilot(rho, steps), times)
-            guided = [guidance.at(t) for t in times]
-            tflops.append(float(np.where(guided, calls["gflops"], calls["gflops_alone"]).sum()) / 1e3)
-            seconds.append(float(np.where(guided, calls["seconds"], calls["seconds_alone"]).sum()))
+            pilot = _Pilot(model, len(labels), rho, guidance)
+            sample(pilot, labels, min(PILOT_STEPS, len(times)), method, **options)
+            cost = [np.where(guided, *pair) for pair in zip(pilot.at(times, True), pilot.at(times, False), strict=True)]
+            tflops.append(float(cost[0].sum()) / 1e3)
+            seconds.append(float(cost[1].sum()))
             advance()
     source = f"a pilot of {len(labels)} images on this machine"
     fractions = list(PILOT_FRACTIONS)
@@ -160,40 +155,47 @@ def seconds_from_profile(
     return CostTable("seconds", str(path), fractions, costs)
 
 
-class _TimedCalls(ModelCalls):
-    """Also the seconds per image of each call, and, if asked for, of the conditional branch alone."""
+class _Pilot:
+    """A model at one drop fraction that notes GFLOPs and seconds of its calls, with both branches of guidance and with
+    one; passes for the model in a sampler.
 
-    def __init__(self, model: DCDiT, images: int, alone: bool) -> None:
-        super().__init__(model, images)
-        self._alone = alone
-        self._marks: list[list[tuple[Mark, Mark]]] = []
+    Where there is an interval a call is run both ways, so that both costs are known at all times. What the sampler
+    gets is what it asked for.
+    """
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
-        clock, n = Clock(x.device), self.images
-        start = clock.mark()
-        out = super().__call__(x, t, y, **options)
-        marks = [(start, clock.mark())]
-        if self._alone and len(x) > n:
-            rho = options["drop_fraction"]
-            start = clock.mark()
-            self.model(x[:n], t[:n], y[:n], drop_fraction=rho[:n] if isinstance(rho, Tensor) else rho)
-            marks.append((start, clock.mark()))
-        self._marks.append(marks)
+    def __init__(self, model: DCDiT, images: int, rho: float, guidance: Guidance) -> None:
+        self.config, self.images = model.config, images
+        null = rho if guidance.null_drop_fraction is None else guidance.null_drop_fraction
+        self._rho = torch.tensor([rho] * images + [null] * images)
+        self._both_ways = guidance.scale != 1 and guidance.interval is not None
+        self._calls = {guided: ModelCalls(model, images) for guided in (True, False)}
+        self._marks: dict[bool, list[tuple[Mark, Mark]]] = {True: [], False: []}
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out, n = self._run(x, t, y), self.images
+        if self._both_ways and len(x) > n:
+            self._run(x[:n], t[:n], y[:n])
+        elif self._both_ways:
+            null = torch.full_like(y, self.config.num_classes)
+            self._run(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))
         return out
 
-    def records(self) -> list[Record]:
-        """Beside the usual: ``seconds``; and of the conditional branch ``gflops_alone``, ``seconds_alone``."""
-        records = super().records()
-        for record, marks in zip(records, self._marks, strict=True):
-            spent = [Clock.milliseconds(*pair) / 1e3 / self.images for pair in marks]
-            record |= {"seconds": spent[0], "seconds_alone": spent[-1]}
-            record["gflops_alone"] = record["gflops"] - record.get("gflops_null", 0.0)
-        return records
+    def _run(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        clock, guided = Clock(x.device), len(x) > self.images
+        rho = self._rho[: len(x)].to(x.device)
+        start = clock.mark()
+        out = self._calls[guided](x, t, y, drop_fraction=rho)
+        self._marks[guided].append((start, clock.mark()))
+        return out
 
-
-def _at_times(pilot: list[Record], times: Sequence[float]) -> dict[str, np.ndarray]:
-    """What calls at these times would have cost, by interpolation over time."""
-    calls = sorted(pilot, key=lambda call: call["t"])
-    known = [call["t"] for call in calls]
-    names = ("gflops", "gflops_alone", "seconds", "seconds_alone")
-    return {name: np.interp(times, known, [call[name] for call in calls]) for name in names}
+    def at(self, times: Sequence[float], guided: bool) -> tuple[np.ndarray, np.ndarray]:
+        """GFLOPs and seconds per image that calls at these times would have taken, by interpolation; 0 where there were
+        no such calls."""
+        records, marks = self._calls[guided].records(), self._marks[guided]
+        if not records:
+            return np.zeros(len(times)), np.zeros(len(times))
+        order = np.argsort([record["t"] for record in records])
+        known = np.array([record["t"] for record in records])[order]
+        gflops = np.array([record["gflops"] for record in records])[order]
+        seconds = np.array([Clock.milliseconds(*pair) / 1e3 / self.images for pair in marks])[order]
+        return np.interp(times, known, gflops), np.interp(times, known, seconds)

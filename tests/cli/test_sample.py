@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +269,13 @@ def test_budgets_that_do_not_fit(dynamic, fails, flags, match):
 @pytest.mark.parametrize("flags", ["--target-flops 1", "--drop-schedule constant:0", "--report"])
 def test_a_static_model_has_no_budget(static, fails, flags):
     fails(static, flags, f"holds a static DiT, which drops no tokens; leave {flags.split()[0]} out")
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_runs(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "docs/sampling.md", "exec"), {})
+    assert re.search(r"half way between no drop and 0\.9: drop fraction 0\.[2-7]\d, ", capsys.readouterr().out)
