@@ -85,7 +85,7 @@ def stop_at(step):
 
 def test_run_equals_a_plain_loop(config, archive):
     """Two steps against the recipe written out: objective, ratio loss, clipping, AdamW with warm-up, average."""
-    settings = config("optim.steps=2", "optim.warmup_steps=4", "router.drop_warmup_steps=9", "optim.grad_clip=0.1")
+    settings = config("optim.steps=2", "optim.warmup_steps=4", "router.drop_fractions=[0.5]", "optim.grad_clip=0.1")
     saved = ckpt.load_checkpoint(train(settings).checkpoint)
 
     torch.manual_seed(0)
@@ -100,8 +100,8 @@ def test_run_equals_a_plain_loop(config, archive):
         model.y_embedder.eval()
         routing = []
 
-        def predict(x, t, y, routing=routing):
-            out, found = model(x, t, y, return_routing=True)
+        def predict(x, t, y, step=step, routing=routing):
+            out, found = model(x, t, y, drop_fraction=0.5 if step else 0.0, return_routing=True)
             routing.append(found)
             return out
 
@@ -166,6 +166,27 @@ def test_variants_train(config, overrides):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in after.values())
     assert all(np.isfinite(list(record.values())).all() for record in records(result))
+
+
+def test_compiled_training_does_not_recompile_as_lengths_change(config, monkeypatch):
+    """The first counts teach the compiler which sizes change; then it is done. Losses are those of a plain run."""
+    graphs, compiled = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("eager")(graph, inputs)
+
+    overrides = ["optim.steps=14", "router.drop_fractions=[0.0, 0.1, 0.3, 0.6]"]
+    eager = train(config(*overrides, out="eager"))
+    torch._dynamo.reset()
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend=backend))
+    result = train(config(*overrides, "optim.compile=true"), callbacks=[lambda record: compiled.append(len(graphs))])
+    kept = [record["kept"] for record in records(result)]
+    assert compiled[0] > 0 and compiled[7] == compiled[-1], compiled
+    assert len({*kept[8:]} - {*kept[:8]}) >= 5
+    for ours, theirs in zip(records(result), records(eager), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 def test_static_baseline_trains(config):
@@ -261,6 +282,20 @@ def test_resume_repeats_lost_steps(config):
     again = train(settings, resume=ckpt.checkpoint_path(settings.run.out, 2))
     assert [record["step"] for record in records(again)] == [1, 2, 3, 4]
     assert_same_weights(result.checkpoint, again.checkpoint)
+
+
+def test_resume_past_a_damaged_checkpoint(config):
+    """The error says how, and the run then ends as if nothing had been damaged."""
+    settings = config("run.checkpoint_every=1", "run.keep_checkpoints=2")
+    before = train(settings).checkpoint
+    expected = before.rename(before.with_name("undamaged"))
+    run = expected.parents[1]
+    ckpt.checkpoint_path(run, 4).mkdir()
+    (ckpt.checkpoint_path(run, 4) / ckpt.MODEL).write_bytes((expected / ckpt.MODEL).read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match=r"step_00000004.*: --resume \S*/step_00000003$") as error:
+        train(settings, resume=run)
+    result = train(settings, resume=str(error.value).split()[-1])
+    assert_same_weights(expected, result.checkpoint)
 
 
 def test_resume_of_a_finished_run_can_be_extended(config):
