@@ -35,7 +35,7 @@ def _starts_sequence(row, rows, cu_ptr, length, sequences, steps, PACKED: tl.con
             before = tl.load(cu_ptr + middle) < row
             low = tl.where(before, middle + 1, low)
             high = tl.where(before, high, middle)
-        return tl.load(cu_ptr + low) == row
+        return tl.load(cu_ptr + tl.minimum(low, sequences)) == row  # a last entry below rows is not found
     else:
         return row % length == 0
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels._launch import cdiv, config_for, empty, launch
-from dcdit.kernels._segments import chunk_slots, find_chunk
+from dcdit.kernels._segments import chunk_slots, find_chunk, segment_bounds
 
 _LEAST = tl.constexpr(1e-4)
 _MOST = tl.constexpr(1.0 - 1e-4)
@@ -45,8 +45,7 @@ def _locate(cu_ptr, sequences, length, rows, slot, CHUNK: tl.constexpr):
         # Programs past the last sequence find nothing.
         last = tl.minimum(tl.minimum(first + CHUNK, end), rows)
     else:
-        sequence, first, last = find_chunk(cu_ptr, sequences, rows, slot, CHUNK)
-        end = tl.load(cu_ptr + sequence + 1, mask=sequence < sequences, other=0)
+        _, first, last, end = find_chunk(cu_ptr, sequences, rows, slot, CHUNK)
     return first, last, end
 
 
@@ -110,9 +109,9 @@ def _ema_chunk_bwd_kernel(
         tl.store(decay_ptr + slot, tl.sum(tl.where(position == first, total, 0.0)))
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["sequences", "length", "rows"])
 def _ema_carry_kernel(
-    decay_ptr, value_ptr, cu_ptr, carry_ptr, length,
+    decay_ptr, value_ptr, cu_ptr, carry_ptr, sequences, length, rows,
     D: tl.constexpr, REVERSE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The state that enters each chunk of a sequence, walking forward or in reverse."""
@@ -122,8 +121,8 @@ def _ema_carry_kernel(
         count = tl.cdiv(length, CHUNK)
         first = sequence * count
     else:
-        start = tl.load(cu_ptr + sequence)
-        count = tl.cdiv(tl.load(cu_ptr + sequence + 1) - start, CHUNK)
+        start, end = segment_bounds(cu_ptr, sequence, sequences, rows)
+        count = tl.cdiv(end - start, CHUNK)
         first = start // CHUNK + sequence
     carry = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for base in range(0, count, CHUNKS):
@@ -175,7 +174,7 @@ def _ema_bwd_kernel(
     offset = tl.arange(0, CHUNK)  # [CHUNK]
     if grad_h_ptr is not None:
         # No position leads to a slack row, so every program clears its share of them.
-        slack = tl.load(token_cu_ptr + sequences) + slot.to(tl.int64) * CHUNK + offset
+        slack = tl.maximum(tl.load(token_cu_ptr + sequences), 0) + slot.to(tl.int64) * CHUNK + offset
         cleared = (slack < tokens)[:, None] & (col < D)[None, :]
         tl.store(grad_h_ptr + slack[:, None] * D + col[None, :], tl.zeros((CHUNK, BLOCK_D), tl.float32), mask=cleared)
     first, last, end = _locate(cu_ptr, sequences, length, rows, slot, CHUNK)
@@ -301,7 +300,8 @@ def _enter(
         sequences, length, p.numel(), x.stride(0), D=d, **config,
     )  # fmt: skip
     launch(
-        _ema_carry_kernel, (sequences, cdiv(d, combining["BLOCK_D"])), decay, value, source_cu_seqlens, carry, length,
+        _ema_carry_kernel, (sequences, cdiv(d, combining["BLOCK_D"])), decay, value, source_cu_seqlens, carry,
+        sequences, length, p.numel(),
         D=d, REVERSE=reverse, CHUNK=config["CHUNK"], **combining,
     )  # fmt: skip
     return carry

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels._launch import cdiv, config_for, empty, launch, next_power_of_2
-from dcdit.kernels._segments import chunk_slots, find_chunk
+from dcdit.kernels._segments import chunk_slots, find_chunk, segment_bounds
 
 
 @triton.jit(do_not_specialize=["rows", "images"])
@@ -19,7 +19,7 @@ def _modulation_fwd_kernel(
     x_stride, y_stride, gate_stride, shift_stride, scale_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    image, first, last = find_chunk(cu_ptr, images, rows, tl.program_id(0), ROWS)
+    image, first, last, _ = find_chunk(cu_ptr, images, rows, tl.program_id(0), ROWS)
     if first >= last:
         return
     row = first + tl.arange(0, ROWS)  # [ROWS]
@@ -56,7 +56,7 @@ def _modulation_bwd_kernel(
     D: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
-    image, first, last = find_chunk(cu_ptr, images, rows, slot, CHUNK)
+    image, first, last, _ = find_chunk(cu_ptr, images, rows, slot, CHUNK)
     if first >= last:
         return
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -109,14 +109,14 @@ def _modulation_bwd_kernel(
             tl.store(partial_ptr + (PARTS - 1) * D, tl.sum(gate_sum, 0), mask=modulated)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "images"])
 def _sum_chunks_kernel(
-    partial_ptr, cu_ptr, out_ptr,
+    partial_ptr, cu_ptr, out_ptr, rows, images,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    start, end = tl.load(cu_ptr + image), tl.load(cu_ptr + image + 1)
+    start, end = segment_bounds(cu_ptr, image, images, rows)
     slot = start // CHUNK + image
     chunks = tl.cdiv(end - start, CHUNK)
     total = tl.zeros((CHUNKS, BLOCK), dtype=tl.float32)
@@ -204,7 +204,8 @@ def modulation_bwd(
     if partial is not None:
         summing = config_for("modulation_sum", device, D=d)
         launch(
-            _sum_chunks_kernel, (images, cdiv(parts * d, summing["BLOCK"])), partial, cu_seqlens, grad_modulation,
+            _sum_chunks_kernel, (images, cdiv(parts * d, summing["BLOCK"])),
+            partial, cu_seqlens, grad_modulation, rows, images,
             WIDTH=parts * d, CHUNK=config["CHUNK"], **summing,
         )  # fmt: skip
     return grad_x, grad_y, grad_modulation

@@ -38,11 +38,13 @@ def _floor(threshold, positions):
 
 
 @triton.jit
-def _bounds(starts_ptr, image, images, length, PACKED: tl.constexpr):
-    """First and past-last position of an image; an empty range for the one past the last."""
+def _bounds(starts_ptr, image, images, length, positions, PACKED: tl.constexpr):
+    """First and past-last position of an image; an empty range for the one past the last. Never outside of p, whatever
+    unchecked starts say."""
     following = tl.minimum(image + 1, images)
     if PACKED:
-        start, stop = tl.load(starts_ptr + image), tl.load(starts_ptr + following)
+        start = tl.maximum(tl.load(starts_ptr + image), 0)
+        stop = tl.minimum(tl.load(starts_ptr + following), positions)
     else:
         start, stop = image.to(tl.int64) * length, following.to(tl.int64) * length
     return start.to(tl.int64), stop.to(tl.int64)
@@ -78,7 +80,7 @@ def _cut_kernel(
 ):  # fmt: skip
     """One program per image: how many it keeps, and the cut that does."""
     image = tl.program_id(0)
-    start, stop = _bounds(starts_ptr, image, images, length, PACKED)
+    start, stop = _bounds(starts_ptr, image, images, length, positions, PACKED)
     floor = _LOWEST + 1 if BUDGET else _floor(threshold, positions)
     lowest = tl.full((BLOCK,), _HIGHEST, dtype=tl.int64)
     highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
@@ -144,7 +146,7 @@ def _raise_kernel(
 ):  # fmt: skip
     """One program per image: raise its cut to the limit of the batch, but keep its best, and count again."""
     image = tl.program_id(0)
-    start, stop = _bounds(starts_ptr, image, images, length, PACKED)
+    start, stop = _bounds(starts_ptr, image, images, length, positions, PACKED)
     cut = tl.maximum(tl.load(cut_ptr + image), tl.load(limit_ptr))
     cut = tl.minimum(cut, tl.load(best_ptr + image))
     tl.store(cut_ptr + image, cut)
@@ -178,7 +180,7 @@ def _compact_kernel(
         if not CAPACITY:
             tl.store(overflow_ptr, 0)
 
-    start, stop = _bounds(starts_ptr, image, images, length, PACKED)
+    start, stop = _bounds(starts_ptr, image, images, length, positions, PACKED)
     cut = tl.load(cut_ptr + image, mask=image < images, other=_HIGHEST)
     floor = _floor(threshold, positions)
     for base in range(start, stop, BLOCK):
@@ -189,7 +191,7 @@ def _compact_kernel(
         tl.store(mask_ptr + at, keep, mask=at < stop)
         tl.store(natural_ptr + at, rank >= floor, mask=at < stop)
         tl.store(slot_ptr + at, tl.where(keep, slots, -1), mask=at < stop)
-        tl.store(index_ptr + slots, at, mask=keep)
+        tl.store(index_ptr + slots, at, mask=keep & (slots < rows))
         slot += tl.sum(keep.to(tl.int32))
 
     for base in range(total + image * BLOCK, rows, (images + 1) * BLOCK):

@@ -74,7 +74,7 @@ def select_tokens(
     flat = p.flatten()
     starts = _image_starts(p, cu_seqlens)
     images = len(starts) - 1
-    natural = flat > threshold
+    natural = _wide(flat) > threshold
     mask = natural.clone()
     rho = torch.as_tensor(drop_fraction, dtype=torch.float32).expand(images)
     survivors: list[int] = []

@@ -56,7 +56,8 @@ def select_tokens(
     Args:
         p: (B, L), or (S,) with ``cu_seqlens``; probabilities in [0, 1].
         cu_seqlens: int32 (B+1,), sequence starts of a packed source.
-        threshold: strict lower bound of the natural mask.
+        threshold: strict lower bound of the natural mask, compared in float32 (float64 p in float64): half-precision p
+            meets the number itself, not its rounding.
         drop_fraction: rho in [0, 1), one number or a (B,) tensor.
         budget: keep exactly this many per image, the highest p (every shape is static; excludes the other two).
         capacity: static size T of the packed buffer. If more tokens are kept, the lowest p of the batch are dropped and

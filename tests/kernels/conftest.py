@@ -7,6 +7,7 @@ import pkgutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreter_memcheck import install
 
 import dcdit.kernels
 
@@ -20,6 +21,11 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     """Memory in which an element that no kernel wrote shows."""
     value = float("nan") if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).min + 7
     return torch.full(shape, value, dtype=dtype, device=device)
+
+
+@pytest.fixture(autouse=True)
+def memcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

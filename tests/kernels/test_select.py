@@ -73,7 +73,7 @@ def cases(draw: st.DrawFn, mode: str) -> tuple[Tensor, Tensor | None, dict[str, 
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if mode == "budget":
         return p, cu_seqlens, {"budget": draw(st.integers(1, max(shortest, 1)))} if images else {}
-    threshold = draw(st.sampled_from([0.5, 0.5, 0.0, 0.75, 1.0]))
+    threshold = draw(st.sampled_from([0.5, 0.5, 0.3, 0.0, 0.75, 1.0]))
     drops = st.floats(0, 1, exclude_max=True, width=32) | st.sampled_from([0.0, 0.3, 0.5])
     if draw(st.booleans()):
         drop: float | Tensor = draw(drops)
@@ -100,12 +100,16 @@ def test_matches_the_definition(
     check(p.to(device), None if cu_seqlens is None else cu_seqlens.to(device), **arguments)
 
 
-@given(threshold=st.floats(0, 1, width=32), seed=st.integers(0, 99))
-@example(threshold=0.3, seed=0)
-def test_any_threshold(threshold: float, seed: int, device: torch.device) -> None:
-    p = torch.rand(2, 20, generator=generator(seed))
+@given(threshold=st.floats(0, 1, width=32), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@example(threshold=0.3, dtype=torch.float32, seed=0)
+@example(threshold=0.3, dtype=torch.bfloat16, seed=0)
+@example(threshold=0.7, dtype=torch.float16, seed=0)
+def test_any_threshold(threshold: float, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    """Also one that the dtype of p cannot hold, next to a p that is its rounding."""
+    p = torch.rand(2, 20, generator=generator(seed)).to(dtype)
     p[0, 7] = threshold
-    check(p.to(device), threshold=threshold)
+    sel = check(p.to(device), threshold=threshold)
+    assert bool(sel.natural_mask[0, 7]) == (float(p[0, 7]) > float(torch.tensor(threshold)))
 
 
 @pytest.mark.parametrize("pattern", ["random", "equal", "signed"])

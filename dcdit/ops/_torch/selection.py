@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._torch._common import segment_of_rows
+from dcdit.ops._torch._common import segment_of_rows, wide
 from dcdit.ops.selection import TokenSelection
 
 
@@ -17,7 +17,7 @@ def select_tokens(
     capacity: int | None,
 ) -> TokenSelection:
     images = _Images(p, cu_seqlens)
-    natural = p.flatten() > threshold
+    natural = wide(p.flatten()) > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
     if budget is not None:
         mask = images.rank() >= images.to_rows(images.starts.diff() - budget)

@@ -13,9 +13,8 @@ from dcdit.ops.selection import TokenSelection
 def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> Tensor:
     d = h.shape[1]
     rows = None if residual is None else unit_stride(residual.reshape(-1, d))
-    out = _ema(
-        unit_stride(h), p.contiguous(), sel.slots.contiguous(), sel.cu_seqlens, sel.source_cu_seqlens, gate, rows
-    )
+    source = None if sel.source_cu_seqlens is None else sel.source_cu_seqlens.contiguous()
+    out = _ema(unit_stride(h), p.contiguous(), sel.slots.contiguous(), sel.cu_seqlens.contiguous(), source, gate, rows)
     return out.view(*p.shape, d)
 
 

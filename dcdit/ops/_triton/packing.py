@@ -12,11 +12,14 @@ from dcdit.ops.selection import TokenSelection
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
     rows = unit_stride(x.reshape(-1, x.shape[-1]))
-    return _gather(rows, sel.indices, sel.slots, None if bias is None else bias.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    return _gather(rows, sel.indices.contiguous(), sel.slots.contiguous(), bias)
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
-    return _scatter(unit_stride(t), sel.indices, sel.slots, fill).view(*sel.mask.shape, t.shape[-1])
+    return _scatter(unit_stride(t), sel.indices.contiguous(), sel.slots.contiguous(), fill).view(
+        *sel.mask.shape, t.shape[-1]
+    )
 
 
 def _gather_launch(x: Tensor, indices: Tensor, slots: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,8 +18,9 @@ def select_tokens(
 ) -> TokenSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
+    sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
     indices, starts, lengths, mask, natural, slots, sizes, overflow = _select(
-        p.contiguous(), cu_seqlens, threshold, rho, per_image, budget, capacity
+        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity
     )
     if budget is not None:
         max_seqlen = budget
