@@ -115,7 +115,7 @@ def _gate_row(h_ptr, detail_ptr, q_ptr, gate_part_ptr, token, channel, h_stride,
 
 @triton.jit(do_not_specialize=["height", "width", "tiles_down", "tiles_across", "positions"])
 def _tile_sum_kernel(
-    grad_ptr, h_ptr, detail_ptr, q_ptr, nearest_ptr, tile_sum_ptr, gate_part_ptr,
+    grad_ptr, h_ptr, detail_ptr, q_ptr, nearest_ptr, tile_owner_ptr, tile_sum_ptr, gate_part_ptr,
     height, width, tiles_down, tiles_across, positions, h_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +124,8 @@ def _tile_sum_kernel(
     tile_row, tile_col = tile // tiles_across % tiles_down, tile % tiles_across
     top = tile // tiles_across // tiles_down * height
     owner = _tile_owner(nearest_ptr, top, tile_row, tile_col, height, width)
+    if tl.program_id(1) == 0:
+        tl.store(tile_owner_ptr + tile, owner)
     if owner < 0:
         return
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -142,7 +144,7 @@ def _tile_sum_kernel(
 
 @triton.jit(do_not_specialize=["images", "height", "width", "tiles_down", "tiles_across", "positions", "tokens"])
 def _cell_sum_kernel(
-    grad_ptr, h_ptr, detail_ptr, q_ptr, nearest_ptr, tile_sum_ptr, box_ptr, cu_ptr,
+    grad_ptr, h_ptr, detail_ptr, q_ptr, nearest_ptr, tile_owner_ptr, tile_sum_ptr, box_ptr, cu_ptr,
     cell_ptr, along_ptr, gate_part_ptr, grad_h_ptr,
     images, height, width, tiles_down, tiles_across, positions, tokens, h_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -167,29 +169,29 @@ def _cell_sum_kernel(
         gate_part_ptr += tl.program_id(1).to(tl.int64) * positions
     total = tl.zeros((BLOCK_D,), tl.float32)
     lane = tl.arange(0, _TILE)
-    if tl.minimum(rows, cols) < _TILE:
-        # No tile fits into the box, as with most cells.
-        for start in range(0, rows * cols, _TILE):
-            index = start + lane
-            place = (top + first_row + index // cols).to(tl.int64) * width + first_col + index % cols
+    # A step takes four positions: of a row of the tiles that the box touches or, where no tile fits into the box (as
+    # with most cells), of a run through the box. One loop for both: another copy of its body would claim registers.
+    by_tile = tl.minimum(rows, cols) >= _TILE
+    top_tile, left_tile = first_row // _TILE, first_col // _TILE
+    wide = last_col // _TILE - left_tile + 1
+    steps = tl.where(by_tile, (last_row // _TILE - top_tile + 1) * wide * _TILE, tl.cdiv(rows * cols, _TILE))
+    step = 0
+    while step < steps:
+        tile_row, tile_col = top_tile + step // _TILE // wide, left_tile + step // _TILE % wide
+        tile = (image.to(tl.int64) * tiles_down + tile_row) * tiles_across + tile_col
+        if tl.load(tile_owner_ptr + tile, mask=by_tile, other=-1) == token:
+            total += tl.load(tile_sum_ptr + tile * D + channel, mask=inside, other=0.0)
+            step += _TILE
+        else:
+            index = step * _TILE + lane
+            row = tl.where(by_tile, tile_row * _TILE + step % _TILE, first_row + index // cols)
+            col = tl.where(by_tile, tile_col * _TILE + lane, first_col + index % cols)
+            place = (top + row).to(tl.int64) * width + col
+            within = (row <= last_row) & (col <= last_col)
             total = _add_positions(
-                grad_ptr, nearest_ptr, gate_part_ptr, place, index < rows * cols, token, value, channel, total, D
+                grad_ptr, nearest_ptr, gate_part_ptr, place, within, token, value, channel, total, D
             )  # fmt: skip
-    else:
-        for tile_row in range(first_row // _TILE, last_row // _TILE + 1):
-            for tile_col in range(first_col // _TILE, last_col // _TILE + 1):
-                if _tile_owner(nearest_ptr, top, tile_row, tile_col, height, width) == token:
-                    tile = (image.to(tl.int64) * tiles_down + tile_row) * tiles_across + tile_col
-                    total += tl.load(tile_sum_ptr + tile * D + channel, mask=inside, other=0.0)
-                else:
-                    from_row = tl.maximum(first_row, tile_row * _TILE)
-                    to_row = tl.minimum(last_row + 1, (tile_row + 1) * _TILE)
-                    col = tile_col * _TILE + lane
-                    for row in range(from_row, to_row):
-                        place = (top + row).to(tl.int64) * width + col
-                        total = _add_positions(
-                            grad_ptr, nearest_ptr, gate_part_ptr, place, col < width, token, value, channel, total, D
-                        )  # fmt: skip
+            step += 1
     tl.store(cell_ptr + row_offset + channel, total, mask=inside)
     if along_ptr is not None:
         h = tl.load(h_ptr + token.to(tl.int64) * h_stride + channel, mask=inside, other=0.0).to(tl.float32)
@@ -240,17 +242,17 @@ def plug_back_bwd(
     parts = cdiv(d, config["BLOCK_D"])
     images, cuts = cu_seqlens.shape[0] - 1, (cdiv(height, TILE), cdiv(width, TILE))
     tiles = images * cuts[0] * cuts[1]
-    tile_sum = empty((tiles, d), torch.float32, device)
+    tile_owner, tile_sum = empty((tiles,), torch.int32, device), empty((tiles, d), torch.float32, device)
     cell = empty((tokens, d), torch.float32, device)
     along = empty((parts, tokens), torch.float32, device) if want_along else None
     gate_part = empty((parts, positions), torch.float32, device) if want_gate else None
     inputs = grad, h, detail, survey.confidence, nearest
     launch(
-        _tile_sum_kernel, (tiles, parts), *inputs, tile_sum, gate_part, height, width, *cuts, positions, h.stride(0),
-        D=d, **config,
+        _tile_sum_kernel, (tiles, parts), *inputs, tile_owner, tile_sum, gate_part,
+        height, width, *cuts, positions, h.stride(0), D=d, **config,
     )  # fmt: skip
     launch(
-        _cell_sum_kernel, (tokens, parts), *inputs, tile_sum, box, cu_seqlens, cell, along, gate_part, grad_h,
-        images, height, width, *cuts, positions, tokens, h.stride(0), D=d, **config,
+        _cell_sum_kernel, (tokens, parts), *inputs, tile_owner, tile_sum, box, cu_seqlens,
+        cell, along, gate_part, grad_h, images, height, width, *cuts, positions, tokens, h.stride(0), D=d, **config,
     )  # fmt: skip
     return cell, along, gate_part

@@ -73,8 +73,12 @@ def _listed(place, first, begin, count):
 
 
 @triton.jit
-def _block(rank_ptr, height, width, bands, strips, BAND_H: tl.constexpr, STRIP_W: tl.constexpr):
-    """First row of this program's image in the stacked grids, and the runs of its block."""
+def _tile(rank_ptr, start, height, width, bands, strips, BM: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr):
+    """First row of this program's image in the stacked grids, slots of its block's kept tokens from ``start`` on [BM]
+    (-1 past the last), and how many the block has.
+
+    Looked up anew for every tile, from the cache: held over the loops of a window, the runs would cost registers there.
+    """
     block = tl.program_id(0)
     strip = block % strips
     band = block // strips % bands
@@ -82,7 +86,7 @@ def _block(rank_ptr, height, width, bands, strips, BAND_H: tl.constexpr, STRIP_W
     line = band * BAND_H + tl.arange(0, BAND_H)
     right = tl.minimum((strip + 1) * STRIP_W, width)
     first, begin, count = _runs(rank_ptr, top + line, line < height, strip * STRIP_W, right, width)
-    return top, first, begin, count
+    return top, _listed(start + tl.arange(0, BM), first, begin, count), tl.sum(count, 0)
 
 
 @triton.jit
@@ -123,10 +127,11 @@ def _window_sum(
                 total += kernel * weight[None, :]
             else:
                 along = tl.zeros((BJ,), tl.float32)
-                part_ptr = along_ptr
-                for _ in range(parts):
+                part_ptr = along_ptr + tl.program_id(1).to(tl.int64) * tokens
+                # The sum over <g_i, s_i> knows no channels, so each slice takes its share of the parts.
+                for _ in tl.range(tl.program_id(1), parts, tl.num_programs(1), loop_unroll_factor=1):
                     along += tl.load(part_ptr + other, mask=present, other=0.0)
-                    part_ptr += tokens
+                    part_ptr += tl.num_programs(1).to(tl.int64) * tokens
                 total += kernel * (weight * along)[None, :]
     return acc, tl.sum(total, 1)
 
@@ -138,10 +143,11 @@ def _smooth_fwd_kernel(
     D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    top, first, begin, count = _block(rank_ptr, height, width, bands, strips, BAND_H, STRIP_W)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    for start in range(0, tl.sum(count, 0), BM):
-        slot = _listed(start + tl.arange(0, BM), first, begin, count)
+    start, kept = 0, 1
+    while start < kept:
+        top, slot, kept = _tile(rank_ptr, start, height, width, bands, strips, BM, BAND_H, STRIP_W)
+        start += BM
         acc, total = _window_sum(
             h_ptr, q_ptr, None, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
             h_stride, tokens, 0, radius, fall, channel, D, BM, BJ, LINES, BLOCK_D,
@@ -166,12 +172,11 @@ def _smooth_bwd_kernel(
     D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    top, first, begin, count = _block(rank_ptr, height, width, bands, strips, BAND_H, STRIP_W)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    # The sum over <g_i, s_i> knows no channels: the first slice takes it whole.
-    parts = tl.where(tl.program_id(1) == 0, parts, 0)
-    for start in range(0, tl.sum(count, 0), BM):
-        slot = _listed(start + tl.arange(0, BM), first, begin, count)
+    start, kept = 0, 1
+    while start < kept:
+        top, slot, kept = _tile(rank_ptr, start, height, width, bands, strips, BM, BAND_H, STRIP_W)
+        start += BM
         spread, total = _window_sum(
             grad_ptr, scale_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
             D, tokens, parts, radius, fall, channel, D, BM, BJ, LINES, BLOCK_D,
