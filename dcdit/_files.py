@@ -44,7 +44,7 @@ def remove(path: Path) -> None:
 
 def stood_aside(folder: Path) -> dict[str, Path]:
     """What was being replaced in ``folder`` when a process was killed, by the name it had, which nothing has now."""
-    found = {path.name[1:].rsplit(".", 2)[0]: path for path in folder.glob(".*.old")}
+    found = {path.name[1:].rsplit(".", 2)[0]: path for path in folder.glob(".*.[0-9]*.old")}
     return {name: path for name, path in found.items() if not (folder / name).exists()}
 
 
@@ -56,7 +56,7 @@ def recover(folder: Path) -> None:
     for name, path in stood_aside(folder).items():
         path.rename(folder / name)
     for what in ("new", "old", "gone"):
-        for path in folder.glob(f".*.{what}"):
+        for path in folder.glob(f".*.[0-9]*.{what}"):
             remove(path)
 
 

@@ -112,7 +112,6 @@ class _Run:
             settings = dump_yaml(config)
             atomically(self.out / "config.yaml", lambda file: file.write_text(settings, encoding="utf-8"))
             cut_log(self.log, self.start)
-        self.trackers = Trackers(self.accelerator, config, self.start)
         self._training_mode()
         window = Window()
         saved = None
@@ -120,7 +119,8 @@ class _Run:
         reason = self._stop_reason(False, 0.0, step % config.run.log_every == 0)
         began = time.monotonic()
         data = self._batches()
-        with Signals() as signals, self._progress() as bar:
+        trackers = Trackers(self.accelerator, config, self.start)
+        with trackers as self.trackers, Signals() as signals, self._progress() as bar:
             while step < config.optim.steps and reason == "steps":
                 window.add(self._step(step, data), config.optim.batch_size)
                 step += 1
@@ -138,7 +138,6 @@ class _Run:
                         self._log_validation(step)
                     if step % config.run.checkpoint_every == 0 or done or reason != "steps":
                         saved = self._save(step)
-        self.trackers.finish()
         return TrainResult(step, reason, saved or self._save(step), self.log, self.main)
 
     def _step(self, step: int, data: Iterator[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

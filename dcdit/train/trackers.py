@@ -11,7 +11,7 @@ from dcdit.train.log import Record
 
 
 class Trackers:
-    """The trackers of ``run.trackers``; they write on the main process only.
+    """The trackers of ``run.trackers``; they write on the main process only, and finish when the block ends.
 
     TensorBoard's files are in the folder ``dcdit`` of the run; a resumed run goes on in them, repeated steps replaced.
     Weights & Biases gets a new run each time, in a group with the name of the run's folder.
@@ -33,8 +33,11 @@ class Trackers:
         values = {name: value for name, value in record.items() if name != "step"}
         self.accelerator.log(values, step=record["step"])
 
-    def finish(self) -> None:
-        """Write out what they still hold. (accelerate's ``end_training`` would end its process group too.)"""
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # accelerate's end_training would end its process group too.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
