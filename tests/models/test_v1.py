@@ -63,7 +63,7 @@ def test_starts_with_hardly_a_token_and_learns_to_keep_more():
         ratio_loss(routing.prob, routing.natural_mask, 16.0).backward()
         optimizer.step()
         optimizer.zero_grad()
-        means.append(float(routing.prob.mean()))
+        means.append(routing.prob.mean().item())
     assert means == sorted(means) and means[-1] > means[0] + 1e-3
 
 
