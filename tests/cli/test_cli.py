@@ -13,8 +13,8 @@ from PIL import Image
 import dcdit
 from dcdit import checkpoint as ckpt
 from dcdit.cli import main
-from dcdit.models import create_model
 from dcdit.model_calls import ModelCalls
+from dcdit.models import create_model
 
 TINY = ["in_channels=3", "grid=[8,8]", "hidden_size=128", "depth=1", "num_heads=2"]
 
@@ -326,7 +326,10 @@ def test_drop_fraction_of_a_static_model(fails, static_latents):
 
 
 def test_budget_with_drop_fraction(fails, trained):
-    fails(f"sample --checkpoint {trained} --budget 3 --drop-fraction 0.5", match="--drop-fraction and --budget each say how many")
+    fails(
+        f"sample --checkpoint {trained} --budget 3 --drop-fraction 0.5",
+        match="--drop-fraction and --budget each say how many",
+    )
 
 
 def test_budget_too_large(fails, trained):
