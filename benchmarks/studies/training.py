@@ -67,7 +67,9 @@ def _start(config: TrainConfig) -> subprocess.Popen[bytes]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dcdit", "train"]
     if list_checkpoints(folder):
-        command += ["--resume", str(folder)]
+        # Its own configuration, but for how long: a larger budget carries on what a smaller one began.
+        command += ["--resume", str(folder), "--set", f"optim.flops={json.dumps(config.optim.flops)}"]
+        command += ["--set", f"optim.steps={config.optim.steps}"]
     else:
         file = folder.with_suffix(".yaml")
         file.write_text(dump_yaml(config), encoding="utf-8")
