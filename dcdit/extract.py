@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dcdit._files import atomically
-from dcdit._vae import latent_range, load_autoencoder
+from dcdit.autoencoder import latent_range, load_autoencoder
 from dcdit.data import manifest as manifests
 from dcdit.data._samples import sample_rng, to_sample
 from dcdit.data.folder import image_files, read_centre

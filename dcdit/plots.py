@@ -109,7 +109,7 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str
 def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Over the sampling, from noise to data: the share of the tokens kept in each branch of guidance, and the FLOPs.
 
-    Each run holds name and calls, the records of :class:`dcdit.model_calls.ModelCalls`.
+    Each run holds name and calls, the records of :class:`dcdit.sample.model_calls.ModelCalls`.
     """
     branches = {"conditional branch": ""}
     if any("kept_null" in call for run in runs for call in run["calls"]):

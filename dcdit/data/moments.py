@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit._vae import SD_VAE_SCALE
+from dcdit.autoencoder import SD_VAE_SCALE
 from dcdit.data._files import Files, FolderFiles, ZipFiles, read_npy
 from dcdit.data._samples import DamagedFile
 from dcdit.data._store import LatentStore, as_latent, checked, first_readable

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dcdit.autoencoder import create_decoder
 from dcdit.checkpoint import load_model, read_metadata
 from dcdit.diffusion import METHODS
 from dcdit.diffusion.drop_schedules import FORMS
@@ -15,8 +16,8 @@ from dcdit.evaluate.generate import SAMPLES, Settings, Work, generate, weights_h
 from dcdit.evaluate.images import ImageSet, npz_arrays, open_images
 from dcdit.evaluate.measure import Evaluation, evaluate_images
 from dcdit.evaluate.report import write_report
-from dcdit.sample import DEFAULT_METHOD, _decoder
-from dcdit.sample_plan import check_budget, make_plans
+from dcdit.sample import DEFAULT_METHOD
+from dcdit.sample.plan import check_budget, make_plans
 
 TAKEN_OVER = (
     *("checkpoint", "num", "steps", "null_drop_fraction", "budget", "cfg_scale", "cfg_interval", "seed"),
@@ -102,7 +103,7 @@ def _sample(args: argparse.Namespace, out: Path) -> tuple[Settings, Work] | None
     if args.precision == "bf16":
         model = model.bfloat16()
     notes = read_metadata(args.checkpoint, not args.no_ema)
-    decode = _decoder(args.vae, model, state.device, notes)
+    decode = create_decoder(args.vae, model.config.in_channels, state.device, notes)
     if decode is None:
         raise ValueError(f"{args.checkpoint} makes latents of {model.config.in_channels} channels; --vae decodes them")
     check_budget(args, model)

@@ -18,8 +18,8 @@ from dcdit.checkpoint import EMA, MODEL, Model, find_checkpoint
 from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
-from dcdit.model_calls import ModelCalls, Record, mean_records, tflops_per_image
 from dcdit.pictures import to_pixels
+from dcdit.sample.model_calls import ModelCalls, Record, mean_records, tflops_per_image
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
@@ -63,7 +63,7 @@ class Work:
             :func:`dcdit.models.count_flops` counts.
         tflops_null: the part of the unconditional branch, 0 without guidance.
         kept: mean share of the positions that the conditional branch kept; None for a static model.
-        calls: the same of each model call, see :meth:`dcdit.model_calls.ModelCalls.records`.
+        calls: the same of each model call, see :meth:`dcdit.sample.model_calls.ModelCalls.records`.
     """
 
     tflops: float

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models.small import small_dc_dit
 
-from dcdit.budget import CostTable, Guidance, measure_costs
 from dcdit.diffusion import sample
-from dcdit.model_calls import ModelCalls, call_times, tflops_per_image
+from dcdit.sample.budget import CostTable, Guidance, measure_costs
+from dcdit.sample.model_calls import ModelCalls, call_times, tflops_per_image
 
 
 def table(*costs):

@@ -13,8 +13,8 @@ from PIL import Image
 import dcdit
 from dcdit import checkpoint as ckpt
 from dcdit.cli import main
-from dcdit.model_calls import ModelCalls
 from dcdit.models import create_model
+from dcdit.sample.model_calls import ModelCalls
 
 TINY = ["in_channels=3", "grid=[8,8]", "hidden_size=128", "depth=1", "num_heads=2"]
 

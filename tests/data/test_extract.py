@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from dcdit.autoencoder import create_decoder
 from dcdit.checkpoint import read_metadata
 from dcdit.cli import main
 from dcdit.data import LatentDataset
 from dcdit.data.folder import read_centre
 from dcdit.extract import extract, verify
-from dcdit.models import create_model
-from dcdit.sample import _decoder
 
 SIZE = 16
 PER_CLASS = (4, 3)
@@ -115,7 +114,7 @@ def test_what_a_model_sees_is_undone_before_decoding(copied, vae, how):
     if how == "statistics":
         (copied / "manifest.json").unlink()
     data = LatentDataset(copied, held_out=0, flip=False, scale=3.0 if how == "scale" else None)
-    decode = _decoder(str(vae), create_model("DiT-S/2", depth=1), torch.device("cpu"), data.notes)
+    decode = create_decoder(vae, 4, torch.device("cpu"), data.notes)
     with torch.no_grad():
         z = LatentDataset(copied, held_out=0, flip=False, scale=1.0)[2][0]
         expected = AutoencoderKL.from_pretrained(vae).eval().decode(z[None]).sample

@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit._vae import latent_range, load_autoencoder
+from dcdit.autoencoder import create_decoder
 from dcdit.checkpoint import Model, load_model, read_metadata
 from dcdit.diffusion import METHODS, Step, sample
 from dcdit.diffusion.drop_schedules import FORMS
 from dcdit.diffusion.guidance import Fraction
-from dcdit.model_calls import ModelCalls, Record, RoutingMap, mean_records, tflops_per_image
-from dcdit.sample_plan import check_budget, device_name, guidance_of, make_plans
+from dcdit.sample.model_calls import ModelCalls, Record, RoutingMap, mean_records, tflops_per_image
+from dcdit.sample.plan import check_budget, device_name, guidance_of, make_plans
 
 DEFAULT_METHOD = {"dit": "ddpm", "flow": "heun"}
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, ema=not args.no_ema).to(device)
     if args.precision == "bf16":
         model = model.bfloat16()
-    decode = _decoder(args.vae, model, device, read_metadata(args.checkpoint, not args.no_ema))
+    decode = create_decoder(args.vae, model.config.in_channels, device, read_metadata(args.checkpoint, not args.no_ema))
     labels = _labels(args, model)
     method = args.method or DEFAULT_METHOD[read_metadata(args.checkpoint, not args.no_ema).get("objective", "dit")]
     check_budget(args, model)
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{files[0]}: {len(labels)} images{share}, {each}")
     (out / "samples.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     if args.report:
-        from dcdit.sample_report import write_report
+        from dcdit.sample.report import write_report
 
         print(f"wrote {write_report(out, report, traces, decode)}")
 
@@ -222,28 +222,6 @@ def _write(
             files.append(out / name / f"{index:05d}_class{label}.png")
             Image.fromarray(image).save(files[-1])
     return [str(file) for file in files]
-
-
-def _decoder(
-    vae: str | None, model: Model, device: torch.device, notes: Mapping[str, str]
-) -> Callable[[Tensor], Tensor] | None:
-    """From samples to (B, 3, H, W) in [-1, 1]; None where samples are latents and nothing decodes them.
-
-    ``notes`` are what the checkpoint says about itself.
-    """
-    if vae is None:
-        return (lambda x: x) if model.config.in_channels == 3 else None
-    autoencoder = load_autoencoder(vae, device)
-    channels = autoencoder.config.latent_channels
-    if channels != model.config.in_channels:
-        raise ValueError(f"{vae} decodes {channels} channels; the model makes {model.config.in_channels}")
-    shift, scale = (torch.tensor(end, device=device).reshape(-1, 1, 1) for end in latent_range(autoencoder, notes))
-
-    @torch.no_grad()
-    def decode(x: Tensor) -> Tensor:
-        return autoencoder.decode(x.float() / scale + shift).sample
-
-    return decode
 
 
 def _labels(args: argparse.Namespace, model: Model) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dcdit.model_calls import RoutingMap
 from dcdit.plots import plot_boundary_maps, plot_sampling
 from dcdit.profile import markdown_table
+from dcdit.sample.model_calls import RoutingMap
 
 COLUMNS = 6
 """Steps shown as boundary maps."""

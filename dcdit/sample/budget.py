@@ -18,8 +18,8 @@ from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import check_interval
 from dcdit.diffusion.sampling import progress_bar
 from dcdit.diffusion.schedule import TRAIN_STEPS
-from dcdit.model_calls import ModelCalls, call_times
 from dcdit.models import DCDiT
+from dcdit.sample.model_calls import ModelCalls, call_times
 from dcdit.timing import Clock, Mark
 
 PILOT_FRACTIONS = (0.0, 0.3, 0.6, 0.9)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.budget import CostTable, Guidance, measure_costs, seconds_from_profile
 from dcdit.checkpoint import Model
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
-from dcdit.model_calls import call_times
 from dcdit.models import DCDiT
+from dcdit.sample.budget import CostTable, Guidance, measure_costs, seconds_from_profile
+from dcdit.sample.model_calls import call_times
 
 BUDGETS = ("drop_fraction", "drop_schedule", "budget", "target_flops", "target_latency")
 """Options of which each says on its own how many tokens are kept."""
