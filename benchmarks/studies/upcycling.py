@@ -62,7 +62,8 @@ def write_page(source: list[dict[str, Any]], curves: Curves, conditions: dict[st
     return page
 
 
-def validation(log: list[dict[str, Any]], key: str = "val_loss_ema") -> dict[int, float]:
+def column(log: list[dict[str, Any]], key: str = "val_loss") -> dict[int, float]:
+    """Step -> one value of the records that have it."""
     return {record["step"]: record[key] for record in log if key in record}
 
 
@@ -77,10 +78,12 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
         f"steps. Seeds {', '.join(map(str, seeds))}; one source for all.",
         "## Validation loss",
-        f"Of the averaged weights, on {conditions['images']} images of the test batch, the same with the same noise "
-        "each time. Mean over the seeds, and in brackets every seed.",
-        _table(curves),
+        f"On {conditions['images']} images of the test batch, the same with the same noise each time. Mean over the "
+        "seeds, and in brackets every seed.",
+        _table(curves, "val_loss"),
         _verdict(curves),
+        "Of the averaged weights, which lag behind at first:",
+        _table(curves, "val_loss_ema"),
         "![validation loss over steps, over training FLOPs, and distillation loss](losses.png)",
         "## Cost",
         "Training FLOPs of a run, forward and backward passes and the teacher's forward passes. What the source cost "
@@ -95,8 +98,8 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
     return "\n\n".join(parts) + "\n"
 
 
-def _table(curves: Curves) -> str:
-    losses = {kind: [validation(log) for log in logs.values()] for kind, logs in curves.items()}
+def _table(curves: Curves, key: str) -> str:
+    losses = {kind: [column(log, key) for log in logs.values()] for kind, logs in curves.items()}
     rows = []
     for step in losses[SCRATCH][0]:
         cells = []
@@ -113,7 +116,7 @@ def _verdict(curves: Curves) -> str:
     lines = []
     for kind in (PLAIN, DISTILLED):
         firsts = [
-            next((step for step, loss in validation(log).items() if loss <= ends[seed]), None)
+            next((step for step, loss in column(log).items() if loss <= ends[seed]), None)
             for seed, log in curves[kind].items()
         ]
         reached = ", ".join("not at all" if first is None else f"by step {first}" for first in firsts)
@@ -122,11 +125,11 @@ def _verdict(curves: Curves) -> str:
 
 
 def _last(log: list[dict[str, Any]]) -> float:
-    return list(validation(log).values())[-1]
+    return list(column(log).values())[-1]
 
 
 def _spent(log: list[dict[str, Any]]) -> float:
-    return [record["flops"] for record in log if "flops" in record][-1]
+    return list(column(log, "flops").values())[-1]
 
 
 def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path: Path) -> None:
@@ -134,15 +137,14 @@ def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path
     for number, (kind, logs) in enumerate(curves.items()):
         for nth, log in enumerate(logs.values()):
             style = {"color": f"C{number}", "lw": 1.2, "marker": "o", "ms": 3, "label": None if nth else kind}
-            losses = validation(log)
-            flops = {record["step"]: record["flops"] for record in log if "flops" in record}
+            losses, flops = column(log), column(log, "flops")
             left.plot(losses.keys(), losses.values(), **style)
             middle.plot([flops[step] for step in losses], losses.values(), **style)
-            distilled = validation(log, "distill_loss")
+            distilled = column(log, "distill_loss")
             right.plot(distilled.keys(), distilled.values(), color=f"C{number}", lw=1.2)
     for axis in (left, middle):
         axis.axhline(_last(source), color="black", ls=":", lw=1, label="the source, at its end")
-        axis.set(ylabel="validation loss, averaged weights", yscale="log")
+        axis.set(ylabel="validation loss", yscale="log")
     left.axvline(distill_steps, color="gray", ls="--", lw=0.8, label="end of the distillation")
     left.set(xlabel="step")
     middle.set(xlabel="training FLOPs (without the source's)")

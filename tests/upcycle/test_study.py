@@ -12,7 +12,7 @@ def log(*losses, distill=()):
         training = {"step": step, "loss": 1.0, "flops": 1000 * step}
         if nth < len(distill):
             training["distill_loss"] = distill[nth]
-        records += [training, {"step": step, "val_loss": 9.0, "val_loss_ema": loss}]
+        records += [training, {"step": step, "val_loss": loss, "val_loss_ema": loss + 5}]
     return records
 
 
@@ -41,5 +41,5 @@ def test_page(tmp_path):
     assert "| 20   | 0.4000 (0.4000, 0.4000) | 0.3250 (0.3000, 0.3500) | 0.1750 (0.2000, 0.1500) |" in text
     assert f"{PLAIN}: reaches the last loss of the run from scratch with its seed by step 20, not at all." in text
     assert f"{DISTILLED}: reaches the last loss of the run from scratch with its seed by step 10, by step 10." in text
-    assert "validation loss 0.2500" in text
+    assert "| 10   | 5.5000 (5.5000, 5.5000) |" in text and "validation loss 0.2500" in text
     assert (tmp_path / "losses.png").stat().st_size > 10_000 and (tmp_path / "study.json").is_file()
