@@ -79,7 +79,7 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
         f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
         f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
-        f'steps; "lightly" is at weight {LIGHT:g} instead of 1. Seeds {", ".join(map(str, seeds))}; one source for all.',
+        f"steps, at weight 1 or, lightly, {LIGHT:g}. Seeds {', '.join(map(str, seeds))}; one source for all.",
         "## Validation loss",
         f"On {conditions['images']} images of the test batch, the same with the same noise each time. Mean over the "
         "seeds, and in brackets every seed.",
