@@ -35,6 +35,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
+    if torch.version.hip is not None:
+        meta.pop("maxnreg", None)  # ptxas alone takes it
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, meta))
         return
@@ -113,11 +115,13 @@ def config_for(kernel: str, device: torch.device, **shape: int) -> dict[str, int
 @contextmanager
 def force_config(kernel: str, config: dict[str, int]) -> Iterator[None]:
     """Launch one kernel with this configuration inside the block (tuning)."""
+    outer = dict(_forced)
     _forced[kernel] = config
     try:
         yield
     finally:
-        del _forced[kernel]
+        _forced.clear()
+        _forced.update(outer)
 
 
 @contextmanager

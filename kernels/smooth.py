@@ -106,7 +106,7 @@ def _window_sum(
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     # Summed along its rows once, behind the loops.
     total = tl.zeros((BM, BJ), tl.float32)
-    for first_line in range(from_line, to_line, LINES):
+    for first_line in tl.range(from_line, to_line, LINES, disable_licm=True):
         line = first_line + tl.arange(0, LINES)
         first, begin, count = _runs(rank_ptr, line, line < to_line, left, right, width)
         for start in range(0, tl.sum(count, 0), BJ):
@@ -144,10 +144,9 @@ def _smooth_fwd_kernel(
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start, kept = 0, 1
-    while start < kept:
+    top, slot, kept = _tile(rank_ptr, 0, height, width, bands, strips, BM, BAND_H, STRIP_W)
+    for start in tl.range(0, kept, BM, disable_licm=True):
         top, slot, kept = _tile(rank_ptr, start, height, width, bands, strips, BM, BAND_H, STRIP_W)
-        start += BM
         acc, total = _window_sum(
             h_ptr, q_ptr, None, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
             h_stride, tokens, 0, radius, fall, channel, D, BM, BJ, LINES, BLOCK_D,
@@ -173,10 +172,9 @@ def _smooth_bwd_kernel(
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start, kept = 0, 1
-    while start < kept:
+    top, slot, kept = _tile(rank_ptr, 0, height, width, bands, strips, BM, BAND_H, STRIP_W)
+    for start in tl.range(0, kept, BM, disable_licm=True):
         top, slot, kept = _tile(rank_ptr, start, height, width, bands, strips, BM, BAND_H, STRIP_W)
-        start += BM
         spread, total = _window_sum(
             grad_ptr, scale_ptr, along_ptr, rank_ptr, row_ptr, col_ptr, slot, top, height, width,
             D, tokens, parts, radius, fall, channel, D, BM, BJ, LINES, BLOCK_D,

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-WIDTHS = (24, 1152)
-"""Always compiled, beside the widths of the shipped configurations: one that is not a multiple of 16, and XL's."""
+WIDTHS = (24, 1152, 2048)
+"""Always compiled, beside those of a family's shipped configurations: not a multiple of 16, XL's, and the widest."""
 
 REGISTER_FILE = 65536
 WARPS_PER_SM = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
@@ -45,6 +45,7 @@ class Report(NamedTuple):
 
     kernel: str
     dtype: str
+    """Of the tokens, the first of those asked for that lead to this signature; so is the width."""
     width: int
     target: str
     num_warps: int
@@ -65,29 +66,47 @@ def families() -> list[str]:
     return sorted(path.stem for path in (HERE / "launches").glob("*.py") if path.stem != "__init__")
 
 
-def widths() -> list[int]:
-    """The widths of every shipped configuration, and the fixed ones."""
-    from dcdit.kernels._launch import CONFIG_FOLDER
-
-    found = set(WIDTHS)
-    for path in CONFIG_FOLDER.glob("*.json"):
-        for entries in json.loads(path.read_text()).values():
-            found |= {entry["shape"]["D"] for entry in entries if "D" in entry["shape"]}
-    return sorted(found)
-
-
-def compile_family(family: str, dtype: str, width: int, targets: list[str]) -> list[Report]:
-    """Record the launches of a family and compile each distinct one for every target."""
+def launches(family: str, dtype: str, width: int) -> list[Any]:
+    """What a family starts for tokens of this dtype and width."""
     from dcdit.kernels._launch import record_launches
 
     with record_launches() as recorded:
         importlib.import_module(f"launches.{family}").launches(DTYPES[dtype], width)
     if not recorded:
         raise RuntimeError(f"launches/{family}.py recorded no launch")
-    return [report for target in targets for report in _compile_all(recorded, dtype, width, target)]
+    return recorded
 
 
-def _compile_all(recorded: list[Any], dtype: str, width: int, target_name: str) -> Iterator[Report]:
+def widths(family: str) -> list[int]:
+    """The widths of every shipped configuration of a family, and the fixed ones."""
+    from dcdit.kernels._launch import CONFIG_FOLDER, observe_configs
+
+    used = set()
+    for dtype in DTYPES:
+        with observe_configs() as observed:
+            launches(family, dtype, 1152)
+        used |= {kernel for kernel, *_ in observed}
+    found = set(WIDTHS)
+    for path in CONFIG_FOLDER.glob("*.json"):
+        for kernel, entries in json.loads(path.read_text()).items():
+            found |= {entry["shape"]["D"] for entry in entries if kernel in used and "D" in entry["shape"]}
+    return sorted(found)
+
+
+def compile_family(family: str, target: str, dtypes: list[str], given: list[int] | None) -> list[Report]:
+    """Compile each distinct launch of a family, over all dtypes and widths, for one target."""
+    reports: list[Report] = []
+    seen: set[Any] = set()
+    for dtype in dtypes:
+        for width in given or widths(family):
+            reports += compile_launches(launches(family, dtype, width), dtype, width, target, seen)
+    return reports
+
+
+def compile_launches(
+    recorded: list[Any], dtype: str, width: int, target_name: str, seen: set[Any] | None = None
+) -> Iterator[Report]:
+    """Compile the recorded launches whose specialisation is not in ``seen``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -95,8 +114,10 @@ def _compile_all(recorded: list[Any], dtype: str, width: int, target_name: str) 
 
     target = GPUTarget(*TARGETS[target_name])
     backend = make_backend(target)
-    seen = set()
+    seen = set() if seen is None else seen
     for kernel, args, meta in recorded:
+        if target.backend == "hip":
+            meta = {name: value for name, value in meta.items() if name != "maxnreg"}  # as launch does there
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, options = bind(*args, **meta, debug=False)
         key = (kernel, str(specialization), str(options))
@@ -195,16 +216,20 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="token dtype")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPU architecture")
     parser.add_argument(
-        "--width", nargs="+", type=int, help="token widths D (default: those of the shipped configurations)"
+        "--width", nargs="+", type=int, help="token widths D (default: those of the family's configurations, and a few)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
-    work = [(f, d, w) for f in args.family for d in args.dtype for w in args.width or widths()]
     reports: list[Report] = []
     with ProcessPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(compile_family, *item, args.target) for item in work]
-        for future in tqdm(futures, unit="compile", desc="aot", leave=False):
+        futures = [
+            pool.submit(compile_family, family, target, args.dtype, args.width)
+            for family in args.family
+            for target in args.target
+        ]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="family", desc="aot", leave=False):
             reports += future.result()
+    reports.sort()
     print(table(reports))
     spilled = sum(report.spills for report in reports)
     print(f"{len(reports)} compilations, {spilled} with spills")

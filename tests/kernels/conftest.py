@@ -4,10 +4,11 @@ import importlib
 import os
 import pkgutil
 
+import interpreter_memcheck
+import interpreter_scan
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from interpreter_memcheck import install
 
 import dcdit.kernels
 
@@ -24,8 +25,9 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 @pytest.fixture(autouse=True)
-def memcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter_memcheck.install(monkeypatch)
+    interpreter_scan.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+EVERYWHERE = {"dechunk_spatial"}
+"""Families whose registers are so scarce that every target has its say, not Hopper alone."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_for_hopper_without_spills(family: str) -> None:
-    done = run(str(HERE / "aot.py"), "--family", family, "--dtype", "bf16", "--target", "sm_90", "--width", "1152")
+def test_compiles_without_spills(family: str) -> None:
+    targets = ["sm_80", "sm_90", "sm_100", "gfx942"] if family in EVERYWHERE else ["sm_90"]
+    arguments = ("--family", family, "--dtype", "bf16", "--width", "1152", "--target", *targets)
+    done = run(str(HERE / "aot.py"), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 with spills" in done.stdout
 
@@ -45,7 +51,7 @@ def _fat_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
 
 x = torch.empty(32, dtype=torch.float32)
 launch = Launch(_fat_kernel, (x, x), {{"SIZE": 8192, "num_warps": 1}})
-reports = list(aot._compile_all([launch], "fp32", 0, "sm_80"))
+reports = list(aot.compile_launches([launch], "fp32", 0, "sm_80"))
 print(any(report.spills for report in reports))
 """
     script = tmp_path / "fat.py"

@@ -58,6 +58,10 @@ def test_matches_the_definition(
     check_against_reference(OP, *args, backend="triton")
 
 
+def test_widest_rows(device: torch.device) -> None:
+    check_against_reference(OP, *arguments(1, (2, 2), 2048, torch.float16, device=device), backend="triton")
+
+
 def test_both_ends_of_the_clamp_are_reached(device: torch.device) -> None:
     """What the random tests above rely on."""
     with ops.use_backend("triton"):

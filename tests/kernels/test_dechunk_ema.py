@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
+from helpers import (
+    assert_close_to_reference,
+    check_against_reference,
+    differentiate,
+    randn,
+    random_cu_seqlens,
+    random_probs,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -143,6 +150,31 @@ def test_shipped_configuration(small_chunks: ExitStack, device: torch.device) ->
     check_against_reference(dechunk_ema, *args, backend="triton")
 
 
+def test_wide_rows(small_chunks: ExitStack, device: torch.device) -> None:
+    small_chunks.close()
+    args = arguments(grid_case(1, 5), 2048, torch.float16, device=device)
+    check_against_reference(dechunk_ema, *args, backend="triton")
+
+
+def test_sequences_of_65536(device: torch.device) -> None:
+    """One long sequence among short ones, cut into chunks whose states are carried; few kept tokens hold far."""
+    p, sel = packed_case([3, 65_536, 2])
+    h, p, sel, *_ = arguments((p, sel), gate=False, residual=False, device=device)
+    with force_config("dechunk_ema", {"CHUNK": 1024, "BLOCK_D": 8, "num_warps": 4}):
+        results = [evaluate_h(backend, h, p, sel) for backend in ("triton", "torch")]
+    exact = evaluate_h("torch", h.double(), p.double(), sel)
+    for found, same, wanted in zip(*results, exact, strict=True):
+        assert_close_to_reference(found, wanted, same)
+
+
+def evaluate_h(backend: str, h: Tensor, p: Tensor, sel: TokenSelection) -> tuple[Tensor, Tensor]:
+    """Output and the gradient of h alone."""
+    h = h.detach().requires_grad_()
+    with ops.use_backend(backend):
+        out = dechunk_ema(h, p, sel)
+    return out.detach(), torch.autograd.grad(out, h, randn(*out.shape, seed=7).to(out))[0]
+
+
 @given(lengths=st.lists(st.integers(0, 12), min_size=2, max_size=2), dtype=st.sampled_from(DTYPES))
 @example(lengths=[3, 35, 9], dtype=torch.float32)
 def test_packed_equals_each_sequence_alone(lengths: list[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -204,6 +236,10 @@ def test_registration(packed: bool, device: torch.device) -> None:
     args = (h, p, sel.slots, sel.cu_seqlens, sel.source_cu_seqlens, gate, rows)
     importlib.import_module("dcdit.ops._triton")  # registers it
     torch.library.opcheck(torch.ops.dcdit.dechunk_ema.default, args)
+    tensors = [x.detach() if isinstance(x, Tensor) else x for x in args[:5]]
+    for wanted in ((True, True, True), (False, False, True)):
+        grad_args = (randn(*rows.shape, seed=7).to(device), *tensors, *wanted)
+        torch.library.opcheck(torch.ops.dcdit.dechunk_ema_bwd.default, grad_args)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,6 +1,7 @@
 """Spatial de-chunking kernels: against the definition, ties, cells, bitwise independence, slack, and tracing."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import (
     randn,
     random_selection,
     reference64,
+    to_float64,
 )
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from torch import Tensor
 from dcdit import ops
 from dcdit.kernels import _launch, nearest
 from dcdit.ops import TokenSelection, reference
-from dcdit.ops._triton.dechunk_spatial import _dechunk, window_radius
+from dcdit.ops._triton.dechunk_spatial import _dechunk, _gradients, window_radius
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
@@ -44,6 +46,19 @@ SMALL_BLOCKS = {
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configurations whose blocks, windows and slices even a small grid overflows."""
     monkeypatch.setattr(_launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by operations, not by elements; a GPU keeps the shipped blocks."""
+    large = {
+        "survey": {"LINES": 64, "BLOCK": 64},
+        "nearest": {"BLOCK": 4096},
+        "smooth_float32": {"BAND_H": 64, "STRIP_W": 64, "BM": 256, "BJ": 256, "LINES": 64, "BLOCK_D": 16},
+        "plug_back_fwd": {"ROWS": 4096, "BLOCK_D": 16},
+    }
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(_launch, "_lookup", lambda kernel, *_: large[kernel])
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -315,8 +330,9 @@ def test_gradient_of_p_is_as_accurate_as_pytorch(device: torch.device) -> None:
     )
 
 
-def test_wide_rows(device: torch.device) -> None:
-    check(*arguments(1, (3, 4), 1152, device, torch.bfloat16))
+@pytest.mark.parametrize(("width", "dtype"), [(1152, torch.bfloat16), (2048, torch.float16)])
+def test_wide_rows(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    check(*arguments(1, (3, 4), width, device, dtype))
 
 
 def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
@@ -340,11 +356,41 @@ def test_the_window_reaches_as_far_as_float32_can_tell() -> None:
             assert float(torch.exp(-distance / (2 * sigma**2))[outside].sum()) * (1 - own) / own < 2.0**-24
 
 
+@pytest.mark.parametrize("own", [0.5001, 1e-4], ids=["threshold", "budget"])
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
+def test_window_is_wide_enough_for_a_lone_token(
+    sigma: float, own: float, device: torch.device, few_programs: None
+) -> None:
+    """A token of least confidence in a hole as wide as the window, all kept around it: what the kernels leave out."""
+    radius = window_radius(sigma, own)
+    side = 2 * (radius + math.ceil(sigma)) + 1  # farther rings weigh next to nothing beside these
+    away = (torch.arange(side) - side // 2).abs()
+    p = torch.where(torch.maximum(away[:, None], away) > radius, 1.0, 0.0)
+    p[side // 2, side // 2] = own
+    p = p.view(1, -1)
+    sel = reference.select_tokens(p) if own > 0.5 else reference.select_tokens(p, budget=int((p > 0).sum()))
+    lone = int(sel.slots[0, side * side // 2])
+    assert lone >= 0
+    h = torch.full((sel.indices.numel(), 8), 1000.0)
+    h[lone] = 1.0
+    args = [moved(x, device) for x in (h, p, sel, (side, side), sigma)]
+    with ops.use_backend("triton"):
+        found = ops.dechunk_spatial(*args)[0, side * side // 2]
+    exact = reference.dechunk_spatial(*(to_float64(x) for x in args))[0, side * side // 2]
+    # Of the far rows' 1000, at most half a unit in the last place comes through.
+    assert float((found.double() - exact).abs().max()) <= 1000 * torch.finfo(torch.float32).eps / 2
+
+
 def test_op_registration(device: torch.device) -> None:
     h, p, sel, grid, sigma, gate, residual = arguments(2, (3, 4), 8, device)
     inputs = (h, p, sel.slots, sel.cu_seqlens, gate, residual.flatten(0, 1))
     inputs = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
     torch.library.opcheck(_dechunk.op._opoverload, (*inputs, *grid, sigma, 6))
+    inputs = tuple(x.detach() for x in inputs)
+    _, *saved = _dechunk(*inputs, *grid, sigma, 6)
+    grad_inputs = (randn(24, 8, seed=7).to(device), *inputs[:4], *saved, *grid, sigma, 6)
+    for wanted in ((True, True, gate.dtype), (False, True, None)):
+        torch.library.opcheck(_gradients.op._opoverload, (*grad_inputs, *wanted))
 
 
 @pytest.mark.parametrize("options", [{"gate": True, "residual": True}, {"gate": False, "residual": False}], ids=str)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dcdit import ops
 from dcdit.kernels._launch import force_config
 from dcdit.ops._triton import modulation
+from dcdit.ops._triton._registration import unit_stride
 
 NORM, ADD, PAIR = ops.modulated_layer_norm, ops.gated_add, ops.gated_add_modulated_layer_norm
 OPS = [NORM, ADD, PAIR]
@@ -73,9 +74,10 @@ def test_matches_the_definition(
     check_against_reference(op, *args, backend="triton")
 
 
+@pytest.mark.parametrize("width", [1152, 2048])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_wide_rows(op: Callable[..., Any], device: torch.device) -> None:
-    check_against_reference(op, *arguments(op, [2, 3], 1152, torch.bfloat16, device=device), backend="triton")
+def test_wide_rows(op: Callable[..., Any], width: int, device: torch.device) -> None:
+    check_against_reference(op, *arguments(op, [2, 3], width, torch.bfloat16, device=device), backend="triton")
 
 
 def test_more_images_than_one_search_step(device: torch.device) -> None:
@@ -230,6 +232,15 @@ def test_registration(kernel_op: Any, op: Callable[..., Any], dtype: torch.dtype
     args = arguments(op, [3, 0, 19], 24, dtype, slack=2, device=device)
     args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     torch.library.opcheck(kernel_op.op._opoverload, args)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+def test_registration_of_the_backward(wanted: tuple[bool, bool, bool], device: torch.device) -> None:
+    x, y, gate, shift, scale, cu_seqlens, eps = arguments(PAIR, [3, 0, 19], 24, slack=2, device=device)
+    added, _, stats = modulation._add_norm(*map(unit_stride, (x, y, gate, shift, scale, cu_seqlens)), eps)
+    grads = (randn(24, 24, seed=seed).to(device) for seed in (8, 9))
+    args = (*grads, added, unit_stride(y), gate, scale, stats, cu_seqlens, *wanted)
+    torch.library.opcheck(modulation._backward.op._opoverload, args)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
