@@ -4,12 +4,17 @@ import os
 
 import pytest
 import torch
+from helpers import random_probs
 from models.golden import CASES, NUM_HEADS, RATIO_WEIGHT, TARGET, Golden
 from models.small import batch, small_dc_dit
 from models.test_parity import NOISE, gradients, relative
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dcdit import ops
 from dcdit.models import load_official
+from dcdit.nn.dit_block import DiTBlock, Sequences
+from dcdit.nn.modulation import Modulation
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,37 @@ def test_official_parity(golden: Golden, case: int, device: torch.device) -> Non
         assert relative(grads[key], grad) < 1e-3, key
 
 
+def test_twenty_kept_counts_share_one_graph_of_a_block(device: torch.device) -> None:
+    """Route, pack, a DiT block and back, forward and backward: one graph, whatever the router keeps."""
+    torch.manual_seed(0)
+    block = DiTBlock(16, 2, 4.0).to(device)
+    modulation = Modulation(*torch.randn(6, 2, 16, device=device))
+
+    def route(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        sel = ops.select_tokens(p, capacity=60)
+        tokens = ops.gather_tokens(x, sel)
+        tokens, pending = block(tokens, None, modulation, Sequences(sel.cu_seqlens, sel.max_seqlen, slack=True))
+        tokens = ops.gated_add(tokens, *pending, sel.cu_seqlens)
+        return ops.dechunk_ema(tokens, p, sel, None, x), sel.cu_seqlens[-1]
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(route, fullgraph=True, backend=counter)
+    x, kept = torch.randn(2, 30, 16, device=device), set()
+    with ops.use_backend("triton"):
+        for step in range(20):
+            results = []
+            for forward in (compiled, route) if step % 9 == 0 else (compiled,):
+                leaf = x.clone().requires_grad_()
+                p = random_probs(2, 30, keep=0.04 * (step + 1), seed=step).to(device).requires_grad_()
+                out, total = forward(leaf, p)
+                results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, p])])
+            kept.add(int(total))
+            for traced, eager in zip(results[0], results[-1], strict=True):
+                torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-5)
+    assert len(kept) >= 15
+    assert counter.frame_count == 1
+
+
 OPTIONS = [{"budget": 9}, {"capacity": 90}]
 
 
@@ -68,7 +104,7 @@ def test_compiles_without_a_graph_break(options: dict[str, int], device: torch.d
 def test_another_mask_compiles_nothing_new(options: dict[str, int], device: torch.device) -> None:
     model = small_dc_dit(depth=1, grid=(6, 7)).to(device)
     x, t, y = (value.to(device) for value in batch(model.config))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     lengths = set()
     with ops.use_backend("triton"), torch.no_grad():

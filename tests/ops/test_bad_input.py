@@ -364,7 +364,8 @@ def test_every_table_entry_is_a_bad_call_for_its_own_reason() -> None:
     ops.ratio_loss(P, P > 0.5, 4.0, 1)
 
 
-def test_a_selection_whose_images_keep_nothing_is_accepted() -> None:
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_a_selection_whose_images_keep_nothing_is_accepted(backend: str) -> None:
     nothing = torch.zeros(B, L, dtype=torch.bool)
     sel = SEL._replace(
         indices=SEL.indices[:0],
@@ -373,7 +374,10 @@ def test_a_selection_whose_images_keep_nothing_is_accepted() -> None:
         mask=nothing,
         slots=torch.full_like(SEL.slots, -1),
     )
-    assert ops.gather_tokens(X, sel).shape == (0, D)
-    assert not ops.dechunk_spatial(TOKENS[:0], P, sel, (H, W)).any()
-    assert not ops.dechunk_ema(TOKENS[:0], P, sel).any()
-    assert (ops.scatter_tokens(TOKENS[:0], sel, 2.0) == 2.0).all()
+    with ops.use_backend(backend):
+        assert ops.gather_tokens(X, sel).shape == (0, D)
+        assert not ops.dechunk_spatial(TOKENS[:0], P, sel, (H, W)).any()
+        assert not ops.dechunk_ema(TOKENS[:0], P, sel).any()
+        assert (ops.scatter_tokens(TOKENS[:0], sel, 2.0) == 2.0).all()
+        assert ops.gated_add(TOKENS[:0], TOKENS[:0], TABLE, sel.cu_seqlens).shape == (0, D)
+        assert ops.modulated_layer_norm(TOKENS[:0], TABLE, TABLE, sel.cu_seqlens).shape == (0, D)
