@@ -20,7 +20,7 @@ def pair(*shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> tu
     """Slices of one wider tensor, as a joint projection gives them; the first two rows are parallel, then opposite."""
     joint = randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=seed).to(device)
     q, k = joint.chunk(2, dim=-1)
-    if shape[-2] > 2:
+    if shape[-2] > 3:  # one more than those, whose gradients are zero: it tells the size of an ulp
         k[..., 1, :], k[..., 2, :] = 2 * q[..., 0, :], -q[..., 1, :]
     return q, k
 
