@@ -8,8 +8,6 @@ from torch import nn
 
 from dcdit.autoencoder import create_decoder
 from dcdit.checkpoint import load_model, read_metadata
-from dcdit.diffusion import METHODS
-from dcdit.diffusion.drop_schedules import FORMS
 from dcdit.evaluate.extractors import RESIZES, load_extractor
 from dcdit.evaluate.features import extract
 from dcdit.evaluate.generate import SAMPLES, Settings, Work, generate, weights_hash
@@ -17,6 +15,7 @@ from dcdit.evaluate.images import ImageSet, npz_arrays, open_images
 from dcdit.evaluate.measure import Evaluation, evaluate_images
 from dcdit.evaluate.report import write_report
 from dcdit.sample import DEFAULT_METHOD
+from dcdit.sample.options import add_sampling_options
 from dcdit.sample.plan import check_budget, make_plans
 
 TAKEN_OVER = (
@@ -50,24 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--write-statistics", metavar="FILE", help="also write mu and sigma of the evaluated images to this .npz")
     add = parser.add_argument_group("sampling, with --checkpoint").add_argument
     add("--num", type=int, default=50_000, metavar="N", help="images to draw (default 50000)")
-    add("--no-ema", action="store_true", help="take the last weights instead of the averaged ones")
-    add("--drop-fraction", type=float, nargs=1, metavar="RHO", help="share of kept tokens to drop (default 0)")
-    add("--drop-schedule", nargs=1, metavar="SHAPE", help=f"one that changes while sampling, from noise on: {FORMS}")
-    add("--null-drop-fraction", type=float, metavar="RHO", help="another one for the unconditional branch (Lite-CFG)")
-    add("--budget", type=int, metavar="K", help="keep exactly K tokens per image instead")
-    add("--steps", type=int, default=250, help="sampling steps (default 250)")
-    add("--method", choices=METHODS, help="default: ddpm, or heun for a model trained with the flow objective")
-    add("--cfg-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance; 1 is none (default 1)")
-    add(
-        "--cfg-interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide at these times only; 1 is noise, 0 data (default 0 1)",
-    )
-    add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
-    add("--vae", metavar="DIR", help="local diffusers AutoencoderKL that turns latents into pixels")
+    add_sampling_options(add, budgets=1)
     add = parser.add_argument_group("in general").add_argument
     add("--seed", type=int, default=0, help="of the noise, and of what is drawn at random after (default 0)")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if there is one (default auto)")

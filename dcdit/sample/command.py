@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dcdit.autoencoder import create_decoder
 from dcdit.checkpoint import Model, load_model, read_metadata
-from dcdit.diffusion import METHODS, Step, sample
-from dcdit.diffusion.drop_schedules import FORMS
+from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.sample.model_calls import ModelCalls, Record, RoutingMap, mean_records, tflops_per_image
+from dcdit.sample.options import add_sampling_options
 from dcdit.sample.plan import check_budget, device_name, guidance_of, make_plans
 
 DEFAULT_METHOD = {"dit": "ddpm", "flow": "heun"}
@@ -50,17 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="run or checkpoint folder, .safetensors file, or official .pt",
     )
-    add("--no-ema", action="store_true", help="take the last weights instead of the averaged ones")
-    add(
-        "--drop-fraction",
-        type=float,
-        nargs="+",
-        metavar="RHO",
-        help="share of kept tokens to drop, in [0, 1); one picture each",
-    )
-    add("--drop-schedule", nargs="+", metavar="SHAPE", help=f"one that changes while sampling, from noise on: {FORMS}")
-    add("--null-drop-fraction", type=float, metavar="RHO", help="another one for the unconditional branch (Lite-CFG)")
-    add("--budget", type=int, metavar="K", help="keep exactly K tokens per image instead")
+    add_sampling_options(add, budgets="+")
     add(
         "--target-flops",
         type=float,
@@ -78,32 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = parser.add_mutually_exclusive_group()
     count.add_argument("--num-per-class", type=int, default=1, metavar="N", help="images of each label (default 1)")
     count.add_argument("--num", type=int, metavar="N", help="images in all, labels taking turns")
-    add("--steps", type=int, default=250, help="sampling steps (default 250)")
-    add("--method", choices=METHODS, help="default: ddpm, or heun for a model trained with the flow objective")
-    add("--cfg-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance; 1 is none (default 1)")
-    add(
-        "--cfg-interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide at these times only; 1 is noise, 0 data (default 0 1)",
-    )
     add("--seed", type=int, default=0, help="fixes the noise; all drop fractions share it (default 0)")
-    add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if there is one (default auto)")
-    add(
-        "--vae",
-        metavar="DIR",
-        help="local diffusers AutoencoderKL that turns latents into pixels; without it they go to .npz",
-    )
     add("--individual", action="store_true", help="also write every image as its own PNG")
     add("--report", action="store_true", help="also write report.md: what was kept over time, FLOPs, boundary maps")
     add(
         "--out",
         default="out/samples",
         metavar="DIR",
-        help="where the pictures and samples.json go (default out/samples)",
+        help="where the pictures (latents without --vae: .npz) and samples.json go (default out/samples)",
     )
 
 
