@@ -15,7 +15,7 @@ def machine() -> dict[str, Any]:
     """Device, threads, versions, dtype, and the copy bandwidth measured in this run."""
     device = sets.device()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(sets.dtype()).removeprefix("torch."),
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

