@@ -123,23 +123,22 @@ def test_model(scale: str, size: int, batch: int, direction: str, side: str, ben
     group = group_of(scale, size, batch)
     module, options, flops, share = group.side(side)
     device = group.batch.x.device
-    work, optimizer_ms = inference(module, group.batch, options), None
-    if direction == "training":
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
-        work = training_step(module, optimizer, group.batch, options)
+    training = direction == "training"
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True) if training else None
+    work = (
+        training_step(module, optimizer, group.batch, options) if optimizer else inference(module, group.batch, options)
+    )
     benchmark.group = f"{scale} {size}px batch {batch} {direction}"
     time_side(benchmark, work, device, SECONDS, LEAST_ROUNDS)
-    if direction == "training":
-        optimizer_ms = time_optimizer(optimizer, device)
     seconds = benchmark.stats.stats.median
-    passes = 3 if direction == "training" else 1
+    passes = 3 if training else 1
     dynamic = share is not None and not side.startswith("official")
     benchmark.extra_info.update(
         kind="model", scale=scale, size=size, batch=batch, direction=direction, side=side, ms=1e3 * seconds,
         images_per_s=batch / seconds, kept_share=share, gflops=passes * flops["total"] / batch / 1e9,
         stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
         stage_ms=time_stages(work, device, 3) if dynamic and direction == "inference" else None,
-        optimizer_ms=optimizer_ms,
+        optimizer_ms=time_optimizer(optimizer, device) if optimizer else None,
         peak_bytes=peak_bytes(work, device),
     )  # fmt: skip
 

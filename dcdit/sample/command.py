@@ -87,9 +87,10 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, ema=not args.no_ema).to(device)
     if args.precision == "bf16":
         model = model.bfloat16()
-    decode = create_decoder(args.vae, model.config.in_channels, device, read_metadata(args.checkpoint, not args.no_ema))
+    notes = read_metadata(args.checkpoint, ema=not args.no_ema)
+    decode = create_decoder(args.vae, model.config.in_channels, device, notes)
     labels = _labels(args, model)
-    method = args.method or DEFAULT_METHOD[read_metadata(args.checkpoint, not args.no_ema).get("objective", "dit")]
+    method = args.method or DEFAULT_METHOD[notes.get("objective", "dit")]
     check_budget(args, model)
     if args.report:
         importlib.import_module("matplotlib")  # missed before the work, not after it
