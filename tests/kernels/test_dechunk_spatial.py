@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    ULPS_FLOOR,
-    assert_close_to_reference,
+    check_against_reference,
     check_rms_against_reference,
     differentiate,
     randn,
     random_selection,
-    reference64,
     to_float64,
 )
 from hypothesis import example, given
@@ -27,7 +25,6 @@ from dcdit.ops._triton.dechunk_spatial import _dechunk, _gradients, window_radiu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
-NAMES = ["output", "gradient of h", "gradient of p", "gradient of gate or residual", "gradient of residual"]
 MODES: list[dict[str, Any]] = [{}, {"drop_fraction": 0.4}, {"capacity": 60}, {"budget": 1}, {"threshold": 0.2}]
 SMOOTH = {"BAND_H": 4, "STRIP_W": 4, "BM": 16, "BJ": 16, "LINES": 4, "BLOCK_D": 16, "num_warps": 4}
 SMALL_BLOCKS = {
@@ -117,23 +114,9 @@ def run(*args: Any) -> list[Tensor | None]:
 
 
 def check(*args: Any) -> None:
-    """Output and gradients against the definition.
-
-    The gradient of p is a small difference of large numbers, and the largest error of few values is luck: its floor is
-    counted in ulps of those numbers.
-    """
-    exact, same = (
-        [*outputs, *grads]
-        for outputs, grads in (
-            reference64(reference.dechunk_spatial, *args),
-            differentiate(reference.dechunk_spatial, args),
-        )
-    )
-    for i, (name, *triple) in enumerate(zip(NAMES, run(*args), exact, same, strict=False)):
-        floor = ULPS_FLOOR
-        if i == 2 and triple[1].any():
-            floor *= max(1.0, largest_term_of_grad_p(*args[:5]) / float(triple[1].abs().max()))
-        assert_close_to_reference(*triple, name=name, ulps_floor=floor)
+    """Output and gradients against the definition; that of p is a small difference of large numbers."""
+    terms = {1: largest_term_of_grad_p(*args[:5])}
+    check_against_reference(ops.dechunk_spatial, *args, backend="triton", terms=terms)
 
 
 def largest_term_of_grad_p(h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float) -> float:
