@@ -1,13 +1,13 @@
 """What the operator tests share: inputs, the float64 reference, and the tolerance rule."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcdit.ops import TokenSelection, reference, select_tokens, use_backend
+from dcdit.ops import TokenSelection, boundary_prob_predictability, reference, select_tokens, use_backend
 
 ULPS_FLOOR = 2
 """A bound of twice zero would ask for luck: errors below this many ulps of the largest value always pass."""
@@ -124,12 +124,11 @@ def check_against_reference(
     backend: str = "torch",
     seed: int = 7,
     terms: Mapping[int, float] = MappingProxyType({}),
-    skip_grads: Container[int] = (),
 ) -> None:
     """Forward and all gradients of one public operation on a backend against its twin in ``reference``.
 
-    ``terms`` and ``skip_grads`` number float arguments: the magnitudes behind a gradient (see
-    :func:`assert_close_to_reference`), and gradients that are checked elsewhere.
+    ``terms`` maps the number of a float argument to the magnitudes behind its gradient (see
+    :func:`assert_close_to_reference`).
     """
     twin = getattr(reference, op.__name__)
     outputs64, grads64 = reference64(twin, *args, seed=seed)
@@ -140,13 +139,18 @@ def check_against_reference(
     for i, triple in enumerate(zip(outputs, outputs64, outputs32, strict=True)):
         assert_close_to_reference(*triple, name=f"output {i}")
     for i, (actual, exact, same) in enumerate(zip(grads, grads64, grads32, strict=True)):
-        if i in skip_grads:
-            continue
         if exact is None or same is None:
             assert actual is None or not actual.any(), f"gradient {i} should not exist"
             continue
         assert actual is not None, f"gradient {i} is missing"
         assert_close_to_reference(actual, exact, same, name=f"gradient {i}", terms=terms.get(i, 0.0))
+
+
+def check_predictability(*args: Any, backend: str = "torch") -> None:
+    """:func:`check_against_reference` of the predictability boundary: its last bias has one sum for a gradient."""
+    p = reference.boundary_prob_predictability(*(to_float64(a) for a in args))
+    terms = {4: float((randn(*p.shape, seed=7).to(p).abs() * p * (1 - p)).sum())}
+    check_against_reference(boundary_prob_predictability, *args, backend=backend, terms=terms)
 
 
 def check_rms_against_reference(

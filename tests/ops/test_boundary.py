@@ -5,6 +5,7 @@ import torch
 from helpers import (
     assert_close_to_reference,
     check_against_reference,
+    check_predictability,
     check_rms_against_reference,
     randn,
     random_cu_seqlens,
@@ -106,7 +107,7 @@ def predictability_args(*shape: int, dtype: torch.dtype = torch.float32, seed: i
 @pytest.mark.parametrize("shape", [(0, 8, 2, 3), (2, 8, 1, 1), (2, 96, 5, 7), (1, 288, 16, 16)])
 def test_predictability(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     args = predictability_args(*shape, dtype=dtype)
-    check_against_reference(ops.boundary_prob_predictability, *args, skip_grads={4})
+    check_predictability(*args)
 
 
 def test_predictability_gradient_of_the_bias() -> None:
