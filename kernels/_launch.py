@@ -15,9 +15,10 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 class Launch(NamedTuple):
-    """One recorded kernel start: what the ahead-of-time check compiles."""
+    """One recorded kernel start: what the checks without a GPU look at."""
 
     kernel: Any
+    grid: tuple[int, ...]
     args: tuple[Any, ...]
     meta: dict[str, Any]
 
@@ -38,7 +39,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if torch.version.hip is not None:
         meta.pop("maxnreg", None)  # ptxas alone takes it
     if _recorded is not None:
-        _recorded.append(Launch(kernel, args, meta))
+        _recorded.append(Launch(kernel, grid, args, meta))
         return
     device = next(argument.device for argument in args if isinstance(argument, Tensor))
     try:

@@ -118,6 +118,13 @@ def _combine_statistics(
     return mean, 1.0 / tl.sqrt(square / length / WIDTH + eps)
 
 
+@triton.jit
+def _place(length, BLOCK_P: tl.constexpr):
+    """Image of this program, and which block of its positions. Both on the first axis: the others end at 65,535."""
+    blocks = tl.cdiv(length, BLOCK_P)
+    return (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["length", "splits", "span"])
 def _score_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, out_weight_ptr, out_bias_ptr, partial_ptr, p_ptr, stats_ptr,
@@ -125,16 +132,16 @@ def _score_kernel(
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = C // GROUPS
-    image = tl.program_id(0).to(tl.int64)
     length = length // UNIT * UNIT
+    image, block = _place(length, BLOCK_P)
     group = tl.arange(0, BLOCK_G)  # [BLOCK_G]
     mean, rstd = _combine_statistics(partial_ptr, image, length, splits, span, eps, WIDTH, GROUPS, BLOCK_S, BLOCK_G)
     mean += _load_shift(x_ptr, image, group, group < GROUPS, image_stride, pitch, WIDTH, CHANNELS_LAST)
-    if tl.program_id(1) == 0:
+    if block == 0:
         tl.store(stats_ptr + image * 2 * GROUPS + group, mean, mask=group < GROUPS)
         tl.store(stats_ptr + image * 2 * GROUPS + GROUPS + group, rstd, mask=group < GROUPS)
 
-    position = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    position = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     terms = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for start in tl.static_range(0, C, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -262,10 +269,10 @@ def _features_grad_kernel(
     length, image_stride, pitch, dx_pitch, C: tl.constexpr, GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
     length = length // UNIT * UNIT
-    position = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    channel = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    image, block = _place(length, BLOCK_P)
+    position = block * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     mask = (position < length)[:, None] & (channel < C)[None, :]
     normed, y, norm_weight, rstd = _load_normed(
         x_ptr, norm_weight_ptr, norm_bias_ptr, stats_ptr, image, position, channel, mask, image_stride, pitch,
@@ -312,7 +319,7 @@ def predictability_fwd(
     stats = empty((images, 2, num_groups), torch.float32, x.device)
     config = _tile_config(x, layout)
     launch(
-        _score_kernel, (images, cdiv(length, config["BLOCK_P"])), x, norm_weight, norm_bias, out_weight, out_bias,
+        _score_kernel, (images * cdiv(length, config["BLOCK_P"]),), x, norm_weight, norm_bias, out_weight, out_bias,
         partial, p, stats, length, partial.shape[1], span, layout.image_stride, layout.pitch, eps,
         C=channels, GROUPS=num_groups, CHANNELS_LAST=layout.channels_last, UNIT=layout.unit,
         BLOCK_S=min(MAX_SPLITS, max(1, 1024 // block_g)), BLOCK_G=block_g, **config,
@@ -346,7 +353,7 @@ def predictability_bwd(
     if need_features:
         dx = dense_like(x)
         launch(
-            _features_grad_kernel, (images, cdiv(length, config["BLOCK_P"]), blocks), grad, x, norm_weight, norm_bias,
+            _features_grad_kernel, (images * cdiv(length, config["BLOCK_P"]), blocks), grad, x, norm_weight, norm_bias,
             out_weight, p, stats, means, dx, length, layout.image_stride, layout.pitch,
             channels if layout.channels_last else length, **shape, **config,
         )  # fmt: skip

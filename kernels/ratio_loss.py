@@ -11,7 +11,7 @@ from dcdit.kernels._launch import cdiv, config_for, empty, launch
 @triton.jit(do_not_specialize=["size", "splits"])
 def _sums_kernel(p_ptr, mask_ptr, partial_ptr, size, splits, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """Sum of p and count of the mask over one split of one group."""
-    split, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    group, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     size = size // UNIT * UNIT
     position = split * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     p = tl.load(p_ptr + group * size + position, mask=position < size, other=0.0).to(tl.float32)
@@ -54,7 +54,7 @@ def ratio_loss_fwd(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple
     splits = cdiv(size, config["BLOCK"])
     partial = empty((groups, splits, 2), torch.float32, p.device)
     loss, slopes = empty((), torch.float32, p.device), empty((groups,), torch.float32, p.device)
-    launch(_sums_kernel, (splits, groups), p, mask, partial, size, splits, UNIT=1 if size % 16 else 16, **config)
+    launch(_sums_kernel, (groups, splits), p, mask, partial, size, splits, UNIT=1 if size % 16 else 16, **config)
     launch(
         _loss_kernel, (1,), partial, loss, slopes, groups, size, splits, target, BLOCK_G=16, BLOCK_S=32, num_warps=4
     )  # fmt: skip

@@ -115,7 +115,7 @@ def compile_launches(
     target = GPUTarget(*TARGETS[target_name])
     backend = make_backend(target)
     seen = set() if seen is None else seen
-    for kernel, args, meta in recorded:
+    for kernel, _, args, meta in recorded:
         if target.backend == "hip":
             meta = {name: value for name, value in meta.items() if name != "maxnreg"}  # as launch does there
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)

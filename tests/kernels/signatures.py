@@ -32,7 +32,7 @@ def variants(name: str) -> tuple[int, int]:
         per_count.append(len(recorded))
     assert min(per_count) == max(per_count), f"{name}: the number of launches depends on the kept count: {per_count}"
     keys = set()
-    for kernel, args, meta in launches:
+    for kernel, _, args, meta in launches:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         _, specialization, options = bind(*args, **meta)
         keys.add((kernel.__name__, str(specialization), str(options)))

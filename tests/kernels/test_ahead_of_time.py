@@ -50,7 +50,7 @@ def _fat_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + i, tl.cumsum(tl.exp(x) * y, 0) + tl.cumsum(tl.exp(y) * x, 0))
 
 x = torch.empty(32, dtype=torch.float32)
-launch = Launch(_fat_kernel, (x, x), {{"SIZE": 8192, "num_warps": 1}})
+launch = Launch(_fat_kernel, (1,), (x, x), {{"SIZE": 8192, "num_warps": 1}})
 reports = list(aot.compile_launches([launch], "fp32", 0, "sm_80"))
 print(any(report.spills for report in reports))
 """

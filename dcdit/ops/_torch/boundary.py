@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dcdit.ops._autograd import first_derivative_only
 from dcdit.ops._torch._common import wide
 
 NORM_EPS = 1e-12
@@ -59,7 +59,7 @@ class _Cosine(torch.autograd.Function):
         return cosine
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b, norm_a, norm_b, cosine = ctx.saved_tensors
         across = (grad / norm_a / norm_b)[..., None]
@@ -82,7 +82,7 @@ class _Unit(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         unit, norm = ctx.saved_tensors
         along = torch.where(norm > NORM_EPS, (grad * unit).sum(-1, keepdim=True), 0)

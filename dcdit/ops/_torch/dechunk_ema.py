@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dcdit.ops._autograd import first_derivative_only
 from dcdit.ops._torch._common import may_have_slack, opaque, wide
 from dcdit.ops._torch.confidence import packed_confidence
 from dcdit.ops._torch.spread import spread_rows
@@ -57,7 +57,7 @@ class _Scan(torch.autograd.Function):
         return state
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, q, decay, state = ctx.saved_tensors
         # The adjoint runs backwards: a_m = g_m + decay_{m+1} a_{m+1}.

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dcdit.ops._autograd import first_derivative_only
 from dcdit.ops._torch._common import wide
 
 
@@ -25,7 +25,7 @@ class SegmentLayerNorm(torch.autograd.Function):
         return _with_slack(out.to(t.dtype), t.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         t, scale, mean, rstd = ctx.saved_tensors
         bounds = ctx.bounds
@@ -64,7 +64,7 @@ class SegmentGatedAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         y, gate = ctx.saved_tensors
         row = wide(gate)

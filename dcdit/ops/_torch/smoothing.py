@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dcdit.ops._autograd import first_derivative_only
 from dcdit.ops._torch._common import PROB_EPS, ROW_EPS, chunk_rows, chunks, opaque, reads_are_free
 from dcdit.ops._torch.packing import take_rows
 
@@ -48,7 +48,7 @@ class _Smooth(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_h, grad_q = _smooth_backward(grad, *ctx.saved_tensors, *ctx.window)
         return grad_h, grad_q, None, None, None, None

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dcdit.ops._autograd import first_derivative_only
 from dcdit.ops._torch._common import chunks, opaque
 from dcdit.ops._torch.packing import take_rows
 
@@ -34,7 +34,7 @@ class _Spread(torch.autograd.Function):
         return _spread(rows, owner, residual, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         owner, rows = ctx.saved_tensors
         grad_rows = grad_gate = None

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.ops._autograd import first_derivative_only
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -36,7 +38,7 @@ class KernelOp:
         body = {
             "forward": staticmethod(self.launcher),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
+            "backward": staticmethod(first_derivative_only(backward)),
         }
         self._function = type(self.launcher.__name__, (torch.autograd.Function,), body)
         return self
