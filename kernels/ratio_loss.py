@@ -21,9 +21,9 @@ def _sums_kernel(p_ptr, mask_ptr, partial_ptr, size, splits, UNIT: tl.constexpr,
     tl.store(target + 1, tl.sum(kept, axis=0))
 
 
-@triton.jit(do_not_specialize=["groups", "size", "splits", "target"])
+@triton.jit(do_not_specialize=["groups", "size", "splits", "scale", "others"])
 def _loss_kernel(
-    partial_ptr, loss_ptr, slope_ptr, groups, size, splits, target, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr
+    partial_ptr, loss_ptr, slope_ptr, groups, size, splits, scale, others, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr
 ):
     """The mean loss of the groups, and for each group the derivative of that mean by one of its p."""
     total = tl.zeros((BLOCK_G,), dtype=tl.float32)
@@ -39,10 +39,9 @@ def _loss_kernel(
             kept += tl.sum(tl.load(source + 1, mask=mask, other=0.0), axis=1)
         mean_p /= size
         kept /= size
-        scale = target / (target - 1.0)
-        loss = scale * ((1.0 - kept) * (1.0 - mean_p) + (target - 1.0) * kept * mean_p)
+        loss = scale * ((1.0 - kept) * (1.0 - mean_p) + others * kept * mean_p)
         total += tl.where(group < groups, loss, 0.0)
-        slope = scale * ((target - 1.0) * kept - (1.0 - kept)) / size / groups
+        slope = scale * (others * kept - (1.0 - kept)) / size / groups
         tl.store(slope_ptr + group, slope, mask=group < groups)
     tl.store(loss_ptr, tl.sum(total, axis=0) / groups)
 
@@ -55,7 +54,9 @@ def ratio_loss_fwd(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple
     partial = empty((groups, splits, 2), torch.float32, p.device)
     loss, slopes = empty((), torch.float32, p.device), empty((groups,), torch.float32, p.device)
     launch(_sums_kernel, (groups, splits), p, mask, partial, size, splits, UNIT=1 if size % 16 else 16, **config)
+    # A kernel gets its numbers in float32, in which target - 1 would lose digits for a target near 1.
     launch(
-        _loss_kernel, (1,), partial, loss, slopes, groups, size, splits, target, BLOCK_G=16, BLOCK_S=32, num_warps=4
+        _loss_kernel, (1,), partial, loss, slopes, groups, size, splits, target / (target - 1), target - 1,
+        BLOCK_G=16, BLOCK_S=32, num_warps=4,
     )  # fmt: skip
     return loss, slopes

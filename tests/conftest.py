@@ -4,8 +4,8 @@ import os
 
 import torch
 
-# Decided before any kernel is imported: without a GPU, Triton kernels run in the interpreter.
-if not torch.cuda.is_available():
+# Decided before any kernel is imported: without a GPU, Triton kernels run in the interpreter, or compiled (tests/ptx).
+if not torch.cuda.is_available() and "DCDIT_PTX" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 # One process per core runs (`-n 2`); more threads would only fight.
 torch.set_num_threads(1)

@@ -1,5 +1,6 @@
-"""Triton kernels are tested in the interpreter, or on a GPU where there is one; every output starts out poisoned."""
+"""Triton kernels are tested in the interpreter, as PTX on a CPU, or on a GPU where there is one; outputs poisoned."""
 
+import functools
 import importlib
 import os
 import pkgutil
@@ -9,6 +10,7 @@ import interpreter_scan
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from ptx.launch import Launcher
 
 import dcdit.kernels
 
@@ -24,10 +26,22 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.full(shape, value, dtype=dtype, device=device)
 
 
+PTX_TARGET = os.environ.get("DCDIT_PTX")
+"""Set to 80 or 90, kernels run as the PTX compiled for that compute capability (`make ptx-test`)."""
+
+
+@functools.cache
+def ptx_launcher() -> Launcher:
+    return Launcher(int(PTX_TARGET or 90))
+
+
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter_memcheck.install(monkeypatch)
-    interpreter_scan.install(monkeypatch)
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if PTX_TARGET:
+        ptx_launcher().install(monkeypatch)
+    else:
+        interpreter_memcheck.install(monkeypatch)
+        interpreter_scan.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

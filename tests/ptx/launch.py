@@ -1,0 +1,85 @@
+"""Start Triton kernels on CPU tensors as the PTX they are compiled to."""
+
+import struct
+from typing import Any, NamedTuple
+
+import pytest
+import triton
+from ptx.instructions import translate
+from ptx.machine import Step, run
+from ptx.memory import GlobalMemory
+from ptx.program import Program, parse
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+
+class _Compiled(NamedTuple):
+    program: Program
+    steps: list[Step | None]
+    threads: int
+    shared: int
+    arguments: list[tuple[int, str]]
+    """Which of the launch's arguments are parameters, in order, and their Triton types."""
+
+
+class Launcher:
+    """Compiles for one NVIDIA target, and runs what comes out."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+        self._backend = make_backend(self._target)
+        self._compiled: dict[Any, _Compiled] = {}
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Take over every ``kernel[grid](...)``."""
+
+        def start(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **meta: Any) -> None:
+            self.launch(kernel, grid, args, meta)
+
+        monkeypatch.setattr(JITFunction, "run", start)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        """Run a kernel; tensors are changed in place.
+
+        Raises:
+            MachineError: it does what a GPU would not forgive.
+        """
+        compiled = self._compile(kernel, args, meta)
+        values = [_bits(args[index], kind) for index, kind in compiled.arguments]
+        # What follows the arguments is scratch memory that no kernel here asks for.
+        values += [0] * (len(compiled.program.parameters) - len(values))
+        parameters = dict(zip(compiled.program.parameters, values, strict=True))
+        memory = GlobalMemory([argument for argument in args if isinstance(argument, Tensor)])
+        run(compiled.program, compiled.steps, grid, compiled.threads, compiled.shared, parameters, memory)
+
+    def _compile(self, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> _Compiled:
+        bind = create_function_from_signature(kernel.signature, kernel.params, self._backend)
+        bound, specialization, options = bind(*args, **meta, debug=False)
+        key = (kernel, str(specialization), str(options))
+        if key not in self._compiled:
+            options, signature, constexprs, attrs = kernel._pack_args(
+                self._backend, {**meta, "debug": False}, bound, specialization, options
+            )
+            source = ASTSource(kernel, signature, constexprs, attrs)
+            done = triton.compile(source, target=self._target, options=options.__dict__)
+            program = parse(done.asm["ptx"])
+            self._compiled[key] = _Compiled(
+                program,
+                [translate(instruction) for instruction in program.instructions],
+                32 * done.metadata.num_warps,
+                done.metadata.shared,
+                [(i, kind) for i, kind in enumerate(signature.values()) if i < len(args) and kind != "constexpr"],
+            )
+        return self._compiled[key]
+
+
+def _bits(value: Any, kind: str) -> int:
+    if kind.startswith("*"):
+        return value.data_ptr()
+    if kind == "fp32":
+        return struct.unpack("<I", struct.pack("<f", value))[0]
+    if kind in ("i1", "u1", "i32", "i64", "u32", "u64"):
+        return int(value) % 2**64
+    raise TypeError(f"a parameter of type {kind}: {value!r}")
