@@ -34,7 +34,8 @@ def collect() -> dict[str, Any]:
         "dcdit": dcdit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        # torch's own words tell the build as well ("+cu130").
+        "packages": {**{name: _version(name) for name in PACKAGES}, "torch": torch.__version__},
         "devices": [_device(name) for name in devices],
     }
 

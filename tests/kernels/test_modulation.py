@@ -183,7 +183,9 @@ def test_each_gradient_alone(op: Callable[..., Any], device: torch.device) -> No
             out = op(*args[:i], only, *args[i + 1 :])
         out = out if isinstance(out, tuple) else (out,)
         cotangents = [randn(*o.shape, seed=7 + j).to(device) for j, o in enumerate(out)]
-        torch.testing.assert_close(torch.autograd.grad(out, only, cotangents)[0], together[i], rtol=0, atol=0)
+        # Another kernel: without the sums it does not need, the compiler fuses other products.
+        ulps = 8 * torch.finfo(torch.float32).eps
+        torch.testing.assert_close(torch.autograd.grad(out, only, cotangents)[0], together[i], rtol=ulps, atol=ulps)
 
 
 @pytest.mark.parametrize("used", [0, 1])

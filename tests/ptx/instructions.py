@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ptx.copies import copy_asynchronously
 from ptx.machine import WARP, Step, Threads
 from ptx.matrix import load_matrix, multiply, store_matrix
 from ptx.memory import UNSIGNED, MachineError
@@ -487,6 +488,7 @@ _INSTRUCTIONS: dict[str, Callable[[Instruction], Step]] = {
     "ld": _make_load,
     "st": _make_store,
     "atom": _make_atomic,
+    "cp": copy_asynchronously,
     "bar": _make_barrier,
     "shfl": _make_shuffle,
     "redux": _make_reduce,

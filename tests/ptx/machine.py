@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ptx.copies import Copies
 from ptx.memory import UNSIGNED, GlobalMemory, MachineError, SharedMemory
 from ptx.program import Program
 
@@ -38,6 +39,7 @@ class Threads:
         for axis, name in enumerate("xyz"):
             self.registers[f"%ctaid.{name}"] = blocks[self.block, axis].astype(np.uint32)
             self.registers[f"%nctaid.{name}"] = np.full(self.total, counts[axis], np.uint32)
+        self.copies = Copies(self.total)
         self.groups: dict[int, Array] = {0: np.ones(self.total, dtype=bool)}
         """Position to the threads that are there."""
         self.running = np.ones(self.total, dtype=bool)

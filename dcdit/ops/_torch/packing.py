@@ -31,6 +31,9 @@ def take_rows(source: Tensor, indices: Tensor) -> Tensor:
     absent = indices < 0
     if reads_are_free(source) and not absent.any():
         return rows
+    if torch.compiler.is_compiling():
+        # In place, torch 2.11 would trace wrong gradients (PyTorch issue 180642).
+        return rows.masked_fill(absent[:, None], 0)
     return rows.masked_fill_(absent[:, None], 0)
 
 
