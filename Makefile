@@ -4,7 +4,7 @@ MINUTES ?= 3.5
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-bench aot gpu-test clean
+.PHONY: demo test test-full lint format bench gpu-bench aot ptx-test gpu-test clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -32,6 +32,9 @@ gpu-bench: $(VENV)/.installed ## the same where there is a CUDA device, within 9
 
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
 	$(BIN)/python tests/kernels/aot.py --jobs 2
+
+ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, run as PTX without a GPU (see tests/ptx)
+	for capability in 80 90 100; do DCDIT_PTX=$$capability $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels || exit 1; done
 
 gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; says so and stops where there is none
 	$(BIN)/python tests/gpu_suite.py

@@ -60,14 +60,19 @@ def _elementwise(function: Callable[..., Array], *qualifiers: str) -> Callable[[
     """``d = function(a, b, ...)``, all of the type that the opcode ends with."""
 
     def make(instruction: Instruction) -> Step:
-        _known(instruction, *qualifiers)
-        target, *sources = instruction.operands
-        if instruction.opcode[-1] in _PACKED:
-            return _packed(function, instruction)
-        dtype = _type(instruction)
+        kind, (target, *sources) = instruction.opcode[-1], instruction.operands
+        if instruction.opcode[-2] == "f32" and kind in ("bf16", "f16"):
+            # float32 arithmetic that takes all but its last operand in 16 bits
+            _known(instruction, *qualifiers, "f32")
+            readers = [_reader(kind)] * (len(sources) - 1) + [_reader("f32")]
+            write = _writer("f32")
+        else:
+            _known(instruction, *qualifiers)
+            readers, write = [_reader(kind)] * len(sources), _writer(kind)
 
         def step(state: Threads) -> None:
-            state.write(target, function(*(state.read(source, dtype) for source in sources)).astype(dtype, copy=False))
+            values = [read(state, source) for read, source in zip(readers, sources, strict=True)]
+            write(state, target, function(*values))
 
         return step
 
@@ -75,23 +80,27 @@ def _elementwise(function: Callable[..., Array], *qualifiers: str) -> Callable[[
 
 
 _PACKED = {
-    "bf16": (np.uint16, from_bfloat16, bfloat16),
-    "bf16x2": (np.uint32, from_bfloat16, bfloat16),
-    "f16x2": (np.uint32, from_half, to_half),
+    "bf16": (np.uint16, np.uint16, from_bfloat16, bfloat16),
+    "bf16x2": (np.uint32, np.uint16, from_bfloat16, bfloat16),
+    "f16x2": (np.uint32, np.uint16, from_half, to_half),
+    "f32x2": (np.uint64, np.float32, np.asarray, np.asarray),
 }
-"""Registers that hold one or two 16-bit floats, which numpy does not know: how to read and to make them."""
+"""Registers that hold several numbers, or numbers that numpy does not know: the register, a part of it, how to read
+and to make that. Arithmetic is float32's, which holds a product of two 16-bit floats exactly: it is rounded once."""
 
 
-def _packed(function: Callable[..., Array], instruction: Instruction) -> Step:
-    """The same for these. float32 holds a product of two exactly, so it is rounded once, as it must be."""
-    register, decode, encode = _PACKED[instruction.opcode[-1]]
-    target, *sources = instruction.operands
+def _reader(kind: str) -> Callable[[Threads, str], Array]:
+    if kind not in _PACKED:
+        return lambda state, source: state.read(source, _TYPES[kind])
+    register, part, decode, _ = _PACKED[kind]
+    return lambda state, source: decode(np.array(state.read(source, register)).view(part))
 
-    def step(state: Threads) -> None:
-        factors = (decode(np.array(state.read(source, register)).view(np.uint16)) for source in sources)
-        state.write(target, encode(function(*factors).astype(np.float32)).view(register))
 
-    return step
+def _writer(kind: str) -> Callable[[Threads, str, Array], None]:
+    if kind not in _PACKED:
+        return lambda state, target, value: state.write(target, value.astype(_TYPES[kind], copy=False))
+    register, _, _, encode = _PACKED[kind]
+    return lambda state, target, value: state.write(target, encode(value.astype(np.float32)).view(register))
 
 
 # --- integers and floats ----------------------------------------------------------------------------------------------
@@ -260,7 +269,10 @@ def _make_move(instruction: Instruction) -> Step:
         part = np.dtype(f"u{dtype.itemsize // len(source)}")
 
         def join(state: Threads) -> None:
-            state.write(target, np.stack([state.read(x, part) for x in source], 1).view(dtype)[:, 0])
+            # The compiler fills up pairs with a register that nobody wrote and nobody will look at.
+            nothing = np.full(state.total, np.iinfo(part).max, part)
+            written = [state.read(x, part) if x in state.registers else nothing for x in source]
+            state.write(target, np.stack(written, 1).view(dtype)[:, 0])
 
         return join
     if source == "global_smem":
