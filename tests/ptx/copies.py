@@ -75,10 +75,9 @@ def copy_asynchronously(instruction: Instruction) -> Step:
         if not np.isin(read, (0, 4 * words)).all():
             raise MachineError("a copy in part")
         values = [np.zeros(len(read), np.uint32) for _ in range(words)]
-        for value, found in zip(
-            values, state.memory.load(state.address(source)[mask][read > 0], words, 4), strict=True
-        ):
-            value[read > 0] = found
+        wanted = state.address(source)[mask][read > 0]
+        for value, word in zip(values, state.memory.load(state.warp[mask][read > 0], wanted, words, 4), strict=True):
+            value[read > 0] = word
         state.copies.start(state, state.address(into)[mask], values)
 
     return step

@@ -365,7 +365,7 @@ def _make_load(instruction: Instruction) -> Step:
     def step(state: Threads) -> None:
         place, mask = state.address(str(address))[state.mask], state.mask
         if space == "global":
-            values = state.memory.load(place, len(registers), size)
+            values = state.memory.load(state.warp[mask], place, len(registers), size)
         else:
             values = state.shared.load(state.block[mask], state.warp[mask], place, len(registers), size)
         for register, value in zip(registers, values, strict=True):
@@ -383,7 +383,7 @@ def _make_store(instruction: Instruction) -> Step:
         place, mask = state.address(str(address))[state.mask], state.mask
         values = [np.ascontiguousarray(state.read(register, UNSIGNED[size])[mask]) for register in registers]
         if space == "global":
-            state.memory.store(place, values, size)
+            state.memory.store(state.warp[mask], place, values, size)
         else:
             state.shared.store(state.block[mask], state.warp[mask], place, values, size)
 
@@ -399,7 +399,8 @@ def _make_atomic(instruction: Instruction) -> Step:
 
     def step(state: Threads) -> None:
         value = np.ascontiguousarray(state.read(source, dtype)[state.mask])
-        state.memory.update(state.address(str(address))[state.mask], value, combine, dtype)
+        place = state.address(str(address))[state.mask]
+        state.memory.update(state.warp[state.mask], place, value, combine, dtype)
 
     return step
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import triton
+from ptx.counts import Counts
 from ptx.instructions import translate
 from ptx.machine import Step, run
 from ptx.memory import GlobalMemory
@@ -27,9 +28,12 @@ class _Compiled(NamedTuple):
 class Launcher:
     """Compiles for one NVIDIA target, and runs what comes out."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, counted: bool = False) -> None:
+        """``counted``: also count what each launch does, into :attr:`counts`."""
         self._target = GPUTarget("cuda", capability, 32)
         self._backend = make_backend(self._target)
+        self._counted = counted
+        self.counts: list[Counts] = []
         self._compiled: dict[Any, _Compiled] = {}
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,8 +55,11 @@ class Launcher:
         # What follows the arguments is scratch memory that no kernel here asks for.
         values += [0] * (len(compiled.program.parameters) - len(values))
         parameters = dict(zip(compiled.program.parameters, values, strict=True))
-        memory = GlobalMemory([argument for argument in args if isinstance(argument, Tensor)])
-        run(compiled.program, compiled.steps, grid, compiled.threads, compiled.shared, parameters, memory)
+        counts = Counts(kernel.__name__) if self._counted else None
+        memory = GlobalMemory([argument for argument in args if isinstance(argument, Tensor)], counts)
+        run(compiled.program, compiled.steps, grid, compiled.threads, compiled.shared, parameters, memory, counts)
+        if counts is not None:
+            self.counts.append(counts)
 
     def _compile(self, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> _Compiled:
         bind = create_function_from_signature(kernel.signature, kernel.params, self._backend)

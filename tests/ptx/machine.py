@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from ptx.copies import Copies
+from ptx.counts import Counts
 from ptx.memory import UNSIGNED, GlobalMemory, MachineError, SharedMemory
 from ptx.program import Program
 
@@ -26,19 +27,21 @@ class Threads:
     """Registers and positions of all threads of several blocks."""
 
     def __init__(
-        self, program: Program, blocks: Array, counts: tuple[int, ...], size: int, shared: int, memory: GlobalMemory
-    ) -> None:
-        """``blocks`` (n, 3) block indices of a grid of ``counts``; ``size`` threads in each."""
+        self, program: Program, blocks: Array, grid: tuple[int, ...], size: int, shared: int, memory: GlobalMemory,
+        counts: Counts | None,
+    ) -> None:  # fmt: skip
+        """``blocks`` (n, 3) indices of blocks in a grid; ``size`` threads in each."""
         self.program = program
         self.memory = memory
-        self.shared = SharedMemory(len(blocks), shared)
+        self.shared = SharedMemory(len(blocks), shared, counts)
+        self.counts = counts
         self.total = len(blocks) * size
         thread = np.arange(self.total)
         self.block, self.warp, self.lane = thread // size, thread // WARP, thread % WARP
         self.registers: dict[str, Array] = {"%tid.x": (thread % size).astype(np.uint32)}
         for axis, name in enumerate("xyz"):
             self.registers[f"%ctaid.{name}"] = blocks[self.block, axis].astype(np.uint32)
-            self.registers[f"%nctaid.{name}"] = np.full(self.total, counts[axis], np.uint32)
+            self.registers[f"%nctaid.{name}"] = np.full(self.total, grid[axis], np.uint32)
         self.copies = Copies(self.total)
         self.groups: dict[int, Array] = {0: np.ones(self.total, dtype=bool)}
         """Position to the threads that are there."""
@@ -121,14 +124,15 @@ def run(
     shared: int,
     parameters: dict[str, int],
     memory: GlobalMemory,
+    counts: Counts | None = None,
 ) -> None:
     """All blocks of a grid. ``steps`` are the instructions translated; None where :func:`_advance` has to look."""
-    counts = tuple(grid) + (1,) * (3 - len(grid))
-    every = np.stack(np.unravel_index(np.arange(int(np.prod(counts))), counts[::-1])[::-1], 1)
+    sides = tuple(grid) + (1,) * (3 - len(grid))
+    every = np.stack(np.unravel_index(np.arange(int(np.prod(sides))), sides[::-1])[::-1], 1)
     at_once = max(1, THREADS_AT_ONCE // threads)
     with np.errstate(all="ignore"):
         for start in range(0, len(every), at_once):
-            state = Threads(program, every[start : start + at_once], counts, threads, shared, memory)
+            state = Threads(program, every[start : start + at_once], sides, threads, shared, memory, counts)
             for name, value in parameters.items():
                 state.registers[name] = np.full(state.total, value, np.uint64)
             _run_blocks(state, steps)
@@ -158,6 +162,8 @@ def _run_blocks(state: Threads, steps: list[Step | None]) -> None:
                     break
             elif mask.any():
                 state.mask = mask
+                if state.counts is not None:
+                    state.counts.instruction(mask)
                 try:
                     step(state)
                 except MachineError as error:

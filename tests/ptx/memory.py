@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ptx.counts import Counts
 from torch import Tensor
 
 Array = NDArray[np.generic]
@@ -29,7 +30,8 @@ class _Range(NamedTuple):
 class GlobalMemory:
     """The tensors that a launch was given, at their own addresses; nothing else can be reached."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], counts: Counts | None = None) -> None:
+        self._counts = counts
         self._ranges: list[_Range] = []
         for tensor in tensors:
             if tensor.numel():
@@ -53,22 +55,28 @@ class GlobalMemory:
                     return found
         raise MachineError(f"{int(left.sum())} accesses of {size} bytes lie outside of every argument")
 
-    def load(self, address: Array, count: int, size: int) -> list[Array]:
+    def load(self, warp: Array, address: Array, count: int, size: int) -> list[Array]:
         """``count`` neighbouring elements of ``size`` bytes at each address."""
+        if self._counts is not None:
+            self._counts.read(warp, address, count * size)
         out = [np.empty(address.shape, UNSIGNED[size]) for _ in range(count)]
         for given, mine, offset in self._places(address, count * size) if address.size else []:
             for k in range(count):
                 out[k][mine] = _gather(given.bytes, offset + k * size, size)
         return out
 
-    def store(self, address: Array, values: list[Array], size: int) -> None:
+    def store(self, warp: Array, address: Array, values: list[Array], size: int) -> None:
+        if self._counts is not None:
+            self._counts.written(warp, address, len(values) * size)
         for given, mine, offset in self._places(address, len(values) * size) if address.size else []:
             for k, value in enumerate(values):
                 _scatter(given.bytes, offset + k * size, value[mine], size)
 
-    def update(self, address: Array, value: Array, combine: np.ufunc, dtype: np.dtype) -> None:
+    def update(self, warp: Array, address: Array, value: Array, combine: np.ufunc, dtype: np.dtype) -> None:
         """An atomic without its result: lanes one after the other."""
         size = dtype.itemsize
+        if self._counts is not None:
+            self._counts.written(warp, address, size)
         for given, mine, offset in self._places(address, size) if address.size else []:
             view = given.bytes[: given.bytes.size // size * size].view(dtype)
             combine.at(view, offset // size, value[mine].view(dtype))
@@ -77,7 +85,8 @@ class GlobalMemory:
 class SharedMemory:
     """Shared memory of several blocks side by side, with a record of who touched what since the last barrier."""
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, blocks: int, size: int, counts: Counts | None = None) -> None:
+        self._counts = counts
         self.size = max(size, 1)
         self._bytes = np.full(blocks * self.size, POISON, np.uint8)
         self._epoch = np.zeros(blocks, np.int64)
@@ -96,6 +105,8 @@ class SharedMemory:
 
     def load(self, block: Array, warp: Array, address: Array, count: int, size: int) -> list[Array]:
         place = self._places(block, address, count, size)
+        if self._counts is not None:
+            self._counts.shared(warp, address, count * size)
         every = place[:, None] + np.arange(count * size)
         epoch, warp = self._epoch[block][:, None], warp[:, None]
         if ((self._writer[0][every] == epoch) & (self._writer[1][every] != warp)).any():
@@ -109,6 +120,8 @@ class SharedMemory:
     def store(self, block: Array, warp: Array, address: Array, values: list[Array], size: int) -> None:
         count = len(values)
         place = self._places(block, address, count, size)
+        if self._counts is not None:
+            self._counts.shared(warp, address, count * size)
         every = place[:, None] + np.arange(count * size)
         epoch, warp = self._epoch[block][:, None], warp[:, None]
         if ((self._reader[0][every] == epoch) & (self._reader[1][every] != warp)).any():
