@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 MINUTES ?= 3.5
+PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-bench aot ptx-test gpu-test clean
+.PHONY: demo test test-full lint format bench gpu-bench aot ptx-test ptx-report gpu-test clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -34,7 +35,10 @@ aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; 
 	$(BIN)/python tests/kernels/aot.py --jobs 2
 
 ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, run as PTX without a GPU (see tests/ptx)
-	for capability in 80 90 100; do DCDIT_PTX=$$capability $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels || exit 1; done
+	for target in $(PTX_TARGETS); do DCDIT_PTX=$$target $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels || exit 1; done
+
+ptx-report: $(VENV)/.installed ## what the compiled kernels do, counted: bytes, instructions, bank conflicts
+	$(BIN)/python tests/ptx/report.py
 
 gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; says so and stops where there is none
 	$(BIN)/python tests/gpu_suite.py
