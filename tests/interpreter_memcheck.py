@@ -21,7 +21,7 @@ class _Guard:
 
     @contextmanager
     def allow(self, tensors: list[Tensor]) -> Iterator[None]:
-        spans = sorted(_span(tensor) for tensor in tensors)
+        spans = sorted(span(tensor) for tensor in tensors)
         self.starts, self.ends = (np.array([span[i] for span in spans], dtype=np.uint64) for i in range(2))
         # A tensor inside another one (a slice of it) must not end it.
         self.ends = np.maximum.accumulate(self.ends)
@@ -51,7 +51,7 @@ class _Guard:
         return getattr(self.real, name)
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span(tensor: Tensor) -> tuple[int, int]:
     """First byte and past-last byte of a tensor."""
     if tensor.numel() == 0:
         return tensor.data_ptr(), tensor.data_ptr()

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from interpreter_memcheck import span
 from numpy.typing import NDArray
 from ptx.counts import Counts
 from torch import Tensor
@@ -35,11 +36,11 @@ class GlobalMemory:
         self._ranges: list[_Range] = []
         for tensor in tensors:
             if tensor.numel():
-                start, size = tensor.data_ptr(), _extent(tensor)
+                start, stop = span(tensor)
                 flat = torch.empty(0, dtype=torch.uint8).set_(
-                    tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (size,), (1,)
+                    tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (stop - start,), (1,)
                 )
-                self._ranges.append(_Range(start, start + size, flat.numpy()))
+                self._ranges.append(_Range(start, stop, flat.numpy()))
 
     def _places(self, address: Array, size: int) -> list[tuple[_Range, Array, Array]]:
         """(range, which lanes, byte offsets) that hold all the addresses."""
@@ -141,12 +142,6 @@ class SharedMemory:
             if (self._bytes[every[winners]] != new[winners]).any():
                 raise MachineError("race: two warps write different values to shared memory in one step")
         self._writer[0][every], self._writer[1][every] = epoch, warp
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to its last."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
 
 
 def _gather(memory: NDArray[np.uint8], offset: Array, size: int) -> Array:
