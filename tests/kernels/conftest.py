@@ -5,7 +5,7 @@ import importlib
 import os
 import pkgutil
 
-import interpreter_memcheck
+import interpreter_launch
 import interpreter_scan
 import pytest
 import torch
@@ -40,7 +40,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if PTX_TARGET:
         ptx_launcher().install(monkeypatch)
     else:
-        interpreter_memcheck.install(monkeypatch)
+        interpreter_launch.install(monkeypatch)
         interpreter_scan.install(monkeypatch)
 
 

@@ -1,7 +1,7 @@
 """cu_seqlens as callers bring them: strided ones mean the same, and wrong ones that nobody checked are harmless.
 
 On a GPU a check would be a sync, so it needs ``DCDIT_CHECK=1``. Without it the numbers mean nothing, but no kernel may
-leave its tensors: the interpreter's accesses are watched by ``interpreter_memcheck``, a GPU's by compute-sanitizer.
+leave its tensors: the interpreter's accesses are watched by ``interpreter_launch``, a GPU's by compute-sanitizer.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from interpreter_memcheck import span
+from interpreter_launch import span
 from numpy.typing import NDArray
 from ptx.counts import Counts
 from torch import Tensor

@@ -1,5 +1,8 @@
-"""compute-sanitizer's memcheck for the Triton interpreter: every address that a kernel touches must lie in a tensor
-that it was given, even where what was read there is thrown away."""
+"""What the Triton interpreter leaves out of a launch.
+
+compute-sanitizer's memcheck: every address that a kernel touches must lie in a tensor that it was given, even where
+what was read there is thrown away. And a compiled kernel gets its numbers in float32.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +71,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     run = interpreter.GridExecutor.__call__
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        args = tuple(float(np.float32(value)) if isinstance(value, float) else value for value in args)
         with guard.allow([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]):
             run(self, *args, **kwargs)
 
