@@ -64,7 +64,9 @@ def _elementwise(function: Callable[..., Array], *qualifiers: str) -> Callable[[
         if instruction.opcode[-2] == "f32" and kind in ("bf16", "f16"):
             # float32 arithmetic that takes all but its last operand in 16 bits
             _known(instruction, *qualifiers, "f32")
-            readers = [_reader(kind)] * (len(sources) - 1) + [_reader("f32")]
+            narrow = _reader(kind)
+            readers = [lambda state, source: narrow(state, source).astype(np.float32)] * (len(sources) - 1)
+            readers.append(_reader("f32"))
             write = _writer("f32")
         else:
             _known(instruction, *qualifiers)

@@ -218,6 +218,13 @@ def floats() -> Tensor:
         ("cvt.rn.f16.f32 %rs1, %r1; cvt.f32.f16 %r2, %rs1;", lambda x: x.half().float()),
         ("cvt.rn.bf16.f32 %rs1, %r1; cvt.f32.bf16 %r2, %rs1;", lambda x: x.bfloat16().float()),
         ("cvt.rn.bf16x2.f32 %r3, 0f3F800000, %r1; shl.b32 %r2, %r3, 16;", lambda x: x.bfloat16().float()),
+        *(
+            (
+                f"cvt.rn.{kind}.f32 %rs1, %r1; fma.rn.f32.{kind} %r2, %rs1, %rs1, %r1;",
+                lambda x, dtype=dtype: (x.to(dtype).double().square() + x).float(),
+            )
+            for kind, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16))
+        ),
         (
             "cvt.rn.bf16.f32 %rs1, %r1; mul.bf16 %rs2, %rs1, %rs1; cvt.f32.bf16 %r2, %rs2;",
             lambda x: (x.bfloat16() * x.bfloat16()).float(),
