@@ -126,7 +126,7 @@ def run(
     memory: GlobalMemory,
     counts: Counts | None = None,
 ) -> None:
-    """All blocks of a grid. ``steps`` are the instructions translated; None where :func:`_advance` has to look."""
+    """All blocks of a grid. ``steps`` are the instructions translated; None where threads branch or end."""
     sides = tuple(grid) + (1,) * (3 - len(grid))
     every = np.stack(np.unravel_index(np.arange(int(np.prod(sides))), sides[::-1])[::-1], 1)
     at_once = max(1, THREADS_AT_ONCE // threads)
@@ -151,11 +151,10 @@ def _run_blocks(state: Threads, steps: list[Step | None]) -> None:
                 guard = state.read(instruction.guard, bool)
                 mask = group & (~guard if instruction.negated else guard)
             if step is None:
-                target = state.program.labels[str(instruction.operands[0])] if instruction.opcode[0] == "bra" else None
-                if target is None:
+                if instruction.opcode[0] == "bra":
+                    _join(groups, state.program.labels[str(instruction.operands[0])], mask)
+                else:
                     state.running &= ~mask
-                elif mask.any():
-                    _join(groups, target, mask)
                 group = group & ~mask
                 waiting = min(groups, default=len(instructions) + 1)
                 if not group.any():
@@ -174,7 +173,8 @@ def _run_blocks(state: Threads, steps: list[Step | None]) -> None:
 
 
 def _join(groups: dict[int, Array], position: int, mask: Array) -> None:
-    groups[position] = groups[position] | mask if position in groups else mask
+    if mask.any():
+        groups[position] = groups[position] | mask if position in groups else mask
 
 
 def _immediate(operand: str, dtype: np.dtype[Any]) -> Any:
