@@ -103,7 +103,7 @@ def _neighbours(config: Config) -> Iterator[Config]:
 def _results(name: str, shape: Shape) -> tuple[torch.Tensor, ...]:
     workload = create_workload(name, shape)
     with ops.use_backend("triton"):
-        return workload.forward_backward() if workload.differentiable else workload.forward()
+        return workload.run()
 
 
 def _same(name: str, shape: Shape, expected: tuple[torch.Tensor, ...]) -> bool:
@@ -124,6 +124,5 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _time(name: str, shape: Shape, seconds: float) -> float:
     workload = create_workload(name, shape)
-    work = workload.forward_backward if workload.differentiable else workload.forward
     with ops.use_backend("triton"):
-        return time_sides({name: work}, shape.device, seconds)[name]
+        return time_sides({name: workload.run}, shape.device, seconds)[name]

@@ -50,6 +50,10 @@ class Workload:
         """The outputs and the gradients of ``differentiable``, for an output gradient of ones."""
         return run_forward_backward(self.call, self.differentiable)
 
+    def run(self) -> tuple[Tensor, ...]:
+        """The outputs, and the gradients where there are any."""
+        return self.forward_backward() if self.differentiable else self.forward()
+
     def call(self) -> Tensor | tuple[Any, ...]:
         return self.op(*self.args)
 

@@ -22,6 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from columns import columns
+from compiling import Compiler
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
@@ -107,30 +112,15 @@ def compile_launches(
     recorded: list[Any], dtype: str, width: int, target_name: str, seen: set[Any] | None = None
 ) -> Iterator[Report]:
     """Compile the recorded launches whose specialisation is not in ``seen``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    target = GPUTarget(*TARGETS[target_name])
-    backend = make_backend(target)
+    compiler = Compiler(*TARGETS[target_name])
     seen = set() if seen is None else seen
     for kernel, _, args, meta in recorded:
-        if target.backend == "hip":
-            meta = {name: value for name, value in meta.items() if name != "maxnreg"}  # as launch does there
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        bound, specialization, options = bind(*args, **meta, debug=False)
-        key = (kernel, str(specialization), str(options))
+        key = compiler.key(kernel, args, meta)
         if key in seen:
             continue
         seen.add(key)
-        options, signature, constexprs, attrs = kernel._pack_args(
-            backend, {**meta, "debug": False}, bound, specialization, options
-        )
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
-        )
-        usage = _nvidia_usage(compiled) if target.backend == "cuda" else _amd_usage(compiled)
+        compiled, _ = compiler.compile(kernel, args, meta)
+        usage = _nvidia_usage(compiled) if TARGETS[target_name][0] == "cuda" else _amd_usage(compiled)
         yield Report(
             kernel=kernel.__name__,
             dtype=dtype,
@@ -204,10 +194,7 @@ def _occupancy(target: str, metadata: Any, registers: int) -> str:
 def table(reports: list[Report]) -> str:
     header = [*Report._fields, ""]
     rows = [[str(value) for value in report] + ["SPILLS" if report.spills else ""] for report in reports]
-    size = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(n) for cell, n in zip(row, size, strict=True)).rstrip() for row in [header, *rows]
-    )
+    return columns([header, *rows])
 
 
 def main() -> int:

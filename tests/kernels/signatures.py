@@ -4,11 +4,14 @@ Runs without the interpreter and without a GPU: launches are recorded and only T
 """
 
 import json
+import sys
+from pathlib import Path
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from compiling import Compiler
 
 from dcdit import ops
 from dcdit.kernels._launch import Launch, record_launches
@@ -20,22 +23,18 @@ READS_A_SIZE = {"select_tokens"}  # the exact mode reads a count that a recorded
 
 def variants(name: str) -> tuple[int, int]:
     """(launches, distinct variants) of an operation over batches and kept counts that all differ."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    compiler = Compiler("cuda", 90)
     launches: list[Launch] = []
     per_count = []
     for step in range(COUNTS):
         shape = Shape(3, (7, 9), 24, 0.1 + 0.04 * step, torch.bfloat16, torch.device("cpu"))
         workload = create_workload(name, shape, seed=step)
         with ops.use_backend("triton"), record_launches() as recorded:
-            workload.forward_backward() if workload.differentiable else workload.forward()
+            workload.run()
         launches += recorded
         per_count.append(len(recorded))
     assert min(per_count) == max(per_count), f"{name}: the number of launches depends on the kept count: {per_count}"
-    keys = set()
-    for kernel, _, args, meta in launches:
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        _, specialization, options = bind(*args, **meta)
-        keys.add((kernel.__name__, str(specialization), str(options)))
+    keys = {compiler.key(kernel, args, meta) for kernel, _, args, meta in launches}
     return per_count[0], len(keys)
 
 

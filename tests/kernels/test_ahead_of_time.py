@@ -60,6 +60,13 @@ print(any(report.spills for report in reports))
     assert done.stdout.strip() == "True", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiled_operations_match_the_definition(capability: int) -> None:
+    """Their PTX runs on a CPU (tests/ptx)."""
+    done = run(str(HERE / "compiled.py"), str(capability))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_kept_counts_share_one_compilation() -> None:
     """No new variant over 20 different kept counts: each launch of an operation compiles at most once."""
     done = run(str(HERE / "signatures.py"))

@@ -32,7 +32,9 @@ class Copies:
     def start(self, state: Threads, address: Array, values: list[Array]) -> None:
         threads = np.flatnonzero(state.mask)
         # Until the wait the place holds neither the old nor the new.
-        _store(state, threads, address, [np.full_like(value, int.from_bytes([POISON] * 4)) for value in values])
+        _store(
+            state, threads, address, [np.full_like(value, int.from_bytes([POISON] * 4, "little")) for value in values]
+        )
         self._pending.append(_Copy(threads, self._committed[threads], address, values))
 
     def commit(self, mask: Array) -> None:

@@ -4,16 +4,14 @@ import struct
 from typing import Any, NamedTuple
 
 import pytest
-import triton
+from compiling import Compiler
 from ptx.counts import Counts
 from ptx.instructions import translate
 from ptx.machine import Step, run
 from ptx.memory import GlobalMemory
 from ptx.program import Program, parse
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.runtime.jit import JITFunction
 
 
 class _Compiled(NamedTuple):
@@ -30,8 +28,7 @@ class Launcher:
 
     def __init__(self, capability: int, counted: bool = False) -> None:
         """``counted``: also count what each launch does, into :attr:`counts`."""
-        self._target = GPUTarget("cuda", capability, 32)
-        self._backend = make_backend(self._target)
+        self._compiler = Compiler("cuda", capability)
         self._counted = counted
         self.counts: list[Counts] = []
         self._compiled: dict[Any, _Compiled] = {}
@@ -62,15 +59,9 @@ class Launcher:
             self.counts.append(counts)
 
     def _compile(self, kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> _Compiled:
-        bind = create_function_from_signature(kernel.signature, kernel.params, self._backend)
-        bound, specialization, options = bind(*args, **meta, debug=False)
-        key = (kernel, str(specialization), str(options))
+        key = self._compiler.key(kernel, args, meta)
         if key not in self._compiled:
-            options, signature, constexprs, attrs = kernel._pack_args(
-                self._backend, {**meta, "debug": False}, bound, specialization, options
-            )
-            source = ASTSource(kernel, signature, constexprs, attrs)
-            done = triton.compile(source, target=self._target, options=options.__dict__)
+            done, signature = self._compiler.compile(kernel, args, meta)
             program = parse(done.asm["ptx"])
             self._compiled[key] = _Compiled(
                 program,

@@ -37,7 +37,7 @@ class Threads:
         self.counts = counts
         self.total = len(blocks) * size
         thread = np.arange(self.total)
-        self.block, self.warp, self.lane = thread // size, thread // WARP, thread % WARP
+        self.block, self.warp = thread // size, thread // WARP
         self.registers: dict[str, Array] = {"%tid.x": (thread % size).astype(np.uint32)}
         for axis, name in enumerate("xyz"):
             self.registers[f"%ctaid.{name}"] = blocks[self.block, axis].astype(np.uint32)

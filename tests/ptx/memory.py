@@ -13,9 +13,8 @@ Array = NDArray[np.generic]
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 POISON = 0xFF
 """What shared memory holds before it is written: NaN in every float type."""
-
-
 _SEVERAL = -2
+"""In the place of a warp: more than one of them."""
 
 
 class MachineError(Exception):
@@ -96,20 +95,22 @@ class SharedMemory:
     def barrier(self, blocks: Array) -> None:
         self._epoch[blocks] += 1
 
-    def _places(self, block: Array, address: Array, count: int, size: int) -> Array:
-        address = address.astype(np.int64)
-        if (address % (count * size)).any():
-            raise MachineError(f"a shared access of {count * size} bytes is not aligned")
-        if (address + count * size > self.size).any() or (address < 0).any():
+    def _access(
+        self, block: Array, warp: Array, address: Array, count: int, size: int
+    ) -> tuple[Array, Array, Array, Array]:
+        """Places (n,) of the accesses and of all their bytes (n, bytes), and epoch and warp of each (n, 1)."""
+        address, width = address.astype(np.int64), count * size
+        if (address % width).any():
+            raise MachineError(f"a shared access of {width} bytes is not aligned")
+        if (address + width > self.size).any() or (address < 0).any():
             raise MachineError(f"a shared access leaves the {self.size} bytes of its block")
-        return block * self.size + address
+        if self._counts is not None:
+            self._counts.shared(warp, address, width)
+        place = block * self.size + address
+        return place, place[:, None] + np.arange(width), self._epoch[block][:, None], warp[:, None]
 
     def load(self, block: Array, warp: Array, address: Array, count: int, size: int) -> list[Array]:
-        place = self._places(block, address, count, size)
-        if self._counts is not None:
-            self._counts.shared(warp, address, count * size)
-        every = place[:, None] + np.arange(count * size)
-        epoch, warp = self._epoch[block][:, None], warp[:, None]
+        place, every, epoch, warp = self._access(block, warp, address, count, size)
         if ((self._writer[0][every] == epoch) & (self._writer[1][every] != warp)).any():
             raise MachineError("race: shared memory is read before a barrier follows another warp's write")
         reader = np.where((self._reader[0][every] == epoch) & (self._reader[1][every] != warp), _SEVERAL, warp)
@@ -119,12 +120,7 @@ class SharedMemory:
         return [_gather(self._bytes, place + k * size, size) for k in range(count)]
 
     def store(self, block: Array, warp: Array, address: Array, values: list[Array], size: int) -> None:
-        count = len(values)
-        place = self._places(block, address, count, size)
-        if self._counts is not None:
-            self._counts.shared(warp, address, count * size)
-        every = place[:, None] + np.arange(count * size)
-        epoch, warp = self._epoch[block][:, None], warp[:, None]
+        place, every, epoch, warp = self._access(block, warp, address, len(values), size)
         if ((self._reader[0][every] == epoch) & (self._reader[1][every] != warp)).any():
             raise MachineError("race: shared memory is written before a barrier follows another warp's read")
         written = (self._writer[0][every] == epoch) & (self._writer[1][every] != warp)

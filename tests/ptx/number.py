@@ -21,3 +21,7 @@ def to_half(value: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def from_half(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return bits.view(np.float16).astype(np.float32)
+
+
+HALVES = {"bf16": (from_bfloat16, bfloat16), "f16": (from_half, to_half)}
+"""How to read a type from its bits, and how to make them."""

@@ -2,9 +2,9 @@
 
     python tests/ptx/report.py --capability 90 --width 1152 --grid 16 16 --batch 4
 
-``bytes`` is what memory must move at least (the distinct 32-byte sectors read and written); ``traffic`` how often the
-caches deliver that; ``used`` the share of the delivered bytes that lanes asked for; ``instr/kB`` the instructions of
-warps per 1000 bytes moved; ``conflicts`` the passes through shared memory over those without bank conflicts.
+``bytes`` is what memory must move at least (the distinct 32-byte sectors read and written); ``instructions`` are those
+of warps, ``instr/kB`` per 1000 bytes; ``traffic`` is how often the caches deliver the bytes, ``used`` the share of that
+which lanes asked for; ``conflicts`` the passes through shared memory over those without bank conflicts.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from columns import columns
 from ptx.counts import SECTOR, Counts
 from ptx.launch import Launcher
 from tqdm import tqdm
@@ -30,11 +31,17 @@ def row(name: str, counts: Counts) -> list[str]:
         name,
         counts.kernel,
         f"{moved:,}",
+        f"{counts.instructions:,}",
+        f"{1000 * counts.instructions / moved:.0f}",
         f"{SECTOR * counts.sectors / moved:.2f}",
         f"{counts.requested / (SECTOR * counts.sectors):.0%}",
-        f"{1000 * counts.instructions / moved:.0f}",
         f"{counts.passes / counts.least_passes:.2f}" if counts.least_passes else "-",
     ]
+
+
+def total(name: str, launches: list[Counts]) -> list[str]:
+    moved, instructions = sum(c.moved for c in launches), sum(c.instructions for c in launches)
+    return [name, "all", f"{moved:,}", f"{instructions:,}", f"{1000 * instructions / moved:.0f}", "", "", ""]
 
 
 def main() -> None:
@@ -50,19 +57,18 @@ def main() -> None:
     shape = Shape(
         args.batch, tuple(args.grid), args.width, args.keep, getattr(torch, args.dtype), torch.device("cpu")
     )  # fmt: skip
-    table = [["operation", "kernel", "bytes", "traffic", "used", "instr/kB", "conflicts"]]
+    table = [["operation", "kernel", "bytes", "instructions", "instr/kB", "traffic", "used", "conflicts"]]
     with pytest.MonkeyPatch.context() as monkeypatch:
         launcher = Launcher(args.capability, counted=True)
         launcher.install(monkeypatch)
         for name in tqdm(args.op, leave=False):
             workload = create_workload(name, shape)
             with ops.use_backend("triton"):
-                workload.forward_backward() if workload.differentiable else workload.forward()
+                workload.run()
             table += [row(name, counts) for counts in launcher.counts]
+            table.append(total(name, launcher.counts))
             launcher.counts.clear()
-    size = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        print("  ".join(cell.ljust(n) for cell, n in zip(line, size, strict=True)).rstrip())
+    print(columns(table))
 
 
 if __name__ == "__main__":
