@@ -26,22 +26,22 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed ## the benchmarks of this machine -> benchmarks/results/
-	$(BIN)/python -m benchmarks.suite
+	$(BIN)/python -m benchmarks.harness.suite
 
 gpu-bench: $(VENV)/.installed ## the same where there is a CUDA device, within 9 minutes; says so and stops elsewhere
-	$(BIN)/python -m benchmarks.suite --gpu --minutes 9
+	$(BIN)/python -m benchmarks.harness.suite --gpu --minutes 9
 
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
-	$(BIN)/python tests/kernels/aot.py --jobs 2
+	$(BIN)/python -m tools.aot --jobs 2
 
-ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, run as PTX without a GPU (see tests/ptx)
+ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, run as PTX without a GPU (see tools/ptx)
 	for target in $(PTX_TARGETS); do DCDIT_PTX=$$target $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels || exit 1; done
 
 ptx-report: $(VENV)/.installed ## what the compiled kernels do, counted: bytes, instructions, bank conflicts
-	$(BIN)/python tests/ptx/report.py
+	$(BIN)/python -m tools.ptx.report
 
 gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; says so and stops where there is none
-	$(BIN)/python tests/gpu_suite.py
+	$(BIN)/python -m tools.gpu_suite
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -1,1 +1,1 @@
-"""Wall-clock benchmarks: `pytest benchmarks/ --benchmark-only`, then `python -m benchmarks.report RAW.json`."""
+"""Wall-clock benchmarks: `pytest benchmarks/ --benchmark-only`, then `python -m benchmarks.harness.report RAW.json`."""

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import sets
+from benchmarks.baselines import official
 from benchmarks.bench_ops import time_side
-from benchmarks.counting import count_work
-from benchmarks.equality import TOLERANCE, check_equal
-from benchmarks.peers import official
+from benchmarks.harness import sets
+from benchmarks.harness.counting import count_work
+from benchmarks.harness.equality import TOLERANCE, check_equal
 from dcdit import ops
 from dcdit.models import DCDiT, DiT, count_flops, create_model
-from dcdit.profile import calibrate_router, static_counterparts, varied_latents
-from dcdit.timing import time_sides, time_stages
+from dcdit.profiling.profile import calibrate_router, static_counterparts, varied_latents
+from dcdit.profiling.timing import time_sides, time_stages
 
 KEEP = 0.25
 DROPS = (0.0, 0.2, 0.4, 0.6)

@@ -2,7 +2,7 @@
 
 Every side computes the same before it is timed. Sides: ``dcdit``; ``plain``, the published formulation in eager
 PyTorch; ``compiled``, the same under torch.compile; ``mamba_ssm``, H-Net's EMA, where it is installed. DCDIT_BENCH
-picks the shapes (see :mod:`benchmarks.sets`).
+picks the shapes (see :mod:`benchmarks.harness.sets`).
 """
 
 import functools
@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import sets
-from benchmarks.counting import count_work
-from benchmarks.equality import TOLERANCE, check_equal, comparable
-from benchmarks.peers import mamba, plain
-from benchmarks.traffic import least_bytes, least_flops
-from dcdit.ops._backend import backend_name
-from dcdit.timing import time_graph, time_kernels
-from dcdit.workloads import WORKLOADS, Shape, create_workload, run_forward, run_forward_backward
+from benchmarks.baselines import mamba, plain
+from benchmarks.harness import sets
+from benchmarks.harness.counting import count_work
+from benchmarks.harness.equality import TOLERANCE, check_equal, comparable
+from benchmarks.harness.traffic import least_bytes, least_flops
+from dcdit.ops.backend import backend_name
+from dcdit.profiling.timing import time_graph, time_kernels
+from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload, run_forward, run_forward_backward
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the plain formulation breaks graphs, as it must
 SIDES = ("dcdit", "plain", "compiled", "mamba_ssm")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import machine
+from benchmarks.harness.machine import machine
 
 LEFT_OUT: dict[str, str] = {}
 """Peers that did not run, and why."""

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import NORM_EPS, cdiv
 
-NORM_EPS = tl.constexpr(1e-12)
+_NORM_EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -49,8 +50,8 @@ def _cosine_fwd_kernel(
     # The tiles are on their way while the starts are looked up.
     q, k = _load_pair(q_ptr, k_ptr, row, rows, q_stride, k_stride, D, BLOCK_D)
     first = _starts_sequence(row, rows, cu_ptr, length, sequences, steps, PACKED)
-    norm_q = tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), NORM_EPS)
-    norm_k = tl.maximum(tl.sqrt(tl.sum(k * k, axis=1)), NORM_EPS)
+    norm_q = tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), _NORM_EPS)
+    norm_k = tl.maximum(tl.sqrt(tl.sum(k * k, axis=1)), _NORM_EPS)
     p = (1.0 - tl.sum(q * k, axis=1) / (norm_q * norm_k)) * 0.5
     p = tl.clamp(p, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(p_ptr + row, tl.where(first, 1.0, p), mask=row < rows)
@@ -66,7 +67,7 @@ def _cosine_bwd_kernel(
     q, k = _load_pair(q_ptr, k_ptr, row, rows, q_stride, k_stride, D, BLOCK_D)
     first = _starts_sequence(row, rows, cu_ptr, length, sequences, steps, PACKED)
     norm_q, norm_k = tl.sqrt(tl.sum(q * q, axis=1)), tl.sqrt(tl.sum(k * k, axis=1))
-    inv_q, inv_k = 1.0 / tl.maximum(norm_q, NORM_EPS), 1.0 / tl.maximum(norm_k, NORM_EPS)
+    inv_q, inv_k = 1.0 / tl.maximum(norm_q, _NORM_EPS), 1.0 / tl.maximum(norm_k, _NORM_EPS)
     cosine = tl.sum(q * k, axis=1) * inv_q * inv_k
     # d p / d cosine is -1/2 inside the clamp; cosine beyond +-1 is only rounding, and there p is clamped.
     clamped = (cosine > 1.0) | (cosine < -1.0)
@@ -76,12 +77,12 @@ def _cosine_bwd_kernel(
     at = row.to(tl.int64)[:, None]
     # A row of zeros, not a product with zero: a start must not see NaN of the sequence before it.
     if NEED_Q:
-        pull = tl.where(norm_q > NORM_EPS, slope * cosine * inv_q * inv_q, 0.0)[:, None]
+        pull = tl.where(norm_q > _NORM_EPS, slope * cosine * inv_q * inv_q, 0.0)[:, None]
         dq = tl.where(first[:, None], 0.0, cross * k - pull * q)
         inside = ((row > 0) & (row <= rows))[:, None] & (col < D)[None, :]
         tl.store(dq_ptr + (at - 1) * D + col[None, :], dq.to(dq_ptr.dtype.element_ty), mask=inside)
     if NEED_K:
-        pull = tl.where(norm_k > NORM_EPS, slope * cosine * inv_k * inv_k, 0.0)[:, None]
+        pull = tl.where(norm_k > _NORM_EPS, slope * cosine * inv_k * inv_k, 0.0)[:, None]
         dk = tl.where(first[:, None], 0.0, cross * q - pull * k)
         inside = (row < rows)[:, None] & (col < D)[None, :]
         tl.store(dk_ptr + at * D + col[None, :], dk.to(dk_ptr.dtype.element_ty), mask=inside)
@@ -90,9 +91,9 @@ def _cosine_bwd_kernel(
 def cosine_fwd(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, length: int) -> Tensor:
     """(S, D) rows with a unit last stride, sequences by cu_seqlens (B+1,) or else of one length -> (S,) float32."""
     rows, d = q.shape
-    out = empty((rows,), torch.float32, q.device)
-    config = config_for("cosine_fwd", q.device, D=d)
-    launch(
+    out = launch.empty((rows,), torch.float32, q.device)
+    config = launch.config_for("cosine_fwd", q.device, D=d)
+    launch.launch(
         _cosine_fwd_kernel, (cdiv(rows, config["ROWS"]),), q, k, cu_seqlens, out,
         rows, length, *_search(cu_seqlens), q.stride(0), k.stride(0),
         D=d, PACKED=cu_seqlens is not None, BLOCK_D=triton.next_power_of_2(d), **config,
@@ -105,11 +106,11 @@ def cosine_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Contiguous (S,) gradient of p -> gradients of q and k, (S, D) each; (0,) where it is not needed."""
     rows, d = q.shape
-    dq = empty((rows, d) if need_q else (0,), q.dtype, q.device)
-    dk = empty((rows, d) if need_k else (0,), k.dtype, k.device)
-    config = config_for("cosine_bwd", q.device, D=d)
+    dq = launch.empty((rows, d) if need_q else (0,), q.dtype, q.device)
+    dk = launch.empty((rows, d) if need_k else (0,), k.dtype, k.device)
+    config = launch.config_for("cosine_bwd", q.device, D=d)
     # One row more than there are: q's last row belongs to the position after the end, and gets its zeros there.
-    launch(
+    launch.launch(
         _cosine_bwd_kernel, (rows and cdiv(rows + 1, config["ROWS"]),), grad, q, k, cu_seqlens, dq, dk,
         rows, length, *_search(cu_seqlens), q.stride(0), k.stride(0), D=d, PACKED=cu_seqlens is not None,
         NEED_Q=need_q, NEED_K=need_k, BLOCK_D=triton.next_power_of_2(d), **config,

@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import NORM_EPS, cdiv
 
 PLANES = 12
 MAX_STRIPS = 128
 """Partial sums of the weight's gradient, at most: enough programs for a GPU, little to write beside dq and dk."""
 
-NORM_EPS = tl.constexpr(1e-12)
+_NORM_EPS = tl.constexpr(NORM_EPS)
 INV_Q = tl.constexpr(9)
 INV_K = tl.constexpr(10)
 COSINE = tl.constexpr(11)
@@ -84,8 +85,8 @@ def _products_kernel(
                 square_k += k * k
             updated += (products[tap] + q * _load_weight(weight_ptr, col, tap, D) * k,)
         products = updated
-    inv_q = 1.0 / tl.maximum(tl.sqrt(tl.sum(square_q, axis=1)), NORM_EPS)
-    inv_k = 1.0 / tl.maximum(tl.sqrt(tl.sum(square_k, axis=1)), NORM_EPS)
+    inv_q = 1.0 / tl.maximum(tl.sqrt(tl.sum(square_q, axis=1)), _NORM_EPS)
+    inv_k = 1.0 / tl.maximum(tl.sqrt(tl.sum(square_k, axis=1)), _NORM_EPS)
     for tap in tl.static_range(9):
         _store_plane(stats_ptr, tap, row, rows, tl.sum(products[tap], axis=1))
     _store_plane(stats_ptr, INV_Q, row, rows, inv_q)
@@ -127,10 +128,10 @@ def _scales_kernel(grad_ptr, stats_ptr, scales_ptr, rows, height, width, BLOCK: 
         near, there = _neighbour(row, rows, height, width, 1 - tap // 3, 1 - tap % 3)
         product = _load_plane(stats_ptr, tap, near, rows, there)
         along_k += product * _scaled_slope(grad_ptr, stats_ptr, near, rows, there)
-    # Below NORM_EPS a vector is divided by a constant, which takes nothing back.
+    # Below _NORM_EPS a vector is divided by a constant, which takes nothing back.
     along_q = slope * inv_q * _load_plane(stats_ptr, COSINE, row, rows, inside)
-    along_q = tl.where(inv_q * NORM_EPS < 1.0, along_q, 0.0)
-    along_k = tl.where(inv_k * NORM_EPS < 1.0, along_k * inv_k * inv_k * inv_k, 0.0)
+    along_q = tl.where(inv_q * _NORM_EPS < 1.0, along_q, 0.0)
+    along_k = tl.where(inv_k * _NORM_EPS < 1.0, along_k * inv_k * inv_k * inv_k, 0.0)
     _store_plane(scales_ptr, SLOPE, row, rows, slope)
     _store_plane(scales_ptr, ALONG_Q, row, rows, along_q)
     _store_plane(scales_ptr, ALONG_K, row, rows, along_k)
@@ -188,15 +189,15 @@ def _cosine2d_bwd_kernel(
 def cosine2d_fwd(q: Tensor, k: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """(S, D) rows of whole images, unit last stride; contiguous weight (9, D) -> float32 p (S,) and stats (12, S)."""
     rows, d = q.shape
-    p = empty((rows,), torch.float32, q.device)
-    stats = empty((PLANES, rows), torch.float32, q.device)
-    config = config_for("cosine2d_fwd", q.device, D=d)
-    launch(
+    p = launch.empty((rows,), torch.float32, q.device)
+    stats = launch.empty((PLANES, rows), torch.float32, q.device)
+    config = launch.config_for("cosine2d_fwd", q.device, D=d)
+    launch.launch(
         _products_kernel, (cdiv(rows, config["ROWS"]),), q, k, weight, stats, rows, height, width,
         q.stride(0), k.stride(0), D=d, **_fit(config, d),
     )  # fmt: skip
-    config = config_for("cosine2d_scalars", q.device)
-    launch(_prob_kernel, (cdiv(rows, config["BLOCK"]),), stats, p, rows, height, width, **config)
+    config = launch.config_for("cosine2d_scalars", q.device)
+    launch.launch(_prob_kernel, (cdiv(rows, config["BLOCK"]),), stats, p, rows, height, width, **config)
     return p, stats
 
 
@@ -206,17 +207,17 @@ def cosine2d_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Contiguous (S,) gradient of p -> gradients of q and k (S, D), of weight (9, D); (0,) where it is not needed."""
     rows, d = q.shape
-    config = config_for("cosine2d_scalars", q.device)
-    scales = empty((3, rows), torch.float32, q.device)
-    launch(_scales_kernel, (cdiv(rows, config["BLOCK"]),), grad, stats, scales, rows, height, width, **config)
+    config = launch.config_for("cosine2d_scalars", q.device)
+    scales = launch.empty((3, rows), torch.float32, q.device)
+    launch.launch(_scales_kernel, (cdiv(rows, config["BLOCK"]),), grad, stats, scales, rows, height, width, **config)
 
-    config = config_for("cosine2d_bwd", q.device, D=d)
+    config = launch.config_for("cosine2d_bwd", q.device, D=d)
     tiles = max(1, cdiv(rows, config["ROWS"] * MAX_STRIPS)) if need_weight else 1
     strips = cdiv(rows, config["ROWS"] * tiles)
-    dq = empty((rows, d) if need_q else (0,), q.dtype, q.device)
-    dk = empty((rows, d) if need_k else (0,), k.dtype, k.device)
-    partial = empty((strips, 9, d) if need_weight else (0, 0), torch.float32, q.device)
-    launch(
+    dq = launch.empty((rows, d) if need_q else (0,), q.dtype, q.device)
+    dk = launch.empty((rows, d) if need_k else (0,), k.dtype, k.device)
+    partial = launch.empty((strips, 9, d) if need_weight else (0, 0), torch.float32, q.device)
+    launch.launch(
         _cosine2d_bwd_kernel, (strips, cdiv(d, config["BLOCK_D"])), q, k, weight, stats, scales, dq, dk, partial,
         rows, height, width, tiles, q.stride(0), k.stride(0),
         D=d, NEED_Q=need_q, NEED_K=need_k, NEED_WEIGHT=need_weight, **_fit(config, d),

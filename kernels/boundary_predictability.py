@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import cdiv
 
 MAX_SPLITS = 128
 """Partial statistics of one image, at most: one image alone still fills a GPU, and combining them stays small."""
@@ -60,7 +61,7 @@ def _statistics_kernel(
     position = split * tiles * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
 
     shift = _load_shift(x_ptr, image, channel // WIDTH, real, image_stride, pitch, WIDTH, CHANNELS_LAST)  # [BLOCK_C]
-    # Welford in every slot of the tile; slots and channels are merged once at the end.
+    # Welford in every slot of the tile; packed_rows and channels are merged once at the end.
     mean = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     square = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     count = tl.zeros((BLOCK_P,), dtype=tl.float32)
@@ -315,10 +316,10 @@ def predictability_fwd(
     images, channels, length = x.shape
     layout, block_g = _layout(x), triton.next_power_of_2(num_groups)
     partial, span = _statistics(x, layout, num_groups)
-    p = empty((images, length), torch.float32, x.device)
-    stats = empty((images, 2, num_groups), torch.float32, x.device)
+    p = launch.empty((images, length), torch.float32, x.device)
+    stats = launch.empty((images, 2, num_groups), torch.float32, x.device)
     config = _tile_config(x, layout)
-    launch(
+    launch.launch(
         _score_kernel, (images * cdiv(length, config["BLOCK_P"]),), x, norm_weight, norm_bias, out_weight, out_bias,
         partial, p, stats, length, partial.shape[1], span, layout.image_stride, layout.pitch, eps,
         C=channels, GROUPS=num_groups, CHANNELS_LAST=layout.channels_last, UNIT=layout.unit,
@@ -338,27 +339,27 @@ def predictability_bwd(
     shape = {"C": channels, "GROUPS": groups, "CHANNELS_LAST": layout.channels_last, "UNIT": layout.unit}
     tiles = max(MIN_TILES, cdiv(length, MAX_SPLITS * config["BLOCK_P"]))
     splits, blocks = cdiv(length, tiles * config["BLOCK_P"]), cdiv(channels, config["BLOCK_C"])
-    partial = empty((images, splits, 3, channels), torch.float32, x.device)
-    bias_partial = empty((images, splits), torch.float32, x.device)
-    launch(
+    partial = launch.empty((images, splits, 3, channels), torch.float32, x.device)
+    bias_partial = launch.empty((images, splits), torch.float32, x.device)
+    launch.launch(
         _sums_kernel, (images, splits, blocks), grad, x, norm_weight, norm_bias, out_weight, p, stats, partial,
         bias_partial, length, tiles, layout.image_stride, layout.pitch, **shape, **config,
     )  # fmt: skip
-    sums = empty((images, 3, channels), torch.float32, x.device)
-    means = empty((images, 2, groups), torch.float32, x.device)
-    launch(
+    sums = launch.empty((images, 3, channels), torch.float32, x.device)
+    means = launch.empty((images, 2, groups), torch.float32, x.device)
+    launch.launch(
         _combine_sums_kernel, (images, groups), partial, norm_weight, sums, means, length, splits,
         C=channels, GROUPS=groups, BLOCK_S=16, BLOCK_C=triton.next_power_of_2(channels // groups), num_warps=4,
     )  # fmt: skip
     if need_features:
         dx = dense_like(x)
-        launch(
+        launch.launch(
             _features_grad_kernel, (images * cdiv(length, config["BLOCK_P"]), blocks), grad, x, norm_weight, norm_bias,
             out_weight, p, stats, means, dx, length, layout.image_stride, layout.pitch,
             channels if layout.channels_last else length, **shape, **config,
         )  # fmt: skip
     else:
-        dx = empty((0,), x.dtype, x.device)
+        dx = launch.empty((0,), x.dtype, x.device)
     return dx, sums.sum(0), bias_partial.sum()
 
 
@@ -366,8 +367,8 @@ def dense_like(x: Tensor) -> Tensor:
     """Unwritten memory of x's shape and memory order, without gaps."""
     images, channels, length = x.shape
     if _layout(x).channels_last:
-        return empty((images, length, channels), x.dtype, x.device).transpose(1, 2)
-    return empty((images, channels, length), x.dtype, x.device)
+        return launch.empty((images, length, channels), x.dtype, x.device).transpose(1, 2)
+    return launch.empty((images, channels, length), x.dtype, x.device)
 
 
 def _statistics(x: Tensor, layout: _Layout, groups: int) -> tuple[Tensor, int]:
@@ -378,13 +379,13 @@ def _statistics(x: Tensor, layout: _Layout, groups: int) -> tuple[Tensor, int]:
     width = channels // groups
     while triton.next_power_of_2(share) * triton.next_power_of_2(share * width) > MEMBERSHIP and share > 1:
         share = cdiv(share, 2)
-    config = dict(config_for("predictability_statistics", x.device, C=channels))
+    config = dict(launch.config_for("predictability_statistics", x.device, C=channels))
     block_c = triton.next_power_of_2(share * width)
     block_p = min(MAX_POSITIONS, max(1, config.pop("TILE") // block_c))
     tiles = cdiv(length, MAX_SPLITS * block_p)
     splits = cdiv(length, max(1, tiles * block_p))
-    partial = empty((images, splits, 2, groups), torch.float32, x.device)
-    launch(
+    partial = launch.empty((images, splits, 2, groups), torch.float32, x.device)
+    launch.launch(
         _statistics_kernel, (images, splits, cdiv(groups, share)), x, partial, length, tiles, layout.image_stride,
         layout.pitch, C=channels, GROUPS=groups, SHARE=share, CHANNELS_LAST=layout.channels_last, UNIT=layout.unit,
         BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_G=triton.next_power_of_2(share), **config,
@@ -394,5 +395,5 @@ def _statistics(x: Tensor, layout: _Layout, groups: int) -> tuple[Tensor, int]:
 
 def _tile_config(x: Tensor, layout: _Layout) -> dict[str, int]:
     name = "predictability_rows" if layout.channels_last else "predictability_planes"
-    config = config_for(name, x.device, C=x.shape[1])
+    config = launch.config_for(name, x.device, C=x.shape[1])
     return {**config, "BLOCK_C": min(config["BLOCK_C"], triton.next_power_of_2(x.shape[1]))}

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
-from dcdit.kernels._segments import chunk_slots, find_chunk, segment_bounds
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import PROB_EPS, cdiv
+from dcdit.kernels.segments import chunk_slots, find_chunk, segment_bounds
 
-_LEAST = tl.constexpr(1e-4)
-_MOST = tl.constexpr(1.0 - 1e-4)
+_LEAST = tl.constexpr(PROB_EPS)
+_MOST = tl.constexpr(1.0 - PROB_EPS)
 
 
 @triton.jit
@@ -173,10 +174,10 @@ def _ema_bwd_kernel(
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offset = tl.arange(0, CHUNK)  # [CHUNK]
     if grad_h_ptr is not None:
-        # No position leads to a slack row, so every program clears its share of them.
-        slack = tl.maximum(tl.load(token_cu_ptr + sequences), 0) + slot.to(tl.int64) * CHUNK + offset
-        cleared = (slack < tokens)[:, None] & (col < D)[None, :]
-        tl.store(grad_h_ptr + slack[:, None] * D + col[None, :], tl.zeros((CHUNK, BLOCK_D), tl.float32), mask=cleared)
+        # No position leads to a padding row, so every program clears its share of them.
+        padding = tl.maximum(tl.load(token_cu_ptr + sequences), 0) + slot.to(tl.int64) * CHUNK + offset
+        cleared = (padding < tokens)[:, None] & (col < D)[None, :]
+        tl.store(grad_h_ptr + padding[:, None] * D + col[None, :], tl.zeros((CHUNK, BLOCK_D), tl.float32), mask=cleared)
     first, last, end = _locate(cu_ptr, sequences, length, rows, slot, CHUNK)
     if first >= last:
         return
@@ -220,58 +221,61 @@ def _sum_parts_kernel(part_ptr, out_ptr, rows, PARTS: tl.constexpr, BLOCK: tl.co
 
 
 def dechunk_ema_fwd(
-    h: Tensor, p: Tensor, slots: Tensor, source_cu_seqlens: Tensor | None, residual: Tensor | None
+    h: Tensor, p: Tensor, packed_rows: Tensor, source_cu_seqlens: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """Smooth, hold and add: (S, D) in h's dtype.
 
     Args:
         h: (T, D) packed tokens with a unit last stride.
         p: contiguous (B, L), or (S,) with source_cu_seqlens.
-        slots: contiguous int32, p's shape: packed row of each kept position, -1 elsewhere.
+        packed_rows: contiguous int32, p's shape: packed row of each kept position, -1 elsewhere.
         source_cu_seqlens: int32 (B+1,) of a packed source.
         residual: (S, D) with a unit last stride.
     """
     rows, d = p.numel(), h.shape[1]
-    config = config_for("dechunk_ema", h.device, D=d)
+    config = launch.config_for("dechunk_ema", h.device, D=d)
     sequences, length, chunks = _cut(p, source_cu_seqlens, config["CHUNK"])
-    carry = _enter(_ema_chunk_fwd_kernel, h, p, slots, source_cu_seqlens, reverse=False)
-    out = empty((rows, d), h.dtype, h.device)
-    launch(
+    carry = _enter(_ema_chunk_fwd_kernel, h, p, packed_rows, source_cu_seqlens, reverse=False)
+    out = launch.empty((rows, d), h.dtype, h.device)
+    launch.launch(
         _ema_fwd_kernel, (chunks, cdiv(d, config["BLOCK_D"])),
-        h, p, slots, source_cu_seqlens, carry, residual, out, sequences, length, rows,
+        h, p, packed_rows, source_cu_seqlens, carry, residual, out, sequences, length, rows,
         h.stride(0), 0 if residual is None else residual.stride(0), D=d, **config,
     )  # fmt: skip
     return out
 
 
 def dechunk_ema_bwd(
-    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, source_cu_seqlens: Tensor | None,
+    grad: Tensor, h: Tensor, p: Tensor, packed_rows: Tensor, cu_seqlens: Tensor, source_cu_seqlens: Tensor | None,
     want_h: bool, want_p: bool, want_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of h (T, D), of p and of the gate (float32, p's shape); whatever is not wanted comes back empty.
 
     Args:
         grad: (S, D) with a unit last stride.
-        h, p, slots, source_cu_seqlens: as in the forward.
+        h, p, packed_rows, source_cu_seqlens: as in the forward.
         cu_seqlens: int32 (B+1,) of the packed tokens.
     """
     (tokens, d), rows, device = h.shape, p.numel(), h.device
-    config, chunk = config_for("dechunk_ema_bwd", device, D=d), config_for("dechunk_ema", device, D=d)["CHUNK"]
+    config, chunk = (
+        launch.config_for("dechunk_ema_bwd", device, D=d),
+        launch.config_for("dechunk_ema", device, D=d)["CHUNK"],
+    )
     sequences, length, chunks = _cut(p, source_cu_seqlens, chunk)
     parts = cdiv(d, config["BLOCK_D"])
     carry = grad_carry = None
     if want_p or want_gate:
-        carry = _enter(_ema_chunk_fwd_kernel, h, p, slots, source_cu_seqlens, reverse=False)
+        carry = _enter(_ema_chunk_fwd_kernel, h, p, packed_rows, source_cu_seqlens, reverse=False)
     if want_p or want_h:
-        grad_carry = _enter(_ema_chunk_bwd_kernel, grad, p, slots, source_cu_seqlens, reverse=True)
-    grad_h = empty((tokens, d) if want_h else (0,), h.dtype, device)
+        grad_carry = _enter(_ema_chunk_bwd_kernel, grad, p, packed_rows, source_cu_seqlens, reverse=True)
+    grad_h = launch.empty((tokens, d) if want_h else (0,), h.dtype, device)
     p_part, gate_part = (
-        empty((parts, rows), torch.float32, device) if wanted else None for wanted in (want_p, want_gate)
+        launch.empty((parts, rows), torch.float32, device) if wanted else None for wanted in (want_p, want_gate)
     )
-    launch(
-        # A capacity above the number of positions needs more programs to clear the slack.
+    launch.launch(
+        # A capacity above the number of positions needs more programs to clear the padding.
         _ema_bwd_kernel, (max(chunks, cdiv(tokens, chunk)), parts),
-        grad, h, p, slots, source_cu_seqlens, cu_seqlens, carry, grad_carry,
+        grad, h, p, packed_rows, source_cu_seqlens, cu_seqlens, carry, grad_carry,
         grad_h if want_h else None, p_part, gate_part, sequences, length, rows, tokens, grad.stride(0), h.stride(0),
         D=d, CHUNK=chunk, **config,
     )  # fmt: skip
@@ -287,19 +291,22 @@ def _cut(p: Tensor, source_cu_seqlens: Tensor | None, chunk: int) -> tuple[int, 
 
 
 def _enter(
-    chunk_kernel: Any, x: Tensor, p: Tensor, slots: Tensor, source_cu_seqlens: Tensor | None, reverse: bool
+    chunk_kernel: Any, x: Tensor, p: Tensor, packed_rows: Tensor, source_cu_seqlens: Tensor | None, reverse: bool
 ) -> Tensor:
     """The float32 state that enters each chunk: (chunks, D)."""
     d, device = x.shape[1], x.device
-    config, combining = config_for("dechunk_ema", device, D=d), config_for("dechunk_ema_carry", device, D=d)
+    config, combining = (
+        launch.config_for("dechunk_ema", device, D=d),
+        launch.config_for("dechunk_ema_carry", device, D=d),
+    )
     sequences, length, chunks = _cut(p, source_cu_seqlens, config["CHUNK"])
-    decay = empty((chunks,), torch.float32, device)
-    value, carry = empty((chunks, d), torch.float32, device), empty((chunks, d), torch.float32, device)
-    launch(
-        chunk_kernel, (chunks, cdiv(d, config["BLOCK_D"])), x, p, slots, source_cu_seqlens, decay, value,
+    decay = launch.empty((chunks,), torch.float32, device)
+    value, carry = launch.empty((chunks, d), torch.float32, device), launch.empty((chunks, d), torch.float32, device)
+    launch.launch(
+        chunk_kernel, (chunks, cdiv(d, config["BLOCK_D"])), x, p, packed_rows, source_cu_seqlens, decay, value,
         sequences, length, p.numel(), x.stride(0), D=d, **config,
     )  # fmt: skip
-    launch(
+    launch.launch(
         _ema_carry_kernel, (sequences, cdiv(d, combining["BLOCK_D"])), decay, value, source_cu_seqlens, carry,
         sequences, length, p.numel(),
         D=d, REVERSE=reverse, CHUNK=config["CHUNK"], **combining,
@@ -309,9 +316,9 @@ def _enter(
 
 def _sum_parts(parts: Tensor | None, p: Tensor, dtype: torch.dtype) -> Tensor:
     if parts is None:
-        return empty((0,), dtype, p.device)
-    out = empty(p.shape, dtype, p.device)
-    config = config_for("dechunk_ema_sum", p.device)
+        return launch.empty((0,), dtype, p.device)
+    out = launch.empty(p.shape, dtype, p.device)
+    config = launch.config_for("dechunk_ema_sum", p.device)
     grid = (cdiv(p.numel(), config["BLOCK"]),)
-    launch(_sum_parts_kernel, grid, parts, out, p.numel(), PARTS=parts.shape[0], **config)
+    launch.launch(_sum_parts_kernel, grid, parts, out, p.numel(), PARTS=parts.shape[0], **config)
     return out

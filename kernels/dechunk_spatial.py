@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
-from dcdit.kernels.nearest import PROB_EPS, Survey, nearest_fwd, survey_fwd
+from dcdit.kernels import launch
+from dcdit.kernels.nearest import Survey, nearest_fwd, survey_fwd
+from dcdit.kernels.numerics import PROB_EPS, cdiv
 from dcdit.kernels.plug_back import plug_back_bwd, plug_back_fwd
 from dcdit.kernels.smooth import smooth_bwd, smooth_fwd
+
+_PROB_EPS = tl.constexpr(PROB_EPS)
 
 
 class Saved(NamedTuple):
@@ -48,7 +51,7 @@ def _scalar_gradients_kernel(
     if grad_p_ptr is not None:
         slot = tl.load(slot_ptr + position, mask=inside, other=-1)
         p = tl.load(p_ptr + position, mask=inside, other=0.0).to(tl.float32)
-        moves = (slot >= 0) & (p >= PROB_EPS) & (p <= 1 - PROB_EPS)
+        moves = (slot >= 0) & (p >= _PROB_EPS) & (p <= 1 - _PROB_EPS)
         total = tl.zeros((BLOCK,), tl.float32)
         for _ in range(p_parts):
             total += tl.load(grad_q_ptr + slot, mask=moves, other=0.0)
@@ -64,16 +67,16 @@ def _scalar_gradients_kernel(
 
 
 def dechunk_spatial_fwd(
-    h: Tensor, p: Tensor, slots: Tensor, residual: Tensor | None, grid: tuple[int, int], sigma: float, radius: int
+    h: Tensor, p: Tensor, packed_rows: Tensor, residual: Tensor | None, grid: tuple[int, int], sigma: float, radius: int
 ) -> tuple[Tensor, Saved]:
-    """(T, D) tokens, contiguous (B, L) p and int32 slots, (B * L, D) residual -> (B * L, D) in h's dtype, and Saved.
+    """(T, D) tokens, contiguous (B, L) p and int32 packed_rows, (B * L, D) residual -> (B * L, D) in h's dtype, Saved.
 
     h and residual have a unit last stride. Positions of an image that keeps no token get the residual alone.
 
     Raises:
         ValueError: a side of the grid is above ``nearest.MAX_SIDE``.
     """
-    survey = survey_fwd(slots, p, grid, h.shape[0])
+    survey = survey_fwd(packed_rows, p, grid, h.shape[0])
     nearest = nearest_fwd(survey, grid)
     detail, scale = smooth_fwd(h, survey, p.shape[0], grid, sigma, radius)
     out = plug_back_fwd(h, detail, survey, nearest, residual)
@@ -81,7 +84,7 @@ def dechunk_spatial_fwd(
 
 
 def dechunk_spatial_bwd(
-    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, saved: Saved, grid: tuple[int, int],
+    grad: Tensor, h: Tensor, p: Tensor, packed_rows: Tensor, cu_seqlens: Tensor, saved: Saved, grid: tuple[int, int],
     sigma: float, radius: int, want_h: bool, want_p: bool, gate_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of h (T, D), p (B, L) and the gate (B, L), each in its own dtype, None where not wanted.
@@ -90,20 +93,20 @@ def dechunk_spatial_bwd(
     """
     (images, length), tokens, device = p.shape, h.shape[0], h.device
     survey = Survey(*saved[3:])
-    grad_h = empty(tuple(h.shape), h.dtype, device) if want_h else None
+    grad_h = launch.empty(tuple(h.shape), h.dtype, device) if want_h else None
     cell, along, gate_part = plug_back_bwd(
         grad, h, saved.detail, survey, saved.nearest, cu_seqlens, grid, grad_h, want_p, gate_dtype is not None
     )
     grad_q = None
     if want_h or want_p:
         grad_q = smooth_bwd(cell, h, saved.detail, along, saved.scale, survey, grad_h, images, grid, sigma, radius)
-    grad_p = empty((images, length), p.dtype, device) if want_p else None
-    grad_gate = None if gate_dtype is None else empty((images, length), gate_dtype, device)
+    grad_p = launch.empty((images, length), p.dtype, device) if want_p else None
+    grad_gate = None if gate_dtype is None else launch.empty((images, length), gate_dtype, device)
     if grad_p is not None or grad_gate is not None:
-        config = config_for("dechunk_scalar_gradients", device)
-        launch(
+        config = launch.config_for("dechunk_scalar_gradients", device)
+        launch.launch(
             _scalar_gradients_kernel, (cdiv(images * length, config["BLOCK"]),),
-            p, slots, saved.nearest, grad_q, gate_part, grad_p, grad_gate, images * length, tokens,
+            p, packed_rows, saved.nearest, grad_q, gate_part, grad_p, grad_gate, images * length, tokens,
             0 if grad_q is None else grad_q.shape[0], 0 if gate_part is None else gate_part.shape[0], **config,
         )  # fmt: skip
     return grad_h, grad_p, grad_gate

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch, next_power_of_2
-from dcdit.kernels._segments import chunk_slots, find_chunk, segment_bounds
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import cdiv, next_power_of_2
+from dcdit.kernels.segments import chunk_slots, find_chunk, segment_bounds
 
 
 @triton.jit(do_not_specialize=["rows", "images"])
@@ -25,7 +26,7 @@ def _modulation_fwd_kernel(
     row = first + tl.arange(0, ROWS)  # [ROWS]
     col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     inside = (row < last)[:, None] & (col < D)[None, :]
-    # Slack rows have no image: their modulation reads as zero, and y is never touched.
+    # Padding rows have no image: their modulation reads as zero, and y is never touched.
     modulated = (col < D) & (image < images)
     real = inside & (image < images)
     image = image.to(tl.int64)
@@ -131,14 +132,14 @@ def modulated_layer_norm_fwd(
     t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(T, D) rows and (B, D) modulation with unit last strides -> normed (T, D), float32 mean and 1/std (2, T)."""
-    normed, stats = empty(t.shape, t.dtype, t.device), empty((2, t.shape[0]), torch.float32, t.device)
+    normed, stats = launch.empty(t.shape, t.dtype, t.device), launch.empty((2, t.shape[0]), torch.float32, t.device)
     _forward(t, None, None, shift, scale, cu_seqlens, None, normed, stats, eps)
     return normed, stats
 
 
 def gated_add_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T, D) rows and (B, D) gate with unit last strides -> (T, D)."""
-    added = empty(x.shape, x.dtype, x.device)
+    added = launch.empty(x.shape, x.dtype, x.device)
     _forward(x, y, gate, None, None, cu_seqlens, added, None, None, 0.0)
     return added
 
@@ -147,8 +148,8 @@ def gated_add_modulated_layer_norm_fwd(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both of the above in one pass: the sum (T, D), its norm (T, D), float32 mean and 1/std (2, T)."""
-    added, normed = empty(x.shape, x.dtype, x.device), empty(x.shape, x.dtype, x.device)
-    stats = empty((2, x.shape[0]), torch.float32, x.device)
+    added, normed = launch.empty(x.shape, x.dtype, x.device), launch.empty(x.shape, x.dtype, x.device)
+    stats = launch.empty((2, x.shape[0]), torch.float32, x.device)
     _forward(x, y, gate, shift, scale, cu_seqlens, added, normed, stats, eps)
     return added, normed, stats
 
@@ -158,8 +159,8 @@ def _forward(
     added: Tensor | None, normed: Tensor | None, stats: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
     (rows, d), images = x.shape, cu_seqlens.shape[0] - 1
-    config = config_for("modulation_fwd", x.device, D=d)
-    launch(
+    config = launch.config_for("modulation_fwd", x.device, D=d)
+    launch.launch(
         _modulation_fwd_kernel, (chunk_slots(rows, images, config["ROWS"]),),
         x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images,
         *(_row_stride(tensor) for tensor in (x, y, gate, shift, scale)), eps,
@@ -188,22 +189,22 @@ def modulation_bwd(
     """
     (rows, d), images, device = added.shape, cu_seqlens.shape[0] - 1, added.device
     parts = 2 * want_norm + (y is not None)
-    config = config_for("modulation_bwd", device, D=d)
+    config = launch.config_for("modulation_bwd", device, D=d)
     slots = chunk_slots(rows, images, config["CHUNK"])
-    grad_x = empty((rows, d) if want_x else (0,), added.dtype, device)
-    grad_y = empty((rows, d) if want_y else (0,), added.dtype, device)
-    partial = empty((slots, parts, d), torch.float32, device) if parts else None
-    launch(
+    grad_x = launch.empty((rows, d) if want_x else (0,), added.dtype, device)
+    grad_y = launch.empty((rows, d) if want_y else (0,), added.dtype, device)
+    partial = launch.empty((slots, parts, d), torch.float32, device) if parts else None
+    launch.launch(
         _modulation_bwd_kernel, (slots,),
         grad_added, grad_normed, None if grad_normed is None else added, y, gate, scale, stats, cu_seqlens,
         grad_x if want_x else None, grad_y if want_y else None, partial, rows, images,
         *(_row_stride(tensor) for tensor in (grad_added, grad_normed, added, y, gate, scale)),
         D=d, PARTS=parts, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip
-    grad_modulation = empty((images, parts, d), _modulation_dtype(gate, scale), device)
+    grad_modulation = launch.empty((images, parts, d), _modulation_dtype(gate, scale), device)
     if partial is not None:
-        summing = config_for("modulation_sum", device, D=d)
-        launch(
+        summing = launch.config_for("modulation_sum", device, D=d)
+        launch.launch(
             _sum_chunks_kernel, (images, cdiv(parts * d, summing["BLOCK"])),
             partial, cu_seqlens, grad_modulation, rows, images,
             WIDTH=parts * d, CHUNK=config["CHUNK"], **summing,

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import PROB_EPS, cdiv
 
-PROB_EPS = tl.constexpr(1e-4)
+_PROB_EPS = tl.constexpr(PROB_EPS)
 _FAR = tl.constexpr(2**31 - 1)
 
 MAX_SIDE = 32767
@@ -23,7 +24,7 @@ MAX_SIDE = 32767
 
 
 class Survey(NamedTuple):
-    """What the kernels look up. Entries of slack tokens are unwritten, and never read."""
+    """What the kernels look up. Entries of padding tokens are unwritten, and never read."""
 
     rank: Tensor
     """(B * H, W + 1) int32: packed row of the first kept token of the grid row at or right of a column."""
@@ -49,7 +50,7 @@ def _survey_kernel(
         inside = real[:, None] & (col < width)[None, :]
         slot = tl.load(slot_ptr + start_of_line[:, None] + col[None, :], mask=inside, other=-1)
         rank = tl.minimum(rank, tl.min(tl.where(slot >= 0, slot, _FAR), 1))
-    # Kept tokens of a row have consecutive slots, so from here on counting is enough.
+    # Kept tokens of a row have consecutive packed_rows, so from here on counting is enough.
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
         inside = real[:, None] & (col < width)[None, :]
@@ -62,7 +63,7 @@ def _survey_kernel(
         p = tl.load(p_ptr + start_of_line[:, None] + col[None, :], mask=kept, other=0.0).to(tl.float32)
         tl.store(row_ptr + slot, tl.broadcast_to(line[:, None], (LINES, BLOCK)), mask=kept)
         tl.store(col_ptr + slot, tl.broadcast_to(col[None, :], (LINES, BLOCK)), mask=kept)
-        tl.store(q_ptr + slot, tl.minimum(tl.maximum(p, PROB_EPS), 1 - PROB_EPS), mask=kept)
+        tl.store(q_ptr + slot, tl.minimum(tl.maximum(p, _PROB_EPS), 1 - _PROB_EPS), mask=kept)
     tl.store(rank_ptr + width, rank, mask=real)
 
 
@@ -96,8 +97,8 @@ def _nearest_kernel(rank_ptr, col_ptr, nearest_ptr, positions, height, width, BL
     tl.store(nearest_ptr + position, best_slot, mask=inside)
 
 
-def survey_fwd(slots: Tensor, p: Tensor, grid: tuple[int, int], tokens: int) -> Survey:
-    """Contiguous (B, L) int32 slots (-1 is not kept) and (B, L) probabilities, the number of packed rows T -> Survey.
+def survey_fwd(packed_rows: Tensor, p: Tensor, grid: tuple[int, int], tokens: int) -> Survey:
+    """Contiguous (B, L) int32 packed_rows (-1: not kept) and (B, L) probabilities, number of packed rows T -> Survey.
 
     Raises:
         ValueError: a side of the grid is too long for int32 squared distances.
@@ -105,15 +106,15 @@ def survey_fwd(slots: Tensor, p: Tensor, grid: tuple[int, int], tokens: int) -> 
     height, width = grid
     if max(grid) > MAX_SIDE:
         raise ValueError(f"grid is {tuple(grid)}; the Triton backend accepts sides up to {MAX_SIDE}")
-    lines, device = slots.shape[0] * height, slots.device
+    lines, device = packed_rows.shape[0] * height, packed_rows.device
     survey = Survey(
-        rank=empty((lines, width + 1), torch.int32, device),
-        row=empty((tokens,), torch.int32, device),
-        col=empty((tokens,), torch.int32, device),
-        confidence=empty((tokens,), torch.float32, device),
+        rank=launch.empty((lines, width + 1), torch.int32, device),
+        row=launch.empty((tokens,), torch.int32, device),
+        col=launch.empty((tokens,), torch.int32, device),
+        confidence=launch.empty((tokens,), torch.float32, device),
     )
-    config = config_for("survey", device)
-    launch(_survey_kernel, (cdiv(lines, config["LINES"]),), slots, p, *survey, lines, width, **config)
+    config = launch.config_for("survey", device)
+    launch.launch(_survey_kernel, (cdiv(lines, config["LINES"]),), packed_rows, p, *survey, lines, width, **config)
     return survey
 
 
@@ -124,9 +125,9 @@ def nearest_fwd(survey: Survey, grid: tuple[int, int]) -> Tensor:
     """
     height, width = grid
     positions, device = survey.rank.shape[0] * width, survey.rank.device
-    nearest = empty((positions,), torch.int32, device)
-    config = config_for("nearest", device)
-    launch(
+    nearest = launch.empty((positions,), torch.int32, device)
+    config = launch.config_for("nearest", device)
+    launch.launch(
         _nearest_kernel, (cdiv(positions, config["BLOCK"]),), survey.rank, survey.col, nearest,
         positions, height, width, **config,
     )  # fmt: skip

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
 from dcdit.kernels.nearest import Survey
+from dcdit.kernels.numerics import cdiv
 
 TILE = 4
 _TILE = tl.constexpr(TILE)
@@ -26,7 +27,7 @@ _TILE = tl.constexpr(TILE)
 
 @triton.jit
 def _token_row(h_ptr, detail_ptr, q_ptr, slot, known, channel, h_stride, D: tl.constexpr):
-    """``h' = h - (1 - q) (h - s)`` of slots [N] at ``channel`` [C], float32; zero where the slot is not known."""
+    """``h' = h - (1 - q) (h - s)`` of packed_rows [N] at ``channel`` [C], float32; zero where the slot is not known."""
     slot = slot.to(tl.int64)[:, None]
     inside = known[:, None] & (channel < D)[None, :]
     q = tl.load(q_ptr + slot, mask=known[:, None], other=0.0)
@@ -154,7 +155,7 @@ def _cell_sum_kernel(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < D
     if token >= tl.load(cu_ptr + images):
-        # A slack row has no cell, and its gradient is zero.
+        # A padding row has no cell, and its gradient is zero.
         if grad_h_ptr is not None:
             tl.store(grad_h_ptr + row_offset + channel, tl.zeros((BLOCK_D,), tl.float32), mask=inside)
         return
@@ -200,14 +201,14 @@ def _cell_sum_kernel(
 
 
 def plug_back_fwd(h: Tensor, detail: Tensor, survey: Survey, nearest: Tensor, residual: Tensor | None) -> Tensor:
-    """(T, D) tokens, float32 ``h - s``, (S,) nearest slots, (S, D) residual rows -> (S, D) in h's dtype.
+    """(T, D) tokens, float32 ``h - s``, (S,) nearest packed_rows, (S, D) residual rows -> (S, D) in h's dtype.
 
     h' of the nearest token plus the residual, rounded once; h and residual have a unit last stride.
     """
     positions, d = nearest.shape[0], h.shape[1]
-    out = empty((positions, d), h.dtype, h.device)
-    config = config_for("plug_back_fwd", h.device, D=d)
-    launch(
+    out = launch.empty((positions, d), h.dtype, h.device)
+    config = launch.config_for("plug_back_fwd", h.device, D=d)
+    launch.launch(
         _plug_back_fwd_kernel, (cdiv(positions, config["ROWS"]), cdiv(d, config["BLOCK_D"])),
         h, detail, survey.confidence, nearest, residual, out, positions, h.stride(0),
         0 if residual is None else residual.stride(0), D=d, **config,
@@ -223,35 +224,35 @@ def plug_back_bwd(
 
     Args:
         grad: contiguous (S, D) gradient of the output.
-        grad_h: (T, D); its slack rows are set to zero here.
+        grad_h: (T, D); its padding rows are set to zero here.
         want_along: also ``<g_i, s_i>`` of every token, in parts.
         want_gate: also ``<g_l, h'_l>`` of every position, in parts.
 
     Returns:
-        (T, D) float32 with slack rows unwritten, and the two in float32 (parts, T) and (parts, S), to be summed over
+        (T, D) float32 with padding rows unwritten, and the two in float32 (parts, T) and (parts, S), to be summed over
         parts; positions of an image without tokens stay unwritten.
     """
     height, width = grid
     (tokens, d), positions, device = h.shape, nearest.shape[0], h.device
-    box = empty((tokens, 4), torch.int32, device)
-    config: dict[str, Any] = config_for("plug_back_box", device)
-    launch(_box_start_kernel, (cdiv(tokens, config["BLOCK"]),), survey.row, survey.col, box, tokens, **config)
-    launch(_box_kernel, (cdiv(positions, config["BLOCK"]),), nearest, box, positions, width, **config)
+    box = launch.empty((tokens, 4), torch.int32, device)
+    config: dict[str, Any] = launch.config_for("plug_back_box", device)
+    launch.launch(_box_start_kernel, (cdiv(tokens, config["BLOCK"]),), survey.row, survey.col, box, tokens, **config)
+    launch.launch(_box_kernel, (cdiv(positions, config["BLOCK"]),), nearest, box, positions, width, **config)
 
-    config = config_for("plug_back_bwd", device, D=d)
+    config = launch.config_for("plug_back_bwd", device, D=d)
     parts = cdiv(d, config["BLOCK_D"])
     images, cuts = cu_seqlens.shape[0] - 1, (cdiv(height, TILE), cdiv(width, TILE))
     tiles = images * cuts[0] * cuts[1]
-    tile_owner, tile_sum = empty((tiles,), torch.int32, device), empty((tiles, d), torch.float32, device)
-    cell = empty((tokens, d), torch.float32, device)
-    along = empty((parts, tokens), torch.float32, device) if want_along else None
-    gate_part = empty((parts, positions), torch.float32, device) if want_gate else None
+    tile_owner, tile_sum = launch.empty((tiles,), torch.int32, device), launch.empty((tiles, d), torch.float32, device)
+    cell = launch.empty((tokens, d), torch.float32, device)
+    along = launch.empty((parts, tokens), torch.float32, device) if want_along else None
+    gate_part = launch.empty((parts, positions), torch.float32, device) if want_gate else None
     inputs = grad, h, detail, survey.confidence, nearest
-    launch(
+    launch.launch(
         _tile_sum_kernel, (tiles, parts), *inputs, tile_owner, tile_sum, gate_part,
         height, width, *cuts, positions, h.stride(0), D=d, **config,
     )  # fmt: skip
-    launch(
+    launch.launch(
         _cell_sum_kernel, (tokens, parts), *inputs, tile_owner, tile_sum, box, cu_seqlens,
         cell, along, gate_part, grad_h, images, height, width, *cuts, positions, tokens, h.stride(0), D=d, **config,
     )  # fmt: skip

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
+from dcdit.kernels.numerics import cdiv
 
 
 @triton.jit(do_not_specialize=["size", "splits"])
@@ -49,13 +50,13 @@ def _loss_kernel(
 def ratio_loss_fwd(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple[Tensor, Tensor]:
     """Contiguous p and bool mask of ``groups`` equal parts -> float32 loss () and slopes (groups,), d loss / d p."""
     size = p.numel() // groups
-    config = dict(config_for("ratio_loss", p.device))
+    config = dict(launch.config_for("ratio_loss", p.device))
     splits = cdiv(size, config["BLOCK"])
-    partial = empty((groups, splits, 2), torch.float32, p.device)
-    loss, slopes = empty((), torch.float32, p.device), empty((groups,), torch.float32, p.device)
-    launch(_sums_kernel, (groups, splits), p, mask, partial, size, splits, UNIT=1 if size % 16 else 16, **config)
+    partial = launch.empty((groups, splits, 2), torch.float32, p.device)
+    loss, slopes = launch.empty((), torch.float32, p.device), launch.empty((groups,), torch.float32, p.device)
+    launch.launch(_sums_kernel, (groups, splits), p, mask, partial, size, splits, UNIT=1 if size % 16 else 16, **config)
     # A kernel gets its numbers in float32, in which target - 1 would lose digits for a target near 1.
-    launch(
+    launch.launch(
         _loss_kernel, (1,), partial, loss, slopes, groups, size, splits, target / (target - 1), target - 1,
         BLOCK_G=16, BLOCK_S=32, num_warps=4,
     )  # fmt: skip

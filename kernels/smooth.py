@@ -28,10 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dcdit.kernels._launch import cdiv, config_for, empty, launch
+from dcdit.kernels import launch
 from dcdit.kernels.nearest import Survey
+from dcdit.kernels.numerics import ROW_EPS, cdiv
 
-ROW_EPS = tl.constexpr(1e-8)
+_ROW_EPS = tl.constexpr(ROW_EPS)
 _FAR = tl.constexpr(2**31 - 1)
 # The interpreter keeps bfloat16 as integers and would multiply those: there, the same three parts are float32 numbers.
 # And it knows one float32 product only.
@@ -74,8 +75,8 @@ def _listed(place, first, begin, count):
 
 @triton.jit
 def _tile(rank_ptr, start, height, width, bands, strips, BM: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr):
-    """First row of this program's image in the stacked grids, slots of its block's kept tokens from ``start`` on [BM]
-    (-1 past the last), and how many the block has.
+    """First row of this program's image in the stacked grids, packed rows of its block's kept tokens from ``start``
+    on [BM] (-1 past the last), and how many the block has.
 
     Looked up anew for every tile, from the cache: held over the loops of a window, the runs would cost registers there.
     """
@@ -156,7 +157,7 @@ def _smooth_fwd_kernel(
         own = slot.to(tl.int64)[:, None]
         h = tl.load(h_ptr + own * h_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         q = tl.load(q_ptr + slot, mask=real, other=0.0)
-        without_own = total + ROW_EPS
+        without_own = total + _ROW_EPS
         norm = without_own + q
         detail = (h * without_own[:, None] - acc) / norm[:, None]
         tl.store(detail_ptr + own * D + channel[None, :], detail, mask=inside)
@@ -209,14 +210,14 @@ def smooth_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(T, D) tokens, unit last stride -> float32 (T, D) ``h_i - s_i`` and (T,) ``c_i = (1 - q_i) / (Z_i + 1e-8)``.
 
-    ``s_i = sum_j W_ij h_j``; Z_i is the sum of its weights before normalisation. Rows of slack tokens stay unwritten.
+    ``s_i = sum_j W_ij h_j``; Z_i is the sum of its weights before normalisation. Rows of padding tokens stay unwritten.
     """
     tokens, d = h.shape
-    detail = empty((tokens, d), torch.float32, h.device)
-    scale = empty((tokens,), torch.float32, h.device)
-    config = config_for("smooth_bf16" if h.dtype == torch.bfloat16 else "smooth_float32", h.device, D=d)
+    detail = launch.empty((tokens, d), torch.float32, h.device)
+    scale = launch.empty((tokens,), torch.float32, h.device)
+    config = launch.config_for("smooth_bf16" if h.dtype == torch.bfloat16 else "smooth_float32", h.device, D=d)
     bands, strips = _cuts(grid, config)
-    launch(
+    launch.launch(
         _smooth_fwd_kernel, (images * bands * strips, cdiv(d, config["BLOCK_D"])), h, *survey, detail, scale,
         *grid, bands, strips, tokens, radius, h.stride(0), _fall(sigma), D=d, **config,
     )  # fmt: skip
@@ -238,12 +239,12 @@ def smooth_bwd(
         float32 (slices, T) whose sum over slices is the gradient of q, or None.
     """
     tokens, d = h.shape
-    config = config_for("smooth_float32", h.device, D=d)
+    config = launch.config_for("smooth_float32", h.device, D=d)
     slices = cdiv(d, config["BLOCK_D"])
     bands, strips = _cuts(grid, config)
     parts = 0 if along is None else along.shape[0]
-    grad_q = None if along is None else empty((slices, tokens), torch.float32, h.device)
-    launch(
+    grad_q = None if along is None else launch.empty((slices, tokens), torch.float32, h.device)
+    launch.launch(
         _smooth_bwd_kernel, (images * bands * strips, slices), grad, h, detail, along, *survey, scale, grad_h, grad_q,
         *grid, bands, strips, tokens, parts, radius, h.stride(0), _fall(sigma), D=d, **config,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-# Decided before any kernel is imported: without a GPU, Triton kernels run in the interpreter, or compiled (tests/ptx).
+# Decided before any kernel is imported: without a GPU, Triton kernels run in the interpreter, or compiled (tools/ptx).
 if not torch.cuda.is_available() and "DCDIT_PTX" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 # One process per core runs (`-n 2`); more threads would only fight.

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = (
-    "import dcdit.kernels.pack as pack, dcdit.kernels._launch as launch\n"
+    "import dcdit.kernels.packing as packing, dcdit.kernels.launch as launch\n"
     "assert launch._table('default')\n"
-    "print(pack.__file__)"
+    "print(packing.__file__)"
 )
 
 
@@ -55,7 +55,7 @@ def test_kernels_import_from_any_directory(kind: str, source: Path, tmp_path: Pa
         found = Path(run(python, "-P", "-c", PROBE, cwd=directory))
         assert found.resolve().is_relative_to(expected.resolve()), found
     from_checkout = Path(run(python, "-c", PROBE, cwd=source))
-    assert from_checkout.name == "pack.py"
+    assert from_checkout.name == "packing.py"
 
 
 def test_kernels_folder_is_no_package() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import cpu_name
+from benchmarks.harness.machine import cpu_name
 from benchmarks.studies.cifar10_page import write_page
 from benchmarks.studies.training import read_log, train_all
 from dcdit.checkpoint import load_model, read_trainer
@@ -28,8 +28,8 @@ from dcdit.data import create_dataset
 from dcdit.diffusion import FlowMatchingObjective, sample
 from dcdit.evaluate import Features, evaluate_images, extract, load_extractor
 from dcdit.models import DCDiT, count_flops
-from dcdit.pictures import to_pixels
-from dcdit.router_study import noising_of, study_router
+from dcdit.profiling.router_study import noising_of, study_router
+from dcdit.utils.images import to_pixels
 
 BASE = Path(__file__).with_suffix(".yaml")
 COMMON = {"in_channels": 3, "grid": [32, 32], "num_heads": 4, "learn_sigma": False}

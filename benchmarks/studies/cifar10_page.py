@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dcdit.pictures import grid
-from dcdit.plots import new_figure
-from dcdit.profile import markdown_table
+from dcdit.profiling.plots import new_figure
+from dcdit.utils.images import grid
+from dcdit.utils.tables import markdown_table
 
 Results = Mapping[str, dict[str, Any]]
 METRICS = ("FID", "KID", "precision", "recall")

@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.studies.training import read_log, train_all
 from dcdit.config import TrainConfig, load_config
-from dcdit.plots import new_figure
-from dcdit.profile import markdown_table
+from dcdit.profiling.plots import new_figure
+from dcdit.utils.tables import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
 SCRATCH, PLAIN, DISTILLED = "from scratch", "upcycled", "upcycled, distilled"

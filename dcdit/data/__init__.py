@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.config import DataSection
-from dcdit.data._samples import Samples
 from dcdit.data.cifar10 import Cifar10
 from dcdit.data.folder import ImageFolder
 from dcdit.data.latents import LatentDataset
 from dcdit.data.npz import NpzDataset
 from dcdit.data.photographs import Photographs
+from dcdit.data.samples import Samples
 
 __all__ = [
     "Cifar10",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dcdit.data._samples import Samples, Split, check_split, sample_rng, to_sample
+from dcdit.data.samples import Samples, Split, check_split, sample_rng, to_sample
 
 SIDE = 32
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from dcdit.data._samples import DamagedFile, Split, StoredSamples, sample_rng, to_sample
+from dcdit.data.samples import DamagedFile, Split, StoredSamples, sample_rng, to_sample
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.data._samples import Samples, Split, sample_rng, to_sample
-from dcdit.data._store import LatentStore, as_latent
+from dcdit.data.latents.store import LatentStore, as_latent
+from dcdit.data.samples import Samples, Split, sample_rng, to_sample
 
 Array = np.ndarray[Any, Any]
 ARRAYS = ("images", "latents", "labels")

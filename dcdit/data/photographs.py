@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dcdit.data._samples import Samples, check_split, sample_rng, to_sample
+from dcdit.data.samples import Samples, check_split, sample_rng, to_sample
 
 FILES = {
     "astronaut": "astronaut.png",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.diffusion._model import name_of, takes
+from dcdit.diffusion.denoiser import name_of, takes
 from dcdit.diffusion.samplers import Predict
 from dcdit.diffusion.schedule import TRAIN_STEPS
 

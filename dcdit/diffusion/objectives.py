@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from dcdit.diffusion.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 from dcdit.diffusion.schedule import TRAIN_STEPS, NoiseSchedule, linear_schedule
-from dcdit.ops._checks import shape_of
+from dcdit.utils.text import shape_of
 
 ModelFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (B, C, H, W), t (B,), y (B,)) -> (B, C or 2C, H, W)."""

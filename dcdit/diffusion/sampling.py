@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcdit.diffusion import samplers
-from dcdit.diffusion._model import dtype_of, evaluating, name_of, unwrapped
+from dcdit.diffusion.denoiser import dtype_of, evaluating, name_of, unwrapped
 from dcdit.diffusion.guidance import Fraction, guided
 from dcdit.diffusion.noise import ImageNoise
 from dcdit.diffusion.samplers import Noise, Predict, Step

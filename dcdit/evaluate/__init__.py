@@ -1,6 +1,5 @@
 """How good images are: FID, sFID, KID, Inception Score, precision, recall, and the FLOPs that they took."""
 
-from dcdit.evaluate.command import add_arguments, run
 from dcdit.evaluate.extractors import TorchScriptInception, load_extractor
 from dcdit.evaluate.features import Features, Statistics, extract
 from dcdit.evaluate.measure import Evaluation, Figure, Reference, evaluate_images, load_reference
@@ -12,10 +11,8 @@ __all__ = [
     "Reference",
     "Statistics",
     "TorchScriptInception",
-    "add_arguments",
     "evaluate_images",
     "extract",
     "load_extractor",
     "load_reference",
-    "run",
 ]

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcdit._files import atomically
-from dcdit.diffusion._model import evaluating
+from dcdit.diffusion.denoiser import evaluating
 from dcdit.evaluate.distances import Gaussian
 from dcdit.evaluate.images import Source, npz_arrays, open_images
-from dcdit.pictures import Pixels
+from dcdit.utils.files import atomically
+from dcdit.utils.images import Pixels
 
 KINDS = ("pooled", "logits", "spatial")
 SPATIAL_CHANNELS = 7

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit._files import atomically
 from dcdit.checkpoint import EMA, MODEL, Model, find_checkpoint
 from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
-from dcdit.pictures import to_pixels
 from dcdit.sample.model_calls import ModelCalls, Record, mean_records, tflops_per_image
+from dcdit.utils.files import atomically
+from dcdit.utils.images import to_pixels
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dcdit._files import atomically
 from dcdit.data.folder import image_files, read_centre, read_rgb
-from dcdit.pictures import Pixels
+from dcdit.utils.files import atomically
+from dcdit.utils.images import Pixels
 
 ARRAYS = ("arr_0", "images")
 """Names of the images in an ``.npz``: ADM's, and that of :class:`dcdit.data.NpzDataset`."""

@@ -10,7 +10,7 @@ from torch import nn
 from dcdit.evaluate.distances import IS_SPLITS, frechet_distance, inception_score, kernel_distance, precision_recall
 from dcdit.evaluate.features import Features, Statistics, extract
 from dcdit.evaluate.images import Source, holds_images, npz_arrays
-from dcdit.profile import markdown_table
+from dcdit.utils.tables import markdown_table
 
 DIGITS = {"FID": 2, "sFID": 2, "KID": 5, "IS": 2, "precision": 3, "recall": 3}
 """The metrics in the order of a table, and the decimals that it shows."""

@@ -6,12 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dcdit._files import atomically
 from dcdit.evaluate.distances import IS_SPLITS, KID_SUBSET, KID_SUBSETS, NEIGHBOURS
 from dcdit.evaluate.generate import Settings, Work
 from dcdit.evaluate.images import ImageSet
 from dcdit.evaluate.measure import Evaluation
-from dcdit.pictures import grid
+from dcdit.utils.files import atomically
+from dcdit.utils.images import grid
 
 SHOWN, COLUMNS = 64, 16
 """Images in the picture."""

@@ -1,7 +1,7 @@
 """DC-DiT, the static DiT baseline, their presets and checkpoint conversion."""
 
 from dcdit.models.config import DCDiTConfig, DiTConfig
-from dcdit.models.conversion import load_dit, load_official, to_dit, to_official
+from dcdit.models.convert import load_dit, load_official, to_dit, to_official
 from dcdit.models.dc_dit import DCDiT, Routing
 from dcdit.models.dit import DiT
 from dcdit.models.flops import count_flops

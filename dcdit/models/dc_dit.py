@@ -13,21 +13,21 @@ from dcdit.nn import (
     ROUTERS,
     ChunkLayer,
     ConvStack,
-    DiTBlock,
     EMADeChunk,
-    FinalLayer,
     LabelEmbedder,
+    PackedDiTBlock,
+    PackedFinalLayer,
     Pending,
     PredictabilityRouter,
     RMSNorm,
-    Sequences,
     SpatialDeChunk,
     StackedModulation,
     TimestepEmbedder,
+    VarlenMeta,
     sincos_position,
     stage,
 )
-from dcdit.nn.layout import channels_last, to_grid, to_tokens
+from dcdit.nn.memory_format import channels_last, to_grid, to_tokens
 from dcdit.ops import TokenSelection, gated_add
 
 
@@ -76,14 +76,16 @@ class DCDiT(nn.Module):
         self.router = ROUTERS[config.router](dim, config.grid)
         self.chunk = ChunkLayer()
         self.modulation = StackedModulation(dim, config.depth)
-        self.blocks = nn.ModuleList(DiTBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            PackedDiTBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
         self.norm = RMSNorm(dim)
         self.residual_proj = nn.Linear(dim, dim)
         self.dechunk = (
             SpatialDeChunk(config.grid, config.dechunk_sigma) if config.dechunk == "spatial" else EMADeChunk()
         )
         self.decoder = ConvStack((dim, narrow, narrow), dim)
-        self.final_layer = FinalLayer(narrow, config.out_channels, dim)
+        self.final_layer = PackedFinalLayer(narrow, config.out_channels, dim)
         self.reset_parameters()
         channels_last(self)
 
@@ -146,7 +148,7 @@ class DCDiT(nn.Module):
         packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
         states = BlockStates(cond, []) if return_states else None
         with stage("transformer"):
-            seqs = Sequences(sel.cu_seqlens, sel.max_seqlen, capacity is not None)
+            seqs = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, capacity is not None)
             packed = self.transform(packed, cond, seqs, None if states is None else states.outputs)
         with stage("dechunk"):
             tokens = self.dechunk(packed, p, sel, self.residual_proj(encoded))
@@ -159,7 +161,7 @@ class DCDiT(nn.Module):
         routing = Routing(p, sel.mask, sel.natural_mask, sel)
         return (out, routing) if states is None else (out, routing, states)
 
-    def transform(self, tokens: Tensor, cond: Tensor, seqs: Sequences, outputs: list[Tensor] | None = None) -> Tensor:
+    def transform(self, tokens: Tensor, cond: Tensor, seqs: VarlenMeta, outputs: list[Tensor] | None = None) -> Tensor:
         """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D).
 
         The tokens after each block are appended to ``outputs``.

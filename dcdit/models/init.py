@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from dcdit.nn import FinalLayer, LabelEmbedder, StackedModulation, TimestepEmbedder
+from dcdit.nn import LabelEmbedder, PackedFinalLayer, StackedModulation, TimestepEmbedder
 
 
 def xavier(linears: Iterable[nn.Module]) -> None:
@@ -35,7 +35,7 @@ def init_embedders(t_embedder: TimestepEmbedder, y_embedder: LabelEmbedder) -> N
     nn.init.normal_(y_embedder.table.weight, std=0.02)
 
 
-def init_output(modulation: StackedModulation, final_layer: FinalLayer) -> None:
+def init_output(modulation: StackedModulation, final_layer: PackedFinalLayer) -> None:
     """adaLN-Zero: every block starts as the identity, and the output as zero."""
     for layer in (modulation.linear, final_layer.modulation, final_layer.linear):
         zero(layer.weight, layer.bias)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dcdit.models.config import DCDiTConfig, DiTConfig
-from dcdit.ops._backend import value_checks_enabled
-from dcdit.ops._checks import shape_of
+from dcdit.ops import checks
+from dcdit.utils.text import shape_of
 
 
 def check_inputs(config: DCDiTConfig | DiTConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
@@ -20,6 +20,6 @@ def check_inputs(config: DCDiTConfig | DiTConfig, x: Tensor, t: Tensor, y: Tenso
     if y.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"y has dtype {y.dtype}; accepted: int64 or int32 class labels")
     highest = config.num_classes if config.class_dropout_prob > 0 else config.num_classes - 1
-    if value_checks_enabled(y) and batch and not 0 <= int(y.min()) <= int(y.max()) <= highest:
+    if checks.value_checks_enabled(y) and batch and not 0 <= int(y.min()) <= int(y.max()) <= highest:
         null = f" ({highest} is the null class)" if config.class_dropout_prob > 0 else ""
         raise ValueError(f"y holds labels {int(y.min())} to {int(y.max())}; accepted: 0 to {highest}{null}")

@@ -3,9 +3,9 @@
 from dcdit.nn import hnet
 from dcdit.nn.chunk import ChunkLayer, EMADeChunk, SpatialDeChunk
 from dcdit.nn.conv_block import ConvBlock, ConvStack
-from dcdit.nn.dit_block import DenseDiTBlock, DiTBlock, Pending, Sequences
+from dcdit.nn.dit_block import DenseDiTBlock, PackedDiTBlock, Pending, VarlenMeta
 from dcdit.nn.embedding import LabelEmbedder, TimestepEmbedder, sincos_position
-from dcdit.nn.final_layer import DenseFinalLayer, FinalLayer
+from dcdit.nn.final_layer import DenseFinalLayer, PackedFinalLayer
 from dcdit.nn.modulation import Modulation, StackedModulation
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
 from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
@@ -21,19 +21,19 @@ __all__ = [
     "Cosine2dRouter",
     "DenseDiTBlock",
     "DenseFinalLayer",
-    "DiTBlock",
     "EMADeChunk",
-    "FinalLayer",
     "GroupNormSiLU",
     "LabelEmbedder",
     "Modulation",
+    "PackedDiTBlock",
+    "PackedFinalLayer",
     "Pending",
     "PredictabilityRouter",
     "RMSNorm",
-    "Sequences",
     "SpatialDeChunk",
     "StackedModulation",
     "TimestepEmbedder",
+    "VarlenMeta",
     "collect_stages",
     "hnet",
     "sincos_position",

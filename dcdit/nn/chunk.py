@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.precision import without_autocast
+from dcdit.nn.autocast import without_autocast
 from dcdit.nn.stages import stage
 from dcdit.ops import TokenSelection
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcdit.nn.layout import to_grid, to_tokens
+from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
 
 

@@ -9,13 +9,13 @@ from dcdit import ops
 from dcdit.nn.modulation import Modulation
 
 
-class Sequences(NamedTuple):
+class VarlenMeta(NamedTuple):
     """Where the images of a packed buffer begin and end."""
 
     cu_seqlens: Tensor
     """(B+1,) int32."""
     max_seqlen: int
-    slack: bool
+    padding: bool
     """Whether the buffer may hold rows past the last image."""
 
 
@@ -49,15 +49,15 @@ class DiTBlockBase(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class DiTBlock(DiTBlockBase):
+class PackedDiTBlock(DiTBlockBase):
     """A block over packed tokens."""
 
-    def attention(self, x: Tensor, seqs: Sequences) -> Tensor:
+    def attention(self, x: Tensor, seqs: VarlenMeta) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        out = ops.varlen_attention(q, k, v, seqs.cu_seqlens, seqs.max_seqlen, slack=seqs.slack)
+        out = ops.varlen_attention(q, k, v, seqs.cu_seqlens, seqs.max_seqlen, padding=seqs.padding)
         return self.proj(out.flatten(1))
 
-    def forward(self, x: Tensor, pending: Pending | None, mod: Modulation, seqs: Sequences) -> tuple[Tensor, Pending]:
+    def forward(self, x: Tensor, pending: Pending | None, mod: Modulation, seqs: VarlenMeta) -> tuple[Tensor, Pending]:
         """Tokens (T, D) and the branch that the previous block left to add -> tokens, and the branch left to add."""
         cu_seqlens = seqs.cu_seqlens
         if pending is None:

@@ -7,7 +7,7 @@ from dcdit import ops
 from dcdit.nn.dit_block import modulate
 
 
-class FinalLayer(nn.Module):
+class PackedFinalLayer(nn.Module):
     """``Linear(LayerNorm(x) * (1 + scale) + shift)``.
 
     Args:
@@ -32,7 +32,7 @@ class FinalLayer(nn.Module):
         )
 
 
-class DenseFinalLayer(FinalLayer):
+class DenseFinalLayer(PackedFinalLayer):
     """The same in operations that ``torch.compile`` fuses."""
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dcdit import ops
+from dcdit.nn.autocast import without_autocast
 from dcdit.nn.chunk import EMADeChunk, confidence
-from dcdit.nn.precision import without_autocast
 from dcdit.nn.routers import CosineProjections
-from dcdit.ops import TokenSelection
-from dcdit.ops._backend import value_checks_enabled
-from dcdit.ops.reference import PROB_EPS
+from dcdit.ops import TokenSelection, checks
+from dcdit.ops.numerics import PROB_EPS, upcast
 
 THRESHOLD = 0.5
 
@@ -144,7 +143,7 @@ class DeChunkLayer(EMADeChunk):
     def allocate_inference_cache(self, batch_size: int, like: Tensor) -> DeChunkCache:
         """A cache for sequences of which nothing was seen; ``like`` is (..., D) on the device and in the dtype of the
         chunks."""
-        return DeChunkCache(_wide(like).new_zeros(batch_size, like.shape[-1]))
+        return DeChunkCache(upcast(like).new_zeros(batch_size, like.shape[-1]))
 
     def forward(
         self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor, cache: DeChunkCache | None = None
@@ -159,7 +158,7 @@ class DeChunkLayer(EMADeChunk):
             return super().forward(h, p, sel, residual)
         # The cache keeps the average as it is before the residual and the rounding to the dtype of h.
         with without_autocast(h):
-            held = ops.dechunk_ema(_wide(h), p, sel, confidence(p))
+            held = ops.dechunk_ema(upcast(h), p, sel, confidence(p))
         last, seen = _last_rows(held, sel.source_cu_seqlens, None)
         cache.held = torch.where(seen[:, None], held.flatten(0, -2)[last], 0).detach()
         return (held + residual).to(h.dtype)
@@ -190,7 +189,7 @@ def _check_mask(mask: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
         raise TypeError(f"mask has dtype {mask.dtype}; accepted: bool")
     if x.dim() != 3 or mask.shape != x.shape[:2]:
         raise ValueError(f"mask has shape {tuple(mask.shape)} for x {tuple(x.shape)}; accepted: the (B, L) of x")
-    if value_checks_enabled(mask):
+    if checks.value_checks_enabled(mask):
         starts = (mask & ~nn.functional.pad(mask[:, :-1], (1, 0))).sum(1)
         if bool((starts != 1).any()):
             raise ValueError("a row of mask is not one run of True; accepted: padding before and after it only")
@@ -217,7 +216,3 @@ def _put(cache: Tensor, rows: Tensor | None, values: Tensor) -> None:
         cache.copy_(values)
     else:
         cache.index_copy_(0, rows, values.to(cache.dtype))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

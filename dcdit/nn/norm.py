@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcdit.nn.precision import without_autocast
+from dcdit.nn.autocast import without_autocast
 
 
 class RMSNorm(nn.RMSNorm):

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.layout import to_grid
-from dcdit.nn.precision import without_autocast
+from dcdit.nn.autocast import without_autocast
+from dcdit.nn.memory_format import to_grid
 
 
 class PredictabilityRouter(nn.Module):

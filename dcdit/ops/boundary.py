@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from dcdit.ops import _checks
-from dcdit.ops._backend import backend_for
+from dcdit.ops import checks
+from dcdit.ops.backend import backend_for
+from dcdit.utils.text import shape_of
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -21,14 +22,14 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
-    _checks.check_float(q=q, k=k)
-    _checks.check_same(q=q, k=k)
+    checks.check_float(q=q, k=k)
+    checks.check_same(q=q, k=k)
     if q.dim() != (3 if cu_seqlens is None else 2):
-        raise ValueError(f"q has shape {_checks.shape_of(q)}; accepted: (B, L, D), or (S, D) with cu_seqlens")
-    _checks.check_shape("k", k, tuple(q.shape), "the shape of q")
+        raise ValueError(f"q has shape {shape_of(q)}; accepted: (B, L, D), or (S, D) with cu_seqlens")
+    checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     if cu_seqlens is not None:
-        _checks.check_device(q=q, cu_seqlens=cu_seqlens)
-        _checks.check_cu_seqlens(cu_seqlens, q.shape[0])
+        checks.check_device(q=q, cu_seqlens=cu_seqlens)
+        checks.check_cu_seqlens(cu_seqlens, q.shape[0])
     return backend_for(q).boundary_prob_cosine(q, k, cu_seqlens)
 
 
@@ -49,14 +50,14 @@ def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit.
     """
-    _checks.check_float(q=q, k=k, weight=weight)
-    _checks.check_same(q=q, k=k)
+    checks.check_float(q=q, k=k, weight=weight)
+    checks.check_same(q=q, k=k)
     if q.dim() != 3:
-        raise ValueError(f"q has shape {_checks.shape_of(q)}; accepted: (B, L, D)")
-    _checks.check_shape("k", k, tuple(q.shape), "the shape of q")
-    _checks.check_shape("weight", weight, (q.shape[2], 3, 3), "(D, 3, 3)")
-    _checks.check_device(q=q, weight=weight)
-    _checks.check_grid(grid, q.shape[1])
+        raise ValueError(f"q has shape {shape_of(q)}; accepted: (B, L, D)")
+    checks.check_shape("k", k, tuple(q.shape), "the shape of q")
+    checks.check_shape("weight", weight, (q.shape[2], 3, 3), "(D, 3, 3)")
+    checks.check_device(q=q, weight=weight)
+    checks.check_grid(grid, q.shape[1])
     return backend_for(q).boundary_prob_cosine2d(q, k, weight, tuple(grid))
 
 
@@ -88,21 +89,21 @@ def boundary_prob_predictability(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
-    _checks.check_float(
+    checks.check_float(
         features=features, norm_weight=norm_weight, norm_bias=norm_bias, out_weight=out_weight, out_bias=out_bias
     )
     if features.dim() != 4:
-        raise ValueError(f"features has shape {_checks.shape_of(features)}; accepted: (B, C, H, W)")
+        raise ValueError(f"features has shape {shape_of(features)}; accepted: (B, C, H, W)")
     channels = features.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")
-    _checks.check_shape("norm_weight", norm_weight, (channels,), "(C,)")
-    _checks.check_shape("norm_bias", norm_bias, (channels,), "(C,)")
+    checks.check_shape("norm_weight", norm_weight, (channels,), "(C,)")
+    checks.check_shape("norm_bias", norm_bias, (channels,), "(C,)")
     if out_weight.numel() != channels:
-        raise ValueError(f"out_weight has shape {_checks.shape_of(out_weight)}; accepted: (C,) or (1, C, 1, 1)")
+        raise ValueError(f"out_weight has shape {shape_of(out_weight)}; accepted: (C,) or (1, C, 1, 1)")
     if out_bias.numel() != 1:
-        raise ValueError(f"out_bias has shape {_checks.shape_of(out_bias)}; accepted: () or (1,)")
-    _checks.check_device(
+        raise ValueError(f"out_bias has shape {shape_of(out_bias)}; accepted: () or (1,)")
+    checks.check_device(
         features=features, norm_weight=norm_weight, norm_bias=norm_bias, out_weight=out_weight, out_bias=out_bias
     )
     return backend_for(features).boundary_prob_predictability(

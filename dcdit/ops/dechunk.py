@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from dcdit.ops import _checks
-from dcdit.ops._backend import backend_for
+from dcdit.ops import checks
+from dcdit.ops.backend import backend_for
 from dcdit.ops.packing import check_packed
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops.token_selection import TokenSelection
 
 MAX_SIGMA = 16.0
 
@@ -46,7 +46,7 @@ def dechunk_spatial(
     if sel.source_cu_seqlens is not None:
         raise ValueError("dechunk_spatial needs a selection over a grid batch (B, L), not over packed sequences")
     _check_common(h, p, sel, gate, residual)
-    _checks.check_grid(grid, p.shape[1])
+    checks.check_grid(grid, p.shape[1])
     if not 0.0 < sigma <= MAX_SIGMA:
         raise ValueError(f"sigma is {sigma}; accepted: a number in (0, {MAX_SIGMA:g}] grid cells")
     return backend_for(h).dechunk_spatial(h, p, sel, tuple(grid), float(sigma), gate, residual)
@@ -82,12 +82,12 @@ def dechunk_ema(
 
 
 def _check_common(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> None:
-    _checks.check_float(h=h, p=p, gate=gate, residual=residual)
+    checks.check_float(h=h, p=p, gate=gate, residual=residual)
     check_packed("h", h, sel)
-    _checks.check_shape("p", p, tuple(sel.mask.shape), "the shape of the selection's mask")
+    checks.check_shape("p", p, tuple(sel.mask.shape), "the shape of the selection's mask")
     if gate is not None:
-        _checks.check_shape("gate", gate, tuple(p.shape), "the shape of p")
+        checks.check_shape("gate", gate, tuple(p.shape), "the shape of p")
     if residual is not None:
-        _checks.check_same(h=h, residual=residual)
-        _checks.check_shape("residual", residual, (*p.shape, h.shape[1]), "the shape of p plus (D,)")
-    _checks.check_device(h=h, p=p, gate=gate, residual=residual)
+        checks.check_same(h=h, residual=residual)
+        checks.check_shape("residual", residual, (*p.shape, h.shape[1]), "the shape of p plus (D,)")
+    checks.check_device(h=h, p=p, gate=gate, residual=residual)

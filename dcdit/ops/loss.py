@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from dcdit.ops import _checks
-from dcdit.ops._backend import backend_for
+from dcdit.ops import checks
+from dcdit.ops.backend import backend_for
+from dcdit.utils.text import shape_of
 
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
@@ -24,13 +25,13 @@ def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int |
     Raises:
         ValueError, TypeError: shapes, dtypes, target or group size do not fit.
     """
-    _checks.check_float(p=p)
-    _checks.check_shape("natural_mask", natural_mask, tuple(p.shape), "the shape of p")
-    _checks.check_device(p=p, natural_mask=natural_mask)
+    checks.check_float(p=p)
+    checks.check_shape("natural_mask", natural_mask, tuple(p.shape), "the shape of p")
+    checks.check_device(p=p, natural_mask=natural_mask)
     if natural_mask.dtype != natural_mask.bool().dtype:
         raise TypeError(f"natural_mask has dtype {natural_mask.dtype}; accepted: bool")
     if p.numel() == 0:
-        raise ValueError(f"p has shape {_checks.shape_of(p)}; accepted: at least one position")
+        raise ValueError(f"p has shape {shape_of(p)}; accepted: at least one position")
     if not target > 1:
         raise ValueError(f"target is {target}; accepted: a compression N above 1")
     if group_size is not None and (p.dim() != 2 or group_size < 1 or p.shape[0] % group_size):

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from dcdit.ops import _checks
-from dcdit.ops._backend import backend_for
+from dcdit.ops import checks
+from dcdit.ops.backend import backend_for
+from dcdit.utils.text import shape_of
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
@@ -12,7 +13,7 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
     Args:
         t: (T, D) packed tokens.
         shift, scale: (B, D), one row per image (column slices of a (B, 6D) tensor are fine).
-        cu_seqlens: int32 (B+1,); rows past ``cu_seqlens[-1]`` are slack and come back zero.
+        cu_seqlens: int32 (B+1,); rows past ``cu_seqlens[-1]`` are padding and come back zero.
         eps: added to the variance.
 
     Returns:
@@ -32,7 +33,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     Args:
         x, y: (T, D) packed tokens of one dtype.
         gate: (B, D), one row per image.
-        cu_seqlens: int32 (B+1,); slack rows return x unchanged.
+        cu_seqlens: int32 (B+1,); padding rows return x unchanged.
 
     Returns:
         (T, D) in x's dtype. Differentiable in x, y and gate.
@@ -69,20 +70,20 @@ def gated_add_modulated_layer_norm(
 
 
 def _check_tokens(cu_seqlens: Tensor, **tokens: Tensor) -> None:
-    _checks.check_float(**tokens)
-    _checks.check_same(**tokens)
+    checks.check_float(**tokens)
+    checks.check_same(**tokens)
     (first_name, first), *others = tokens.items()
     if first.dim() != 2:
-        raise ValueError(f"{first_name} has shape {_checks.shape_of(first)}; accepted: packed tokens (T, D)")
+        raise ValueError(f"{first_name} has shape {shape_of(first)}; accepted: packed tokens (T, D)")
     for name, tensor in others:
-        _checks.check_shape(name, tensor, tuple(first.shape), f"the shape of {first_name}")
-    _checks.check_device(**{first_name: first, "cu_seqlens": cu_seqlens})
-    _checks.check_cu_seqlens(cu_seqlens, first.shape[0], exact=False)
+        checks.check_shape(name, tensor, tuple(first.shape), f"the shape of {first_name}")
+    checks.check_device(**{first_name: first, "cu_seqlens": cu_seqlens})
+    checks.check_cu_seqlens(cu_seqlens, first.shape[0], exact=False)
 
 
 def _check_modulation(t: Tensor, cu_seqlens: Tensor, **modulation: Tensor) -> None:
-    _checks.check_float(**modulation)
-    _checks.check_same(**modulation)
+    checks.check_float(**modulation)
+    checks.check_same(**modulation)
     for name, tensor in modulation.items():
-        _checks.check_shape(name, tensor, (cu_seqlens.shape[0] - 1, t.shape[1]), "(B, D)")
-        _checks.check_device(**{"tokens": t, name: tensor})
+        checks.check_shape(name, tensor, (cu_seqlens.shape[0] - 1, t.shape[1]), "(B, D)")
+        checks.check_device(**{"tokens": t, name: tensor})

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from dcdit.ops import _checks
-from dcdit.ops._backend import backend_for
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops import checks
+from dcdit.ops.backend import backend_for
+from dcdit.ops.token_selection import TokenSelection
+from dcdit.utils.text import shape_of
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) -> Tensor:
@@ -17,18 +18,18 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
             to x's dtype after the addition.
 
     Returns:
-        (T, D) in x's dtype; slack rows are zero. Differentiable in x and bias.
+        (T, D) in x's dtype; padding rows are zero. Differentiable in x and bias.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
-    _checks.check_float(x=x, bias=bias)
+    checks.check_float(x=x, bias=bias)
     _check_source("x", x, sel)
-    _checks.check_device(x=x, indices=sel.indices, bias=bias)
+    checks.check_device(x=x, indices=sel.indices, bias=bias)
     if bias is not None:
         if sel.source_cu_seqlens is not None:
             raise ValueError("bias needs a grid source (B, L, D); add it to a packed source beforehand")
-        _checks.check_shape("bias", bias, tuple(x.shape[1:]), "(L, D)")
+        checks.check_shape("bias", bias, tuple(x.shape[1:]), "(L, D)")
     return backend_for(x).gather_tokens(x, sel, bias)
 
 
@@ -36,7 +37,7 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
     """Unpack tokens to their positions: ``(T, D) -> (B, L, D)``; the other positions get ``fill``.
 
     Args:
-        t: (T, D) packed tokens; slack rows are ignored.
+        t: (T, D) packed tokens; padding rows are ignored.
         sel: the selection that packed them.
         fill: value of the positions that were not kept.
 
@@ -46,7 +47,7 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
-    _checks.check_float(t=t)
+    checks.check_float(t=t)
     check_packed("t", t, sel)
     return backend_for(t).scatter_tokens(t, sel, float(fill))
 
@@ -55,13 +56,11 @@ def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
     """t must be (T, D) with the T of the selection, on its device."""
     if t.dim() != 2 or t.shape[0] != sel.indices.shape[0]:
         raise ValueError(
-            f"{name} has shape {_checks.shape_of(t)}; accepted: (T, D) with T = {sel.indices.shape[0]} selected tokens"
+            f"{name} has shape {shape_of(t)}; accepted: (T, D) with T = {sel.indices.shape[0]} selected tokens"
         )
-    _checks.check_device(**{name: t, "sel.indices": sel.indices})
+    checks.check_device(**{name: t, "sel.indices": sel.indices})
 
 
 def _check_source(name: str, x: Tensor, sel: TokenSelection) -> None:
     if tuple(x.shape[:-1]) != tuple(sel.mask.shape) or x.dim() != sel.mask.dim() + 1:
-        raise ValueError(
-            f"{name} has shape {_checks.shape_of(x)}; expected {_checks.shape_of(sel.mask)} of the selection plus (D,)"
-        )
+        raise ValueError(f"{name} has shape {shape_of(x)}; expected {shape_of(sel.mask)} of the selection plus (D,)")

@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops.selection import TokenSelection
-
-PROB_EPS = 1e-4
-ROW_EPS = 1e-8
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
+from dcdit.ops.numerics import PROB_EPS, ROW_EPS, upcast
+from dcdit.ops.token_selection import TokenSelection
 
 # --- boundary probabilities ---------------------------------------------------------------------------------------
 
@@ -26,18 +19,18 @@ def _wide(x: Tensor) -> Tensor:
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     if cu_seqlens is None:
         if q.shape[1] == 0:
-            return _wide(q).sum(-1)
-        q_hat, k_hat = F.normalize(_wide(q[:, :-1]), dim=-1), F.normalize(_wide(k[:, 1:]), dim=-1)
+            return upcast(q).sum(-1)
+        q_hat, k_hat = F.normalize(upcast(q[:, :-1]), dim=-1), F.normalize(upcast(k[:, 1:]), dim=-1)
         p = ((1 - (q_hat * k_hat).sum(-1)) / 2).clamp(0, 1)
         return F.pad(p, (1, 0), value=1.0)
     sequences = zip(_split(q, cu_seqlens), _split(k, cu_seqlens), strict=True)
     rows = [boundary_prob_cosine(a[None], b[None], None)[0] for a, b in sequences]
-    return torch.cat(rows) if rows else _wide(q).sum(-1)
+    return torch.cat(rows) if rows else upcast(q).sum(-1)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, d = q.shape
-    q_hat, k_hat = F.normalize(_wide(q), dim=-1), F.normalize(_wide(k), dim=-1)
+    q_hat, k_hat = F.normalize(upcast(q), dim=-1), F.normalize(upcast(k), dim=-1)
     k_grid = k_hat.transpose(1, 2).reshape(b, d, *grid)
     k_bar = F.conv2d(k_grid, weight.to(k_grid.dtype)[:, None], padding=1, groups=d).flatten(2).transpose(1, 2)
     return ((1 - (q_hat * k_bar).sum(-1)) / 2).clamp(0, 1)
@@ -52,7 +45,7 @@ def boundary_prob_predictability(
     num_groups: int = 8,
     eps: float = 1e-5,
 ) -> Tensor:
-    x = _wide(features)
+    x = upcast(features)
     x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
     logit = torch.einsum("bchw,c->bhw", x, out_weight.to(x.dtype)).flatten(1) + out_bias.to(x.dtype)
     forced = torch.zeros(logit.shape[1], dtype=torch.bool, device=logit.device)
@@ -74,7 +67,7 @@ def select_tokens(
     flat = p.flatten()
     starts = _image_starts(p, cu_seqlens)
     images = len(starts) - 1
-    natural = _wide(flat) > threshold
+    natural = upcast(flat) > threshold
     mask = natural.clone()
     rho = torch.as_tensor(drop_fraction, dtype=torch.float32).expand(images)
     survivors: list[int] = []
@@ -115,7 +108,7 @@ def select_tokens(
         max_seqlen=max_seqlen,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
-        slots=torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32).view(p.shape),
+        packed_rows=torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32).view(p.shape),
         overflow=torch.tensor(overflow, dtype=torch.int32, device=p.device),
         source_cu_seqlens=cu_seqlens,
         prob_floor=0.0 if budget is not None else threshold,
@@ -136,7 +129,7 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
     kept = sel.indices[sel.indices >= 0]
     tokens = x.reshape(-1, x.shape[-1])[kept]
     if bias is not None:
-        tokens = (_wide(tokens) + _wide(bias)[kept % bias.shape[0]]).to(x.dtype)
+        tokens = (upcast(tokens) + upcast(bias)[kept % bias.shape[0]]).to(x.dtype)
     return F.pad(tokens, (0, 0, 0, sel.indices.numel() - kept.numel()))
 
 
@@ -161,9 +154,9 @@ def dechunk_spatial(
     height, width = grid
     rows = torch.arange(height, device=h.device).repeat_interleave(width)
     cols = torch.arange(width, device=h.device).repeat(height)
-    confidence = _wide(p).clamp(PROB_EPS, 1 - PROB_EPS)
+    confidence = upcast(p).clamp(PROB_EPS, 1 - PROB_EPS)
     images = []
-    for image, tokens in enumerate(_split(_wide(h), sel.cu_seqlens)):
+    for image, tokens in enumerate(_split(upcast(h), sel.cu_seqlens)):
         kept = sel.mask[image].nonzero().flatten()
         if kept.numel() == 0:
             images.append(tokens.new_zeros(height * width, tokens.shape[1]))
@@ -177,18 +170,18 @@ def dechunk_spatial(
         # The key orders by distance, then by raster index, so its minimum settles ties.
         nearest = (distance * (height * width) + kept).argmin(-1)
         images.append(smoothed[nearest])
-    grown = torch.stack(images) if images else _wide(h).new_zeros(*p.shape, h.shape[-1])
+    grown = torch.stack(images) if images else upcast(h).new_zeros(*p.shape, h.shape[-1])
     return _gate_and_residual(grown, gate, residual, h.dtype)
 
 
 def dechunk_ema(
     h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    confidence = _wide(p).flatten().clamp(PROB_EPS, 1 - PROB_EPS)
+    confidence = upcast(p).flatten().clamp(PROB_EPS, 1 - PROB_EPS)
     mask = sel.mask.flatten()
     starts = _image_starts(p, sel.source_cu_seqlens)
     held = []
-    for tokens, lo, hi in zip(_split(_wide(h), sel.cu_seqlens), starts[:-1], starts[1:], strict=True):
+    for tokens, lo, hi in zip(_split(upcast(h), sel.cu_seqlens), starts[:-1], starts[1:], strict=True):
         state = tokens.new_zeros(h.shape[-1])
         position = 0
         for index in range(lo, hi):
@@ -197,7 +190,7 @@ def dechunk_ema(
                 state = q * tokens[position] + (1 - q) * state
                 position += 1
             held.append(state)
-    grown = torch.stack(held) if held else _wide(h).new_zeros(0, h.shape[-1])
+    grown = torch.stack(held) if held else upcast(h).new_zeros(0, h.shape[-1])
     return _gate_and_residual(grown.view(*p.shape, h.shape[-1]), gate, residual, h.dtype)
 
 
@@ -215,8 +208,8 @@ def _gate_and_residual(grown: Tensor, gate: Tensor | None, residual: Tensor | No
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
     groups = 1 if group_size is None else p.shape[0] // group_size
-    kept = natural_mask.reshape(groups, -1).to(_wide(p).dtype).mean(-1)
-    mean_p = _wide(p).reshape(groups, -1).mean(-1)
+    kept = natural_mask.reshape(groups, -1).to(upcast(p).dtype).mean(-1)
+    mean_p = upcast(p).reshape(groups, -1).mean(-1)
     loss = target / (target - 1) * ((1 - kept) * (1 - mean_p) + (target - 1) * kept * mean_p)
     return loss.mean()
 
@@ -226,16 +219,16 @@ def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int |
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
     normed = [
-        F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + _wide(scale)[i]) + _wide(shift)[i]
-        for i, tokens in enumerate(_split(_wide(t), cu_seqlens))
+        F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + upcast(scale)[i]) + upcast(shift)[i]
+        for i, tokens in enumerate(_split(upcast(t), cu_seqlens))
     ]
-    return _with_slack(normed, t.new_zeros(t.shape), cu_seqlens)
+    return _with_padding(normed, t.new_zeros(t.shape), cu_seqlens)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    pairs = zip(_split(_wide(x), cu_seqlens), _split(_wide(y), cu_seqlens), strict=True)
-    added = [a + _wide(gate)[i] * b for i, (a, b) in enumerate(pairs)]
-    return _with_slack(added, x, cu_seqlens)
+    pairs = zip(_split(upcast(x), cu_seqlens), _split(upcast(y), cu_seqlens), strict=True)
+    added = [a + upcast(gate)[i] * b for i, (a, b) in enumerate(pairs)]
+    return _with_padding(added, x, cu_seqlens)
 
 
 def gated_add_modulated_layer_norm(
@@ -250,22 +243,22 @@ def _split(t: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     return [t[lo:hi] for lo, hi in pairwise(starts)]
 
 
-def _with_slack(segments: list[Tensor], slack: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.cat([segment.to(slack.dtype) for segment in segments] + [slack[int(cu_seqlens[-1]) :]])
+def _with_padding(segments: list[Tensor], padding: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.cat([segment.to(padding.dtype) for segment in segments] + [padding[int(cu_seqlens[-1]) :]])
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = False, slack: bool = False
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = False, padding: bool = False
 ) -> Tensor:
     out = []
-    for q_i, k_i, v_i in zip(*(_split(_wide(x), cu_seqlens) for x in (q, k, v)), strict=True):
+    for q_i, k_i, v_i in zip(*(_split(upcast(x), cu_seqlens) for x in (q, k, v)), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q_i, k_i) * q.shape[-1] ** -0.5
         if causal:
             n = scores.shape[-1]
             above = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(above, float("-inf"))
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_i))
-    return _with_slack(out, q.new_zeros(q.shape), cu_seqlens)
+    return _with_padding(out, q.new_zeros(q.shape), cu_seqlens)

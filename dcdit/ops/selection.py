@@ -1,42 +1,12 @@
 """Token selection: from boundary probabilities to the packed order that every later operation follows."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from dcdit.ops import _checks
-from dcdit.ops._backend import backend_for
-
-
-class TokenSelection(NamedTuple):
-    """The kept tokens of a batch, packed image after image in raster order.
-
-    The source is a grid batch (B, L) or packed sequences (S,). In capacity mode the packed buffer has slack: entries
-    past ``cu_seqlens[-1]`` have index -1, and the operations write zeros there. :func:`select_tokens` keeps at least
-    one token of every non-empty image; the operations also take a hand-made selection with images that keep none.
-    """
-
-    indices: Tensor
-    """(T,) int64: position of each kept token in the flattened source; -1 in slack entries."""
-    cu_seqlens: Tensor
-    """(B+1,) int32: where each image starts in the packed buffer."""
-    lengths: Tensor
-    """(B,) int32: kept tokens per image."""
-    max_seqlen: int
-    """Upper bound of ``lengths`` (exact where the buffer is sized exactly)."""
-    mask: Tensor
-    """bool, shape of p: the kept tokens."""
-    natural_mask: Tensor
-    """bool, shape of p: p above the threshold, before any dropping; the ratio loss reads this."""
-    slots: Tensor
-    """int32, shape of p: packed row of each kept position, -1 elsewhere (the inverse of ``indices``)."""
-    overflow: Tensor
-    """() int32: tokens that a capacity forced out."""
-    source_cu_seqlens: Tensor | None
-    """(B+1,) int32 for a packed source, None for a grid batch."""
-    prob_floor: float
-    """Lower bound on the p of a kept token that has company (0 for a fixed budget)."""
+from dcdit.ops import checks
+from dcdit.ops.backend import backend_for
+from dcdit.ops.token_selection import TokenSelection
+from dcdit.utils.text import shape_of
 
 
 def select_tokens(
@@ -61,21 +31,21 @@ def select_tokens(
         drop_fraction: rho in [0, 1), one number or a (B,) tensor.
         budget: keep exactly this many per image, the highest p (every shape is static; excludes the other two).
         capacity: static size T of the packed buffer. If more tokens are kept, the lowest p of the batch are dropped and
-            counted in ``overflow``; unused entries are slack. Without it one size is read back from the device.
+            counted in ``overflow``; unused entries are padding. Without it one size is read back from the device.
 
     Raises:
         ValueError: NaN in p (on a GPU only with ``DCDIT_CHECK=1``), a fraction outside [0, 1), a budget above L, a
             capacity below B, or a bad shape.
         TypeError: p that is not floating point, a budget or a capacity that is not an int.
     """
-    _checks.check_float(p=p)
+    checks.check_float(p=p)
     if cu_seqlens is None and p.dim() != 2:
-        raise ValueError(f"p has shape {_checks.shape_of(p)}; accepted: (B, L), or (S,) together with cu_seqlens")
+        raise ValueError(f"p has shape {shape_of(p)}; accepted: (B, L), or (S,) together with cu_seqlens")
     if cu_seqlens is not None:
         if p.dim() != 1:
-            raise ValueError(f"p has shape {_checks.shape_of(p)}; with cu_seqlens it must be (S,)")
-        _checks.check_device(p=p, cu_seqlens=cu_seqlens)
-        _checks.check_cu_seqlens(cu_seqlens, p.shape[0])
+            raise ValueError(f"p has shape {shape_of(p)}; with cu_seqlens it must be (S,)")
+        checks.check_device(p=p, cu_seqlens=cu_seqlens)
+        checks.check_cu_seqlens(cu_seqlens, p.shape[0])
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     drop_fraction = _check_drop_fraction(drop_fraction, images, p)
     if not 0.0 <= threshold <= 1.0:
@@ -83,10 +53,10 @@ def select_tokens(
     if budget is not None:
         _check_budget(budget, p, cu_seqlens, drop_fraction, capacity)
     if capacity is not None:
-        _checks.check_count("capacity", capacity)
+        checks.check_count("capacity", capacity)
         if capacity < images:
             raise ValueError(f"capacity is {capacity}; accepted: at least {images}, one token for each image")
-    _checks.check_no_nan("p", p)
+    checks.check_no_nan("p", p)
     return backend_for(p).select_tokens(p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity)
 
 
@@ -97,9 +67,9 @@ def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float
         return float(value)
     if value.dim() == 0:
         value = value.expand(images)
-    _checks.check_shape("drop_fraction", value, (images,), "one fraction per image")
-    _checks.check_device(p=p, drop_fraction=value)
-    if _checks.value_checks_enabled(value) and not bool(((value >= 0) & (value < 1)).all()):
+    checks.check_shape("drop_fraction", value, (images,), "one fraction per image")
+    checks.check_device(p=p, drop_fraction=value)
+    if checks.value_checks_enabled(value) and not bool(((value >= 0) & (value < 1)).all()):
         raise ValueError(f"drop_fraction holds {value.tolist()[:8]}; accepted: numbers in [0, 1)")
     return value.to(torch.float32)
 
@@ -107,11 +77,11 @@ def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float
 def _check_budget(
     budget: int, p: Tensor, cu_seqlens: Tensor | None, drop_fraction: float | Tensor, capacity: int | None
 ) -> None:
-    _checks.check_count("budget", budget)
+    checks.check_count("budget", budget)
     if isinstance(drop_fraction, Tensor) or drop_fraction > 0 or capacity is not None:
         raise ValueError(f"budget={budget} fixes every length; it excludes drop_fraction and capacity")
     shortest = p.shape[-1]
-    if cu_seqlens is not None and cu_seqlens.shape[0] > 1 and _checks.value_checks_enabled(p):
+    if cu_seqlens is not None and cu_seqlens.shape[0] > 1 and checks.value_checks_enabled(p):
         shortest = int((cu_seqlens[1:] - cu_seqlens[:-1]).min())
     if not 1 <= budget <= shortest:
         raise ValueError(f"budget is {budget}; accepted: 1 to {shortest}, the positions of the shortest image")

@@ -19,8 +19,8 @@ from dcdit.diffusion.guidance import check_interval
 from dcdit.diffusion.sampling import progress_bar
 from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.models import DCDiT
+from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
-from dcdit.timing import Clock, Mark
 
 PILOT_FRACTIONS = (0.0, 0.3, 0.6, 0.9)
 PILOT_STEPS = 16
@@ -122,7 +122,7 @@ def seconds_from_profile(
     profiled, and on what inputs, the file does not tell.
 
     Args:
-        device, dtype: what the run has, as :class:`dcdit.profile.Profile` calls it.
+        device, dtype: what the run has, as :class:`dcdit.profiling.profile.Profile` calls it.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no such profile, or one of another device, dtype or thread count.

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dcdit.plots import plot_boundary_maps, plot_sampling
-from dcdit.profile import markdown_table
+from dcdit.profiling.plots import plot_boundary_maps, plot_sampling
 from dcdit.sample.model_calls import RoutingMap
+from dcdit.utils.tables import markdown_table
 
 COLUMNS = 6
 """Steps shown as boundary maps."""

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from dcdit import checkpoint
+from dcdit.checkpoint.pretrained import load_static_dit, read_objective
 from dcdit.config import TrainConfig
 from dcdit.models import DCDiT, DiT, count_flops
 from dcdit.models.dc_dit import BlockStates
 from dcdit.models.upcycle import freeze_embedders, upcycle
 from dcdit.ops import TokenSelection
-from dcdit.pretrained import load_static_dit, read_objective
 
 
 class Teacher:
@@ -47,7 +47,7 @@ class Teacher:
         Args:
             x: (B, C, H, W), the noisy images that the student saw.
             states: of the student's forward pass.
-            sel: the tokens that it kept, without slack (no capacity).
+            sel: the tokens that it kept, without padding (no capacity).
 
         Returns:
             () float32; 0 where all outputs agree, about 1 where the student's are zero. Differentiable in the outputs.

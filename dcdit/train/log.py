@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit._files import atomically
+from dcdit.utils.files import atomically
 
 Record = dict[str, Any]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dcdit import checkpoint as ckpt
-from dcdit._files import atomically, recover
 from dcdit.config import TrainConfig, dump_yaml, to_dict
 from dcdit.data import Samples, batches, create_dataset
 from dcdit.diffusion import DiTObjective, FlowMatchingObjective
@@ -26,6 +25,7 @@ from dcdit.train.schedule import NOISE, compression_target, drop_fraction, learn
 from dcdit.train.signals import Signals
 from dcdit.train.trackers import Trackers, check_trackers
 from dcdit.train.validate import Objective, validate
+from dcdit.utils.files import atomically, recover
 
 
 @dataclass(frozen=True)

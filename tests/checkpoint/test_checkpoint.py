@@ -7,16 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from killing import dies_before
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.killing import dies_before
 
 from dcdit import checkpoint as ckpt
-from dcdit._files import recover
 from dcdit.models import create_model, presets, to_official
+from dcdit.utils.files import recover
 
 TINY = {"hidden_size": 128, "depth": 1, "num_heads": 2, "grid": (8, 8), "num_classes": 3}
-GOLDEN = "tests/data/dc_dit_tiny.npz"
+GOLDEN = "tests/support/dc_dit_tiny.npz"
 
 
 def tiny(name="DC-DiT-S", seed=0, **overrides):

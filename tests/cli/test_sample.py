@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.small import small_dc_dit, small_dit
 from PIL import Image
+from support.small import small_dc_dit, small_dit
 
 from dcdit import checkpoint as ckpt
-from dcdit.cli import main
+from dcdit.cli.main import main
+from dcdit.cli.profile import DTYPES
 from dcdit.models import count_flops
-from dcdit.profile import DTYPES
 
 GRID = {"grid": (8, 8), "in_channels": 3, "num_classes": 3}
 STEPS = 6

@@ -7,7 +7,7 @@ import pytest
 
 from dcdit.config import TrainConfig, describe, dump_yaml, from_dict, load_config, override, to_dict
 
-CONFIGS = sorted((Path(__file__).parents[2] / "dcdit" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "dcdit" / "config" / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from evaluate.tiny import TinyExtractor, images
+from support.tiny import TinyExtractor, images
 
 from dcdit.evaluate import Reference, evaluate_images, extract
 from dcdit.evaluate.distances import frechet_distance, kernel_distance, precision_recall

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from evaluate.tiny import TinyExtractor, images
+from support.tiny import TinyExtractor, images
 from torch import nn
 
 from dcdit.evaluate import Features, Statistics, extract

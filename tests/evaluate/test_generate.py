@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from models.small import small_dc_dit, small_dit
+from support.small import small_dc_dit, small_dit
 
 from dcdit.checkpoint import load_model, save_model
 from dcdit.diffusion import sample
 from dcdit.evaluate import generate as module
 from dcdit.evaluate.generate import Settings, generate, weights_hash
 from dcdit.models import count_flops
-from dcdit.pictures import to_pixels
+from dcdit.utils.images import to_pixels
 
 PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
 CPU = torch.device("cpu")

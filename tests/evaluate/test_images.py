@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from evaluate.tiny import images
 from PIL import Image
+from support.tiny import images
 
 from dcdit.evaluate.images import open_images, write_npz
 

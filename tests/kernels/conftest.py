@@ -1,18 +1,15 @@
 """Triton kernels are tested in the interpreter, as PTX on a CPU, or on a GPU where there is one; outputs poisoned."""
 
 import functools
-import importlib
 import os
-import pkgutil
 
-import interpreter_launch
-import interpreter_scan
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from ptx.launch import Launcher
+from support import interpreter_launch, interpreter_scan
 
-import dcdit.kernels
+from dcdit.kernels import launch
+from tools.ptx.launch import Launcher
 
 _COMMON = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=15, **_COMMON)
@@ -46,10 +43,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in pkgutil.iter_modules(dcdit.kernels.__path__):
-        loaded = importlib.import_module(f"dcdit.kernels.{module.name}")
-        if hasattr(loaded, "empty"):
-            monkeypatch.setattr(loaded, "empty", poisoned)
+    monkeypatch.setattr(launch, "empty", poisoned)
 
 
 @pytest.fixture

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-FAMILIES = sorted(path.stem for path in (HERE / "launches").glob("*.py"))
+from tools.aot import families
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = families()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A process in which kernels are compiled, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -28,19 +29,17 @@ EVERYWHERE = {"dechunk_spatial"}
 def test_compiles_without_spills(family: str) -> None:
     targets = ["sm_80", "sm_90", "sm_100", "gfx942"] if family in EVERYWHERE else ["sm_90"]
     arguments = ("--family", family, "--dtype", "bf16", "--width", "1152", "--target", *targets)
-    done = run(str(HERE / "aot.py"), *arguments)
+    done = run("-m", "tools.aot", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 with spills" in done.stdout
 
 
 def test_a_spill_is_reported(tmp_path: Path) -> None:
     """The check itself: a kernel whose tile cannot fit the registers must fail it."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
+    code = """
 import torch, triton, triton.language as tl
-import aot
-from dcdit.kernels._launch import Launch
+from tools import aot
+from dcdit.kernels.launch import Launch
 
 @triton.jit
 def _fat_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
@@ -50,7 +49,7 @@ def _fat_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + i, tl.cumsum(tl.exp(x) * y, 0) + tl.cumsum(tl.exp(y) * x, 0))
 
 x = torch.empty(32, dtype=torch.float32)
-launch = Launch(_fat_kernel, (1,), (x, x), {{"SIZE": 8192, "num_warps": 1}})
+launch = Launch(_fat_kernel, (1,), (x, x), {"SIZE": 8192, "num_warps": 1})
 reports = list(aot.compile_launches([launch], "fp32", 0, "sm_80"))
 print(any(report.spills for report in reports))
 """
@@ -62,14 +61,14 @@ print(any(report.spills for report in reports))
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiled_operations_match_the_definition(capability: int) -> None:
-    """Their PTX runs on a CPU (tests/ptx)."""
-    done = run(str(HERE / "compiled.py"), str(capability))
+    """Their PTX runs on a CPU (tools/ptx)."""
+    done = run("-m", "support.compiled", str(capability))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_kept_counts_share_one_compilation() -> None:
     """No new variant over 20 different kept counts: each launch of an operation compiles at most once."""
-    done = run(str(HERE / "signatures.py"))
+    done = run("-m", "tools.signatures")
     assert done.returncode == 0, done.stderr
     for name, (launches, variants) in json.loads(done.stdout).items():
         assert 0 < variants <= launches, f"{name}: {variants} variants of {launches} launches"

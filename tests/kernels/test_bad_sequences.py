@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import differentiate, randn, random_probs
+from support.helpers import differentiate, randn, random_probs
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels._launch import launch
+from dcdit.kernels.launch import launch
 from dcdit.ops import TokenSelection, _triton, reference
 
 ROWS = 40

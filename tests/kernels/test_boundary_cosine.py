@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_cu_seqlens
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import check_against_reference, differentiate, randn, random_cu_seqlens
 from torch import Tensor
 
 from dcdit import ops

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_equal_but_rounding, check_against_reference, differentiate, randn
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import assert_equal_but_rounding, check_against_reference, differentiate, randn
 from torch import Tensor
 
 from dcdit import ops

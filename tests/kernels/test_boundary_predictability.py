@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_predictability, check_rms_against_reference, differentiate, randn
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import check_predictability, check_rms_against_reference, differentiate, randn
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels import boundary_predictability
+from dcdit.kernels import boundary_predictability, launch
 from dcdit.ops._triton import boundary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,7 +47,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         "predictability_rows": {"BLOCK_P": 4, "BLOCK_C": 16, "num_warps": 1},
         "predictability_planes": {"BLOCK_P": 8, "BLOCK_C": 8, "num_warps": 1},
     }
-    monkeypatch.setattr(boundary_predictability, "config_for", lambda name, *_, **__: configs[name])
+    monkeypatch.setattr(launch, "config_for", lambda name, *_, **__: configs[name])
     monkeypatch.setattr(boundary_predictability, "MAX_SPLITS", 4)
     monkeypatch.setattr(boundary_predictability, "MIN_TILES", 1)
 

@@ -1,4 +1,4 @@
-"""EMA de-chunking kernels: against the definition, chunk seams, independence of the batch, slack rows, and tracing."""
+"""EMA de-chunking kernels: against the definition, chunk seams, independence of the batch, padding, and tracing."""
 
 import importlib
 import itertools
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.helpers import (
     assert_close_to_reference,
     check_against_reference,
     check_rms_against_reference,
@@ -17,12 +19,10 @@ from helpers import (
     random_cu_seqlens,
     random_probs,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels._launch import force_config
+from dcdit.kernels.launch import force_config
 from dcdit.ops import TokenSelection, dechunk_ema, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -68,7 +68,7 @@ def arguments(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, ...]:
-    """h and residual are slices of wider rows; slack rows of h are NaN."""
+    """h and residual are slices of wider rows; padding rows of h are NaN."""
     p, sel = case
     sel = TokenSelection(*(x.to(device) if isinstance(x, Tensor) else x for x in sel))
     h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed)[:, width:].to(device)
@@ -94,8 +94,8 @@ def magnitudes(h: Tensor, p: Tensor, sel: TokenSelection) -> tuple[float, float]
     held = reference.dechunk_ema(h, p, sel, gate)
     cotangent = randn(*held.shape, seed=7).to(held).abs()
     grad_h, grad_gate = torch.autograd.grad(held, (h, gate), cotangent)
-    kept = sel.slots >= 0
-    slot, q = sel.slots[kept].long(), p[kept].clamp(1e-4, 1 - 1e-4)[:, None]
+    kept = sel.packed_rows >= 0
+    slot, q = sel.packed_rows[kept].long(), p[kept].clamp(1e-4, 1 - 1e-4)[:, None]
     own = h.detach()[slot]
     before = (held.detach()[kept] - q * own) / (1 - q)
     grad_p = (grad_h[slot] / q * (own + before)).sum(1)
@@ -154,12 +154,12 @@ def test_gradients_of_p_and_gate_are_as_accurate_as_pytorch(device: torch.device
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capacity", [12, 90])
-def test_slack_rows_are_ignored(capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_padding_rows_are_ignored(capacity: int, dtype: torch.dtype, device: torch.device) -> None:
     args = arguments(grid_case(2, 15, capacity=capacity), 8, dtype, device=device)
     check(*args)
-    slack = int(args[2].cu_seqlens[-1])
-    assert slack < capacity
-    assert not run(dechunk_ema, *args)[1][slack:].any()
+    padding = int(args[2].cu_seqlens[-1])
+    assert padding < capacity
+    assert not run(dechunk_ema, *args)[1][padding:].any()
 
 
 def test_budget_keeps_tokens_of_zero_probability(device: torch.device) -> None:
@@ -237,7 +237,9 @@ def test_packed_equals_each_sequence_alone(lengths: list[int], dtype: torch.dtyp
 def test_grid_equals_packed(device: torch.device) -> None:
     h, p, sel, gate, residual = arguments(grid_case(2, 19), device=device)
     flat = sel._replace(
-        source_cu_seqlens=random_cu_seqlens(19, 19).to(device), mask=sel.mask.flatten(), slots=sel.slots.flatten()
+        source_cu_seqlens=random_cu_seqlens(19, 19).to(device),
+        mask=sel.mask.flatten(),
+        packed_rows=sel.packed_rows.flatten(),
     )
     grid = run(dechunk_ema, h, p, sel, gate, residual)
     packed = run(dechunk_ema, h, p.flatten(), flat, gate.flatten(), residual.flatten(0, 1))
@@ -267,7 +269,7 @@ def test_registration(packed: bool, device: torch.device) -> None:
     h, p, sel, gate, residual = arguments(case, device=device)
     h = h.nan_to_num()  # opcheck compares whole inputs, and NaN is not equal to itself
     h, p, gate, rows = (x.detach().requires_grad_() for x in (h, p, gate, residual.reshape(-1, 8)))
-    args = (h, p, sel.slots, sel.cu_seqlens, sel.source_cu_seqlens, gate, rows)
+    args = (h, p, sel.packed_rows, sel.cu_seqlens, sel.source_cu_seqlens, gate, rows)
     importlib.import_module("dcdit.ops._triton")  # registers it
     torch.library.opcheck(torch.ops.dcdit.dechunk_ema.default, args)
     tensors = [x.detach() if isinstance(x, Tensor) else x for x in args[:5]]

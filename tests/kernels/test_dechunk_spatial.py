@@ -1,4 +1,4 @@
-"""Spatial de-chunking kernels: against the definition, ties, cells, bitwise independence, slack, and tracing."""
+"""Spatial de-chunking kernels: against the definition, ties, cells, bitwise independence, padding, and tracing."""
 
 import itertools
 import math
@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import triton
-from helpers import (
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.helpers import (
     check_against_reference,
     check_rms_against_reference,
     differentiate,
@@ -15,14 +17,13 @@ from helpers import (
     random_selection,
     to_float64,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels import _launch, nearest
+from dcdit.kernels import launch, nearest
 from dcdit.ops import TokenSelection, reference
-from dcdit.ops._triton.dechunk_spatial import _dechunk, _gradients, window_radius
+from dcdit.ops._triton.dechunk_spatial import _dechunk, _gradients
+from dcdit.ops.numerics import window_radius
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
@@ -43,7 +44,7 @@ SMALL_BLOCKS = {
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configurations whose blocks, windows and slices even a small grid overflows."""
-    monkeypatch.setattr(_launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
+    monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         "plug_back_fwd": {"ROWS": 4096, "BLOCK_D": 16},
     }
     if triton.knobs.runtime.interpret:
-        monkeypatch.setattr(_launch, "_lookup", lambda kernel, *_: large[kernel])
+        monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: large[kernel])
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -98,7 +99,7 @@ def hand_made(mask: Tensor, grid: tuple[int, int], width: int, device: torch.dev
         max_seqlen=int(lengths.max()),
         mask=mask,
         natural_mask=mask,
-        slots=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
+        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
         overflow=torch.zeros((), dtype=torch.int32),
         source_cu_seqlens=None,
         prob_floor=0.5,
@@ -189,14 +190,14 @@ def test_nearest_is_exact_and_ties_go_to_the_lowest_index(
     length = grid[0] * grid[1]
     order = torch.rand(images, length, generator=torch.Generator().manual_seed(seed)).argsort(1)
     mask = (order < kept).to(device)
-    slots = torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32)
-    survey = nearest.survey_fwd(slots, mask.float(), grid, int(mask.sum()))
+    packed_rows = torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32)
+    survey = nearest.survey_fwd(packed_rows, mask.float(), grid, int(mask.sum()))
     found = nearest.nearest_fwd(survey, grid).view(images, length)
     index = torch.arange(length, device=device)
     row, col = index // grid[1], index % grid[1]
     distance = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
     key = torch.where(mask[:, None, :], distance * length + index, length**3)
-    owner = slots.gather(1, key.argmin(-1))
+    owner = packed_rows.gather(1, key.argmin(-1))
     assert torch.equal(found, torch.where(mask.any(1, keepdim=True), owner, -1).to(torch.int32))
 
 
@@ -238,7 +239,7 @@ def test_an_image_does_not_depend_on_its_batch(mode: dict[str, Any], device: tor
             indices=sel.indices[tokens] - i * p.shape[1],
             cu_seqlens=sel.cu_seqlens[i : i + 2] - starts[i],
             mask=sel.mask[image],
-            slots=torch.where(sel.mask[image], sel.slots[image] - starts[i], -1).to(torch.int32),
+            packed_rows=torch.where(sel.mask[image], sel.packed_rows[image] - starts[i], -1).to(torch.int32),
         )
         parts = gradients(
             (h[tokens], p[image], alone, grid, sigma, gate[image], residual[image]), cotangent[image]
@@ -264,7 +265,7 @@ def test_repeats_to_the_bit(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(*args), run(*args), strict=True))
 
 
-def test_garbage_in_slack_rows_stays_there(device: torch.device) -> None:
+def test_garbage_in_padding_rows_stays_there(device: torch.device) -> None:
     h, *rest = arguments(2, (4, 5), 8, device, capacity=30)
     real = int(rest[1].cu_seqlens[-1])
     clean = run(h, *rest)
@@ -323,9 +324,9 @@ def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
     h, p, *rest = arguments(1, (3, 4), 8, device, residual=False)
     with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
         ops.dechunk_spatial(h.double(), p, *rest)
-    slots = torch.empty(1, 32768, dtype=torch.int32, device=device)
+    packed_rows = torch.empty(1, 32768, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="32768"):
-        nearest.survey_fwd(slots, slots.float(), (1, 32768), 0)
+        nearest.survey_fwd(packed_rows, packed_rows.float(), (1, 32768), 0)
 
 
 def test_the_window_reaches_as_far_as_float32_can_tell() -> None:
@@ -353,7 +354,7 @@ def test_window_is_wide_enough_for_a_lone_token(
     p[side // 2, side // 2] = own
     p = p.view(1, -1)
     sel = reference.select_tokens(p) if own > 0.5 else reference.select_tokens(p, budget=int((p > 0).sum()))
-    lone = int(sel.slots[0, side * side // 2])
+    lone = int(sel.packed_rows[0, side * side // 2])
     assert lone >= 0
     h = torch.full((sel.indices.numel(), 8), 1000.0)
     h[lone] = 1.0
@@ -367,7 +368,7 @@ def test_window_is_wide_enough_for_a_lone_token(
 
 def test_op_registration(device: torch.device) -> None:
     h, p, sel, grid, sigma, gate, residual = arguments(2, (3, 4), 8, device)
-    inputs = (h, p, sel.slots, sel.cu_seqlens, gate, residual.flatten(0, 1))
+    inputs = (h, p, sel.packed_rows, sel.cu_seqlens, gate, residual.flatten(0, 1))
     inputs = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
     torch.library.opcheck(_dechunk.op._opoverload, (*inputs, *grid, sigma, 6))
     inputs = tuple(x.detach() for x in inputs)

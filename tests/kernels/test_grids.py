@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dcdit.kernels._launch import record_launches
+from dcdit.kernels.launch import record_launches
 from dcdit.ops import TokenSelection, _triton
 
 MOST = (2**31 - 1, 65_535, 65_535)
@@ -29,7 +29,7 @@ def start_everything(images: int, grid: tuple[int, int], width: int) -> None:
         max_seqlen=length,
         mask=mask,
         natural_mask=mask,
-        slots=whole(images, length),
+        packed_rows=whole(images, length),
         overflow=whole(),
         source_cu_seqlens=None,
         prob_floor=0.5,

@@ -4,16 +4,16 @@ import os
 
 import pytest
 import torch
-from helpers import random_probs
-from models.golden import CASES, NUM_HEADS, RATIO_WEIGHT, TARGET, Golden
-from models.small import batch, small_dc_dit
 from models.test_parity import NOISE, gradients, relative
+from support.golden import CASES, NUM_HEADS, RATIO_WEIGHT, TARGET, Golden
+from support.helpers import random_probs
+from support.small import batch, small_dc_dit
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dcdit import ops
 from dcdit.models import load_official
-from dcdit.nn.dit_block import DiTBlock, Sequences
+from dcdit.nn.dit_block import PackedDiTBlock, VarlenMeta
 from dcdit.nn.modulation import Modulation
 
 
@@ -52,13 +52,13 @@ def test_official_parity(golden: Golden, case: int, device: torch.device) -> Non
 def test_twenty_kept_counts_share_one_graph_of_a_block(device: torch.device) -> None:
     """Route, pack, a DiT block and back, forward and backward: one graph, whatever the router keeps."""
     torch.manual_seed(0)
-    block = DiTBlock(16, 2, 4.0).to(device)
+    block = PackedDiTBlock(16, 2, 4.0).to(device)
     modulation = Modulation(*torch.randn(6, 2, 16, device=device))
 
     def route(x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         sel = ops.select_tokens(p, capacity=60)
         tokens = ops.gather_tokens(x, sel)
-        tokens, pending = block(tokens, None, modulation, Sequences(sel.cu_seqlens, sel.max_seqlen, slack=True))
+        tokens, pending = block(tokens, None, modulation, VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=True))
         tokens = ops.gated_add(tokens, *pending, sel.cu_seqlens)
         return ops.dechunk_ema(tokens, p, sel, None, x), sel.cu_seqlens[-1]
 

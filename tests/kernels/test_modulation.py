@@ -1,4 +1,4 @@
-"""adaLN kernels: against the definition, bitwise independence of the batch, slack rows, and tracing."""
+"""adaLN kernels: against the definition, bitwise independence of the batch, padding rows, and tracing."""
 
 import itertools
 from collections.abc import Callable
@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_equal_but_rounding, check_against_reference, differentiate, randn, random_cu_seqlens
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import assert_equal_but_rounding, check_against_reference, differentiate, randn, random_cu_seqlens
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels._launch import force_config
+from dcdit.kernels.launch import force_config
 from dcdit.ops._triton import modulation
-from dcdit.ops._triton._registration import unit_stride
+from dcdit.ops._triton.kernel_op import unit_stride
 
 NORM, ADD, PAIR = ops.modulated_layer_norm, ops.gated_add, ops.gated_add_modulated_layer_norm
 OPS = [NORM, ADD, PAIR]
@@ -33,12 +33,12 @@ def arguments(
     width: int,
     dtype: torch.dtype = torch.float32,
     table_dtype: torch.dtype = torch.float32,
-    slack: int = 0,
+    padding: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, ...]:
     """Arguments in the op's order; the modulation is column slices of one (B, 6D) tensor, y a slice of wider rows."""
-    rows = sum(lengths) + slack
+    rows = sum(lengths) + padding
     x = randn(rows, width, dtype=dtype, seed=seed).to(device)
     y = randn(rows, 2 * width, dtype=dtype, seed=seed + 1).to(device)[:, width:]
     table = randn(len(lengths), 6 * width, dtype=table_dtype, seed=seed + 2).to(device)
@@ -60,17 +60,17 @@ def run(op: Callable[..., Any], *args: Any) -> tuple[list[Tensor], list[Tensor |
     width=st.sampled_from([8, 24, 72]),
     dtype=st.sampled_from(DTYPES),
     table_dtype=st.sampled_from(DTYPES),
-    slack=st.sampled_from([0, 0, 3, 37]),
+    padding=st.sampled_from([0, 0, 3, 37]),
     seed=st.integers(0, 99),
 )
-@example(lengths=[], width=8, dtype=torch.float32, table_dtype=torch.float32, slack=5, seed=0)
-@example(lengths=[0, 0], width=8, dtype=torch.float32, table_dtype=torch.float32, slack=0, seed=0)
-@example(lengths=[3, 40, 1], width=24, dtype=torch.bfloat16, table_dtype=torch.float32, slack=20, seed=1)
+@example(lengths=[], width=8, dtype=torch.float32, table_dtype=torch.float32, padding=5, seed=0)
+@example(lengths=[0, 0], width=8, dtype=torch.float32, table_dtype=torch.float32, padding=0, seed=0)
+@example(lengths=[3, 40, 1], width=24, dtype=torch.bfloat16, table_dtype=torch.float32, padding=20, seed=1)
 def test_matches_the_definition(
-    op: Callable[..., Any], lengths: list[int], width: int, dtype: torch.dtype, table_dtype: torch.dtype, slack: int,
+    op: Callable[..., Any], lengths: list[int], width: int, dtype: torch.dtype, table_dtype: torch.dtype, padding: int,
     seed: int, device: torch.device,
 ) -> None:  # fmt: skip
-    args = arguments(op, lengths, width, dtype, table_dtype, slack, seed, device)
+    args = arguments(op, lengths, width, dtype, table_dtype, padding, seed, device)
     check_against_reference(op, *args, backend="triton")
 
 
@@ -82,7 +82,7 @@ def test_wide_rows(op: Callable[..., Any], width: int, device: torch.device) -> 
 
 def test_more_images_than_one_search_step(device: torch.device) -> None:
     lengths = [5 if i in (0, 255, 256, 299) else 0 for i in range(300)]
-    args = arguments(ADD, lengths, 8, slack=2, device=device)
+    args = arguments(ADD, lengths, 8, padding=2, device=device)
     with ops.use_backend("triton"):
         actual = ADD(*args)
     with ops.use_backend("reference"):
@@ -132,10 +132,10 @@ def test_packed_equals_each_sequence_alone(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_garbage_in_slack_rows_stays_there(dtype: torch.dtype, device: torch.device) -> None:
-    lengths, slack = [5, 0, 18], 20
+def test_garbage_in_padding_rows_stays_there(dtype: torch.dtype, device: torch.device) -> None:
+    lengths, padding = [5, 0, 18], 20
     real = sum(lengths)
-    clean = arguments(PAIR, lengths, 24, dtype, dtype, slack, device=device)
+    clean = arguments(PAIR, lengths, 24, dtype, dtype, padding, device=device)
     dirty = tuple(a.detach().clone() if i < 2 else a for i, a in enumerate(clean))
     dirty[1][real:] = float("nan")
 
@@ -148,7 +148,7 @@ def test_garbage_in_slack_rows_stays_there(dtype: torch.dtype, device: torch.dev
         for cotangent in cotangents:
             cotangent[real:] = fill
         grads = torch.autograd.grad([added, normed, again], leaves, cotangents)
-        # A slack row of the sum is x's row, so whatever gradient it gets is x's.
+        # A padding row of the sum is x's row, so whatever gradient it gets is x's.
         torch.testing.assert_close(grads[0][real:], cotangents[0][real:], rtol=0, atol=0, equal_nan=True)
         return [added.detach(), normed.detach(), again.detach(), grads[0][:real], *grads[1:]]
 
@@ -174,7 +174,7 @@ def test_fused_pair_is_the_two_operations(
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_each_gradient_alone(op: Callable[..., Any], device: torch.device) -> None:
-    args = arguments(op, [6, 20], 24, slack=3, device=device)
+    args = arguments(op, [6, 20], 24, padding=3, device=device)
     floats = sum(isinstance(a, Tensor) and a.is_floating_point() for a in args)
     _, together = run(op, *args)
     for i in range(floats):
@@ -192,7 +192,7 @@ def test_one_output_of_the_pair_unused(used: int, device: torch.device) -> None:
         return PAIR(*args)[used]
 
     one.__name__ = PAIR.__name__
-    args = arguments(PAIR, [6, 20], 24, slack=3, device=device)
+    args = arguments(PAIR, [6, 20], 24, padding=3, device=device)
     _, grads = run(one, *args)
     leaves = [a.detach().double().requires_grad_() for a in args[:5]]
     with ops.use_backend("reference"):
@@ -229,14 +229,14 @@ def test_float64_is_refused(op: Callable[..., Any]) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(kernel_op: Any, op: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> None:
-    args = arguments(op, [3, 0, 19], 24, dtype, slack=2, device=device)
+    args = arguments(op, [3, 0, 19], 24, dtype, padding=2, device=device)
     args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     torch.library.opcheck(kernel_op.op._opoverload, args)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
 def test_registration_of_the_backward(wanted: tuple[bool, bool, bool], device: torch.device) -> None:
-    x, y, gate, shift, scale, cu_seqlens, eps = arguments(PAIR, [3, 0, 19], 24, slack=2, device=device)
+    x, y, gate, shift, scale, cu_seqlens, eps = arguments(PAIR, [3, 0, 19], 24, padding=2, device=device)
     added, _, stats = modulation._add_norm(*map(unit_stride, (x, y, gate, shift, scale, cu_seqlens)), eps)
     grads = (randn(24, 24, seed=seed).to(device) for seed in (8, 9))
     args = (*grads, added, unit_stride(y), gate, scale, stats, cu_seqlens, *wanted)
@@ -245,7 +245,7 @@ def test_registration_of_the_backward(wanted: tuple[bool, bool, bool], device: t
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_compiles_without_a_graph_break(op: Callable[..., Any], device: torch.device) -> None:
-    args = arguments(op, [3, 0, 19], 24, slack=2, device=device)
+    args = arguments(op, [3, 0, 19], 24, padding=2, device=device)
     eager, eager_grads = run(op, *args)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     traced, traced_grads = run(compiled, *args)

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, random_probs
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.helpers import check_against_reference, differentiate, random_probs
 
 from dcdit import ops
-from dcdit.kernels import ratio_loss
+from dcdit.kernels import launch
 from dcdit.ops._triton import loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,7 +42,7 @@ def test_whole_batch_and_packed(shape: tuple[int, ...], device: torch.device) ->
 
 @pytest.mark.parametrize("group_size", [None, 10])
 def test_many_partial_sums(group_size: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ratio_loss, "config_for", lambda *_: {"BLOCK": 4, "num_warps": 1})
+    monkeypatch.setattr(launch, "config_for", lambda *_: {"BLOCK": 4, "num_warps": 1})
     p = random_probs(20, 33).to(device)
     check_against_reference(OP, p, p > 0.5, 4.0, group_size, backend="triton")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models.golden import NUM_HEADS, Golden
-from models.small import batch, small_dc_dit, small_dit, stir
+from support.golden import NUM_HEADS, Golden
+from support.small import batch, small_dc_dit, small_dit, stir
 from torch import Tensor
 
 from dcdit.models import DiT, load_dit, load_official, to_dit, to_official

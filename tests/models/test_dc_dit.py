@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from models.small import batch, small_dc_dit
+from support.small import batch, small_dc_dit
 from torch import Tensor, nn
 
 import dcdit.models.dc_dit as module
@@ -70,8 +70,8 @@ def test_images_do_not_see_each_other() -> None:
         torch.testing.assert_close(alone[0], together[i])
 
 
-class PoisonedSlack(torch.autograd.Function):
-    """NaN in every slack row, of the value on the way forward and of the gradient on the way back."""
+class PoisonedPadding(torch.autograd.Function):
+    """NaN in every padding row, of the value on the way forward and of the gradient on the way back."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class PoisonedSlack(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (cu_seqlens,) = ctx.saved_tensors
-        slack = grad[cu_seqlens[-1] :]
-        assert not slack.isnan().any()
+        padding = grad[cu_seqlens[-1] :]
+        assert not padding.isnan().any()
         return grad, None
 
 
@@ -93,8 +93,8 @@ def poison(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dechunk", ["spatial", "ema"])
-@pytest.mark.parametrize("poisoned", [False, True], ids=["zero slack", "NaN slack"])
-def test_capacity_with_slack_is_exact_mode(dechunk: str, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("poisoned", [False, True], ids=["zero padding", "NaN padding"])
+def test_capacity_with_padding_is_exact_mode(dechunk: str, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_dc_dit(dechunk=dechunk).double()
     inputs = batch(model.config)
     out, routing = model(*inputs, drop_fraction=0.2, return_routing=True)
@@ -104,19 +104,19 @@ def test_capacity_with_slack_is_exact_mode(dechunk: str, poisoned: bool, monkeyp
     kept = int(routing.mask.sum())
     if poisoned:
 
-        class PoisonedBlock(module.DiTBlock):
+        class PoisonedBlock(module.PackedDiTBlock):
             def forward(self, x, pending, mod, seqs):
                 x, (branch, gate) = super().forward(x, pending, mod, seqs)
-                return x, (PoisonedSlack.apply(branch, seqs.cu_seqlens), gate)
+                return x, (PoisonedPadding.apply(branch, seqs.cu_seqlens), gate)
 
         for block in model.blocks:
             block.__class__ = PoisonedBlock
-    with_slack, slack_routing = model(*inputs, drop_fraction=0.2, capacity=kept + 13, return_routing=True)
-    assert slack_routing.selection.indices.shape == (kept + 13,)
-    assert int(slack_routing.selection.overflow) == 0
-    assert torch.equal(slack_routing.mask, routing.mask)
-    torch.testing.assert_close(with_slack, out)
-    for name, grad in gradients(model, with_slack).items():
+    with_padding, padding_routing = model(*inputs, drop_fraction=0.2, capacity=kept + 13, return_routing=True)
+    assert padding_routing.selection.indices.shape == (kept + 13,)
+    assert int(padding_routing.selection.overflow) == 0
+    assert torch.equal(padding_routing.mask, routing.mask)
+    torch.testing.assert_close(with_padding, out)
+    for name, grad in gradients(model, with_padding).items():
         torch.testing.assert_close(grad, grads[name], msg=lambda text, n=name: f"{n}: {text}")
 
 

@@ -3,7 +3,7 @@ import inspect
 
 import pytest
 import torch
-from models.small import batch, small_dit
+from support.small import batch, small_dit
 
 from dcdit.models import DiT
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from models.golden import CASES, NUM_HEADS, RATIO_WEIGHT, TARGET, Golden
+from support.golden import CASES, NUM_HEADS, RATIO_WEIGHT, TARGET, Golden
 from torch import Tensor
 
 from dcdit import ops
 from dcdit.models import load_official, to_official
-from dcdit.models.layouts import official
+from dcdit.models.convert.mapping import official
 
 # Some gradients are zero in exact arithmetic (a per-channel shift before a one-channel group norm): there the reference
 # stores the float32 rounding noise of its own summation order.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models.small import batch
+from support.small import batch
 
 from dcdit import checkpoint as ckpt
 from dcdit.config import load_config
@@ -13,7 +13,7 @@ from dcdit.models import DCDiT, create_config, create_model
 from dcdit.ops import ratio_loss
 from dcdit.train import train
 
-CONFIG = Path(__file__).parents[2] / "dcdit" / "configs" / "dc-dit-v1-xl-256.yaml"
+CONFIG = Path(__file__).parents[2] / "dcdit" / "config" / "recipes" / "dc-dit-v1-xl-256.yaml"
 TINY = {"grid": (8, 8), "hidden_size": 128, "depth": 1, "num_heads": 2}
 
 

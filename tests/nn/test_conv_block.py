@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.nn import ConvBlock, ConvStack, GroupNormSiLU, RMSNorm
-from dcdit.nn.layout import channels_last, to_grid, to_tokens
+from dcdit.nn.memory_format import channels_last, to_grid, to_tokens
 
 COND = 16
 

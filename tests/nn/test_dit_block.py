@@ -3,14 +3,14 @@ import torch
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.nn import DenseDiTBlock, DiTBlock, Modulation, Sequences, StackedModulation
+from dcdit.nn import DenseDiTBlock, Modulation, PackedDiTBlock, StackedModulation, VarlenMeta
 
 DIM, HEADS = 32, 4
 
 
-def twins() -> tuple[DiTBlock, DenseDiTBlock]:
+def twins() -> tuple[PackedDiTBlock, DenseDiTBlock]:
     torch.manual_seed(0)
-    packed, dense = DiTBlock(DIM, HEADS, 4.0).double(), DenseDiTBlock(DIM, HEADS, 4.0).double()
+    packed, dense = PackedDiTBlock(DIM, HEADS, 4.0).double(), DenseDiTBlock(DIM, HEADS, 4.0).double()
     dense.load_state_dict(packed.state_dict())
     return packed, dense
 
@@ -27,7 +27,7 @@ def test_packed_chain_is_the_dense_block_on_each_image(lengths: tuple[int, ...])
     first, second = modulations(len(lengths), depth=2)
     tokens = torch.randn(sum(lengths), DIM).double()
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    seqs = Sequences(cu_seqlens, max(lengths), slack=False)
+    seqs = VarlenMeta(cu_seqlens, max(lengths), padding=False)
 
     x, pending = packed(tokens, None, first, seqs)
     x, pending = packed(x, pending, second, seqs)

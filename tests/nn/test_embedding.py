@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from models.golden import Golden
+from support.golden import Golden
 
 from dcdit.nn import LabelEmbedder, TimestepEmbedder, sincos_position
 

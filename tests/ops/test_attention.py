@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.ops import _attention_kernels as kernels
-from dcdit.ops import _backend, attention, reference
+from dcdit.ops import attention, reference
+from dcdit.ops import attention_kernels as kernels
+from dcdit.ops import backend as backends
 from dcdit.ops.attention import attention_backends, varlen_attention
 
 LENGTHS = {
@@ -26,9 +27,9 @@ def cu_of(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def inputs(lengths, dtype=torch.float64, heads=3, head_dim=8, slack=0, seed=0):
+def inputs(lengths, dtype=torch.float64, heads=3, head_dim=8, padding=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shape = (sum(lengths) + slack, heads, head_dim)
+    shape = (sum(lengths) + padding, heads, head_dim)
     qkv = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
     return qkv, cu_of(lengths), max(lengths, default=0)
 
@@ -109,10 +110,10 @@ def test_a_sequence_does_not_depend_on_the_others():
 
 @pytest.mark.parametrize("forced", [None, "reference"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_slack_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
-    monkeypatch.setattr(_backend, "_forced", forced)
-    # With ragged_square the buffer has B * max_seqlen rows, which without slack would mean equal lengths.
-    qkv, cu, longest = inputs(lengths, slack=7)
+def test_padding_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
+    monkeypatch.setattr(backends, "_forced", forced)
+    # With ragged_square the buffer has B * max_seqlen rows, which without padding would mean equal lengths.
+    qkv, cu, longest = inputs(lengths, padding=7)
     total = sum(lengths)
     poisoned = [x.detach().clone() for x in qkv]
     for x in poisoned:
@@ -120,7 +121,7 @@ def test_slack_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
         x.requires_grad_()
     grad = torch.randn(qkv[0].shape, dtype=torch.float64)
     grad[total:] = float("nan")
-    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, slack=True), poisoned, grad)
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, padding=True), poisoned, grad)
     clean = [x.detach()[:total].requires_grad_() for x in qkv]
     want = value_and_grads(lambda *x: varlen_attention(*x, cu, longest), clean, grad[:total])
     for a, b in zip(got, want, strict=True):
@@ -129,13 +130,13 @@ def test_slack_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("lengths", "slack"), [([6, 6], 0), ([6, 2, 9], 0), ([6, 6], 4), ([0, 5, 8], 3)], ids=str)
-def test_compiles_to_one_graph_on_the_cpu(lengths, slack, causal):
+@pytest.mark.parametrize(("lengths", "padding"), [([6, 6], 0), ([6, 2, 9], 0), ([6, 6], 4), ([0, 5, 8], 3)], ids=str)
+def test_compiles_to_one_graph_on_the_cpu(lengths, padding, causal):
     torch._dynamo.reset()
-    qkv, cu, longest = inputs(lengths, slack=slack)
+    qkv, cu, longest = inputs(lengths, padding=padding)
 
     def attend(q, k, v, cu_seqlens):
-        return varlen_attention(q, k, v, cu_seqlens, longest, causal, slack=slack > 0)
+        return varlen_attention(q, k, v, cu_seqlens, longest, causal, padding=padding > 0)
 
     grad = torch.randn(qkv[0].shape, dtype=torch.float64)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -160,7 +161,7 @@ def test_compiles_when_the_number_of_tokens_depends_on_data(dynamic):
 
 
 def test_the_registered_op_passes_opcheck():
-    qkv, cu, _ = inputs([3, 0, 5], slack=2)
+    qkv, cu, _ = inputs([3, 0, 5], padding=2)
     torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, True))
 
 
@@ -245,11 +246,11 @@ def test_a_broken_package_does_not_take_the_others_down(gpu):
 
 
 @pytest.mark.parametrize("name", ["flash3", "flash2", "flash4", "torch_varlen"])
-@pytest.mark.parametrize("slack", [0, 5])
-def test_a_kernel_that_leaves_slack_rows_unwritten(monkeypatch, name, slack):
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding):
     """A stand-in with the kernels' contract: NaN in every row that belongs to no sequence, forward and backward."""
     lengths = [4, 0, 7]
-    qkv, cu, longest = inputs(lengths, slack=slack)
+    qkv, cu, longest = inputs(lengths, padding=padding)
     total = sum(lengths)
 
     class Unwritten(torch.autograd.Function):
@@ -281,7 +282,7 @@ def test_a_kernel_that_leaves_slack_rows_unwritten(monkeypatch, name, slack):
         for x in qkv:
             x[total:] = float("nan")
     grad = torch.randn(qkv[0].shape, dtype=torch.float64)
-    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, slack=slack > 0), qkv, grad)
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, padding=padding > 0), qkv, grad)
     want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, True), qkv, grad)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -318,7 +319,7 @@ def bad(message, error=ValueError, **changes):
         bad("q has dtype torch.int64", TypeError, q=torch.zeros(6, 2, 8, dtype=torch.int64)),
         bad("cu_seqlens has dtype torch.int64", TypeError, cu_seqlens=torch.tensor([0, 2, 6])),
         bad("ends at 5", cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32)),
-        bad("ends at 7", cu_seqlens=torch.tensor([0, 2, 7], dtype=torch.int32), slack=True),
+        bad("ends at 7", cu_seqlens=torch.tensor([0, 2, 7], dtype=torch.int32), padding=True),
         bad("descends", cu_seqlens=torch.tensor([0, 5, 4, 6], dtype=torch.int32)),
         bad("starts at 1", cu_seqlens=torch.tensor([1, 2, 6], dtype=torch.int32)),
         bad("longest sequence has 4 tokens", max_seqlen=3),

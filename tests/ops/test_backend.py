@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcdit import ops
 from dcdit.ops import _torch, reference
-from dcdit.ops._backend import backend_for, backend_name
+from dcdit.ops.backend import backend_for, backend_name
 
 
 def test_cpu_tensors_run_on_torch() -> None:

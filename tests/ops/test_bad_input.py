@@ -372,7 +372,7 @@ def test_a_selection_whose_images_keep_nothing_is_accepted(backend: str) -> None
         cu_seqlens=torch.zeros_like(CU),
         lengths=torch.zeros_like(SEL.lengths),
         mask=nothing,
-        slots=torch.full_like(SEL.slots, -1),
+        packed_rows=torch.full_like(SEL.packed_rows, -1),
     )
     with ops.use_backend(backend):
         assert ops.gather_tokens(X, sel).shape == (0, D)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
+from support.helpers import (
     assert_close_to_reference,
     check_against_reference,
     check_predictability,

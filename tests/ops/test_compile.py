@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import differentiate, randn, random_probs
+from support.helpers import differentiate, randn, random_probs
 from torch import Tensor
 
 from dcdit import ops
@@ -76,14 +76,14 @@ def test_custom_operators_are_well_formed() -> None:
     p = random_probs(B, L)
     sel = ops.select_tokens(p)
     h, q = randn(sel.indices.numel(), D), p.flatten()[sel.indices]
-    slots, owner = sel.slots.view(B, H, W), sel.slots.flatten().long()
+    packed_rows, owner = sel.packed_rows.view(B, H, W), sel.packed_rows.flatten().long()
     registered = torch.ops.dcdit_torch
     calls = {
-        registered.nearest_kept: (slots >= 0,),
+        registered.nearest_kept: (packed_rows >= 0,),
         registered.spread: (h, owner, randn(B * L, D), torch.float32),
         registered.row_dots: (randn(B * L, D), h, owner),
-        registered.smooth_forward: (h, q, slots, sel.indices, 6, 1.0),
-        registered.smooth_backward: (h, h, q, h, q[:, None], slots, sel.indices, 6, 1.0),
+        registered.smooth_forward: (h, q, packed_rows, sel.indices, 6, 1.0),
+        registered.smooth_backward: (h, h, q, h, q[:, None], packed_rows, sel.indices, 6, 1.0),
         registered.scan: (h, q, 1 - q),
     }
     for op, args in calls.items():

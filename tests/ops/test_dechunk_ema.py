@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
+from support.helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
 from torch import Tensor
 
 from dcdit import ops
@@ -77,14 +77,14 @@ def test_gradient_of_p_stops_at_the_clamp() -> None:
 
 
 @pytest.mark.usefixtures("host_reads")
-def test_garbage_in_slack_stays_there(dtype: torch.dtype) -> None:
+def test_garbage_in_padding_stays_there(dtype: torch.dtype) -> None:
     h, p, sel, *rest = arguments(random_probs(2, 35), 8, dtype, capacity=60)
-    slack = (sel.indices < 0)[:, None]
+    padding = (sel.indices < 0)[:, None]
     check_against_reference(ops.dechunk_ema, h, p, sel, *rest)
-    results = [differentiate(ops.dechunk_ema, (h.masked_fill(slack, x), p, sel, *rest)) for x in (0.0, float("nan"))]
+    results = [differentiate(ops.dechunk_ema, (h.masked_fill(padding, x), p, sel, *rest)) for x in (0.0, float("nan"))]
     for clean, dirty in zip(*(outputs + grads for outputs, grads in results), strict=True):
         assert torch.equal(clean, dirty)
-    assert not results[1][1][0].masked_select(slack).any()
+    assert not results[1][1][0].masked_select(padding).any()
 
 
 def test_packed_equals_each_sequence_alone() -> None:

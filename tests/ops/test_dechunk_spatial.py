@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_probs
+from support.helpers import check_against_reference, differentiate, randn, random_probs
 from torch import Tensor
 
 from dcdit import ops
 from dcdit.ops import TokenSelection, reference
-from dcdit.ops._torch.smoothing import window_radius
+from dcdit.ops.numerics import window_radius
 
 PATTERNS = ["random", "ties", "one", "all", "none", "extreme", "long"]
 NAMES = ["h", "p", "gate", "residual"]
@@ -53,10 +53,10 @@ def test_widths(width: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("host_reads")
 def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dcdit.ops._torch import _common
+    from dcdit.ops._torch import rows
 
-    monkeypatch.setattr(_common, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(_common, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1)
     # Chunks of several images, of several lines of one image, and of one line that is longer than a chunk.
     for grid in ((2, 2), (5, 4), (3, 17)):
         check_against_reference(ops.dechunk_spatial, *arguments(5, grid, 8))
@@ -92,7 +92,7 @@ def test_image_without_kept_tokens_is_zero() -> None:
         indices=torch.cat([sel.indices[:first], sel.indices[last:]]),
         cu_seqlens=sel.cu_seqlens - torch.tensor([0, 0, gone, gone], dtype=torch.int32),
         mask=mask,
-        slots=torch.where(mask.flatten(), mask.flatten().cumsum(0) - 1, -1).int().view(p.shape),
+        packed_rows=torch.where(mask.flatten(), mask.flatten().cumsum(0) - 1, -1).int().view(p.shape),
     )
     h = torch.cat([h[:first], h[last:]])
     check_against_reference(ops.dechunk_spatial, h, p, sel, grid, 1.0)
@@ -102,16 +102,16 @@ def test_image_without_kept_tokens_is_zero() -> None:
 
 
 @pytest.mark.usefixtures("host_reads")
-def test_garbage_in_slack_stays_there(dtype: torch.dtype) -> None:
+def test_garbage_in_padding_stays_there(dtype: torch.dtype) -> None:
     h, p, sel, *rest = arguments(2, (5, 7), 8, dtype=dtype, capacity=60)
-    slack = (sel.indices < 0)[:, None]
+    padding = (sel.indices < 0)[:, None]
     check_against_reference(ops.dechunk_spatial, h, p, sel, *rest)
     results = [
-        differentiate(ops.dechunk_spatial, (h.masked_fill(slack, x), p, sel, *rest)) for x in (0.0, float("nan"))
+        differentiate(ops.dechunk_spatial, (h.masked_fill(padding, x), p, sel, *rest)) for x in (0.0, float("nan"))
     ]
     for clean, dirty in zip(*(outputs + grads for outputs, grads in results), strict=True):
         assert torch.equal(clean, dirty)
-    assert not results[1][1][0].masked_select(slack).any()
+    assert not results[1][1][0].masked_select(padding).any()
 
 
 @pytest.mark.usefixtures("host_reads")
@@ -191,7 +191,7 @@ def test_window_is_wide_enough_for_a_lone_token(sigma: float, own: float) -> Non
     sel = ops.select_tokens(p) if own > 0.5 else ops.select_tokens(p, budget=int((p > 0).sum()))
     assert sel.mask.view(side, side)[side // 2, side // 2]
     h = torch.full((sel.indices.numel(), 8), 1000.0)
-    lone = sel.slots.view(side, side)[side // 2, side // 2]
+    lone = sel.packed_rows.view(side, side)[side // 2, side // 2]
     h[lone] = 1.0
     out = ops.dechunk_spatial(h, p, sel, (side, side), sigma).view(side, side, 8)[side // 2, side // 2]
     exact = reference.dechunk_spatial(h.double(), p.double(), sel, (side, side), sigma)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import check_against_reference, random_probs
+from support.helpers import check_against_reference, random_probs
 
 from dcdit import ops
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_cu_seqlens
+from support.helpers import check_against_reference, differentiate, randn, random_cu_seqlens
 from torch import Tensor
 
 from dcdit import ops
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("host_reads")
 
 
 def arguments(
-    name: str, lengths: tuple[int, ...], width: int, dtype: torch.dtype = torch.float32, slack: int = 0
+    name: str, lengths: tuple[int, ...], width: int, dtype: torch.dtype = torch.float32, padding: int = 0
 ) -> tuple[Any, ...]:
     _, tokens, tables = OPS[name]
-    rows = [randn(sum(lengths) + slack, width, dtype=dtype, seed=seed) for seed in range(tokens)]
+    rows = [randn(sum(lengths) + padding, width, dtype=dtype, seed=seed) for seed in range(tokens)]
     modulation = [randn(len(lengths), width, dtype=dtype, seed=10 + seed) for seed in range(tables)]
     eps = () if name == "add" else (1e-6,)
     return *rows, *modulation, random_cu_seqlens(*lengths), *eps
@@ -74,12 +74,12 @@ def test_images_are_independent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_slack_rows(name: str, dtype: torch.dtype) -> None:
+def test_padding_rows(name: str, dtype: torch.dtype) -> None:
     op, tokens, _ = OPS[name]
-    args = arguments(name, (5, 0, 3), 24, dtype, slack=4)
+    args = arguments(name, (5, 0, 3), 24, dtype, padding=4)
     check_against_reference(op, *args)
     outputs, grads = differentiate(op, args)
-    # NaN in a slack row of y reaches neither an output nor a gradient. (x comes back as it is.)
+    # NaN in a padding row of y reaches neither an output nor a gradient. (x comes back as it is.)
     dirty = list(args)
     last = tokens - 1
     dirty[last] = args[last].clone()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import generator
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.helpers import generator
 from torch import Tensor
 
 from dcdit.ops._torch.nearest import nearest_kept

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
+from support.helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
 from torch import Tensor
 
 from dcdit import ops
@@ -69,32 +69,32 @@ def test_round_trip() -> None:
     assert back.masked_select(~kept).isnan().all()
 
 
-def with_slack() -> tuple[Any, Tensor]:
+def with_padding() -> tuple[Any, Tensor]:
     sel = ops.select_tokens(random_probs(2, 20), capacity=30)
     return sel, sel.indices < 0
 
 
-def test_gather_slack_is_zero() -> None:
-    sel, slack = with_slack()
+def test_gather_padding_is_zero() -> None:
+    sel, padding = with_padding()
     x = randn(2, 20, 8)
     x[0, 0] = float("nan")
     sel = sel._replace(indices=sel.indices.masked_fill(sel.indices == 0, -1))
-    slack = sel.indices < 0
-    assert not ops.gather_tokens(x, sel)[slack].any()
-    assert not ops.gather_tokens(x, sel, randn(20, 8))[slack].any()
+    padding = sel.indices < 0
+    assert not ops.gather_tokens(x, sel)[padding].any()
+    assert not ops.gather_tokens(x, sel, randn(20, 8))[padding].any()
 
 
-def test_garbage_in_slack_stays_there() -> None:
-    sel, slack = with_slack()
-    tokens = randn(30, 8).masked_fill(slack[:, None], float("nan")).requires_grad_()
+def test_garbage_in_padding_stays_there() -> None:
+    sel, padding = with_padding()
+    tokens = randn(30, 8).masked_fill(padding[:, None], float("nan")).requires_grad_()
     out = ops.scatter_tokens(tokens, sel)
     assert out.isfinite().all()
     (grad,) = torch.autograd.grad(out, tokens, torch.randn_like(out))
     assert grad.isfinite().all()
-    assert not grad[slack].any()
+    assert not grad[padding].any()
     x, bias = randn(2, 20, 8).requires_grad_(), randn(20, 8).requires_grad_()
     out = ops.gather_tokens(x, sel, bias)
-    grads = torch.autograd.grad(out, (x, bias), randn(30, 8).masked_fill(slack[:, None], float("nan")))
+    grads = torch.autograd.grad(out, (x, bias), randn(30, 8).masked_fill(padding[:, None], float("nan")))
     assert all(grad.isfinite().all() for grad in grads)
 
 

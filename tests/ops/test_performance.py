@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import dense_dechunk
 import pytest
 import torch
-from dense_dechunk import arguments, dense_dechunk_spatial, forward_backward
-from helpers import randn, random_probs
+from support.dense_dechunk import IMPLEMENTATIONS, arguments, dense_dechunk_spatial, forward_backward
+from support.helpers import randn, random_probs
 
 from dcdit import ops
 
@@ -67,8 +66,8 @@ def test_a_tenth_of_the_memory_of_dense() -> None:
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
     peaks = {}
-    for name in dense_dechunk.IMPLEMENTATIONS:
-        command = [sys.executable, dense_dechunk.__file__, name, str(SIDE), str(WIDTH)]
+    for name in IMPLEMENTATIONS:
+        command = [sys.executable, "-m", "support.dense_dechunk", name, str(SIDE), str(WIDTH)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         peaks[name] = int(done.stdout)
     assert peaks["linear"] <= peaks["dense"] / 10, (

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import generator, random_cu_seqlens, random_probs
+from support.helpers import generator, random_cu_seqlens, random_probs
 from torch.autograd import gradcheck
 
 from dcdit.ops import TokenSelection, reference

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.workloads import WORKLOADS, Shape, Workload, create_workload
+from dcdit.profiling.workloads import WORKLOADS, Shape, Workload, create_workload
 
 SHAPE = Shape(2, (3, 4), 32, 0.4, torch.float32, torch.device("cpu"))
 NAMES = [name for name in WORKLOADS if create_workload(name, SHAPE).differentiable]

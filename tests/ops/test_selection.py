@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import generator, random_cu_seqlens, random_probs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.helpers import generator, random_cu_seqlens, random_probs
 from torch import Tensor
 
 from dcdit import ops
@@ -80,7 +80,7 @@ def test_fields_by_hand() -> None:
     sel = ops.select_tokens(p)
     assert sel.indices.tolist() == [0, 3, 6]  # exactly 0.5 is not kept; the best of the second image is
     assert sel.natural_mask.tolist() == [[True, False, False, True], [False] * 4]
-    assert sel.slots.tolist() == [[0, -1, -1, 1], [-1, -1, 2, -1]]
+    assert sel.packed_rows.tolist() == [[0, -1, -1, 1], [-1, -1, 2, -1]]
     assert (sel.cu_seqlens.tolist(), sel.lengths.tolist(), sel.max_seqlen) == ([0, 2, 3], [2, 1], 2)
     assert (sel.overflow.item(), sel.prob_floor, sel.source_cu_seqlens) == (0, 0.5, None)
 
@@ -118,7 +118,7 @@ def test_capacity_spares_the_best_of_every_image() -> None:
     assert sel.overflow.item() == 2
 
 
-def test_capacity_slack() -> None:
+def test_capacity_padding() -> None:
     sel = ops.select_tokens(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), capacity=4)
     assert sel.indices.tolist() == [0, 3, -1, -1]
     assert (sel.cu_seqlens.tolist(), sel.max_seqlen, sel.overflow.item()) == ([0, 1, 2], 2, 0)

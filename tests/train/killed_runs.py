@@ -12,7 +12,7 @@ from pathlib import Path
 import accelerate  # noqa: F401
 import torch._dynamo
 import tqdm  # noqa: F401
-from killing import dies_before
+from support.killing import dies_before
 
 from dcdit.config import load_config
 from dcdit.train import train

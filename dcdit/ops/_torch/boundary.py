@@ -6,16 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._autograd import first_derivative_only
-from dcdit.ops._torch._common import wide
-
-NORM_EPS = 1e-12
+from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.numerics import NORM_EPS, upcast
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if q.shape[-2] == 0:
-        return wide(q).sum(-1)
-    cosine = _Cosine.apply(wide(q)[..., :-1, :], wide(k)[..., 1:, :])
+        return upcast(q).sum(-1)
+    cosine = _Cosine.apply(upcast(q)[..., :-1, :], upcast(k)[..., 1:, :])
     p = F.pad(_half_angle(cosine), (1, 0), value=1.0)
     if cu_seqlens is None:
         return p
@@ -25,11 +23,11 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Ten
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, d = q.shape
-    k_hat = _Unit.apply(wide(k))
+    k_hat = _Unit.apply(upcast(k))
     # (B, L, D) is a channels-last image already: nothing is transposed in memory.
     k_grid = k_hat.reshape(b, *grid, d).permute(0, 3, 1, 2)
-    k_bar = F.conv2d(k_grid, wide(weight)[:, None], padding=1, groups=d).permute(0, 2, 3, 1).reshape(q.shape)
-    return _half_angle((_Unit.apply(wide(q)) * k_bar).sum(-1))
+    k_bar = F.conv2d(k_grid, upcast(weight)[:, None], padding=1, groups=d).permute(0, 2, 3, 1).reshape(q.shape)
+    return _half_angle((_Unit.apply(upcast(q)) * k_bar).sum(-1))
 
 
 def boundary_prob_predictability(
@@ -41,7 +39,7 @@ def boundary_prob_predictability(
     num_groups: int,
     eps: float,
 ) -> Tensor:
-    x = wide(features)
+    x = upcast(features)
     x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
     p = torch.sigmoid(torch.matmul(out_weight.to(x.dtype), x.flatten(2)) + out_bias.to(x.dtype))
     position = torch.arange(p.shape[1], device=p.device)

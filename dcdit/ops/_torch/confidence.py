@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from dcdit.ops._torch._common import PROB_EPS, wide
 from dcdit.ops._torch.packing import gather_tokens
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops.numerics import PROB_EPS, upcast
+from dcdit.ops.token_selection import TokenSelection
 
 
 def packed_confidence(p: Tensor, sel: TokenSelection, dtype: torch.dtype) -> Tensor:
-    """(T,): ``clamp(p, 1e-4, 1 - 1e-4)`` of the kept tokens, 0 in slack rows."""
-    confidence = wide(p).clamp(PROB_EPS, 1 - PROB_EPS).to(dtype)
+    """(T,): ``clamp(p, 1e-4, 1 - 1e-4)`` of the kept tokens, 0 in padding rows."""
+    confidence = upcast(p).clamp(PROB_EPS, 1 - PROB_EPS).to(dtype)
     return gather_tokens(confidence[..., None], sel, None).squeeze(1)

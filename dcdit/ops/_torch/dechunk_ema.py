@@ -6,18 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._autograd import first_derivative_only
-from dcdit.ops._torch._common import may_have_slack, opaque, wide
 from dcdit.ops._torch.confidence import packed_confidence
+from dcdit.ops._torch.rows import as_custom_op, may_have_padding
 from dcdit.ops._torch.spread import spread_rows
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.numerics import upcast
+from dcdit.ops.token_selection import TokenSelection
 
 BLOCK = 16
 
 
 def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-    tokens = wide(h)
-    if may_have_slack(sel.cu_seqlens, tokens.shape[0]):
+    tokens = upcast(h)
+    if may_have_padding(sel.cu_seqlens, tokens.shape[0]):
         tokens = torch.where((sel.indices >= 0)[:, None], tokens, 0)
     q = packed_confidence(p, sel, tokens.dtype)
     out = spread_rows(
@@ -38,7 +39,7 @@ def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
 
 def _last_kept(sel: TokenSelection) -> Tensor:
     """(S,) int64: packed row of the last kept token at or before each position of its sequence, -1 before the first."""
-    kept_so_far = (sel.slots >= 0).flatten().cumsum(0)
+    kept_so_far = (sel.packed_rows >= 0).flatten().cumsum(0)
     if sel.source_cu_seqlens is None:
         first_row = sel.cu_seqlens[:-1, None].expand(sel.mask.shape).reshape(-1)
     else:
@@ -71,7 +72,7 @@ def _scan_fake(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@opaque(_scan_fake)
+@as_custom_op(_scan_fake)
 def _scan(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
     """``s_m = decay_m s_{m-1} + scale_m x_m``: blocks are lower-triangular products, their ends are scanned in turn.
 

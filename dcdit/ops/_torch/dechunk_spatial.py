@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from dcdit.ops._torch._common import wide
 from dcdit.ops._torch.confidence import packed_confidence
 from dcdit.ops._torch.nearest import nearest_kept
-from dcdit.ops._torch.smoothing import smooth, window_radius
+from dcdit.ops._torch.smoothing import smooth
 from dcdit.ops._torch.spread import spread_rows
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops.numerics import upcast, window_radius
+from dcdit.ops.token_selection import TokenSelection
 
 
 def dechunk_spatial(
@@ -21,12 +21,12 @@ def dechunk_spatial(
     residual: Tensor | None,
 ) -> Tensor:
     images, length = p.shape
-    tokens = wide(h)
-    slots = sel.slots.view(images, *grid)
+    tokens = upcast(h)
+    packed_rows = sel.packed_rows.view(images, *grid)
     radius = window_radius(sigma, sel.prob_floor, tokens.dtype)
-    smoothed = smooth(tokens, packed_confidence(p, sel, tokens.dtype), slots, sel.indices, radius, sigma)
-    nearest = nearest_kept(slots >= 0).view(images, length)
-    owner = torch.where(nearest < 0, -1, sel.slots.long().gather(1, nearest.clamp(min=0)))
+    smoothed = smooth(tokens, packed_confidence(p, sel, tokens.dtype), packed_rows, sel.indices, radius, sigma)
+    nearest = nearest_kept(packed_rows >= 0).view(images, length)
+    owner = torch.where(nearest < 0, -1, sel.packed_rows.long().gather(1, nearest.clamp(min=0)))
     out = spread_rows(
         smoothed,
         owner.flatten(),

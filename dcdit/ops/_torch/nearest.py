@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dcdit.ops._torch._common import opaque, reads_are_free
+from dcdit.ops._torch.rows import as_custom_op, reads_are_free
 
 FAR = torch.iinfo(torch.int64).max // 2
 
@@ -12,7 +12,7 @@ def _nearest_fake(kept: Tensor) -> Tensor:
     return torch.empty_like(kept, dtype=torch.int64)
 
 
-@opaque(_nearest_fake)
+@as_custom_op(_nearest_fake)
 def nearest_kept(kept: Tensor) -> Tensor:
     """(B, H, W) bool -> (B, H, W) int64: raster index of the nearest kept position, -1 in an image that keeps none.
 

@@ -5,17 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.ops._torch._common import reads_are_free, wide
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops._torch.rows import reads_are_free
+from dcdit.ops.numerics import upcast
+from dcdit.ops.token_selection import TokenSelection
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
     tokens = _GatherRows.apply(x.reshape(-1, x.shape[-1]), sel.indices)
     if bias is None:
         return tokens
-    slack = sel.indices < 0
-    position = torch.where(slack, -1, sel.indices % bias.shape[0])
-    return (wide(tokens) + _GatherShared.apply(wide(bias), position, sel.indices, sel.mask.shape[0])).to(x.dtype)
+    padding = sel.indices < 0
+    position = torch.where(padding, -1, sel.indices % bias.shape[0])
+    return (upcast(tokens) + _GatherShared.apply(upcast(bias), position, sel.indices, sel.mask.shape[0])).to(x.dtype)
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:

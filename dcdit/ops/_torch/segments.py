@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.ops._autograd import first_derivative_only
-from dcdit.ops._torch._common import wide
+from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.numerics import upcast
 
 
 class SegmentLayerNorm(torch.autograd.Function):
@@ -15,22 +15,22 @@ class SegmentLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, shift: Tensor, scale: Tensor, bounds: list[int], eps: float) -> Tensor:
-        real = wide(t[: bounds[-1]])
+        real = upcast(t[: bounds[-1]])
         out, mean, rstd = torch.native_layer_norm(real, real.shape[1:], None, None, eps)
         ctx.save_for_backward(t, scale, mean, rstd)
         ctx.bounds, ctx.shift_dtype = bounds, shift.dtype
-        shift, factor = wide(shift), 1 + wide(scale)
+        shift, factor = upcast(shift), 1 + upcast(scale)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
             torch.addcmul(shift[b], out[lo:hi], factor[b], out=out[lo:hi])
-        return _with_slack(out.to(t.dtype), t.shape[0])
+        return _with_padding(out.to(t.dtype), t.shape[0])
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         t, scale, mean, rstd = ctx.saved_tensors
         bounds = ctx.bounds
-        real, grad = wide(t[: bounds[-1]]), wide(grad)
-        factor = 1 + wide(scale)
+        real, grad = upcast(t[: bounds[-1]]), upcast(grad)
+        factor = 1 + upcast(scale)
         grad_shift, grad_scale, grad_normed = torch.zeros_like(factor), torch.zeros_like(factor), torch.empty_like(real)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
             g = grad[lo:hi]
@@ -42,7 +42,7 @@ class SegmentLayerNorm(torch.autograd.Function):
             grad_normed, real, real.shape[1:], mean, rstd, None, None, [True, False, False]
         )
         return (
-            _with_slack(grad_t.to(t.dtype), t.shape[0]),
+            _with_padding(grad_t.to(t.dtype), t.shape[0]),
             grad_shift.to(ctx.shift_dtype),
             grad_scale.to(scale.dtype),
             None,
@@ -57,9 +57,9 @@ class SegmentGatedAdd(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(y, gate)
         ctx.bounds = bounds
-        out, row = torch.empty_like(x), wide(gate)
+        out, row = torch.empty_like(x), upcast(gate)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
-            out[lo:hi] = torch.addcmul(wide(x[lo:hi]), row[b], wide(y[lo:hi]))
+            out[lo:hi] = torch.addcmul(upcast(x[lo:hi]), row[b], upcast(y[lo:hi]))
         out[bounds[-1] :] = x[bounds[-1] :]
         return out
 
@@ -67,16 +67,16 @@ class SegmentGatedAdd(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         y, gate = ctx.saved_tensors
-        row = wide(gate)
+        row = upcast(gate)
         grad_y, grad_gate = torch.zeros_like(y), torch.zeros_like(row)
         for b, (lo, hi) in enumerate(pairwise(ctx.bounds)):
-            g = wide(grad[lo:hi])
+            g = upcast(grad[lo:hi])
             torch.mul(g, row[b], out=grad_y[lo:hi])
             torch.sum(g * y[lo:hi], 0, out=grad_gate[b])
         return grad, grad_y, grad_gate.to(gate.dtype), None
 
 
-def _with_slack(rows: Tensor, total: int) -> Tensor:
+def _with_padding(rows: Tensor, total: int) -> Tensor:
     if rows.shape[0] == total:
         return rows
     return torch.cat([rows, rows.new_zeros(total - rows.shape[0], rows.shape[1])])

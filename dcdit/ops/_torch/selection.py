@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._torch._common import segment_of_rows, wide
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops._torch.rows import segment_of_rows
+from dcdit.ops.numerics import upcast
+from dcdit.ops.token_selection import TokenSelection
 
 
 def select_tokens(
@@ -17,7 +18,7 @@ def select_tokens(
     capacity: int | None,
 ) -> TokenSelection:
     images = _Images(p, cu_seqlens)
-    natural = wide(p.flatten()) > threshold
+    natural = upcast(p.flatten()) > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
     if budget is not None:
         mask = images.rank() >= images.to_rows(images.starts.diff() - budget)
@@ -45,7 +46,7 @@ def select_tokens(
         max_seqlen=max_seqlen,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
-        slots=torch.where(mask, kept_before[:-1], -1).view(p.shape),
+        packed_rows=torch.where(mask, kept_before[:-1], -1).view(p.shape),
         overflow=overflow,
         source_cu_seqlens=cu_seqlens,
         prob_floor=0.0 if budget is not None else threshold,
@@ -106,7 +107,7 @@ def _fit(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, 
 
 
 def _positions(mask: Tensor, kept_before: Tensor, total: int) -> Tensor:
-    """Positions of the kept tokens in a buffer of static size, -1 in its slack."""
-    slots = torch.where(mask, kept_before[:-1], total).long()
+    """Positions of the kept tokens in a buffer of static size, -1 in its padding."""
+    packed_rows = torch.where(mask, kept_before[:-1], total).long()
     out = torch.full((total + 1,), -1, dtype=torch.int64, device=mask.device)
-    return out.scatter(0, slots, torch.arange(mask.shape[0], device=mask.device))[:total]
+    return out.scatter(0, packed_rows, torch.arange(mask.shape[0], device=mask.device))[:total]

@@ -13,37 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._autograd import first_derivative_only
-from dcdit.ops._torch._common import PROB_EPS, ROW_EPS, chunk_rows, chunks, opaque, reads_are_free
 from dcdit.ops._torch.packing import take_rows
+from dcdit.ops._torch.rows import as_custom_op, chunk_rows, chunks, reads_are_free
+from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.numerics import ROW_EPS
 
 
-def window_radius(sigma: float, prob_floor: float, dtype: torch.dtype) -> int:
-    """Grid cells beyond which the weights of a full plane of tokens, together, vanish beside a row's own weight.
-
-    The plane outside radius r weighs less than ``2 pi sigma^2 exp(-r^2 / (2 sigma^2))``; a row's own weight is at least
-    ``prob_floor``; vanish means half a unit in the last place.
-    """
-    own = max(prob_floor, PROB_EPS)
-    plane = 2 * math.pi * sigma**2
-    half_ulp = torch.finfo(dtype).eps / 2
-    return max(1, math.ceil(sigma * math.sqrt(2 * math.log(max(plane / (half_ulp * own), math.e)))))
-
-
-def smooth(h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
+def smooth(h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
     """``q_i h_i + (1 - q_i) sum_j W_ij h_j`` with normalised ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j``.
 
-    h (T, D), wide; q (T,), 0 in slack rows; slots (B, H, W) int32, packed row of each kept position, else -1; indices
-    (T,) int64, position of each packed row.
+    h (T, D), upcast; q (T,), 0 in padding rows; packed_rows (B, H, W) int32, packed row of each kept position, else -1;
+    indices (T,) int64, position of each packed row.
     """
-    return _Smooth.apply(h, q, slots, indices, radius, sigma)
+    return _Smooth.apply(h, q, packed_rows, indices, radius, sigma)
 
 
 class _Smooth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-        rows, sums, z = _smooth_forward(h, q, slots, indices, radius, sigma)
-        ctx.save_for_backward(h, q, sums, z, slots, indices)
+    def forward(
+        ctx: Any, h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
+    ) -> Tensor:
+        rows, sums, z = _smooth_forward(h, q, packed_rows, indices, radius, sigma)
+        ctx.save_for_backward(h, q, sums, z, packed_rows, indices)
         ctx.window = radius, sigma
         return rows
 
@@ -55,18 +46,18 @@ class _Smooth(torch.autograd.Function):
 
 
 def _forward_fake(
-    h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float
+    h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(h), torch.empty_like(h), q.new_empty(q.shape[0], 1)
 
 
-@opaque(_forward_fake)
+@as_custom_op(_forward_fake)
 def _smooth_forward(
-    h: Tensor, q: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float
+    h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The smoothed rows; ``sum_j K_ij q_j h_j``, (T, D); ``sum_j K_ij q_j``, (T, 1)."""
-    sums = _window_sums(h, q, slots, indices, radius, sigma)
-    z = _window_totals(q, slots, indices, radius, sigma)[:, None]
+    sums = _window_sums(h, q, packed_rows, indices, radius, sigma)
+    z = _window_totals(q, packed_rows, indices, radius, sigma)[:, None]
     rows = sums / (z + ROW_EPS)
     return torch.lerp(rows, h, q[:, None], out=rows), sums, z
 
@@ -77,7 +68,7 @@ def _backward_fake(
     q: Tensor,
     sums: Tensor,
     z: Tensor,
-    slots: Tensor,
+    packed_rows: Tensor,
     indices: Tensor,
     radius: int,
     sigma: float,
@@ -85,14 +76,14 @@ def _backward_fake(
     return torch.empty_like(sums), torch.empty_like(q)
 
 
-@opaque(_backward_fake)
+@as_custom_op(_backward_fake)
 def _smooth_backward(
     grad: Tensor,
     h: Tensor,
     q: Tensor,
     sums: Tensor,
     z: Tensor,
-    slots: Tensor,
+    packed_rows: Tensor,
     indices: Tensor,
     radius: int,
     sigma: float,
@@ -115,8 +106,8 @@ def _smooth_backward(
         torch.sum(h[part] * grad[part], -1, out=g_smoothed[part])
     g_smoothed -= g_apart
     c_flat = c.squeeze(1)
-    pulled = _window_sums(grad, c_flat, slots, indices, radius, sigma)
-    others_smoothed = _window_totals(c_flat * g_smoothed, slots, indices, radius, sigma) - c_flat * g_smoothed
+    pulled = _window_sums(grad, c_flat, packed_rows, indices, radius, sigma)
+    others_smoothed = _window_totals(c_flat * g_smoothed, packed_rows, indices, radius, sigma) - c_flat * g_smoothed
     for part in chunks(h):
         others = pulled[part] - c[part] * grad[part]
         torch.sum(others.mul_(h[part]), -1, out=others_h[part])
@@ -124,11 +115,11 @@ def _smooth_backward(
     return pulled, (1 + c_flat) * g_apart + others_h - others_smoothed
 
 
-def _window_totals(scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-    """(T,): ``sum_j K_ij scale_j``; 0 in slack rows."""
-    image = take_rows(scale[:, None], slots.flatten()).view(slots.shape)
+def _window_totals(scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
+    """(T,): ``sum_j K_ij scale_j``; 0 in padding rows."""
+    image = take_rows(scale[:, None], packed_rows.flatten()).view(packed_rows.shape)
     for axis in (1, 2):
-        size = slots.shape[axis]
+        size = packed_rows.shape[axis]
         reach = min(radius, size - 1)
         padded = F.pad(image, (0, 0, reach, reach) if axis == 1 else (reach, reach))
         image = torch.zeros_like(image)
@@ -137,13 +128,15 @@ def _window_totals(scale: Tensor, slots: Tensor, indices: Tensor, radius: int, s
     return take_rows(image.view(-1, 1), indices).squeeze(1)
 
 
-def _window_sums(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
+def _window_sums(
+    rows: Tensor, scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
+) -> Tensor:
     """(T, D): ``sum_j K_ij scale_j rows_j``, ``K_ij = exp(-|u_i - u_j|^2 / (2 sigma^2))`` in a square window."""
-    _, height, width = slots.shape
+    _, height, width = packed_rows.shape
     out = torch.zeros_like(rows)
     down, across = min(radius, height - 1), min(radius, width - 1)
-    windows = F.pad(slots, (0, 0, down, down), value=-1).unfold(1, 2 * down + 1, 1)
-    for image, line, tokens in _slabs(slots, rows):
+    windows = F.pad(packed_rows, (0, 0, down, down), value=-1).unfold(1, 2 * down + 1, 1)
+    for image, line, tokens in _slabs(packed_rows, rows):
         window = windows[image, line].flatten(0, 2)
         column_sums = _column_sums(rows, scale, window, _taps(down, sigma, rows))
         first = (image.start * height + line.start) * width
@@ -152,9 +145,9 @@ def _window_sums(rows: Tensor, scale: Tensor, slots: Tensor, indices: Tensor, ra
     return out
 
 
-def _slabs(slots: Tensor, rows: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def _slabs(packed_rows: Tensor, rows: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Images, grid rows and packed rows of the pieces that keep the intermediate small: all at once on a GPU."""
-    images, height, width = slots.shape
+    images, height, width = packed_rows.shape
     if rows.shape[0] == 0:
         return
     if not reads_are_free(rows):
@@ -162,7 +155,7 @@ def _slabs(slots: Tensor, rows: Tensor) -> Iterator[tuple[slice, slice, slice]]:
         return
     positions = chunk_rows(rows.shape[1])
     group, lines = max(1, positions // (height * width)), min(height, max(1, positions // width))
-    starts = F.pad((slots >= 0).sum(-1).flatten().cumsum(0), (1, 0)).tolist()
+    starts = F.pad((packed_rows >= 0).sum(-1).flatten().cumsum(0), (1, 0)).tolist()
     for b in range(0, images, group):
         for y in range(0, height, lines):
             b_end, y_end = min(b + group, images), min(y + lines, height)
@@ -175,7 +168,7 @@ def _taps(radius: int, sigma: float, like: Tensor) -> Tensor:
 
 
 def _column_sums(rows: Tensor, scale: Tensor, window: Tensor, taps: Tensor) -> Tensor:
-    """(n, D): weighted sum of the kept tokens among the (n, K) slots of each position's window."""
+    """(n, D): weighted sum of the kept tokens among the (n, K) packed_rows of each position's window."""
     kept = window >= 0
     if not reads_are_free(rows):
         token = window.clamp(min=0)
@@ -189,7 +182,7 @@ def _column_sums(rows: Tensor, scale: Tensor, window: Tensor, taps: Tensor) -> T
 
 
 def _row_sums(column_sums: Tensor, position: Tensor, width: int, taps: Tensor) -> Tensor:
-    """(m, D): weighted sum of the columns around each kept position; zeros for a negative position (slack)."""
+    """(m, D): weighted sum of the columns around each kept position; zeros for a negative position (padding)."""
     step = torch.arange(taps.shape[0], device=position.device) - taps.shape[0] // 2
     column = position[:, None] % width + step
     inside = (column >= 0) & (column < width) & (position >= 0)[:, None]

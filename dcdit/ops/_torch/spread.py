@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._autograd import first_derivative_only
-from dcdit.ops._torch._common import chunks, opaque
 from dcdit.ops._torch.packing import take_rows
+from dcdit.ops._torch.rows import as_custom_op, chunks
+from dcdit.ops.autograd import first_derivative_only
 
 
 def spread_rows(
@@ -49,7 +49,7 @@ def _spread_fake(rows: Tensor, owner: Tensor, residual: Tensor | None, dtype: to
     return rows.new_empty(owner.shape[0], rows.shape[1], dtype=dtype)
 
 
-@opaque(_spread_fake)
+@as_custom_op(_spread_fake)
 def _spread(rows: Tensor, owner: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     out = rows.new_empty(owner.shape[0], rows.shape[1], dtype=dtype)
     for part in chunks(out):
@@ -65,7 +65,7 @@ def _row_dots_fake(grad: Tensor, rows: Tensor, owner: Tensor) -> Tensor:
     return rows.new_empty(owner.shape)
 
 
-@opaque(_row_dots_fake)
+@as_custom_op(_row_dots_fake)
 def _row_dots(grad: Tensor, rows: Tensor, owner: Tensor) -> Tensor:
     """``<grad_l, rows[owner_l]>``."""
     out = rows.new_empty(owner.shape)

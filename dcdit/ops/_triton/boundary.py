@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import boundary_cosine, boundary_cosine2d, boundary_predictability
-from dcdit.ops._triton._registration import KernelOp, unit_stride
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -6,35 +6,37 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import dechunk_ema as kernels
-from dcdit.ops._triton._registration import KernelOp, unit_stride
-from dcdit.ops.selection import TokenSelection
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops.token_selection import TokenSelection
 
 
 def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> Tensor:
     d = h.shape[1]
     rows = None if residual is None else unit_stride(residual.reshape(-1, d))
     source = None if sel.source_cu_seqlens is None else sel.source_cu_seqlens.contiguous()
-    out = _ema(unit_stride(h), p.contiguous(), sel.slots.contiguous(), sel.cu_seqlens.contiguous(), source, gate, rows)
+    out = _ema(
+        unit_stride(h), p.contiguous(), sel.packed_rows.contiguous(), sel.cu_seqlens.contiguous(), source, gate, rows
+    )
     return out.view(*p.shape, d)
 
 
 def _forward(
     h: Tensor,
     p: Tensor,
-    slots: Tensor,
+    packed_rows: Tensor,
     cu_seqlens: Tensor,
     source_cu_seqlens: Tensor | None,
     gate: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
     # The gate leaves the value as it is; it is an argument for its gradient's sake.
-    return kernels.dechunk_ema_fwd(h, p, slots, source_cu_seqlens, residual)
+    return kernels.dechunk_ema_fwd(h, p, packed_rows, source_cu_seqlens, residual)
 
 
 def _forward_fake(
     h: Tensor,
     p: Tensor,
-    slots: Tensor,
+    packed_rows: Tensor,
     cu_seqlens: Tensor,
     source_cu_seqlens: Tensor | None,
     gate: Tensor | None,
@@ -44,9 +46,9 @@ def _forward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, p, slots, cu_seqlens, source_cu_seqlens, gate, _ = inputs
+    h, p, packed_rows, cu_seqlens, source_cu_seqlens, gate, _ = inputs
     ctx.gate_dtype = None if gate is None else gate.dtype
-    ctx.save_for_backward(h, p, slots, cu_seqlens, source_cu_seqlens)
+    ctx.save_for_backward(h, p, packed_rows, cu_seqlens, source_cu_seqlens)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,7 +71,7 @@ def _gradients_fake(
     grad: Tensor,
     h: Tensor,
     p: Tensor,
-    slots: Tensor,
+    packed_rows: Tensor,
     cu_seqlens: Tensor,
     source_cu_seqlens: Tensor | None,
     want_h: bool,

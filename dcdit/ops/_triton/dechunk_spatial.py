@@ -1,17 +1,14 @@
 """Spatial de-chunking on Triton kernels."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcdit.kernels import dechunk_spatial as kernels
-from dcdit.ops._triton._registration import KernelOp, unit_stride
-from dcdit.ops.selection import TokenSelection
-
-_LEAST_CONFIDENCE = 1e-4
-_HALF_ULP = 2.0**-24
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops.numerics import window_radius
+from dcdit.ops.token_selection import TokenSelection
 
 
 def dechunk_spatial(
@@ -25,36 +22,22 @@ def dechunk_spatial(
 ) -> Tensor:
     rows = None if residual is None else unit_stride(residual.reshape(-1, h.shape[1]))
     out = _dechunk(
-        unit_stride(h), p.contiguous(), sel.slots.contiguous(), sel.cu_seqlens.contiguous(), gate, rows,
+        unit_stride(h), p.contiguous(), sel.packed_rows.contiguous(), sel.cu_seqlens.contiguous(), gate, rows,
         *grid, sigma, window_radius(sigma, sel.prob_floor),
     )[0]  # fmt: skip
     return out.view(*p.shape, h.shape[1])
 
 
-def window_radius(sigma: float, prob_floor: float) -> int:
-    """How many grid cells the window reaches: 6 sigma, and farther where float32 could tell the difference.
-
-    A full plane of tokens farther than r weighs less than ``2 pi sigma^2 exp(-r^2 / (2 sigma^2))`` together; beside a
-    row's own weight, at least ``prob_floor``, that must round away. 6 sigma is enough for the paper's sigmas 1 and 2; a
-    fixed budget (no floor) takes 7 to 8, and so do sigmas far above.
-    """
-    own = max(prob_floor, _LEAST_CONFIDENCE)
-    plane = max(2 * math.pi * sigma**2, own)
-    # The first cell left out is radius + 1.
-    told_apart = math.ceil(sigma * math.sqrt(2 * math.log(plane / (_HALF_ULP * own)))) - 1
-    return max(math.ceil(6 * sigma), told_apart)
-
-
 def _launch(
-    h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, gate: Tensor | None, residual: Tensor | None,
+    h: Tensor, p: Tensor, packed_rows: Tensor, cu_seqlens: Tensor, gate: Tensor | None, residual: Tensor | None,
     height: int, width: int, sigma: float, radius: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out, saved = kernels.dechunk_spatial_fwd(h, p, slots, residual, (height, width), sigma, radius)
+    out, saved = kernels.dechunk_spatial_fwd(h, p, packed_rows, residual, (height, width), sigma, radius)
     return out, *saved
 
 
 def _fake(
-    h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, gate: Tensor | None, residual: Tensor | None,
+    h: Tensor, p: Tensor, packed_rows: Tensor, cu_seqlens: Tensor, gate: Tensor | None, residual: Tensor | None,
     height: int, width: int, sigma: float, radius: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, positions = h.shape[0], p.numel()
@@ -78,13 +61,13 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, p, slots, cu_seqlens, gate, _, *ctx.settings = inputs
+    h, p, packed_rows, cu_seqlens, gate, _, *ctx.settings = inputs
     saved = output[1:]
     ctx.mark_non_differentiable(*saved)
     # Spares the zeros that would stand for the gradients of the saved tensors.
     ctx.set_materialize_grads(False)
     ctx.gate_dtype = None if gate is None else gate.dtype
-    ctx.save_for_backward(h, p, slots, cu_seqlens, *saved)
+    ctx.save_for_backward(h, p, packed_rows, cu_seqlens, *saved)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -109,20 +92,20 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 
 def _backward_launch(
-    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, detail: Tensor, scale: Tensor,
+    grad: Tensor, h: Tensor, p: Tensor, packed_rows: Tensor, cu_seqlens: Tensor, detail: Tensor, scale: Tensor,
     nearest: Tensor, rank: Tensor, row: Tensor, col: Tensor, confidence: Tensor,
     height: int, width: int, sigma: float, radius: int, want_h: bool, want_p: bool, gate_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     saved = kernels.Saved(detail, scale, nearest, rank, row, col, confidence)
     grads = kernels.dechunk_spatial_bwd(
-        grad, h, p, slots, cu_seqlens, saved, (height, width), sigma, radius, want_h, want_p, gate_dtype
+        grad, h, p, packed_rows, cu_seqlens, saved, (height, width), sigma, radius, want_h, want_p, gate_dtype
     )
     grad_h, grad_p, grad_gate = (h.new_empty(0) if g is None else g for g in grads)
     return grad_h, grad_p, grad_gate
 
 
 def _backward_fake(
-    grad: Tensor, h: Tensor, p: Tensor, slots: Tensor, cu_seqlens: Tensor, detail: Tensor, scale: Tensor,
+    grad: Tensor, h: Tensor, p: Tensor, packed_rows: Tensor, cu_seqlens: Tensor, detail: Tensor, scale: Tensor,
     nearest: Tensor, rank: Tensor, row: Tensor, col: Tensor, confidence: Tensor,
     height: int, width: int, sigma: float, radius: int, want_h: bool, want_p: bool, gate_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

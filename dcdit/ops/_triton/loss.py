@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import ratio_loss as kernels
-from dcdit.ops._triton._registration import KernelOp
+from dcdit.ops._triton.kernel_op import KernelOp
 
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import modulation
-from dcdit.ops._triton._registration import KernelOp, unit_stride
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from dcdit.kernels import select
-from dcdit.ops._triton._registration import KernelOp
-from dcdit.ops.selection import TokenSelection
+from dcdit.kernels import selection as kernels
+from dcdit.ops._triton.kernel_op import KernelOp
+from dcdit.ops.token_selection import TokenSelection
 
 
 def select_tokens(
@@ -19,7 +19,7 @@ def select_tokens(
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
-    indices, starts, lengths, mask, natural, slots, sizes, overflow = _select(
+    indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
         p.contiguous(), sequences, threshold, rho, per_image, budget, capacity
     )
     if budget is not None:
@@ -37,7 +37,7 @@ def select_tokens(
         max_seqlen=max_seqlen,
         mask=mask,
         natural_mask=natural,
-        slots=slots,
+        packed_rows=packed_rows,
         overflow=overflow,
         source_cu_seqlens=cu_seqlens,
         prob_floor=threshold if budget is None else 0.0,
@@ -56,10 +56,10 @@ def _select_fake(
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = capacity if capacity is not None else p.numel() if budget is None else images * budget
     mask, natural = (p.new_empty(p.shape, dtype=torch.bool) for _ in range(2))
-    starts, lengths, slots, sizes, overflow = (
+    starts, lengths, packed_rows, sizes, overflow = (
         p.new_empty(shape, dtype=torch.int32) for shape in ((images + 1,), (images,), p.shape, (2,), ())
     )
-    return p.new_empty(rows, dtype=torch.int64), starts, lengths, mask, natural, slots, sizes, overflow
+    return p.new_empty(rows, dtype=torch.int64), starts, lengths, mask, natural, packed_rows, sizes, overflow
 
 
-_select = KernelOp("select_tokens", select.select_fwd, _select_fake)
+_select = KernelOp("select_tokens", kernels.select_fwd, _select_fake)

@@ -1,0 +1,1 @@
+"""What the benchmarks share: sets of shapes, equality checks, counting, reports."""

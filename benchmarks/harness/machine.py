@@ -1,0 +1,32 @@
+"""The conditions that every result stands under."""
+
+import functools
+import platform
+from typing import Any
+
+import torch
+
+from benchmarks.harness import sets
+from dcdit.profiling.timing import copy_bandwidth
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """Device, threads, versions, dtype, and the copy bandwidth measured in this run."""
+    device = sets.device()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(sets.dtype()).removeprefix("torch."),
+        "set": sets.chosen_set(),
+        "copy_gbps": copy_bandwidth(device),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

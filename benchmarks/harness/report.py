@@ -1,0 +1,266 @@
+"""Raw results to a page: `python -m benchmarks.harness.report RAW.json [RAW.json ...] [--out benchmarks/results]`.
+
+Takes what `pytest benchmarks/ --benchmark-only --benchmark-json RAW.json` and `python -m benchmarks.bench_scaling`
+write, and makes <device>-<date>.md with its pictures. What was not measured is an empty cell.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import pictures
+from dcdit.nn import STAGES
+from dcdit.utils.tables import markdown_table
+
+Row = dict[str, Any]
+GROWTH_FROM, GROWTH_TO = "32", "256"
+LOW_ETA = 0.9
+"""Below it the page says where the time went."""
+
+
+def read(paths: Sequence[Path]) -> dict[str, Any]:
+    """The results of several files together.
+
+    Returns:
+        ``conditions`` of the first file, ``left_out``, ``day``, and the rows ``op``, ``model``, ``growth``.
+
+    Raises:
+        ValueError: a file that is not a result of these benchmarks, or results of two devices or dtypes.
+    """
+    found: dict[str, Any] = {"op": [], "model": [], "growth": [], "left_out": {}, "day": date.today().isoformat()}
+    for path in paths:
+        try:
+            raw = json.loads(path.read_text())
+            conditions = raw["dcdit"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path} holds no results; accepted: JSON of the benchmarks or the growth run") from None
+        first = found.setdefault("conditions", conditions)
+        for name in ("device", "dtype", "threads"):
+            if conditions[name] != first[name]:
+                raise ValueError(f"{path} has {name} {conditions[name]}; accepted: {first[name]}, as in {paths[0]}")
+        found["left_out"].update(conditions["left_out"])
+        found["day"] = raw.get("datetime", found["day"])[:10]
+        for benchmark in raw.get("benchmarks", []):
+            row = benchmark["extra_info"]
+            found[row["kind"]].append(row)
+        found["growth"] += raw.get("growth", [])
+    return found
+
+
+def write(found: dict[str, Any], folder: Path) -> Path:
+    """The page and its pictures."""
+    conditions = found["conditions"]
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", conditions["device"]).strip("-")
+    page = folder / f"{slug}-{found['day']}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [_head(found)]
+    if found["model"]:
+        parts.append(_models(_grouped(found["model"]), page))
+    if found["op"]:
+        parts.append(_ops(found["op"], conditions["copy_gbps"], page))
+    if found["growth"]:
+        parts.append(_growth(found["growth"], page))
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
+
+
+def _head(found: dict[str, Any]) -> str:
+    conditions = found["conditions"]
+    left_out = [f"- Left out: {name} ({reason})." for name, reason in found["left_out"].items()]
+    return "\n".join(
+        [
+            f"# Benchmarks on {conditions['device']}, {found['day']}",
+            "",
+            f"- {conditions['threads']} threads, torch {conditions['torch']}, {conditions['dtype']}, "
+            f"set {conditions['set']}. Copy bandwidth in this run: {conditions['copy_gbps']:.1f} GB/s.",
+            "- Every side computed the same before it was timed. Times are medians; an empty cell was not measured.",
+            *left_out,
+        ]
+    )
+
+
+def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['scale']}, {row['size']} px, batch {row['batch']}, {row['direction']}", []).append(row)
+    return groups
+
+
+def etas(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Conversion of every dynamic side against every static one of a group."""
+    statics = [row for row in rows if row["kept_share"] is None]
+    return {
+        row["side"]: {s["side"]: (s["ms"] / row["ms"]) / (s["gflops"] / row["gflops"]) for s in statics}
+        for row in rows
+        if row["kept_share"] is not None
+    }
+
+
+def _models(groups: dict[str, list[Row]], page: Path) -> str:
+    picture = page.with_name(f"{page.stem}-models.png")
+    pictures.plot_models(groups, picture)
+    parts = [
+        "## Models",
+        "eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic): 1 means that every saved FLOP became "
+        "time. A training step counts three forwards; the optimizer in it costs the same whatever is kept.",
+        f"![time against FLOPs]({picture.name})",
+    ]
+    for title, rows in groups.items():
+        conversion = etas(rows)
+        statics = [row["side"] for row in rows if row["kept_share"] is None]
+        head = ["side", "kept", "GFLOPs/image", "ms", "images/s", "peak MiB", *(f"eta vs {name}" for name in statics)]
+        stepping = any(row["optimizer_ms"] for row in rows)
+        head += ["optimizer ms"] * stepping
+        body = [
+            [
+                row["side"],
+                _number(row["kept_share"], ".1%"),
+                _number(row["gflops"], ".2f"),
+                _number(row["ms"], ".1f"),
+                _number(row["images_per_s"], ".2f"),
+                _mebibytes(row["peak_bytes"]),
+                *(_number(conversion.get(row["side"], {}).get(name), ".2f") for name in statics),
+                *([_number(row["optimizer_ms"], ".1f")] * stepping),
+            ]
+            for row in rows
+        ]
+        parts += [f"### {title}", markdown_table(head, body)]
+        staged = [row for row in rows if row["stage_ms"]]
+        if staged:
+            parts += ["Milliseconds by stage:", _stages(staged)]
+        reasons = [_reason(row, rows, conversion[row["side"]]) for row in rows if row["side"] in conversion]
+        if any(reasons):
+            parts += ["\n".join(f"- {reason}" for reason in reasons if reason)]
+    return "\n\n".join(parts)
+
+
+def _reason(row: Row, rows: Sequence[Row], conversion: dict[str, float]) -> str:
+    """Where the time of a side goes that converts badly; empty for one that does not."""
+    if not conversion or min(conversion.values()) >= LOW_ETA:
+        return ""
+    name = min(conversion, key=lambda static: conversion[static])
+    static = next(side for side in rows if side["side"] == name)
+    per_gflop = static["ms"] / static["gflops"]
+    excess = {
+        stage: ms - per_gflop * row["stage_gflops"].get(stage, 0.0)
+        for stage, ms in (row["stage_ms"] or {}).items()
+        if stage != "whole"
+    }
+    if row["optimizer_ms"]:
+        excess["optimizer"] = row["optimizer_ms"] - static["optimizer_ms"] * row["gflops"] / static["gflops"]
+    worst = sorted((stage for stage in excess if excess[stage] > 0), key=lambda stage: -excess[stage])[:3]
+    named = ", ".join(f"{stage} {excess[stage]:+.1f} ms" for stage in worst) or "no stage that was timed"
+    total = row["ms"] - per_gflop * row["gflops"]
+    return (
+        f"{row['side']} converts at {conversion[name]:.2f} against {name}: {total:.1f} ms above that model's time per "
+        f"FLOP. By stage: {named}."
+    )
+
+
+def _stages(rows: Sequence[Row]) -> str:
+    head = ["stage", *(row["side"] for row in rows)]
+    body = [[stage, *(_number(row["stage_ms"].get(stage), ".2f") for row in rows)] for stage in (*STAGES, "whole")]
+    covered = [sum(row["stage_ms"].get(stage, 0.0) for stage in STAGES) / row["stage_ms"]["whole"] for row in rows]
+    return markdown_table(head, [*body, ["stages / whole", *(f"{share:.1%}" for share in covered)]])
+
+
+def _ops(rows: Sequence[Row], copy_gbps: float, page: Path) -> str:
+    picture = page.with_name(f"{page.stem}-ops.png")
+    first = [row for row in rows if row["direction"] == "forward" and row["case"] == rows[0]["case"]]
+    pictures.plot_roofline(first, copy_gbps, picture)
+    parts = [
+        "## Operations",
+        "Bytes are the least possible: each input read once, each output written once. The share is of the copy "
+        "bandwidth; data that a cache holds can pass 100 %. Host: one call on tiny tensors.",
+        f"![share of the copy bandwidth]({picture.name})",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        here = [row for row in rows if row["case"] == case]
+        others = [side for side in dict.fromkeys(row["side"] for row in here) if side != "dcdit"]
+        parts += [f"### {case}, batch {here[0]['batch']}", _case(here, others)]
+    return "\n\n".join(parts)
+
+
+def _case(rows: Sequence[Row], others: Sequence[str]) -> str:
+    head = [
+        "operation", "dcdit ms", *(f"{side} ms" for side in others), *(f"vs {side}" for side in others),
+        "GB/s", "of copy", "GFLOP/s", "graph ms", "peak MiB", "plain peak MiB", "launches", "syncs", "host us",
+    ]  # fmt: skip
+    body = []
+    for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
+        sides = {row["side"]: row for row in rows if (row["op"], row["direction"]) == (op, direction)}
+        if "dcdit" not in sides:
+            continue
+        ours = sides["dcdit"]
+        body.append(
+            [
+                f"{op} {direction}",
+                _number(ours["ms"], ".3f"),
+                *(_number(sides.get(side, {}).get("ms"), ".3f") for side in others),
+                *(_number(sides[side]["ms"] / ours["ms"] if side in sides else None, ".1fx") for side in others),
+                _number(ours["gbps"], ".1f"),
+                _number(ours["copy_share"], ".0%"),
+                _number(ours["gflops_per_s"], ".1f"),
+                _number(ours["graph_ms"], ".3f"),
+                _mebibytes(ours["peak_bytes"]),
+                _mebibytes(sides.get("plain", {}).get("peak_bytes")),
+                _number(ours["launches"], "d"),
+                _number(ours["host_syncs"], "d"),
+                _number(ours["host_us"], ".0f"),
+            ]
+        )
+    return markdown_table(head, body)
+
+
+def _growth(rows: Sequence[Row], page: Path) -> str:
+    picture = page.with_name(f"{page.stem}-growth.png")
+    pictures.plot_growth(rows, picture)
+    grids = list(rows[0]["ns_per_position"])
+    head = ["operation", *(f"{side}x{side}" for side in grids), f"{GROWTH_TO} / {GROWTH_FROM}"]
+    body = []
+    for row in rows:
+        ns = row["ns_per_position"]
+        ratio = ns[GROWTH_TO] / ns[GROWTH_FROM] if {GROWTH_FROM, GROWTH_TO} <= ns.keys() else None
+        body.append([f"{row['op']} {row['direction']}", *(f"{ns[side]:.1f}" for side in grids), _number(ratio, ".2f")])
+    return "\n\n".join(
+        [
+            "## Growth with the grid",
+            f"Nanoseconds per position, width {rows[0]['width']}, {rows[0]['keep']:.0%} kept. Every grid has as many "
+            "images as make the same number of positions: a flat row is a cost linear in the positions of an image.",
+            f"![time per position]({picture.name})",
+            markdown_table(head, body),
+        ]
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:{spec.removesuffix('x')}}" + ("x" if spec.endswith("x") else "")
+
+
+def _mebibytes(value: float | None) -> str:
+    return _number(None if value is None else value / 2**20, ".1f")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("raw", nargs="+", type=Path, help="JSON of the benchmarks and of the growth run")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        page = write(read(args.raw), args.out)
+    except (ValueError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

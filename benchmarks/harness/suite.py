@@ -1,0 +1,77 @@
+"""All benchmarks in one command, the most important first: `python -m benchmarks.harness.suite [--gpu] [--minutes M]`.
+
+Each part is a process of its own and writes its results when it ends; the page is made anew after every part, so that
+what was measured is there whatever happens next. A part that has no time left skips its remaining cases by name.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.report import read, write
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = {
+    "models": (0.45, ["-m", "pytest", "-q", "benchmarks/bench_models.py", "--benchmark-only"]),
+    "ops": (0.35, ["-m", "pytest", "-q", "benchmarks/bench_ops.py", "--benchmark-only"]),
+    "growth": (0.2, ["-m", "benchmarks.bench_scaling", "--seconds", "0.3"]),
+}
+"""Share of the time, and command, of each part."""
+GRACE = 20.0
+"""Seconds from the last case's start that a part may take to finish and write."""
+
+
+def run_parts(minutes: float, raw: Path, results: Path) -> int:
+    """Run every part within a time, and write the page after each.
+
+    Returns:
+        The number of parts that failed.
+    """
+    end = time.monotonic() + 60 * minutes
+    raw.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    failed = 0
+    left = sum(share for share, _ in PARTS.values())
+    for name, (share, command) in PARTS.items():
+        seconds = (end - time.monotonic()) * share / left
+        left -= share
+        out = raw / f"{name}.json"
+        out.unlink(missing_ok=True)
+        target = [f"--benchmark-json={out}"] if "pytest" in command else [f"--out={out}"]
+        environment = {**os.environ, "DCDIT_BENCH_SECONDS": f"{max(1.0, seconds - GRACE):.0f}"}
+        print(f"bench: {name}, {seconds:.0f} s", flush=True)
+        try:
+            code = subprocess.run(
+                [sys.executable, *command, *target], cwd=ROOT, env=environment, timeout=max(1.0, seconds)
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 1
+            print(f"bench: {name} ran out of time", flush=True)
+        failed += code != 0
+        if out.is_file() and out.stat().st_size:
+            written.append(out)
+            print(f"bench: wrote {write(read(written), results)}", flush=True)
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="stop where there is no CUDA device")
+    parser.add_argument("--minutes", type=float, default=15.0, help="for everything (default: %(default)s)")
+    parser.add_argument("--raw", type=Path, default=ROOT / "out" / "bench", help="folder for raw JSON")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the page")
+    args = parser.parse_args(argv)
+    if args.gpu and not torch.cuda.is_available():
+        print("gpu-bench: no CUDA device is visible to PyTorch; nothing was run and nothing is claimed")
+        return 0
+    return 1 if run_parts(args.minutes, args.raw.resolve(), args.out) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

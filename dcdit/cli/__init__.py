@@ -1,0 +1,1 @@
+"""The ``dcdit`` command: ``main`` and one file for each subcommand."""

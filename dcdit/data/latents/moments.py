@@ -1,0 +1,102 @@
+"""Moments of an autoencoder's posterior, one ``.npy`` an image, in a folder or a zip: the layout of EDM2 and REPA."""
+
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.data.autoencoder import SD_VAE_SCALE
+from dcdit.data.latents.files import Files, FolderFiles, ZipFiles, read_npy
+from dcdit.data.latents.store import LatentStore, as_latent, checked, first_readable
+from dcdit.data.samples import DamagedFile
+
+INDEX = "dataset.json"
+FOLDER = "vae-sd"
+"""Where REPA puts it inside its data folder."""
+
+
+class Moments(LatentStore):
+    """``dataset.json``, ``{"labels": [["00000/img-mean-std-00000000.npy", 217], ...]}``, and float (2C, H, W) arrays.
+
+    The first C channels are means. The others are standard deviations, as NVlabs/edm2 and sihyun-yu/REPA write them, or
+    logarithms of variances, as diffusers gives them: those of the first image tell, since only logarithms are negative.
+    A latent is drawn anew for every sample: mean + std * noise, times 0.18215 as in REPA. (EDM2's own files look alike
+    but come from pixels in [0, 1]; its scale and bias are others.)
+
+    Without labels (null) every image is of class 0.
+
+    Args:
+        path: a folder or an uncompressed zip with ``dataset.json`` at its root.
+        skip_damaged: see :class:`dcdit.data.LatentDataset`.
+
+    Raises:
+        ValueError: ``dataset.json`` or the zip is unreadable or compressed. DamagedFile: no moments in the first file.
+    """
+
+    raw = True
+
+    def __init__(self, path: Path, skip_damaged: bool = False) -> None:
+        self.files, labels = _open(path)
+        self.labels = np.array(labels, np.int64)
+        first = first_readable(self._moments, len(labels), skip_damaged)
+        if len(first) % 2:
+            raise ValueError(f"{path} holds arrays of {len(first)} channels; accepted: means and as many spreads")
+        self.shape = (len(first) // 2, *first.shape[1:])
+        self.logarithmic = bool((first[self.shape[0] :] < 0).any())
+
+    def range(self) -> tuple[float, float]:
+        return 0.0, SD_VAE_SCALE
+
+    def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:
+        channels, height, width = self.shape
+        mean, spread = self._moments(item, (2 * channels, height, width)).split(channels)
+        if self.logarithmic:
+            # The bounds of diffusers' DiagonalGaussianDistribution.
+            spread = spread.clamp(-30, 20).mul(0.5).exp()
+        elif (spread < 0).any():
+            raise DamagedFile(f"{self.files.where(item)} holds negative standard deviations, others do not")
+        noise = torch.from_numpy(rng.standard_normal(self.shape, np.float32))
+        return checked(mean + spread * noise, self.files.where(item))
+
+    def _moments(self, item: int, shape: tuple[int, ...] | None = None) -> Tensor:
+        return as_latent(read_npy(self.files, item), self.files.where(item), shape)
+
+
+def find_moments(path: Path) -> Path | None:
+    """The folder or zip itself, or the ``vae-sd`` inside a folder of REPA."""
+    if path.suffix == ".zip":
+        return path
+    return next((folder for folder in (path, path / FOLDER) if (folder / INDEX).is_file()), None)
+
+
+def _open(path: Path) -> tuple[Files, list[int]]:
+    if path.is_dir():
+        present = (str(file.relative_to(path)) for file in path.rglob("*.npy"))
+        names, labels = _index(path, (path / INDEX).read_bytes(), present)
+        return FolderFiles(path, names), labels
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names, labels = _index(path, archive.read(INDEX), archive.namelist())
+            return ZipFiles(archive, path, names), labels
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no zip of moments: {' '.join(str(error).split())}") from None
+
+
+def _index(path: Path, data: bytes, present: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Names of the arrays, sorted, and the label of each."""
+    try:
+        given = json.loads(data)["labels"]
+        pairs = dict(given if given is not None else [(name, 0) for name in present if name.endswith(".npy")])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {INDEX} is not readable: {type(error).__name__} {error}") from None
+    for name, label in pairs.items():
+        if not isinstance(label, int) or label < 0 or not name.endswith(".npy"):
+            raise ValueError(f"{path}: {INDEX} lists {name!r} with label {label!r}; accepted: .npy, integers from 0")
+    if not pairs:
+        raise ValueError(f"{path} holds no moments")
+    names = sorted(pairs)
+    return names, [pairs[name] for name in names]

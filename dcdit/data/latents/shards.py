@@ -1,0 +1,138 @@
+"""Safetensors shards of latents: the layout of LightningDiT, and with a manifest that of ``dcdit extract``."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.data.latents import manifest as manifests
+from dcdit.data.latents.files import PerProcess
+from dcdit.data.latents.manifest import Manifest
+from dcdit.data.latents.store import LatentStore, Scale, checked
+from dcdit.data.samples import DamagedFile, skip_or_raise
+
+LATENTS, MIRRORED, LABELS = "latents", "latents_flip", "labels"
+STATISTICS = "latents_stats.pt"
+Slices = dict[str, Any]
+"""Of one open shard, by tensor."""
+
+
+class Shards(LatentStore):
+    """``*.safetensors`` with ``latents`` (N, C, H, W), ``labels`` (N,) and, all or none, ``latents_flip`` like latents.
+
+    Sizes are checked when the shards are opened, their contents by ``dcdit extract --verify``. A model sees what
+    ``manifest.json`` says; without one (hustvl/LightningDiT) (latent - mean) / std with the statistics (1, C, 1, 1) of
+    ``latents_stats.pt``.
+
+    Args:
+        path: the folder.
+        skip_damaged: leave out shards that are missing or damaged, with a warning.
+
+    Raises:
+        DamagedFile: a shard is missing or damaged. ValueError: no shard, or an unfinished extraction.
+    """
+
+    raw = True
+
+    def __init__(self, path: Path, skip_damaged: bool = False) -> None:
+        manifest = manifests.read(path)
+        if manifest is not None and manifest.done < manifest.images:
+            raise ValueError(
+                f"{path} holds {manifest.done} of {manifest.images} images; dcdit extract goes on where it stopped"
+            )
+        if manifest is None:
+            files = sorted(path.glob("*.safetensors"))
+        else:
+            files = _of_right_size(path, manifest, skip_damaged)
+            self.class_names = tuple(manifest.class_names)
+        self.files: list[Path] = []
+        labels: list[np.ndarray[Any, Any]] = []
+        for file in files:
+            try:
+                labels.append(self._check(file, first=not labels))
+                self.files.append(file)
+            except DamagedFile as error:
+                skip_or_raise(error, skip_damaged)
+        if not labels:
+            raise ValueError(f"{path} holds no shard of latents that can be read")
+        self.labels = np.concatenate(labels)
+        self.starts = np.cumsum([0, *(len(part) for part in labels[:-1])])
+        self._opened: PerProcess[dict[int, Slices]] = PerProcess(dict)
+        self.path, self.manifest = path, manifest
+
+    def range(self) -> tuple[Scale, Scale]:
+        if self.manifest is None:
+            return _statistics(self.path, self.shape[0])
+        return self.manifest.shift, self.manifest.scale
+
+    def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:
+        shard = int(np.searchsorted(self.starts, item, side="right")) - 1
+        opened = self._opened.get()
+        if shard not in opened:
+            opened[shard] = _open(self.files[shard])
+        row = item - int(self.starts[shard])
+        return checked(opened[shard][MIRRORED if mirrored else LATENTS][row].float(), f"{self.files[shard]}, row {row}")
+
+    def _check(self, file: Path, first: bool) -> np.ndarray[Any, Any]:
+        """The labels of a shard, if it is like the first."""
+        slices = _open(file)
+        if not {LATENTS, LABELS} <= slices.keys():
+            raise DamagedFile(f"{file} holds {', '.join(sorted(slices))}; accepted: {LATENTS} and {LABELS}")
+        count, *shape = slices[LATENTS].get_shape()
+        if first:
+            self.shape, self.mirrored = tuple(shape), MIRRORED in slices
+        labels = slices[LABELS][:].numpy()
+        expected = {LATENTS: [count, *self.shape], MIRRORED: [count, *self.shape], LABELS: [count]}
+        for name, accepted in expected.items():
+            found = slices[name].get_shape() if name in slices else None
+            if found != accepted and (name != MIRRORED or self.mirrored):
+                raise DamagedFile(f"{file}: {name} has the shape {found}; accepted: {accepted}")
+        if len(self.shape) != 3 or labels.dtype.kind not in "iu" or (labels < 0).any():
+            raise DamagedFile(f"{file} is not latents (N, C, H, W) with labels (N,) of at least 0")
+        return labels.astype(np.int64)
+
+
+def find_shards(path: Path) -> bool:
+    return (path / manifests.NAME).is_file() or next(path.glob("*.safetensors"), None) is not None
+
+
+def _of_right_size(path: Path, manifest: Manifest, skip_damaged: bool) -> list[Path]:
+    files = []
+    for number, shard in enumerate(manifest.shards, 1):
+        problem = manifests.size_problem(path, shard)
+        if problem is None:
+            files.append(path / shard.file)
+        else:
+            of = f"shard {number} of {len(manifest.shards)}, {shard.images} images"
+            skip_or_raise(DamagedFile(f"{problem} ({of})"), skip_damaged)
+    return files
+
+
+def _open(file: Path) -> Slices:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(file, framework="pt")
+        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise DamagedFile(f"cannot read {file}: {' '.join(str(error).split())}") from None
+
+
+def _statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / std), each (C, 1, 1)."""
+    file = path / STATISTICS
+    if not file.is_file():
+        raise ValueError(
+            f"{path} has neither {manifests.NAME} nor {STATISTICS}; accepted: one of them, or data.scale (1: as stored)"
+        )
+    try:
+        statistics = torch.load(file, map_location="cpu", weights_only=True)
+        mean, std = (statistics[name].float().reshape(channels, 1, 1) for name in ("mean", "std"))
+    except (OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} holds no mean and std of {channels} channels: {type(error).__name__}") from None
+    if not (std > 0).all():
+        raise ValueError(f"{file} holds the std {std.flatten().tolist()}; accepted: above 0")
+    return mean, 1 / std

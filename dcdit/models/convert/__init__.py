@@ -1,0 +1,5 @@
+"""Checkpoints of other code bases, read and written without loss."""
+
+from dcdit.models.convert.official import load_dit, load_official, to_dit, to_official
+
+__all__ = ["load_dit", "load_official", "to_dit", "to_official"]

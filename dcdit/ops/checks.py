@@ -1,0 +1,83 @@
+"""Argument checks shared by the public operations. Every message names the value and what is accepted."""
+
+import os
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dcdit.utils.text import shape_of
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """Every tensor must be floating point."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float32, bfloat16, float16, float64")
+
+
+def check_same(**tensors: Tensor | None) -> None:
+    """All given tensors must share one dtype and one device."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first_name, first), *others = given.items()
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}; they must be equal")
+    check_device(**given)
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """All given tensors must be on one device."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first_name, first), *others = given.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}; use one device")
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {expected} = {meaning}")
+
+
+def check_grid(grid: tuple[int, int], length: int) -> None:
+    """The grid (H, W) must cover the L positions of a row."""
+    if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:
+        raise ValueError(f"grid {tuple(grid)} does not multiply to L = {length}; accepted: (H, W) with H * W = L")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", exact: bool = True) -> None:
+    """int32 (B+1,), starts at 0, never descends, ends at ``total`` (at most ``total`` when not exact)."""
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; accepted: int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} has shape {shape_of(cu_seqlens)}; accepted: (B + 1,)")
+    if not value_checks_enabled(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} starts at {values[0]}; it must start at 0")
+    if any(b < a for a, b in pairwise(values)):
+        raise ValueError(f"{name} descends: {values[:8]}; it must not")
+    if values[-1] > total or (exact and values[-1] != total):
+        raise ValueError(f"{name} ends at {values[-1]}; it must end at {'' if exact else 'or below '}{total}")
+
+
+def check_count(name: str, value: int) -> None:
+    """A number of tokens: an int that is not a bool."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; accepted: an int")
+
+
+def check_no_nan(name: str, tensor: Tensor) -> None:
+    if value_checks_enabled(tensor) and bool(tensor.isnan().any()):
+        raise ValueError(f"{name} holds {int(tensor.isnan().sum())} NaN; accepted: probabilities in [0, 1]")
+
+
+def value_checks_enabled(tensor: torch.Tensor) -> bool:
+    """Checks that read tensor values cost a sync on a GPU: there they need ``DCDIT_CHECK=1``."""
+    if torch.compiler.is_compiling():
+        return False
+    return not tensor.is_cuda or os.environ.get("DCDIT_CHECK") == "1"

@@ -1,0 +1,164 @@
+"""Every file that holds a static DiT gives the same DiT, and everything else one line that says what is wrong."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.small import batch, small_dc_dit, small_dit, stir
+
+from dcdit import checkpoint
+from dcdit.checkpoint.pretrained import load_static_dit, read_objective
+from dcdit.models import to_dit
+
+WIDTH = {"grid": (8, 8), "hidden_size": 384, "num_heads": 6, "depth": 1}
+"""Of DiT-S, whose number of heads is known."""
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return small_dit(**WIDTH)
+
+
+def assert_same_model(loaded, dit):
+    assert loaded.config == dit.config and not loaded.training
+    inputs = batch(dit.config)
+    torch.testing.assert_close(loaded(*inputs), dit(*inputs), rtol=1e-5, atol=1e-5)
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.state_dict().values())
+
+
+def own_run(folder, dit, notes):
+    """A run folder whose averaged weights are the model's, and whose last weights are zero."""
+    optimizer = torch.optim.AdamW(dit.parameters())
+    last = small_dit(**WIDTH)
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in last.parameters())), last.parameters())
+    checkpoint.save_checkpoint(folder / "checkpoints/step_00000001", last, dit.state_dict(), optimizer, {}, notes)
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_of_facebookresearch(dit, tmp_path):
+    torch.save(to_dit(dit), tmp_path / "DiT.pt")
+    assert_same_model(load_static_dit(tmp_path / "DiT.pt"), dit)
+    assert_same_model(load_static_dit(str(tmp_path / "DiT.pt"), num_heads=6), dit)
+
+
+def test_training_checkpoint_of_facebookresearch(dit, tmp_path):
+    """As its train.py writes them: averaged weights beside the last ones, the optimiser, and an argparse namespace."""
+    last = {key: torch.zeros_like(value) for key, value in to_dit(dit).items()}
+    args = argparse.Namespace(model="DiT-S/2", image_size=256, ckpt_every=50_000)
+    torch.save({"model": last, "ema": to_dit(dit), "opt": {"state": {}}, "args": args}, tmp_path / "0050000.pt")
+    assert_same_model(load_static_dit(tmp_path / "0050000.pt"), dit)
+
+
+def test_safetensors_with_the_same_keys(dit, tmp_path):
+    save_file(to_dit(dit), tmp_path / "DiT.safetensors")
+    assert_same_model(load_static_dit(tmp_path / "DiT.safetensors"), dit)
+
+
+def test_half_precision_is_read_as_float32(dit, tmp_path):
+    half = {key: value.half() for key, value in to_dit(dit).items()}
+    save_file(half, tmp_path / "DiT.safetensors")
+    loaded = load_static_dit(tmp_path / "DiT.safetensors")
+    assert torch.equal(loaded.blocks[0].fc1.weight, dit.blocks[0].fc1.weight.half().float())
+
+
+def test_heads_of_other_widths(tmp_path):
+    narrow = small_dit(grid=(8, 8))
+    save_file(to_dit(narrow), tmp_path / "DiT.safetensors")
+    assert_same_model(load_static_dit(tmp_path / "DiT.safetensors", num_heads=4), narrow)
+    with pytest.raises(ValueError, match="has width 128, no published one, so num_heads has to be given"):
+        load_static_dit(tmp_path / "DiT.safetensors")
+
+
+def test_our_own_files(dit, tmp_path):
+    own_run(tmp_path / "run", dit, {"objective": "flow"})
+    folder = tmp_path / "run/checkpoints/step_00000001"
+    for path in (tmp_path / "run", folder, folder / "ema.safetensors"):
+        assert_same_model(load_static_dit(path), dit)
+        assert read_objective(path) == "flow"
+
+
+def diffusers_folder(path, dit, **options):
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=64,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    model.load_state_dict(to_dit(dit, "diffusers"))
+    model.save_pretrained(path, **options)
+
+
+def test_diffusers_transformer_and_pipeline(dit, tmp_path):
+    pytest.importorskip("diffusers")
+    diffusers_folder(tmp_path / "transformer", dit)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    for path in (tmp_path, tmp_path / "transformer"):
+        assert_same_model(load_static_dit(path), dit)
+        assert read_objective(path) is None
+
+
+def test_diffusers_in_shards(dit, tmp_path):
+    pytest.importorskip("diffusers")
+    diffusers_folder(tmp_path, dit, max_shard_size="4MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_same_model(load_static_dit(tmp_path), dit)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def refused(path, match, error=ValueError):
+    with pytest.raises(error, match=match) as found:
+        load_static_dit(path)
+    assert "\n" not in str(found.value)
+
+
+def test_files_that_need_unpickling(tmp_path, dit):
+    torch.save({"ema": to_dit(dit), "args": stir}, tmp_path / "code.pt")
+    refused(tmp_path / "code.pt", r"code\.pt does not load as plain tensors \(weights_only=True\)")
+
+
+def test_nothing_there(tmp_path):
+    refused(tmp_path / "DiT.pt", "no pretrained DiT", FileNotFoundError)
+    refused(tmp_path, "no checkpoint in", FileNotFoundError)
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "DiT.onnx").write_bytes(b"")
+    refused(tmp_path / "DiT.onnx", r"accepted: \.pt, \.pth, \.safetensors, or a folder")
+    (tmp_path / "DiT.safetensors").write_bytes(b"12345")
+    refused(tmp_path / "DiT.safetensors", "damaged or no safetensors file")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt", r"other\.pt: not a DiT state dict .*x_embedder\.proj\.weight is missing")
+
+
+def test_dynamic_models_are_no_source(tmp_path):
+    checkpoint.save_model(tmp_path / "model.safetensors", small_dc_dit())
+    refused(tmp_path / "model.safetensors", "holds a DCDiT; accepted: a static DiT")
+
+
+def test_diffusers_weights_without_their_configuration(tmp_path, dit):
+    save_file(to_dit(dit, "diffusers"), tmp_path / "weights.safetensors")
+    refused(tmp_path / "weights.safetensors", r"layout of diffusers; accepted: the folder with its config\.json")
+
+
+def test_diffusers_folders_of_something_else(tmp_path):
+    config = {"_class_name": "UNet2DModel", "sample_size": 8, "num_attention_heads": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, r"is of a 'UNet2DModel'; accepted: DiTTransformer2DModel")
+    config["_class_name"] = "DiTTransformer2DModel"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, "accepted: weights in safetensors, not pickled ones", FileNotFoundError)
+    for text in ("{", "[]", '{"_class_name": "DiTTransformer2DModel"}'):
+        (tmp_path / "config.json").write_text(text)
+        refused(tmp_path, "damaged or of something else: no '(_class_name|sample_size)' in it")

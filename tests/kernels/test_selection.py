@@ -1,0 +1,240 @@
+"""Selection kernels: every field equals the definition exactly, whatever the ties, the mode and the tile size."""
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.helpers import generator, random_cu_seqlens, random_probs
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.kernels import launch
+from dcdit.ops import TokenSelection
+from dcdit.ops._triton import selection
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PATTERNS = ["random", "ties", "extreme", "none", "all", "equal", "half", "signed"]
+
+
+def probs(*shape: int, pattern: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Those of ``random_probs``, and: all equal; 0.5 and its neighbours; a little outside [0, 1] with both zeros."""
+    rng = generator(seed)
+    if pattern == "equal":
+        return torch.full(shape, 0.75, dtype=dtype)
+    if pattern == "half":
+        half = torch.tensor(0.5, dtype=dtype)
+        below, above = (torch.nextafter(half, torch.tensor(end, dtype=dtype)) for end in (0.0, 1.0))
+        return torch.stack([below, half, above])[torch.randint(0, 3, shape, generator=rng)]
+    if pattern == "signed":
+        return torch.tensor([-0.25, -0.125, -0.0, 0.0, 1.0, 1.125])[torch.randint(0, 6, shape, generator=rng)].to(dtype)
+    return random_probs(*shape, pattern=pattern, keep=0.5, seed=seed).to(dtype)
+
+
+def tiles(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Another tile size: a small one makes every loop over tiles turn."""
+    monkeypatch.setattr(launch, "config_for", lambda *_: {"BLOCK": block, "num_warps": 1})
+
+
+def assert_same(actual: TokenSelection, expected: TokenSelection) -> None:
+    for name, got, wanted in zip(TokenSelection._fields, actual, expected, strict=True):
+        if isinstance(wanted, Tensor):
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
+            assert torch.equal(got.cpu(), wanted.cpu()), f"{name}: {got.tolist()}, expected {wanted.tolist()}"
+        else:
+            assert got == wanted, f"{name}: {got}, expected {wanted}"
+
+
+def check(p: Tensor, cu_seqlens: Tensor | None = None, **mode: Any) -> TokenSelection:
+    with ops.use_backend("reference"):
+        expected = ops.select_tokens(p, cu_seqlens, **mode)
+    with ops.use_backend("triton"):
+        actual = ops.select_tokens(p, cu_seqlens, **mode)
+    assert_same(actual, expected)
+    return actual
+
+
+def source(draw: st.DrawFn, shortest: int = 0) -> tuple[Tensor, Tensor | None, int]:
+    """p, cu_seqlens of a packed source, and the positions of the shortest image."""
+    pattern, dtype = draw(st.sampled_from(PATTERNS)), draw(st.sampled_from(DTYPES))
+    seed = draw(st.integers(0, 99))
+    if draw(st.booleans()):
+        images, length = draw(st.integers(0, 3)), draw(st.integers(1, 40))
+        return probs(images, length, pattern=pattern, dtype=dtype, seed=seed), None, length
+    lengths = draw(st.lists(st.integers(shortest, 20), max_size=5))
+    p = probs(sum(lengths), pattern=pattern, dtype=dtype, seed=seed)
+    return p, random_cu_seqlens(*lengths), min(lengths, default=0)
+
+
+@st.composite
+def cases(draw: st.DrawFn, mode: str) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    p, cu_seqlens, shortest = source(draw, shortest=1 if mode == "budget" else 0)
+    images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if mode == "budget":
+        return p, cu_seqlens, {"budget": draw(st.integers(1, max(shortest, 1)))} if images else {}
+    threshold = draw(st.sampled_from([0.5, 0.5, 0.3, 0.0, 0.75, 1.0]))
+    drops = st.floats(0, 1, exclude_max=True, width=32) | st.sampled_from([0.0, 0.3, 0.5])
+    if draw(st.booleans()):
+        drop: float | Tensor = draw(drops)
+    else:
+        drop = torch.tensor(draw(st.lists(drops, min_size=images, max_size=images)), dtype=torch.float32)
+    arguments = {"threshold": threshold, "drop_fraction": drop}
+    if mode == "capacity":
+        with ops.use_backend("reference"):
+            natural = ops.select_tokens(p, cu_seqlens, **arguments).indices.shape[0]
+        near = st.integers(natural - 3, natural + 1)
+        arguments["capacity"] = max(images, draw(near | st.integers(0, natural) | st.just(2 * p.numel() + 40)))
+    return p, cu_seqlens, arguments
+
+
+@pytest.mark.parametrize("mode", ["exact", "budget", "capacity"])
+@given(data=st.data())
+def test_matches_the_definition(
+    mode: str, data: st.DataObject, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles(monkeypatch, 16)
+    p, cu_seqlens, arguments = data.draw(cases(mode))
+    if isinstance(arguments.get("drop_fraction"), Tensor):
+        arguments["drop_fraction"] = arguments["drop_fraction"].to(device)
+    check(p.to(device), None if cu_seqlens is None else cu_seqlens.to(device), **arguments)
+
+
+@given(threshold=st.floats(0, 1, width=32), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@example(threshold=0.3, dtype=torch.float32, seed=0)
+@example(threshold=0.3, dtype=torch.bfloat16, seed=0)
+@example(threshold=0.7, dtype=torch.float16, seed=0)
+def test_any_threshold(threshold: float, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    """Also one that the dtype of p cannot hold, next to a p that is its rounding."""
+    p = torch.rand(2, 20, generator=generator(seed)).to(dtype)
+    p[0, 7] = threshold
+    sel = check(p.to(device), threshold=threshold)
+    assert bool(sel.natural_mask[0, 7]) == (float(p[0, 7]) > float(torch.tensor(threshold)))
+
+
+@pytest.mark.parametrize("pattern", ["random", "equal", "signed"])
+def test_every_budget(pattern: str, device: torch.device) -> None:
+    p = probs(2, 7, pattern=pattern).to(device)
+    for budget in range(1, 8):
+        assert check(p, budget=budget).lengths.tolist() == [budget, budget]
+
+
+@pytest.mark.parametrize("pattern", ["random", "equal"])
+def test_every_capacity(pattern: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles(monkeypatch, 4)
+    p = probs(2, 6, pattern=pattern).to(device)
+    for capacity in range(2, 13):
+        sel = check(p, capacity=capacity)
+        assert int(sel.cu_seqlens[-1]) <= capacity
+        assert int(sel.lengths.min()) >= 1
+
+
+@pytest.mark.parametrize("mode", [{"drop_fraction": 0.4}, {"budget": 1000}, {"capacity": 30_000}], ids=str)
+def test_long_image(mode: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if triton.knobs.runtime.interpret:
+        tiles(monkeypatch, 8192)
+    check(probs(1, 65_536, pattern="random").to(device), **mode)
+
+
+def test_more_images_than_a_tile(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles(monkeypatch, 4)
+    check(probs(11, 2, pattern="ties").to(device), capacity=14)
+
+
+@pytest.mark.parametrize("mode", [{}, {"capacity": 5}], ids=str)
+def test_no_images(mode: dict[str, Any], device: torch.device) -> None:
+    check(torch.empty(0, 7, device=device), **mode)
+    check(torch.empty(0, device=device), torch.zeros(1, dtype=torch.int32, device=device), **mode)
+    check(torch.empty(2, 0, device=device), **mode)
+
+
+def test_strided_source(device: torch.device) -> None:
+    wide = probs(3, 40, pattern="random").to(device)
+    check(wide[:, ::2])
+    check(wide.t()[:3])
+    check(wide[:, 5:], drop_fraction=torch.tensor([0.1, 0.2] * 3, device=device)[::2])
+
+
+def test_an_image_does_not_depend_on_the_others(device: torch.device) -> None:
+    p = probs(3, 30, pattern="random").to(device)
+    with ops.use_backend("triton"):
+        together = ops.select_tokens(p, drop_fraction=0.3)
+        alone = [ops.select_tokens(row[None], drop_fraction=0.3).mask for row in p]
+    assert torch.equal(together.mask, torch.cat(alone))
+
+
+def test_unchecked_fractions_end(device: torch.device) -> None:
+    """On a GPU a per-image fraction is not read back: outside [0, 1) it must neither hang nor empty an image."""
+    p = probs(4, 9, pattern="all").to(device)
+    fractions = torch.tensor([-1.0, 1.0, 7.0, float("nan")], device=device)
+    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None).lengths
+    assert lengths[:3].tolist() == [9, 1, 1]
+    assert 1 <= int(lengths[3]) <= 9
+
+
+@pytest.mark.parametrize("mode", [(0.2, None, None), (0.0, 3, None), (0.2, None, 12)], ids=str)
+def test_unchecked_nan_stays_in_bounds(mode: tuple[float, int | None, int | None], device: torch.device) -> None:
+    """NaN is not refused on a GPU: what comes back is some selection, consistent with itself."""
+    p = probs(3, 9, pattern="random").to(device)
+    p[0, 2:6], p[1] = float("nan"), float("nan")
+    p[2, 4] = -torch.tensor(float("nan"))
+    sel = selection.select_tokens(p, None, 0.5, *mode)
+    total = int(sel.cu_seqlens[-1])
+    assert torch.equal(sel.mask.sum(1).to(torch.int32), sel.lengths)
+    assert torch.equal(sel.indices[:total], sel.mask.flatten().nonzero().flatten())
+    assert sel.indices[total:].eq(-1).all()
+    assert torch.equal(
+        sel.packed_rows.flatten()[sel.indices[:total]], torch.arange(total, dtype=torch.int32, device=device)
+    )
+
+
+def test_float64_is_refused() -> None:
+    with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
+        ops.select_tokens(torch.rand(2, 4, dtype=torch.float64))
+
+
+SAMPLES = [
+    (0.0, None, None, None),
+    (0.2, None, None, 14),
+    (0.0, torch.tensor([0.1, 0.6]), None, None),
+    (0.0, None, 3, None),
+]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=["exact", "capacity", "per-image", "budget"])
+def test_registration(sample: tuple[Any, ...], device: torch.device) -> None:
+    rho, fractions, budget, capacity = sample
+    cu_seqlens = random_cu_seqlens(5, 7).to(device)
+    fractions = None if fractions is None else fractions.to(device)
+    p = probs(12, pattern="random").to(device)
+    torch.library.opcheck(selection._select.op._opoverload, (p, cu_seqlens, 0.5, rho, fractions, budget, capacity))
+
+
+@pytest.mark.parametrize("mode", [{"capacity": 14, "drop_fraction": 0.2}, {"budget": 4}, {}], ids=str)
+def test_fullgraph(mode: dict[str, Any], device: torch.device) -> None:
+    """The exact mode is in the graph too where the one size it reads may be captured."""
+
+    def route(p: Tensor) -> TokenSelection:
+        with ops.use_backend("triton"):
+            return ops.select_tokens(p, **mode)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_scalar_outputs=not mode):
+        for seed in range(2):
+            p = probs(2, 12, pattern="random", seed=seed).to(device)
+            assert_same(compiled(p), route(p))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+@pytest.mark.parametrize("mode", [{"capacity": 14, "drop_fraction": 0.2}, {"budget": 4}], ids=str)
+def test_no_sync(mode: dict[str, Any], device: torch.device) -> None:
+    p = probs(2, 12, pattern="random").to(device)
+    with ops.use_backend("triton"):
+        ops.select_tokens(p, **mode)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ops.select_tokens(p, **mode)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

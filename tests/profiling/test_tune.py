@@ -1,0 +1,78 @@
+"""The tuner on a clock of our own: it climbs to what is fastest and refuses what computes something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcdit.profiling import tune
+from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload
+
+SHAPE = Shape(2, (4, 5), 16, 0.5, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_runs_forward_and_backward(name: str) -> None:
+    workload = create_workload(name, SHAPE)
+    results = workload.run()
+    assert len(results) > len(workload.differentiable)
+    for value in results:
+        assert not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def test_climb_finds_the_fastest_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcdit.kernels import launch
+
+    def milliseconds(name: str, shape: Shape, seconds: float) -> float:
+        config = launch.config_for("gather", shape.device, D=shape.width)
+        return abs(config["ROWS"] - 16) + abs(config["num_warps"] - 1) + 1.0
+
+    monkeypatch.setattr(tune, "_time", milliseconds)
+    table = tune.tune(["gather_tokens"], [SHAPE], 0.0)
+    best = {entry["shape"]["D"]: entry["config"] for entry in table["gather"]}[16]
+    assert (best["ROWS"], best["num_warps"]) == (16, 1)
+
+
+def test_climb_refuses_a_configuration_with_other_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_time", lambda *_: 1.0 / (1 + len(asked)))
+    asked: list[int] = []
+
+    def same(*_: object) -> bool:
+        asked.append(1)
+        return False
+
+    monkeypatch.setattr(tune, "_same", same)
+    start = {"ROWS": 4, "num_warps": 4}
+    assert tune._climb("gather_tokens", SHAPE, "gather", start, 0.0) == start
+    assert asked
+
+
+def test_a_first_call_never_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("tuned by itself"))
+    create_workload("gather_tokens", SHAPE).forward()
+
+
+def test_nearest_shape_wins() -> None:
+    from dcdit.kernels.launch import CONFIG_FOLDER, config_for
+
+    entries = json.loads((CONFIG_FOLDER / "default.json").read_text())["modulation_fwd"]
+    by_width = {entry["shape"]["D"]: entry["config"] for entry in entries}
+    assert config_for("modulation_fwd", torch.device("cpu"), D=400) == by_width[384]
+    assert config_for("modulation_fwd", torch.device("cpu"), D=1152) == by_width[1024]
+
+
+def test_shipped_tables_are_well_formed() -> None:
+    from dcdit.kernels.launch import CONFIG_FOLDER
+
+    for path in Path(CONFIG_FOLDER).glob("*.json"):
+        for kernel, entries in json.loads(path.read_text()).items():
+            assert entries, (path, kernel)
+            for entry in entries:
+                assert set(entry) == {"shape", "config"}, (path, kernel)
+                assert all(isinstance(v, int) and v > 0 for v in (*entry["shape"].values(), *entry["config"].values()))
+
+
+def test_unknown_workload_is_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown workload 'sort'.*gather_tokens"):
+        create_workload("sort", SHAPE)

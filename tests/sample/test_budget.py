@@ -1,0 +1,63 @@
+"""Choosing a drop fraction from measured costs."""
+
+import pytest
+import torch
+from support.small import small_dc_dit
+
+from dcdit.diffusion import sample
+from dcdit.sample.budget import CostTable, Guidance, measure_costs
+from dcdit.sample.model_calls import ModelCalls, call_times, tflops_per_image
+
+
+def table(*costs):
+    return CostTable("seconds", "here", [0.0, 0.3, 0.6, 0.9][: len(costs)], list(costs))
+
+
+@pytest.mark.parametrize(
+    ("target", "rho", "expected"),
+    [(10, 0, 10), (9, 0.15, 9), (8, 0.3, 8), (5, 0.75, 5), (4, 0.9, 4), (11, 0, 10), (float("inf"), 0, 10)],
+)
+def test_choice_is_the_inverse_of_the_table(target, rho, expected):
+    assert table(10, 8, 6, 4).choose(target) == pytest.approx((rho, expected))
+
+
+def test_a_cost_that_rises_is_noise():
+    """Dropping more cannot cost more: 0.6 counts as 5 like 0.3, and the target is met without going there."""
+    noisy = table(10, 5, 6, 4)
+    rho, expected = noisy.choose(7.5)
+    assert (rho, expected) == pytest.approx((0.15, 7.5))
+    assert 0.6 <= noisy.choose(4.5)[0] <= 0.9
+
+
+@pytest.mark.parametrize("target", [3.9, 0, -1, float("nan")])
+def test_out_of_reach(target):
+    message = r"seconds per image; reachable: 4 \(drop fraction 0.9\) to 10 \(drop fraction 0\)"
+    with pytest.raises(ValueError, match=message):
+        table(10, 8, 6, 4).choose(target)
+
+
+def test_call_times_are_the_samplers():
+    seen = []
+
+    def model(x, t, y):
+        seen.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    for method, calls in (("ddpm", 5), ("euler", 5), ("heun", 10)):
+        seen.clear()
+        sample(model, torch.tensor([0]), 5, method, shape=(2, 3, 3), progress=False)
+        assert call_times(method, 5) == seen and len(seen) == calls
+
+
+@pytest.mark.parametrize("interval", [None, (0.25, 0.7), (0.2, 0.2)])
+def test_a_pilot_of_the_same_length_counts_what_the_run_takes(interval):
+    """With all steps in the pilot nothing is interpolated over time, whatever the guidance leaves out."""
+    model, labels = small_dc_dit(grid=(8, 8)), torch.tensor([1, 2])
+    guidance = Guidance(2.0, interval, null_drop_fraction=0.5)
+    tflops, seconds = measure_costs(model, labels, 8, "ddim", guidance, progress=False)
+    for rho, cost in zip(tflops.drop_fractions, tflops.costs, strict=True):
+        calls = ModelCalls(model, 2)
+        options = {"cfg_scale": 2.0, "cfg_interval": interval, "progress": False}
+        sample(calls, labels, 8, "ddim", drop_fraction=(rho, 0.5), **options)
+        assert tflops_per_image(calls.records()) == pytest.approx(cost, rel=1e-9)
+    assert all(cost > 0 for cost in seconds.costs)

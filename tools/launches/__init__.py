@@ -1,0 +1,1 @@
+"""What each kernel family starts, for the ahead-of-time check."""

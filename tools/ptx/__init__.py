@@ -1,0 +1,1 @@
+"""A machine that runs compiled kernels (PTX) on a CPU."""
