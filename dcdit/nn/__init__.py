@@ -10,6 +10,11 @@ from dcdit.nn.modulation import Modulation, StackedModulation
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
 from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
 from dcdit.nn.stages import STAGES, collect_stages, stage
+from dcdit.utils.deprecation import renamed_attributes
+
+__getattr__ = renamed_attributes(
+    __name__, {"DiTBlock": "PackedDiTBlock", "FinalLayer": "PackedFinalLayer", "Sequences": "VarlenMeta"}
+)
 
 __all__ = [
     "ROUTERS",

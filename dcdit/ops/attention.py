@@ -9,6 +9,7 @@ from dcdit.ops import checks, reference
 from dcdit.ops.attention_kernels import NAMES, attention_backends, choose, run
 from dcdit.ops.attention_sdpa import known, sdpa_varlen
 from dcdit.ops.backend import backend_name
+from dcdit.utils.deprecation import warn_renamed
 from dcdit.utils.text import shape_of
 
 __all__ = ["attention_backends", "varlen_attention"]
@@ -23,6 +24,7 @@ def varlen_attention(
     causal: bool = False,
     backend: str = "auto",
     padding: bool = False,
+    slack: bool | None = None,
 ) -> Tensor:
     """``softmax(q k^T / sqrt(d_h)) v`` inside each sequence, never across sequences.
 
@@ -43,6 +45,7 @@ def varlen_attention(
         backend: one of the names above.
         padding: rows past ``cu_seqlens[-1]`` are padding: they come back zero, get zero gradients, and whatever they
             hold (NaN too) reaches nothing. On the GPU kernels this costs a masked copy of q, k, v and the result.
+        slack: the former name of ``padding``.
 
     Returns:
         (T, heads, d_h) in q's dtype. Differentiable in q, k and v. The backward of the flash kernels is only repeatable
@@ -52,6 +55,9 @@ def varlen_attention(
         ValueError, TypeError: shapes, dtypes or devices do not fit; max_seqlen below the longest sequence (on a GPU
             only with ``DCDIT_CHECK=1``); an unknown backend, or one that cannot run here.
     """
+    if slack is not None:
+        warn_renamed("slack=", "padding=")
+        padding = slack
     _check(q, k, v, cu_seqlens, max_seqlen, backend, padding)
     if known(q.shape[0] == 0) or cu_seqlens.shape[0] == 1:
         # No sequence: zeros that stay in the autograd graph without reading the rows.

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dcdit.utils.deprecation import warn_renamed
+
 
 class TokenSelection(NamedTuple):
     """The kept tokens of a batch, packed image after image in raster order.
@@ -33,3 +35,9 @@ class TokenSelection(NamedTuple):
     """(B+1,) int32 for a packed source, None for a grid batch."""
     prob_floor: float
     """Lower bound on the p of a kept token that has company (0 for a fixed budget)."""
+
+    @property
+    def slots(self) -> Tensor:
+        """The former name of ``packed_rows``."""
+        warn_renamed("TokenSelection.slots", "TokenSelection.packed_rows")
+        return self.packed_rows
