@@ -80,6 +80,15 @@ def _table(device_name: str) -> dict[str, list[dict[str, Any]]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def shipped_configs() -> dict[str, list[dict[str, Any]]]:
+    """Every configuration that comes with the package, the defaults and those of tuned devices, by kernel name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in CONFIG_FOLDER.glob("*.json"):
+        for kernel, entries in _table(path.stem).items():
+            found.setdefault(kernel, []).extend(entries)
+    return found
+
+
 @functools.cache
 def device_slug(device: torch.device) -> str:
     """File name under which a device's tuned configurations are kept."""

@@ -222,7 +222,7 @@ def test_growth_reaches_the_page(tmp_path: Path) -> None:
     ]  # fmt: skip
     page = report.write(report.read([out]), tmp_path)
     assert "| ratio_loss forward " in page.read_text()
-    assert page.with_name(f"{page.stem}-bench_scaling.png").is_file()
+    assert page.with_name(f"{page.stem}-growth.png").is_file()
 
 
 def test_growth_refuses_an_empty_grid() -> None:

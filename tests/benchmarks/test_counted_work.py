@@ -47,14 +47,14 @@ def test_an_added_pass_and_an_added_read_show(monkeypatch: pytest.MonkeyPatch) -
     from dcdit.ops._triton import packing
 
     before = CASES["gather_tokens, forward"]()
-    launcher = packing.pack.gather_fwd
+    launcher = packing.kernels.gather_fwd
 
     def wasteful(*args: torch.Tensor) -> torch.Tensor:
         out = launcher(*args).clone()
         _ = out.sum().item()
         return out
 
-    monkeypatch.setattr(packing.pack, "gather_fwd", wasteful)
+    monkeypatch.setattr(packing.kernels, "gather_fwd", wasteful)
     after = CASES["gather_tokens, forward"]()
     assert after["reads"] == before["reads"] + 1
     assert after["operators"] > before["operators"]
