@@ -14,7 +14,7 @@ from dcdit.cli.main import main
 from dcdit.data import LatentDataset
 from dcdit.data.autoencoder import create_decoder
 from dcdit.data.folder import read_centre
-from dcdit.data.latents.encode import extract, verify
+from dcdit.data.latents.encode import encode_images, verify_shards
 
 SIZE = 16
 PER_CLASS = (4, 3)
@@ -50,7 +50,7 @@ def vae(tmp_path_factory):
 def extracted(images, vae, tmp_path_factory):
     """Seven images in shards of three."""
     out = tmp_path_factory.mktemp("latents") / "out"
-    return out, extract(images, vae, out, size=SIZE, batch_size=2, shard_size=3)
+    return out, encode_images(images, vae, out, size=SIZE, batch_size=2, shard_size=3)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_lightningdit_can_read_it(copied):
 
 
 def test_bf16_stores_half_precision(extracted, images, vae, tmp_path):
-    extract(images, vae, tmp_path, size=SIZE, precision="bf16")
+    encode_images(images, vae, tmp_path, size=SIZE, precision="bf16")
     with safe_open(tmp_path / "latents_shard00000.safetensors", framework="pt") as opened:
         assert opened.get_tensor("latents").dtype == torch.float16
     half, full = (LatentDataset(path, held_out=0, flip=False, scale=1.0) for path in (tmp_path, extracted[0]))
@@ -155,15 +155,15 @@ def test_stopped_and_continued_is_the_same_bit_for_bit(extracted, images, vae, t
     (broken / "cats" / "1.png").write_bytes(good[:100])
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"cannot read image '.*cats/1\.png'"):
-        extract(broken, vae, out, size=SIZE, batch_size=2, shard_size=3)
+        encode_images(broken, vae, out, size=SIZE, batch_size=2, shard_size=3)
     (done,) = out.glob("*.safetensors")
     written = done.stat().st_mtime_ns
     with pytest.raises(ValueError, match="out holds 3 of 7 images; dcdit extract goes on where it stopped"):
         LatentDataset(out)
-    assert verify(out) == ["4 images are not done yet"]
+    assert verify_shards(out) == ["4 images are not done yet"]
 
     (broken / "cats" / "1.png").write_bytes(good)
-    extract(broken, vae, out, size=SIZE, batch_size=2, shard_size=3, workers=1)
+    encode_images(broken, vae, out, size=SIZE, batch_size=2, shard_size=3, workers=1)
     assert done.stat().st_mtime_ns == written
     assert contents(out) == contents(extracted[0])
 
@@ -171,7 +171,7 @@ def test_stopped_and_continued_is_the_same_bit_for_bit(extracted, images, vae, t
 def test_only_what_is_missing_is_made_anew(extracted, images, vae, copied):
     (copied / "latents_shard00001.safetensors").unlink()
     others = {file: file.stat().st_mtime_ns for file in copied.glob("*.safetensors")}
-    extract(images, vae, copied, size=SIZE, batch_size=2, shard_size=3)
+    encode_images(images, vae, copied, size=SIZE, batch_size=2, shard_size=3)
     assert contents(copied) == contents(extracted[0])
     assert all(file.stat().st_mtime_ns == written for file, written in others.items())
 
@@ -181,7 +181,7 @@ def test_only_what_is_missing_is_made_anew(extracted, images, vae, copied):
 )
 def test_another_recipe_is_refused(images, vae, copied, option, name):
     with pytest.raises(ValueError, match=f"copy holds latents with another {name} .*choose another --out"):
-        extract(images, vae, copied, **{"size": SIZE, "batch_size": 2, "shard_size": 3, **option})
+        encode_images(images, vae, copied, **{"size": SIZE, "batch_size": 2, "shard_size": 3, **option})
 
 
 def test_other_weights_and_other_images_are_refused(images, vae, copied, tmp_path):
@@ -191,27 +191,27 @@ def test_other_weights_and_other_images_are_refused(images, vae, copied, tmp_pat
     torch.nn.init.ones_(autoencoder.quant_conv.bias)
     autoencoder.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="another vae_weights"):
-        extract(images, tmp_path / "vae", copied, size=SIZE, shard_size=3)
+        encode_images(images, tmp_path / "vae", copied, size=SIZE, shard_size=3)
     renamed = shutil.copytree(images, tmp_path / "renamed")
     (renamed / "cats" / "2.png").rename(renamed / "cats" / "9.png")
     with pytest.raises(ValueError, match="another image_list"):
-        extract(renamed, vae, copied, size=SIZE, shard_size=3)
+        encode_images(renamed, vae, copied, size=SIZE, shard_size=3)
 
 
 def test_foreign_shards_are_left_alone(images, vae, copied):
     (copied / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"is not of dcdit extract .*choose another --out"):
-        extract(images, vae, copied, size=SIZE)
+        encode_images(images, vae, copied, size=SIZE)
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_is_found_by_verify(copied):
-    assert verify(copied) == []
+    assert verify_shards(copied) == []
     flip_last_bit(copied / "latents_shard00001.safetensors")
     LatentDataset(copied)
-    (problem,) = verify(copied)
+    (problem,) = verify_shards(copied)
     assert problem.endswith("latents_shard00001.safetensors has another SHA-256 than the manifest says")
 
 
@@ -224,7 +224,7 @@ def test_a_shard_of_another_size_is_found_at_once(copied, damage):
     with pytest.warns(UserWarning, match=r"skipped: .*latents_shard00000\.safetensors .*shard 1 of 3, 3 images"):
         data = LatentDataset(copied, held_out=0, skip_damaged=True)
     assert [label for _, label in sorted((data.split.item(n), data[n][1]) for n in range(4))] == [0, 1, 1, 1]
-    assert len(verify(copied)) == 1
+    assert len(verify_shards(copied)) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[]"])
