@@ -23,7 +23,7 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 class PerProcess(Generic[T]):
     """An object, such as an open file, that every process makes for itself on first use.
 
-    Forked processes and workers would otherwise share one file position.
+    Processes never share it: a forked process or a worker makes its own.
 
     Args:
         make: makes the object. Pickling stores ``make``, not the object.
@@ -43,7 +43,7 @@ class PerProcess(Generic[T]):
 
 
 class Names:
-    """Many names in one array. Loading processes share it; of a list, each would copy the pages that it reads."""
+    """Many names in one array, which loading processes share. They would copy a list of text, page by page."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
