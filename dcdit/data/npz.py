@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.data.latents.store import LatentStore, as_latent
 from dcdit.data.samples import Samples, Split, sample_rng, to_sample
 
 Array = np.ndarray[Any, Any]
@@ -18,8 +17,8 @@ ARRAYS = ("images", "latents", "labels")
 class NpzDataset(Samples):
     """An ``.npz`` with ``labels`` (N,) integer, and ``images`` (N, H, W, 3) uint8 or ``latents`` (N, C, H, W) float.
 
-    An archive is held in memory; a folder of ``labels.npy`` and ``images.npy`` or ``latents.npy`` stays on disk and is
-    mapped. Latents come as they are stored, in float32; only images are mirrored.
+    An archive is held in memory. A folder of ``labels.npy`` and ``images.npy`` or ``latents.npy`` stays on disk and is
+    mapped. Latents are returned as stored, in float32; only images are mirrored.
 
     Args:
         path: the archive or the folder, without pickled objects.
@@ -33,49 +32,33 @@ class NpzDataset(Samples):
     def __init__(
         self, path: str | Path, split: str = "train", held_out: float = 0.1, flip: bool = True, seed: int = 0
     ) -> None:
-        arrays = _load(Path(path))
-        self.latent = "latents" in arrays
-        self.values = arrays["latents"] if self.latent else arrays["images"]
+        arrays = read_arrays(Path(path))
+        check_arrays(Path(path), arrays)
+        self.holds_latents = "latents" in arrays
+        self.values = arrays["latents" if self.holds_latents else "images"]
         self.labels = arrays["labels"]
-        _check(path, self.values, self.labels, self.latent)
         n, *rest = self.values.shape
-        self.shape = tuple(rest) if self.latent else (rest[2], rest[0], rest[1])
+        self.shape = tuple(rest) if self.holds_latents else (rest[2], rest[0], rest[1])
         self.class_names = tuple(str(label) for label in range(int(self.labels.max()) + 1))
         self.split = Split(split, n, held_out, seed, path)
-        self.flip = flip and split == "train" and not self.latent
+        self.flip = flip and split == "train" and not self.holds_latents
         self.seed = seed
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
         item = self.split.item(n)
         value, label = self.values[item], int(self.labels[item])
-        if self.latent:
+        if self.holds_latents:
             return torch.from_numpy(value.astype(np.float32)), label
         if self.flip and sample_rng(self.seed, n).integers(2):
             value = value[:, ::-1]
         return to_sample(value), label
 
 
-class ArrayLatents(LatentStore):
-    """The latents of :class:`NpzDataset` for :class:`dcdit.data.LatentDataset`. Errors as there."""
+def read_arrays(path: Path) -> dict[str, Array]:
+    """``labels``, and ``images`` or ``latents``, of an archive or a folder, whatever their shapes.
 
-    def __init__(self, path: Path) -> None:
-        arrays = _load(path)
-        if "latents" not in arrays:
-            raise ValueError(f"{path} holds images; accepted: latents and labels (images: data.kind=npz)")
-        _check(path, arrays["latents"], arrays["labels"], latent=True)
-        self.path, self.values = path, arrays["latents"]
-        self.labels = np.asarray(arrays["labels"], np.int64)
-        self.shape = self.values.shape[1:]
-
-    def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:
-        return as_latent(self.values[item], f"{self.path}, latent {item}", self.shape)
-
-
-def has_latents(path: Path) -> bool:
-    return path.suffix == ".npz" or (path / "latents.npy").is_file()
-
-
-def _load(path: Path) -> dict[str, Array]:
+    Errors as in :class:`NpzDataset`.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no dataset {str(path)!r}")
     try:
@@ -93,10 +76,13 @@ def _load(path: Path) -> dict[str, Array]:
     return arrays
 
 
-def _check(path: str | Path, values: Array, labels: Array, latent: bool) -> None:
-    if latent and (values.ndim != 4 or values.dtype.kind != "f"):
+def check_arrays(path: Path, arrays: dict[str, Array]) -> None:
+    """ValueError for arrays of :func:`read_arrays` that have another shape or type."""
+    name = "latents" if "latents" in arrays else "images"
+    values, labels = arrays[name], arrays["labels"]
+    if name == "latents" and (values.ndim != 4 or values.dtype.kind != "f"):
         raise ValueError(f"{path}: latents are {values.dtype} {values.shape}; accepted: float (N, C, H, W)")
-    if not latent and (values.ndim != 4 or values.shape[3] != 3 or values.dtype != np.uint8):
+    if name == "images" and (values.ndim != 4 or values.shape[3] != 3 or values.dtype != np.uint8):
         raise ValueError(f"{path}: images are {values.dtype} {values.shape}; accepted: uint8 (N, H, W, 3)")
     if labels.shape != values.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
         raise ValueError(

@@ -21,14 +21,14 @@ FILES = {
 class Photographs(Samples):
     """One class per photograph; sample n is a random crop of a random one.
 
-    Each photograph is cut in two along its longer side before anything else: the strip at its end is held out, and no
-    training crop reaches into it. A handful of photographs shows that the mechanism works, not that it generalises.
+    Each photograph is cut in two along its longer side. The strip at its end is held out, and no training crop reaches
+    into it. So few photographs show that the mechanism works, not that it generalises.
 
     Args:
         size: pixels per side of a crop.
-        downscale: each part is shrunk by this whole factor first, so that small crops show content.
+        downscale: whole factor by which each part is shrunk first, so that small crops show content.
         split: ``"train"`` or ``"held_out"``.
-        held_out: share of the longer side that is held out; at least one crop wide, and none at 0.
+        held_out: fraction of the longer side that is held out. The strip is at least one crop wide; 0 holds out none.
         flip: mirror training crops at random.
         seed: sample n is a pure function of (seed, n); held-out samples do not depend on it.
 
@@ -52,7 +52,7 @@ class Photographs(Samples):
             raise ValueError(f"size is {size} and downscale {downscale}; accepted: whole numbers of at least 1")
         if not 0 <= held_out < 1 or (held_out == 0 and split == "held_out"):
             raise ValueError(
-                f"held_out is {held_out} for split {split!r}; accepted: a share in (0, 1), or 0 to train on all"
+                f"held_out is {held_out} for split {split!r}; accepted: a fraction in (0, 1), or 0 to train on all"
             )
         self.shape = (3, size, size)
         self.class_names = tuple(FILES)
@@ -73,7 +73,15 @@ class Photographs(Samples):
 
 
 def split_box(width: int, height: int, crop: int, split: str, held_out: float) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a split's part of a photograph; ``crop`` is the side of a crop in its pixels."""
+    """(left, top, right, bottom) of the part of a photograph that belongs to a split.
+
+    Args:
+        crop: side of a crop, in pixels of the photograph.
+        held_out: as in :class:`Photographs`.
+
+    Raises:
+        ValueError: the part is too small for a crop.
+    """
     longer = max(width, height)
     strip = max(round(longer * held_out), crop) if held_out else 0
     lo, hi = (0, longer - strip) if split == "train" else (longer - strip, longer)
@@ -96,7 +104,7 @@ def _part(name: str, size: int, downscale: int, split: str, held_out: float) -> 
             box = split_box(width, height, size * downscale, split, held_out)
         except ValueError as error:
             raise ValueError(f"photograph {name!r}: {error} (size {size}, downscale {downscale})") from None
-        # Cropped before it is shrunk, so that the filter mixes no held-out pixel into a training one.
+        # Crop first, then shrink: otherwise the filter would mix held-out pixels into training pixels.
         return np.asarray(photograph.convert("RGB").crop(box).reduce(downscale))
 
 

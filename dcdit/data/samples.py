@@ -1,4 +1,4 @@
-"""What every dataset shares: sample n of a run is a pure function of (seed, n), so a resumed run sees the same data."""
+"""What every dataset shares. Sample n is a pure function of (seed, n), so a resumed run sees the same data."""
 
 import warnings
 from collections.abc import Mapping
@@ -14,18 +14,18 @@ SPLITS = ("train", "held_out")
 
 
 class DamagedFile(ValueError):
-    """A file of a dataset that is missing or not what it should be; the message names it."""
+    """A file of a dataset that is missing or not what it should be. The message names it."""
 
 
 def skip_or_raise(error: DamagedFile, skip: bool) -> None:
-    """Warn that something is left out of a dataset if that was asked for (``data.skip_damaged``), else raise it."""
+    """Warn that something is left out if ``skip`` (``data.skip_damaged``), else raise the error."""
     if not skip:
         raise error
     warnings.warn(f"skipped: {error}", stacklevel=3)
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """An endless stream of samples; see :mod:`dcdit.data`."""
+    """A sequence of samples without an end; see :mod:`dcdit.data`."""
 
     shape: tuple[int, int, int]
     """(C, H, W) of every sample."""
@@ -35,11 +35,12 @@ class Samples(Dataset[tuple[Tensor, int]]):
     """What a checkpoint keeps of the data: ``latent_range`` undoes the scaling of latents when samples are decoded."""
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        """Sample n >= 0: float32 (C, H, W) in [-1, 1] (latents as stored), and its label."""
+        """Sample n >= 0: float32 (C, H, W), an image in [-1, 1] or a latent, and its label."""
         raise NotImplementedError
 
 
 def check_split(split: str) -> None:
+    """ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
 
@@ -55,9 +56,17 @@ def to_sample(pixels: np.ndarray[Any, Any]) -> Tensor:
 
 
 class Split:
-    """Which of ``count`` stored items sample n shows: a fresh shuffle per epoch, over the items of one split.
+    """Which of ``count`` stored items each sample shows.
 
-    The items held out are the same for every seed. The held-out split is walked in order, without a shuffle.
+    The training split is shuffled anew every epoch. The held-out split is walked in order, and holds the same items for
+    every seed.
+
+    Args:
+        held_out: fraction of the items in the held-out split.
+        source: where the items are, for error messages.
+
+    Raises:
+        ValueError: an unknown split, or one without items.
     """
 
     def __init__(self, split: str, count: int, held_out: float, seed: int, source: str | Path) -> None:
@@ -75,6 +84,7 @@ class Split:
         return len(self.items)
 
     def item(self, n: int) -> int:
+        """Number of the stored item that sample n shows."""
         epoch, position = divmod(n, len(self.items))
         if not self.shuffle:
             return int(self.items[position])
@@ -85,18 +95,19 @@ class Split:
 
 
 class StoredSamples(Samples):
-    """Samples read from disk one by one. A damaged one stops the run, or gives its place to the next if that is asked.
+    """Samples read from disk one by one.
 
-    Even then sample n is a pure function of (seed, n) and of what is damaged.
+    A damaged item stops the run. With ``skip_damaged`` the next item that can be read takes its place; sample n is then
+    a pure function of (seed, n) and of what is damaged.
     """
 
     split: Split
     skip_damaged: bool
-    """Pass over damaged items, with a warning that names each and counts those this process has met."""
+    """Skip damaged items, with a warning that names each and counts those that this process has met."""
     _damaged: frozenset[int] = frozenset()
 
     def load(self, item: int, n: int) -> tuple[Tensor, int]:
-        """Stored item ``item`` as sample n shows it. DamagedFile where it cannot be read."""
+        """Stored item ``item`` as sample n shows it. DamagedFile if it cannot be read."""
         raise NotImplementedError
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:

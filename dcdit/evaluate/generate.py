@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.checkpoint import EMA, MODEL, Model, find_checkpoint
+from dcdit.checkpoint import Model, model_file
 from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
@@ -125,9 +125,7 @@ def generate(
 
 def weights_hash(checkpoint: str | Path, ema: bool) -> str:
     """Of the file that :func:`dcdit.checkpoint.load_model` reads."""
-    path = Path(checkpoint)
-    file = find_checkpoint(path) / (EMA if ema else MODEL) if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(model_file(checkpoint, ema).read_bytes()).hexdigest()
 
 
 def _draw(

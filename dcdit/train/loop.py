@@ -330,7 +330,7 @@ def _accelerator(config: TrainConfig) -> Any:
 def _whole(saved: ckpt.Checkpoint, key: str) -> int:
     value = saved.trainer.get(key)
     if not isinstance(value, int):
-        raise ValueError(f"{saved.path}/{ckpt.TRAINER} has the {key} {value!r}; accepted: a whole number")
+        raise ValueError(f"{saved.path}/{ckpt.TRAINER_FILE} has the {key} {value!r}; accepted: a whole number")
     return value
 
 

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, whenever the process is killed.
+"""Files and folders that appear complete or not at all, whenever the process is killed.
 
-What is not in place yet, or not any more, stands beside its place under ``.<name>.<process>.<what>``: ``new`` is being
-written, ``old`` is complete and waits for its replacement, ``gone`` is being deleted. A kill leaves them behind.
-Readers ignore them, except an ``old`` whose name is free (:func:`stood_aside`).
+Until a step is complete, a file or folder has a temporary name beside its final one, ``.<name>.<process>.<stage>``.
+``new`` is still being written; ``old`` is complete and is being replaced; ``gone`` is being deleted. A killed process
+leaves them. Readers ignore them, except an ``old`` whose final name is free (:func:`interrupted_replacements`).
 """
 
 import os
@@ -11,16 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+STAGES = ("new", "old", "gone")
+
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file or folder beside ``path``, force it to disk, and only then give it the name."""
+    """Write a file or folder under a temporary name, force it to disk, and only then rename it to ``path``.
+
+    Args:
+        path: its final name; an older file or folder of that name is replaced.
+        write: called with the temporary name; makes the file or folder there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(path, "new"), _beside(path, "old")
+    new, old = _temporary(path, "new"), _temporary(path, "old")
     try:
         write(new)
         _sync(new)
         if path.is_dir():
-            # A folder cannot be replaced in one step: the old one steps aside first.
+            # A folder cannot be replaced in one step, so the old one is renamed first.
             path.rename(old)
         new.replace(path)
         _sync(path.parent)
@@ -33,35 +40,35 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, if there is one; a folder loses its name before it loses its files."""
+    """Delete a file or folder, if there is one. A folder is renamed before its files are deleted."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    gone = path if path.suffix == ".gone" else _beside(path, "gone")
+    gone = path if path.suffix == ".gone" else _temporary(path, "gone")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
-def stood_aside(folder: Path) -> dict[str, Path]:
-    """What was being replaced in ``folder`` when a process was killed, by the name it had, which nothing has now."""
+def interrupted_replacements(folder: Path) -> dict[str, Path]:
+    """What a killed process was replacing in ``folder``: the old version by its final name, where that name is free."""
     found = {path.name[1:].rsplit(".", 2)[0]: path for path in folder.glob(".*.[0-9]*.old")}
     return {name: path for name, path in found.items() if not (folder / name).exists()}
 
 
 def recover(folder: Path) -> None:
-    """Tidy up after a killed process, while no other one writes in ``folder``.
+    """Clean up after a killed process. No other process may write in ``folder`` meanwhile.
 
-    What stood aside gets its name back; everything unfinished goes.
+    Old versions whose replacement was interrupted get their names back. All else that is unfinished is deleted.
     """
-    for name, path in stood_aside(folder).items():
+    for name, path in interrupted_replacements(folder).items():
         path.rename(folder / name)
-    for what in ("new", "old", "gone"):
-        for path in folder.glob(f".*.[0-9]*.{what}"):
+    for stage in STAGES:
+        for path in folder.glob(f".*.[0-9]*.{stage}"):
             remove(path)
 
 
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}.{what}")
+def _temporary(path: Path, stage: str) -> Path:
+    return path.with_name(f".{path.name.removeprefix('.')}.{os.getpid()}.{stage}")
 
 
 def _sync(path: Path) -> None:

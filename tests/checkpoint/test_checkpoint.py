@@ -74,7 +74,7 @@ def test_dtype_is_kept(tmp_path):
 
 def test_configuration_is_in_the_metadata(saved):
     folder, model, *_ = saved
-    for file in (ckpt.MODEL, ckpt.EMA):
+    for file in (ckpt.MODEL_FILE, ckpt.EMA_FILE):
         with safe_open(folder / file, framework="pt") as opened:
             metadata = opened.metadata()
         assert metadata["architecture"] == "DCDiT"
@@ -111,7 +111,7 @@ def test_load_model_takes_run_folder_or_file(saved):
     assert_same(ckpt.load_model(run).state_dict(), ema)
     assert_same(ckpt.load_model(folder).state_dict(), ema)
     assert_same(ckpt.load_model(folder, ema=False).state_dict(), model.state_dict())
-    assert_same(ckpt.load_model(folder / ckpt.MODEL).state_dict(), model.state_dict())
+    assert_same(ckpt.load_model(folder / ckpt.MODEL_FILE).state_dict(), model.state_dict())
 
 
 def test_newest_is_found_and_old_ones_go(saved):
@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("dcdit.checkpoint.model._optimizer_tensors", full)
+    monkeypatch.setattr("dcdit.checkpoint.run._optimizer_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -209,7 +209,7 @@ def test_nothing_there(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000])
 def test_truncated(saved, keep):
-    file = saved[0] / ckpt.EMA
+    file = saved[0] / ckpt.EMA_FILE
     file.write_bytes(file.read_bytes()[:keep])
     with one_line(ValueError, r"ema\.safetensors is damaged or no safetensors file"):
         ckpt.load_model(saved[0])
@@ -249,19 +249,19 @@ def rewrite(path, architecture=None, config=None, change=lambda state: state):
     ],
 )
 def test_another_architecture(saved, changes, message):
-    rewrite(saved[0] / ckpt.EMA, **changes)
+    rewrite(saved[0] / ckpt.EMA_FILE, **changes)
     with one_line(ValueError, rf"ema\.safetensors.*{message}"):
         ckpt.load_model(saved[0])
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])
 def test_damaged_trainer(saved, text):
-    (saved[0] / ckpt.TRAINER).write_text(text)
+    (saved[0] / ckpt.TRAINER_FILE).write_text(text)
     with one_line(ValueError, r"trainer\.json is damaged"):
         ckpt.load_checkpoint(saved[0])
 
 
-@pytest.mark.parametrize("file", [ckpt.MODEL, ckpt.OPTIMIZER, ckpt.TRAINER])
+@pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.OPTIMIZER_FILE, ckpt.TRAINER_FILE])
 def test_the_checkpoint_before_a_damaged_one_is_named(saved, file):
     folder, model, ema, optimizer = saved
     newest = ckpt.save_checkpoint(folder.with_name("step_00000010"), model, ema, optimizer, {"step": 10})
@@ -271,7 +271,7 @@ def test_the_checkpoint_before_a_damaged_one_is_named(saved, file):
     ckpt.load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("file", [ckpt.EMA, ckpt.OPTIMIZER, ckpt.TRAINER])
+@pytest.mark.parametrize("file", [ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE, ckpt.TRAINER_FILE])
 def test_incomplete_checkpoint(saved, file):
     (saved[0] / file).unlink()
     with one_line(FileNotFoundError, f"no file .*{file}"):

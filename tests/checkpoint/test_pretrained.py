@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from support.small import batch, small_dc_dit, small_dit, stir
 
 from dcdit import checkpoint
-from dcdit.checkpoint.pretrained import load_static_dit, read_objective
+from dcdit.checkpoint import load_static_dit, read_objective
 from dcdit.models import to_dit
 
 WIDTH = {"grid": (8, 8), "hidden_size": 384, "num_heads": 6, "depth": 1}
@@ -148,7 +148,7 @@ def test_dynamic_models_are_no_source(tmp_path):
 
 def test_diffusers_weights_without_their_configuration(tmp_path, dit):
     save_file(to_dit(dit, "diffusers"), tmp_path / "weights.safetensors")
-    refused(tmp_path / "weights.safetensors", r"layout of diffusers; accepted: the folder with its config\.json")
+    refused(tmp_path / "weights.safetensors", r"key format of diffusers; accepted: the folder with its config\.json")
 
 
 def test_diffusers_folders_of_something_else(tmp_path):

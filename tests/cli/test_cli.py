@@ -294,7 +294,7 @@ def test_resume_of_nothing(fails, tmp_path):
 
 def test_resume_of_a_truncated_checkpoint(fails, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    file = ckpt.find_checkpoint(tmp_path / "run") / ckpt.OPTIMIZER
+    file = ckpt.find_checkpoint(tmp_path / "run") / ckpt.OPTIMIZER_FILE
     file.write_bytes(file.read_bytes()[:-10])
     fails(f"train --resume {tmp_path / 'run'} --steps 5", match="optimizer.safetensors is damaged")
 

@@ -1,4 +1,4 @@
-"""Latents on disk: every layout gives what was stored, at random, in any process; what is damaged is named."""
+"""Latents on disk: every file format gives what was stored, at random, in any process; what is damaged is named."""
 
 import json
 import pickle
@@ -74,7 +74,7 @@ def write_arrays(path, latents):
     np.save(path / "labels.npy", LABELS)
 
 
-LAYOUTS = {
+FILE_FORMATS = {
     "pairs": write_pairs,
     "moments": write_moments,
     "repa": lambda path, latents: write_moments(path / "vae-sd", latents),
@@ -85,10 +85,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=FILE_FORMATS)
 def stored(request, tmp_path, latents):
     path = tmp_path / {"zip": "vae-sd.zip", "npz": "a.npz"}.get(request.param, request.param)
-    LAYOUTS[request.param](path, latents)
+    FILE_FORMATS[request.param](path, latents)
     return path
 
 
@@ -97,7 +97,7 @@ def everything(data):
     return {data.split.item(n): data[n] for n in range(len(data.split))}
 
 
-# --- every layout -------------------------------------------------------------------------------------------------
+# --- every file format --------------------------------------------------------------------------------------------
 
 
 def test_every_latent_comes_as_stored_with_its_label(stored, latents):
@@ -326,10 +326,10 @@ def test_nothing_left(tmp_path, latents):
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_unknown_layouts(tmp_path):
+def test_unknown_file_formats(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no latents at .*nowhere"):
         LatentDataset(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no latents in a known layout; accepted: \*\.safetensors"):
+    with pytest.raises(ValueError, match=r"holds no latents in a known file format; accepted: \*\.safetensors"):
         LatentDataset(tmp_path)
     (tmp_path / "imagenet256_features").mkdir()
     (tmp_path / "imagenet256_labels").mkdir()

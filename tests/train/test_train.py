@@ -291,7 +291,7 @@ def test_resume_past_a_damaged_checkpoint(config):
     expected = before.rename(before.with_name("undamaged"))
     run = expected.parents[1]
     ckpt.checkpoint_path(run, 4).mkdir()
-    (ckpt.checkpoint_path(run, 4) / ckpt.MODEL).write_bytes((expected / ckpt.MODEL).read_bytes()[:-1])
+    (ckpt.checkpoint_path(run, 4) / ckpt.MODEL_FILE).write_bytes((expected / ckpt.MODEL_FILE).read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match=r"step_00000004.*: --resume \S*/step_00000003$") as error:
         train(settings, resume=run)
     result = train(settings, resume=str(error.value).split()[-1])

@@ -1,15 +1,15 @@
-"""Latents that an autoencoder made, in the layouts that people have; :func:`open_latents` tells them apart."""
+"""Latents that an autoencoder made, in the file formats that people have; :func:`open_latents` recognises them."""
 
 import json
 from pathlib import Path
 
 from torch import Tensor
 
-from dcdit.data.latents.moments import Moments, find_moments
-from dcdit.data.latents.pairs import FeaturePairs, find_pairs
-from dcdit.data.latents.shards import Shards, find_shards
-from dcdit.data.latents.store import LatentStore
-from dcdit.data.npz import ArrayLatents, has_latents
+from dcdit.data.latents.arrays import ArrayStore, holds_arrays
+from dcdit.data.latents.moments import MomentStore, find_moments
+from dcdit.data.latents.pairs import PairStore, find_pairs
+from dcdit.data.latents.shards import ShardStore, holds_shards
+from dcdit.data.latents.store import LatentStore, PerChannel
 from dcdit.data.samples import Split, StoredSamples, sample_rng
 
 ACCEPTED = (
@@ -19,24 +19,25 @@ ACCEPTED = (
 
 
 class LatentDataset(StoredSamples):
-    """Latents from disk, read one by one; the layout is recognised by what is at ``path``.
+    """Latents from disk, read one by one. What is at ``path`` says the file format:
 
-    :class:`~.shards.Shards` of ``dcdit extract`` and LightningDiT, :class:`~.moments.Moments` of EDM2 and REPA,
-    :class:`~.pairs.FeaturePairs` of fast-DiT and the official DC-DiT, :class:`~.npz.ArrayLatents`. Each says what a
+    :class:`~.shards.ShardStore` of ``dcdit extract`` and LightningDiT, :class:`~.moments.MomentStore` of EDM2 and REPA,
+    :class:`~.pairs.PairStore` of fast-DiT and the official DC-DiT, or :class:`~.arrays.ArrayStore`. Each defines what a
     model sees of what is stored.
 
     Args:
         path: folder or file.
         split: ``"train"`` or ``"held_out"``.
-        held_out: share of the latents in the held-out split.
-        flip: show the latent of the mirrored image at random while training, where the layout stores it. (A mirrored
+        held_out: fraction of the latents in the held-out split.
+        flip: show the latent of the mirrored image at random while training, if the format stores it. (A mirrored
             latent is not the latent of the mirrored image.)
         seed: sample n is a pure function of (seed, n); held-out samples do not depend on it.
         scale: a model sees stored latents times this instead; 1 takes them as they are stored.
         skip_damaged: leave out what is missing or cannot be read, with a warning, instead of stopping.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: nothing of the above, or it is damaged; the file is named.
+        FileNotFoundError: nothing there.
+        ValueError: none of these formats, or a damaged file, which is named.
     """
 
     def __init__(
@@ -51,14 +52,12 @@ class LatentDataset(StoredSamples):
     ) -> None:
         self.store = open_latents(Path(path), skip_damaged)
         self.shape = self.store.shape
-        self.shift, self.scale = self.store.range() if scale is None else (0.0, scale)
-        if self.store.raw:
-            ends = (self.shift, self.scale)
-            lists = [end.flatten().tolist() if isinstance(end, Tensor) else [end] for end in ends]
-            self.notes = {"latent_range": json.dumps(lists)}
+        self.shift, self.scale = self.store.shift_and_scale() if scale is None else (0.0, scale)
+        if self.store.unscaled:
+            self.notes = {"latent_range": json.dumps([_as_list(self.shift), _as_list(self.scale)])}
         self.class_names = self.store.class_names or tuple(map(str, range(int(self.store.labels.max()) + 1)))
         self.split = Split(split, len(self.store.labels), held_out, seed, path)
-        self.flip = flip and split == "train" and self.store.mirrored
+        self.flip = flip and split == "train" and self.store.has_mirrored
         self.seed = seed if split == "train" else 0
         self.skip_damaged = skip_damaged
 
@@ -70,17 +69,21 @@ class LatentDataset(StoredSamples):
 
 
 def open_latents(path: Path, skip_damaged: bool = False) -> LatentStore:
-    """The latents at a path, whatever their layout. Arguments and errors as in :class:`LatentDataset`."""
+    """The latents at a path, in any of the file formats. Arguments and errors as in :class:`LatentDataset`."""
     if not path.exists():
         raise FileNotFoundError(f"no latents at {str(path)!r}")
     moments = find_moments(path)
     if moments is not None:
-        return Moments(moments, skip_damaged)
-    if find_shards(path):
-        return Shards(path, skip_damaged)
+        return MomentStore(moments, skip_damaged)
+    if holds_shards(path):
+        return ShardStore(path, skip_damaged)
     pairs = find_pairs(path)
     if pairs is not None:
-        return FeaturePairs(*pairs, skip_damaged)
-    if has_latents(path):
-        return ArrayLatents(path)
-    raise ValueError(f"{path} holds no latents in a known layout; accepted: {ACCEPTED}")
+        return PairStore(*pairs, skip_damaged)
+    if holds_arrays(path):
+        return ArrayStore(path)
+    raise ValueError(f"{path} holds no latents in a known file format; accepted: {ACCEPTED}")
+
+
+def _as_list(value: PerChannel) -> list[float]:
+    return value.flatten().tolist() if isinstance(value, Tensor) else [value]

@@ -1,10 +1,9 @@
-"""A folder of images into shards of latents, for training here and with LightningDiT."""
+"""From a folder of images to shards of latents, for training here and with LightningDiT."""
 
 import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dcdit.data.autoencoder import latent_range, load_autoencoder
+from dcdit.data.autoencoder import load_autoencoder, shift_and_scale
 from dcdit.data.folder import image_files, read_centre
-from dcdit.data.latents import manifest as manifests
-from dcdit.data.latents.manifest import Manifest, ShardEntry
+from dcdit.data.latents.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ShardEntry,
+    content_problem,
+    read_manifest,
+    sha256,
+    size_problem,
+    write_manifest,
+)
 from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
 from dcdit.data.samples import sample_rng, to_sample
 from dcdit.utils.files import atomically
 
-WEIGHTS = "diffusion_pytorch_model*"
-STORED = {"fp32": torch.float32, "bf16": torch.float16}
-"""What is stored: float16 is finer than bf16 arithmetic at the size of latents."""
+VAE_WEIGHTS = "diffusion_pytorch_model*"
+STORED_DTYPE = {"fp32": torch.float32, "bf16": torch.float16}
+"""Of the latents on disk, by precision of the arithmetic. At the size of latents, float16 is finer than bfloat16."""
 
 
-def extract(
+def encode_images(
     images: str | Path,
     vae: str | Path,
     out: str | Path,
@@ -37,11 +44,11 @@ def extract(
     device: str = "auto",
     precision: str = "fp32",
 ) -> Manifest:
-    """Encode every image, and every image mirrored, into ``out``; shards that are there already are not done again.
+    """Encode every image and its mirror image into shards in ``out``. Shards that are already there are kept.
 
     Images are cropped as in :func:`dcdit.data.folder.read_centre`. A latent is drawn once from the autoencoder's
-    posterior, with noise that is a pure function of (seed, image number), and stored in the autoencoder's own range.
-    Each file appears whole or not at all.
+    posterior, with noise that is a pure function of (seed, image number), and stored unscaled. Each file appears
+    complete or not at all.
 
     Args:
         images: folder of images, as for :class:`dcdit.data.ImageFolder`.
@@ -49,13 +56,14 @@ def extract(
         out: folder for the shards.
         size: pixels per side.
         batch_size: images per forward pass.
-        shard_size: images per file.
+        shard_size: images per shard.
         workers: processes that read images; 0 reads in this one.
-        device: "auto" or "cpu". precision: "fp32", or "bf16", which stores float16.
+        device: "auto" or "cpu".
+        precision: "fp32", or "bf16", which stores float16.
 
     Raises:
-        FileNotFoundError, ValueError: no images, an unreadable one (named), no autoencoder, a size it cannot halve, or
-            ``out`` holds something else.
+        FileNotFoundError, ValueError: no images, an unreadable one (named), no autoencoder, a size that is no multiple
+            of its stride, or ``out`` holds something else.
     """
     for name, value in {"batch_size": batch_size, "shard_size": shard_size, "size": size}.items():
         if value < 1:
@@ -64,55 +72,57 @@ def extract(
     files, labels, class_names = image_files(Path(images))
     gpu = device == "auto" and torch.cuda.is_available()
     encoder = _Encoder(vae, torch.device("cuda" if gpu else "cpu"), size, seed, precision)
-    listing = "".join(f"{label} {file.relative_to(images)}\n" for file, label in zip(files, labels, strict=True))
+    image_list = "".join(f"{label} {file.relative_to(images)}\n" for file, label in zip(files, labels, strict=True))
     recipe = {
         "size": size,
         "seed": seed,
         "precision": precision,
         "shard_size": shard_size,
-        "image_list": hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest(),
+        "image_list": hashlib.sha256(image_list.encode(errors="surrogateescape")).hexdigest(),
         **encoder.identity(vae),
     }
-    (shift,), (scale,) = latent_range(encoder.autoencoder)
-    plan = Manifest(len(files), encoder.shape, shift, scale, list(class_names), recipe)
-    finished = _finished(out, plan)
-    plan.shards = list(finished.values())
+    (shift,), (scale,) = shift_and_scale(encoder.autoencoder)
+    manifest = Manifest(len(files), encoder.shape, shift, scale, list(class_names), recipe)
+    finished = _finished_shards(out, manifest)
+    manifest.shards = list(finished.values())
     with _progress(len(files)) as bar:
         for number, first in enumerate(range(0, len(files), shard_size)):
-            name = f"latents_shard{number:05d}.safetensors"
-            members = range(first, min(first + shard_size, len(files)))
-            if name in finished:
-                bar.update(len(members))
-            else:
-                batches = _pixels([files[image] for image in members], size, batch_size, workers)
-                finished[name] = _write_shard(out / name, encoder, batches, members, labels, bar)
-                plan.shards = [finished[done] for done in sorted(finished)]
-                manifests.write(out, plan)
-    _write_statistics(out / STATISTICS, plan)
-    return plan
+            path = out / f"latents_shard{number:05d}.safetensors"
+            members = slice(first, first + shard_size)
+            if path.name in finished:
+                bar.update(len(files[members]))
+                continue
+            pixels = DataLoader(_Images(files[members], size), batch_size, num_workers=workers)
+            latents, mirrored = _encode(encoder, pixels, first, bar)
+            finished[path.name] = _write_shard(path, latents, mirrored, labels[members])
+            manifest.shards = [finished[name] for name in sorted(finished)]
+            write_manifest(out, manifest)
+    _write_statistics(out / STATISTICS, manifest)
+    return manifest
 
 
-def verify(folder: str | Path) -> list[str]:
-    """Everything wrong with the shards of a folder, every byte of them read. Empty where all is as the manifest says.
+def verify_shards(folder: str | Path) -> list[str]:
+    """Everything that is wrong with the shards of a folder, judged by every byte of them. Empty if nothing.
 
     Raises:
         ValueError: there is no readable manifest.
     """
     folder = Path(folder)
-    manifest = manifests.read(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"no {manifests.NAME} in {str(folder)!r}; only what dcdit extract wrote can be verified")
+        raise ValueError(f"no {MANIFEST_FILE} in {str(folder)!r}; only what dcdit extract wrote can be verified")
     with _progress(sum(shard.bytes for shard in manifest.shards), unit="B") as bar:
-        problems = [manifests.content_problem(folder, shard, bar.update) for shard in manifest.shards]
+        found = [content_problem(folder, shard, bar.update) for shard in manifest.shards]
+    problems = [problem for problem in found if problem is not None]
     missing = manifest.images - manifest.done
-    return [p for p in problems if p is not None] + ([f"{missing} images are not done yet"] if missing else [])
+    return [*problems, f"{missing} images are not done yet"] if missing else problems
 
 
-# --- parts ----------------------------------------------------------------------------------------------------------
+# --- from pixels to latents ---------------------------------------------------------------------------------------
 
 
 class _Encoder:
-    """Images to latents, each drawn with noise of its own."""
+    """From pixels to latents; each latent is drawn with its own noise."""
 
     def __init__(self, vae: str | Path, device: torch.device, size: int, seed: int, precision: str) -> None:
         self.autoencoder = load_autoencoder(vae, device)
@@ -124,28 +134,29 @@ class _Encoder:
         self.shape = [config.latent_channels, size // stride, size // stride]
 
     def identity(self, vae: str | Path) -> dict[str, Any]:
-        """Configuration and weights, as the manifest keeps them."""
+        """Configuration and checksums of the weights, as the manifest stores them."""
         config = {name: value for name, value in self.autoencoder.config.items() if not name.startswith("_")}
-        weights = {file.name: manifests.sha256(file) for file in sorted(Path(vae).glob(WEIGHTS))}
+        weights = {file.name: sha256(file) for file in sorted(Path(vae).glob(VAE_WEIGHTS))}
         return json.loads(json.dumps({"vae": config, "vae_weights": weights}))
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Latents of float32 (B, 3, size, size) in [-1, 1], and of its mirror image; ``first`` numbers the first."""
-        noise = torch.stack(
-            [
-                torch.from_numpy(sample_rng(self.seed, first + i).standard_normal((2, *self.shape), "float32"))
-                for i in range(len(pixels))
-            ],
-            dim=1,
-        ).to(self.device)  # [2, B, C, h, w]
+        """The latents of a batch of images and of their mirror images, each (B, C, h, w).
+
+        Args:
+            pixels: float32 (B, 3, size, size) in [-1, 1].
+            first: number of the first image.
+        """
+        shape = (2, *self.shape)
+        draws = [sample_rng(self.seed, first + i).standard_normal(shape, "float32") for i in range(len(pixels))]
+        noise = torch.stack([torch.from_numpy(draw) for draw in draws], dim=1).to(self.device)  # [2, B, C, h, w]
         pixels = pixels.to(self.device)
         return self._draw(pixels, noise[0]), self._draw(pixels.flip(-1), noise[1])
 
     def _draw(self, pixels: Tensor, noise: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             posterior = self.autoencoder.encode(pixels).latent_dist
-        return (posterior.mean.float() + posterior.std.float() * noise).to(STORED[self.precision]).cpu()
+        return (posterior.mean.float() + posterior.std.float() * noise).to(STORED_DTYPE[self.precision]).cpu()
 
 
 class _Images(Dataset[Tensor]):
@@ -159,19 +170,33 @@ class _Images(Dataset[Tensor]):
         return to_sample(read_centre(self.files[index], self.size))
 
 
-def _pixels(files: list[Path], size: int, batch_size: int, workers: int) -> Iterator[Tensor]:
-    yield from DataLoader(_Images(files, size), batch_size, num_workers=workers)
+def _encode(encoder: _Encoder, batches: DataLoader[Tensor], first: int, bar: Any) -> tuple[Tensor, Tensor]:
+    """The latents of all batches and those of the mirror images; ``first`` is the number of the first image."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for pixels in batches:
+        parts.append(encoder(pixels, first))
+        first += len(pixels)
+        bar.update(len(pixels))
+    latents, mirrored = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
+    return latents, mirrored
 
 
-def _finished(out: Path, plan: Manifest) -> dict[str, ShardEntry]:
-    """The shards that an earlier call of the same plan left whole, by file name."""
-    earlier = manifests.read(out)
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _finished_shards(out: Path, manifest: Manifest) -> dict[str, ShardEntry]:
+    """The complete shards of an earlier call with the same arguments, by file name.
+
+    Raises:
+        ValueError: ``out`` holds shards of another call, or shards without a manifest.
+    """
+    earlier = read_manifest(out)
     if earlier is None:
         stray = next(out.glob("*.safetensors"), None)
         if stray is not None:
-            raise ValueError(f"{stray} is not of dcdit extract ({out} has no {manifests.NAME}); choose another --out")
+            raise ValueError(f"{stray} is not of dcdit extract ({out} has no {MANIFEST_FILE}); choose another --out")
         return {}
-    old, new = (dataclasses.asdict(manifest) for manifest in (earlier, plan))
+    old, new = dataclasses.asdict(earlier), dataclasses.asdict(manifest)
     for before, now in ((old, new), (old["recipe"], new["recipe"])):
         for key in sorted(now.keys() - {"shards", "recipe"}):
             if before.get(key) != now[key]:
@@ -179,7 +204,7 @@ def _finished(out: Path, plan: Manifest) -> dict[str, ShardEntry]:
                     f"{out} holds latents with another {key} ({_short(before.get(key))}, not {_short(now[key])}); "
                     "choose another --out"
                 )
-    return {shard.file: shard for shard in earlier.shards if manifests.size_problem(out, shard) is None}
+    return {shard.file: shard for shard in earlier.shards if size_problem(out, shard) is None}
 
 
 def _short(value: Any) -> str:
@@ -187,46 +212,34 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]}..."
 
 
-def _write_shard(
-    path: Path, encoder: _Encoder, batches: Iterator[Tensor], members: range, labels: list[int], bar: Any
-) -> ShardEntry:
+def _write_shard(path: Path, latents: Tensor, mirrored: Tensor, labels: list[int]) -> ShardEntry:
     from safetensors.torch import save_file
 
-    parts: list[tuple[Tensor, Tensor]] = []
-    first = members.start
-    for pixels in batches:
-        parts.append(encoder(pixels, first))
-        first += len(pixels)
-        bar.update(len(pixels))
-    latents, mirrored = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
     if not (latents.isfinite().all() and mirrored.isfinite().all()):
         raise ValueError(f"the autoencoder gives numbers that are not finite for images of {path.name}")
-    tensors = {LATENTS: latents, MIRRORED: mirrored, LABELS: torch.tensor([labels[image] for image in members])}
+    tensors = {LATENTS: latents, MIRRORED: mirrored, LABELS: torch.tensor(labels)}
     atomically(path, lambda file: save_file(tensors, file, {"format": "pt"}))
-    channels = latents.double().movedim(1, 0).flatten(1)
+    channels = latents.double().movedim(1, 0).flatten(1)  # [C, N * h * w]
     return ShardEntry(
         file=path.name,
-        images=len(members),
+        images=len(labels),
         bytes=path.stat().st_size,
-        sha256=manifests.sha256(path),
+        sha256=sha256(path),
         sum=channels.sum(1).tolist(),
         sum_of_squares=channels.square().sum(1).tolist(),
     )
 
 
 def _write_statistics(path: Path, manifest: Manifest) -> None:
-    """``mean`` and ``std`` of every channel, float32 (1, C, 1, 1), as LightningDiT reads them."""
+    """Write ``mean`` and ``std`` of every channel, float32 (1, C, 1, 1), as LightningDiT reads them."""
     channels, height, width = manifest.shape
     count = manifest.images * height * width
-    total, squares = (
-        torch.tensor([getattr(shard, name) for shard in manifest.shards], dtype=torch.float64).sum(0)
-        for name in ("sum", "sum_of_squares")
-    )
+    total = torch.tensor([shard.sum for shard in manifest.shards], dtype=torch.float64).sum(0)
+    squares = torch.tensor([shard.sum_of_squares for shard in manifest.shards], dtype=torch.float64).sum(0)
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()
-    statistics = {"mean": mean, "std": std}
-    stored = {name: value.float().reshape(1, channels, 1, 1) for name, value in statistics.items()}
-    # Saved straight to the file, the temporary file's name would be part of it.
+    stored = {name: value.float().reshape(1, channels, 1, 1) for name, value in {"mean": mean, "std": std}.items()}
+    # torch.save puts the name of its file into the file. Through memory the temporary name stays out of it.
     data = io.BytesIO()
     torch.save(stored, data)
     atomically(path, lambda file: file.write_bytes(data.getvalue()))

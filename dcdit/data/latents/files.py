@@ -1,4 +1,4 @@
-"""Small files by number, many of them, from a folder or an uncompressed zip. Any process may read any of them."""
+"""Many small files by number, in a folder or an uncompressed zip. Any process may read any of them."""
 
 import functools
 import io
@@ -17,14 +17,16 @@ from dcdit.data.samples import DamagedFile
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a file inside a zip: signature, and the lengths of the name and the extra field that follow."""
+"""Header of a file inside a zip: signature, and the lengths of the name and the extra field that follow."""
 
 
 class PerProcess(Generic[T]):
-    """Something like an open file that every process makes for itself on first use; forks and workers share none.
+    """An object, such as an open file, that every process makes for itself on first use.
+
+    Processes never share it: a forked process or a worker makes its own.
 
     Args:
-        make: makes it; pickled in its place.
+        make: makes the object. Pickling stores ``make``, not the object.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -41,7 +43,7 @@ class PerProcess(Generic[T]):
 
 
 class Names:
-    """Many names in one array: a list of text would be copied into every loading process, page by page."""
+    """Many names in one array, which loading processes share. They would copy a list of text, page by page."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
@@ -64,24 +66,24 @@ class FolderFiles:
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self.path, self.names = path, Names(names)
 
-    def where(self, index: int) -> str:
-        """The file's name in messages."""
+    def path_of(self, index: int) -> str:
+        """The file's path, for messages."""
         return str(self.path / self.names[index])
 
     def read(self, index: int) -> bytes:
-        """DamagedFile where there is no such file."""
+        """The file's content. DamagedFile if there is no such file."""
         try:
             return (self.path / self.names[index]).read_bytes()
         except OSError as error:
-            raise DamagedFile(f"cannot read {self.where(index)}: {error.strerror}") from None
+            raise DamagedFile(f"cannot read {self.path_of(index)}: {error.strerror}") from None
 
 
 class ZipFiles:
-    """Files of a zip without compression, by number; every read checks the CRC that the zip carries.
+    """Files of a zip without compression, by number. Every read checks the CRC that the zip stores.
 
     Args:
-        archive: the open zip. Only positions are kept of it, 20 bytes a file.
-        path: where it is.
+        archive: the open zip. Only positions are kept, 20 bytes per file.
+        path: of the zip.
         names: path of each file inside it.
 
     Raises:
@@ -100,13 +102,13 @@ class ZipFiles:
         self._checks = np.array([0 if info is None else info.CRC for info in infos], np.uint32)
         self._file = PerProcess(functools.partial(open, path, "rb", buffering=0))
 
-    def where(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         return f"{self.path}/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         if offset < 0:
-            raise DamagedFile(f"cannot read {self.where(index)}: no such file in the zip")
+            raise DamagedFile(f"cannot read {self.path_of(index)}: no such file in the zip")
         descriptor = self._file.get().fileno()
         header = os.pread(descriptor, LOCAL_HEADER.size, offset)
         if len(header) == LOCAL_HEADER.size:
@@ -114,16 +116,16 @@ class ZipFiles:
             data = os.pread(descriptor, size, offset + LOCAL_HEADER.size + name + extra)
             if zlib.crc32(data) == self._checks[index]:
                 return data
-        raise DamagedFile(f"cannot read {self.where(index)}: it differs from the zip's own checksum")
+        raise DamagedFile(f"cannot read {self.path_of(index)}: it differs from the zip's own checksum")
 
 
 Files = FolderFiles | ZipFiles
 
 
 def read_npy(files: Files, index: int) -> Array:
-    """The array in one ``.npy`` of ``files``. DamagedFile where there is none."""
+    """The array in one ``.npy`` of ``files``. DamagedFile if it cannot be read."""
     data = files.read(index)
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DamagedFile(f"cannot read {files.where(index)}: {' '.join(str(error).split())}") from None
+        raise DamagedFile(f"cannot read {files.path_of(index)}: {' '.join(str(error).split())}") from None

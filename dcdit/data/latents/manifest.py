@@ -1,4 +1,4 @@
-"""``manifest.json`` beside shards of latents: what they were made from and how, and what every file must be."""
+"""``manifest.json`` beside shards of latents: what they were made from and how, and the checksum of every file."""
 
 import dataclasses
 import hashlib
@@ -10,14 +10,15 @@ from typing import Any
 
 from dcdit.utils.files import atomically
 
-NAME = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 FORMAT = "dcdit-latents-1"
 BLOCK = 1 << 20
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One finished file."""
+    """One finished shard."""
 
     file: str
     images: int
@@ -26,36 +27,37 @@ class ShardEntry:
     sum: list[float]
     """Per channel, over the latents that are not mirrored."""
     sum_of_squares: list[float]
+    """The same of their squares."""
 
 
 @dataclass
 class Manifest:
-    """Attributes:
-    images: how many the whole set has; fewer in the shards means that it is unfinished.
-    shape: (C, H, W) of a latent.
-    shift, scale: a model sees (latent - shift) * scale.
-    class_names: name of every label.
-    recipe: all else that the latents follow from.
-    shards: those that are done, in order.
-    """
+    """A set of latents, finished or not. The fields are the keys of the file."""
 
     images: int
+    """Number of images in the whole set. If the shards hold fewer, the set is unfinished."""
     shape: list[int]
+    """(C, H, W) of a latent."""
     shift: float
+    """A model sees (latent - shift) * scale."""
     scale: float
     class_names: list[str]
+    """Name of every label."""
     recipe: dict[str, Any]
+    """All else that the latents depend on."""
     shards: list[ShardEntry] = field(default_factory=list)
+    """Those that are finished, in order."""
     format: str = FORMAT
 
     @property
     def done(self) -> int:
+        """Number of images in finished shards."""
         return sum(shard.images for shard in self.shards)
 
 
-def read(folder: Path) -> Manifest | None:
-    """The manifest of a folder, or None where there is none. ValueError where it is not readable."""
-    path = folder / NAME
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder; None if it has none. ValueError if it is not readable."""
+    path = folder / MANIFEST_FILE
     if not path.is_file():
         return None
     try:
@@ -68,13 +70,14 @@ def read(folder: Path) -> Manifest | None:
     return manifest
 
 
-def write(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``. It appears complete or not at all."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    atomically(folder / NAME, lambda file: file.write_text(text, encoding="utf-8"))
+    atomically(folder / MANIFEST_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def size_problem(folder: Path, shard: ShardEntry) -> str | None:
-    """What is wrong with a shard as far as its size tells, or None."""
+    """What is wrong with a shard, judged by its size alone; None if nothing."""
     path = folder / shard.file
     if not path.is_file():
         return f"{path} is missing"
@@ -83,7 +86,11 @@ def size_problem(folder: Path, shard: ShardEntry) -> str | None:
 
 
 def content_problem(folder: Path, shard: ShardEntry, progress: Callable[[int], Any]) -> str | None:
-    """What is wrong with a shard, every byte of it read, or None. ``progress`` is told how many."""
+    """What is wrong with a shard, judged by every byte of it; None if nothing.
+
+    Args:
+        progress: called with the number of bytes after each block.
+    """
     found = size_problem(folder, shard)
     if found is None and sha256(folder / shard.file, progress) != shard.sha256:
         found = f"{folder / shard.file} has another SHA-256 than the manifest says"
@@ -91,6 +98,7 @@ def content_problem(folder: Path, shard: ShardEntry, progress: Callable[[int], A
 
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda count: None) -> str:
+    """Of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):

@@ -1,4 +1,4 @@
-"""Moments of an autoencoder's posterior, one ``.npy`` an image, in a folder or a zip: the layout of EDM2 and REPA."""
+"""Moments of an autoencoder's posterior, one ``.npy`` per image, in a folder or a zip: the format of EDM2 and REPA."""
 
 import json
 import zipfile
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from dcdit.data.autoencoder import SD_VAE_SCALE
 from dcdit.data.latents.files import Files, FolderFiles, ZipFiles, read_npy
-from dcdit.data.latents.store import LatentStore, as_latent, checked, first_readable
+from dcdit.data.latents.store import LatentStore, as_latent, finite, first_readable
 from dcdit.data.samples import DamagedFile
 
 INDEX = "dataset.json"
 FOLDER = "vae-sd"
-"""Where REPA puts it inside its data folder."""
+"""REPA's name for the folder of moments inside its data folder."""
 
 
-class Moments(LatentStore):
+class MomentStore(LatentStore):
     """``dataset.json``, ``{"labels": [["00000/img-mean-std-00000000.npy", 217], ...]}``, and float (2C, H, W) arrays.
 
     The first C channels are means. The others are standard deviations, as NVlabs/edm2 and sihyun-yu/REPA write them, or
-    logarithms of variances, as diffusers gives them: those of the first image tell, since only logarithms are negative.
-    A latent is drawn anew for every sample: mean + std * noise, times 0.18215 as in REPA. (EDM2's own files look alike
-    but come from pixels in [0, 1]; its scale and bias are others.)
+    logarithms of variances, as diffusers gives them. The first image decides which, since only logarithms are negative.
+    A latent is drawn anew for every sample: mean + std * noise, times 0.18215 as in REPA. (EDM2's own files look the
+    same but come from pixels in [0, 1], and have another scale and bias.)
 
     Without labels (null) every image is of class 0.
 
@@ -34,60 +34,61 @@ class Moments(LatentStore):
         skip_damaged: see :class:`dcdit.data.LatentDataset`.
 
     Raises:
-        ValueError: ``dataset.json`` or the zip is unreadable or compressed. DamagedFile: no moments in the first file.
+        ValueError: ``dataset.json`` is unreadable, or the zip is unreadable or compressed.
+        DamagedFile: no moments in the first file.
     """
 
-    raw = True
+    unscaled = True
 
     def __init__(self, path: Path, skip_damaged: bool = False) -> None:
-        self.files, labels = _open(path)
+        self.files, labels = _open_files(path)
         self.labels = np.array(labels, np.int64)
-        first = first_readable(self._moments, len(labels), skip_damaged)
+        first = first_readable(self._read_moments, len(labels), skip_damaged)
         if len(first) % 2:
             raise ValueError(f"{path} holds arrays of {len(first)} channels; accepted: means and as many spreads")
         self.shape = (len(first) // 2, *first.shape[1:])
         self.logarithmic = bool((first[self.shape[0] :] < 0).any())
 
-    def range(self) -> tuple[float, float]:
+    def shift_and_scale(self) -> tuple[float, float]:
         return 0.0, SD_VAE_SCALE
 
     def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:
         channels, height, width = self.shape
-        mean, spread = self._moments(item, (2 * channels, height, width)).split(channels)
+        mean, spread = self._read_moments(item, (2 * channels, height, width)).split(channels)
         if self.logarithmic:
-            # The bounds of diffusers' DiagonalGaussianDistribution.
+            # The same bounds as in diffusers' DiagonalGaussianDistribution.
             spread = spread.clamp(-30, 20).mul(0.5).exp()
         elif (spread < 0).any():
-            raise DamagedFile(f"{self.files.where(item)} holds negative standard deviations, others do not")
+            raise DamagedFile(f"{self.files.path_of(item)} holds negative standard deviations, others do not")
         noise = torch.from_numpy(rng.standard_normal(self.shape, np.float32))
-        return checked(mean + spread * noise, self.files.where(item))
+        return finite(mean + spread * noise, self.files.path_of(item))
 
-    def _moments(self, item: int, shape: tuple[int, ...] | None = None) -> Tensor:
-        return as_latent(read_npy(self.files, item), self.files.where(item), shape)
+    def _read_moments(self, item: int, shape: tuple[int, ...] | None = None) -> Tensor:
+        return as_latent(read_npy(self.files, item), self.files.path_of(item), shape)
 
 
 def find_moments(path: Path) -> Path | None:
-    """The folder or zip itself, or the ``vae-sd`` inside a folder of REPA."""
+    """The folder or zip of moments: ``path`` itself, or ``vae-sd`` inside a folder of REPA. None if there is none."""
     if path.suffix == ".zip":
         return path
     return next((folder for folder in (path, path / FOLDER) if (folder / INDEX).is_file()), None)
 
 
-def _open(path: Path) -> tuple[Files, list[int]]:
+def _open_files(path: Path) -> tuple[Files, list[int]]:
     if path.is_dir():
         present = (str(file.relative_to(path)) for file in path.rglob("*.npy"))
-        names, labels = _index(path, (path / INDEX).read_bytes(), present)
+        names, labels = _parse_index(path, (path / INDEX).read_bytes(), present)
         return FolderFiles(path, names), labels
     try:
         with zipfile.ZipFile(path) as archive:
-            names, labels = _index(path, archive.read(INDEX), archive.namelist())
+            names, labels = _parse_index(path, archive.read(INDEX), archive.namelist())
             return ZipFiles(archive, path, names), labels
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no zip of moments: {' '.join(str(error).split())}") from None
 
 
-def _index(path: Path, data: bytes, present: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Names of the arrays, sorted, and the label of each."""
+def _parse_index(path: Path, data: bytes, present: Iterable[str]) -> tuple[list[str], list[int]]:
+    """(names of the arrays, sorted; label of each). ``present`` are the names of all files there are."""
     try:
         given = json.loads(data)["labels"]
         pairs = dict(given if given is not None else [(name, 0) for name in present if name.endswith(".npy")])

@@ -1,4 +1,4 @@
-"""Safetensors shards of latents: the layout of LightningDiT, and with a manifest that of ``dcdit extract``."""
+"""Safetensors shards of latents: the format of LightningDiT, and with a manifest that of ``dcdit extract``."""
 
 import pickle
 from pathlib import Path
@@ -8,37 +8,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.data.latents import manifest as manifests
 from dcdit.data.latents.files import PerProcess
-from dcdit.data.latents.manifest import Manifest
-from dcdit.data.latents.store import LatentStore, Scale, checked
+from dcdit.data.latents.manifest import MANIFEST_FILE, Manifest, read_manifest, size_problem
+from dcdit.data.latents.store import LatentStore, PerChannel, finite
 from dcdit.data.samples import DamagedFile, skip_or_raise
 
 LATENTS, MIRRORED, LABELS = "latents", "latents_flip", "labels"
 STATISTICS = "latents_stats.pt"
 Slices = dict[str, Any]
-"""Of one open shard, by tensor."""
+"""The tensors of one open shard, by name, to be read row by row."""
 
 
-class Shards(LatentStore):
+class ShardStore(LatentStore):
     """``*.safetensors`` with ``latents`` (N, C, H, W), ``labels`` (N,) and, all or none, ``latents_flip`` like latents.
 
-    Sizes are checked when the shards are opened, their contents by ``dcdit extract --verify``. A model sees what
-    ``manifest.json`` says; without one (hustvl/LightningDiT) (latent - mean) / std with the statistics (1, C, 1, 1) of
-    ``latents_stats.pt``.
+    Opening checks the sizes of the shards; ``dcdit extract --verify`` checks their contents. What a model sees is in
+    ``manifest.json``. Without one (hustvl/LightningDiT) it is (latent - mean) / std, with the statistics (1, C, 1, 1)
+    of ``latents_stats.pt``.
 
     Args:
         path: the folder.
         skip_damaged: leave out shards that are missing or damaged, with a warning.
 
     Raises:
-        DamagedFile: a shard is missing or damaged. ValueError: no shard, or an unfinished extraction.
+        DamagedFile: a shard is missing or damaged.
+        ValueError: no shard, or images that are not encoded yet.
     """
 
-    raw = True
+    unscaled = True
 
     def __init__(self, path: Path, skip_damaged: bool = False) -> None:
-        manifest = manifests.read(path)
+        manifest = read_manifest(path)
         if manifest is not None and manifest.done < manifest.images:
             raise ValueError(
                 f"{path} holds {manifest.done} of {manifest.images} images; dcdit extract goes on where it stopped"
@@ -52,7 +52,7 @@ class Shards(LatentStore):
         labels: list[np.ndarray[Any, Any]] = []
         for file in files:
             try:
-                labels.append(self._check(file, first=not labels))
+                labels.append(self._read_labels(file, first=not labels))
                 self.files.append(file)
             except DamagedFile as error:
                 skip_or_raise(error, skip_damaged)
@@ -63,9 +63,9 @@ class Shards(LatentStore):
         self._opened: PerProcess[dict[int, Slices]] = PerProcess(dict)
         self.path, self.manifest = path, manifest
 
-    def range(self) -> tuple[Scale, Scale]:
+    def shift_and_scale(self) -> tuple[PerChannel, PerChannel]:
         if self.manifest is None:
-            return _statistics(self.path, self.shape[0])
+            return _read_statistics(self.path, self.shape[0])
         return self.manifest.shift, self.manifest.scale
 
     def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:
@@ -74,35 +74,37 @@ class Shards(LatentStore):
         if shard not in opened:
             opened[shard] = _open(self.files[shard])
         row = item - int(self.starts[shard])
-        return checked(opened[shard][MIRRORED if mirrored else LATENTS][row].float(), f"{self.files[shard]}, row {row}")
+        return finite(opened[shard][MIRRORED if mirrored else LATENTS][row].float(), f"{self.files[shard]}, row {row}")
 
-    def _check(self, file: Path, first: bool) -> np.ndarray[Any, Any]:
-        """The labels of a shard, if it is like the first."""
+    def _read_labels(self, file: Path, first: bool) -> np.ndarray[Any, Any]:
+        """The labels of a shard. DamagedFile unless its tensors are like those of the first."""
         slices = _open(file)
         if not {LATENTS, LABELS} <= slices.keys():
             raise DamagedFile(f"{file} holds {', '.join(sorted(slices))}; accepted: {LATENTS} and {LABELS}")
         count, *shape = slices[LATENTS].get_shape()
         if first:
-            self.shape, self.mirrored = tuple(shape), MIRRORED in slices
+            self.shape, self.has_mirrored = tuple(shape), MIRRORED in slices
         labels = slices[LABELS][:].numpy()
         expected = {LATENTS: [count, *self.shape], MIRRORED: [count, *self.shape], LABELS: [count]}
         for name, accepted in expected.items():
             found = slices[name].get_shape() if name in slices else None
-            if found != accepted and (name != MIRRORED or self.mirrored):
+            if found != accepted and (name != MIRRORED or self.has_mirrored):
                 raise DamagedFile(f"{file}: {name} has the shape {found}; accepted: {accepted}")
         if len(self.shape) != 3 or labels.dtype.kind not in "iu" or (labels < 0).any():
             raise DamagedFile(f"{file} is not latents (N, C, H, W) with labels (N,) of at least 0")
         return labels.astype(np.int64)
 
 
-def find_shards(path: Path) -> bool:
-    return (path / manifests.NAME).is_file() or next(path.glob("*.safetensors"), None) is not None
+def holds_shards(path: Path) -> bool:
+    """Whether a path looks like this file format."""
+    return (path / MANIFEST_FILE).is_file() or next(path.glob("*.safetensors"), None) is not None
 
 
 def _of_right_size(path: Path, manifest: Manifest, skip_damaged: bool) -> list[Path]:
+    """The shards whose size is what the manifest says."""
     files = []
     for number, shard in enumerate(manifest.shards, 1):
-        problem = manifests.size_problem(path, shard)
+        problem = size_problem(path, shard)
         if problem is None:
             files.append(path / shard.file)
         else:
@@ -121,12 +123,12 @@ def _open(file: Path) -> Slices:
         raise DamagedFile(f"cannot read {file}: {' '.join(str(error).split())}") from None
 
 
-def _statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / std), each (C, 1, 1)."""
+def _read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / std) of ``latents_stats.pt``, each (C, 1, 1)."""
     file = path / STATISTICS
     if not file.is_file():
         raise ValueError(
-            f"{path} has neither {manifests.NAME} nor {STATISTICS}; accepted: one of them, or data.scale (1: as stored)"
+            f"{path} has neither {MANIFEST_FILE} nor {STATISTICS}; accepted: one of them, or data.scale (1: as stored)"
         )
     try:
         statistics = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,0 +1,139 @@
+"""Files of other code bases: the DC-DiT reference implementation, facebookresearch/DiT, and diffusers.
+
+This module opens the files and supplies what the weights do not say, such as the number of attention heads.
+:mod:`dcdit.models.convert` then turns the state dict into a model.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcdit.checkpoint.model import Tensors, read_tensors
+from dcdit.models import DCDiT, DiT, load_dit, load_official
+from dcdit.models.presets import SCALES
+
+PICKLE_SUFFIXES = (".pt", ".pth")
+TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model.safetensors"
+"""Names of a pipeline's parts in diffusers."""
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+"""Both names that diffusers has had for DiT."""
+
+
+def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
+    """A state dict that PyTorch pickled. Nothing but tensors and plain values is unpickled.
+
+    Args:
+        path: the state dict itself, or a training checkpoint with entries ``"ema"`` and ``"model"``. The argparse
+            namespace that facebookresearch/DiT adds holds plain values and is accepted.
+        ema: take ``"ema"`` rather than ``"model"``.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: the file needs real unpickling, which could run any code, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} does not load as plain tensors (weights_only=True): {first}") from None
+    if isinstance(state, dict):
+        state = state.get("ema" if ema else "model", state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise ValueError(f"{path} holds no state dict; accepted: names to tensors, or a dict with 'ema' and 'model'")
+    return state
+
+
+def load_official_file(path: Path, ema: bool = True) -> DCDiT:
+    """A DC-DiT in eval mode from a ``.pt`` file of the reference implementation (AMD-AGI/DynamicChunkingDiT).
+
+    Errors as in :func:`read_state_dict`; ValueError also for weights of something else or of no published width.
+    """
+    state = read_state_dict(path, ema)
+    if "pos_embed" not in state:
+        raise ValueError(f"{path} has no 'pos_embed'; accepted: a state dict of the DC-DiT reference implementation")
+    _, positions, width = state["pos_embed"].shape
+    heads = published_heads()
+    if width not in heads:
+        widths = ", ".join(map(str, heads))
+        raise ValueError(f"{path} has width {width}; accepted: {widths}, others through dcdit.models.load_official")
+    # The weights do not say sigma. It is 2 from 512 pixels on, a grid of 64 x 64.
+    return load_official(state, num_heads=heads[width], dechunk_sigma=2.0 if positions >= 64 * 64 else 1.0).eval()
+
+
+def load_facebook_dit(path: Path, state: Tensors, num_heads: int | None = None) -> DiT:
+    """A static DiT in eval mode, float32, from weights with the keys of facebookresearch/DiT.
+
+    Args:
+        path: where they come from, for error messages.
+        num_heads: of the attention; by default that of the published size of this width.
+
+    Raises:
+        ValueError: keys or shapes of something else, or a width of no published size and no ``num_heads``.
+    """
+    if "pos_embed.proj.weight" in state:
+        raise ValueError(f"{path} has the key format of diffusers; accepted: the folder with its {CONFIG}")
+    labels = state.get("y_embedder.embedding_table.weight")
+    if num_heads is None and labels is not None:
+        width = labels.shape[1]
+        num_heads = published_heads().get(width)
+        if num_heads is None:
+            raise ValueError(f"{path} has width {width}, no published one, so num_heads has to be given (--num-heads)")
+    return _convert_dit(path, state, num_heads or 1)
+
+
+def find_diffusers_dit(path: Path) -> Path | None:
+    """The folder of diffusers with a transformer's ``config.json``: ``path``, or ``transformer/`` of a pipeline."""
+    return next((folder for folder in (path / TRANSFORMER, path) if (folder / CONFIG).is_file()), None)
+
+
+def load_diffusers_dit(folder: Path) -> DiT:
+    """A static DiT in eval mode, float32, from a folder of diffusers with safetensors weights, in shards or not.
+
+    The weights are read as those of the original DiT, which trained them: frequency_shift 0, mlp_norm_eps 1e-6
+    (:func:`dcdit.models.load_dit` says more).
+
+    Raises:
+        FileNotFoundError: no safetensors weights.
+        ValueError: a damaged file, or a model that is no DiT.
+    """
+    kind, side, num_heads = (
+        _entry(folder / CONFIG, key) for key in ("_class_name", "sample_size", "num_attention_heads")
+    )
+    if kind not in CLASSES:
+        raise ValueError(f"{folder / CONFIG} is of a {kind!r}; accepted: {', '.join(CLASSES)}")
+    index = folder / f"{WEIGHTS}.index.json"
+    names = sorted(set(_entry(index, "weight_map").values())) if index.is_file() else [WEIGHTS]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
+        state |= read_tensors(folder / name)[0]
+    return _convert_dit(folder, state, num_heads, grid=(side, side), frequency_shift=0, mlp_norm_eps=1e-6)
+
+
+def published_heads() -> dict[int, int]:
+    """Number of attention heads by width, for the published sizes."""
+    return {scale["hidden_size"]: scale["num_heads"] for scale in SCALES.values()}
+
+
+def _convert_dit(path: Path, state: Tensors, num_heads: int, **overrides: Any) -> DiT:
+    """:func:`dcdit.models.load_dit`, with the path in its errors."""
+    try:
+        return load_dit(state, num_heads, **overrides).float().eval()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _entry(path: Path, key: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[key]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path} is damaged or of something else: no {key!r} in it") from None

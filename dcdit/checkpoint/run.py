@@ -1,0 +1,213 @@
+"""Checkpoints of a training run. Each is a folder that appears complete or not at all::
+
+    runs/a/checkpoints/step_00010000/
+        model.safetensors       weights; the model's configuration is in the metadata
+        ema.safetensors         averaged weights, in the same form
+        optimizer.safetensors   optimiser state by parameter name
+        trainer.json            step and training configuration
+
+Each of the first two files is a complete model on its own: :func:`dcdit.checkpoint.load_model` takes the run, the
+checkpoint or the file.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcdit.checkpoint.model import FORMAT, Model, Tensors, read_model_file, read_tensors, save_model, write_tensors
+from dcdit.utils.files import atomically, interrupted_replacements, remove
+
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
+OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`load_checkpoint` read. Tensors are on the CPU."""
+
+    path: Path
+    architecture: str
+    config: dict[str, Any]
+    """The model's configuration."""
+    model: dict[str, Tensor]
+    """Weights by name."""
+    ema: dict[str, Tensor]
+    """Averaged weights by name."""
+    optimizer: dict[str, Tensor]
+    """The optimiser's tensors by ``<parameter>/<entry>``."""
+    trainer: dict[str, Any]
+    """What the trainer saved beside the weights."""
+
+
+# --- writing and reading ------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: Model,
+    ema: Tensors,
+    optimizer: torch.optim.Optimizer,
+    trainer: dict[str, Any],
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a checkpoint folder. It appears under its name only when it is complete.
+
+    Args:
+        folder: its name; an older checkpoint of that name is replaced.
+        ema: averaged weights, with the names of ``model.state_dict()``.
+        optimizer: over ``model.parameters()`` in one group.
+        trainer: JSON values, e.g. the step.
+        notes: as in :func:`dcdit.checkpoint.save_model`.
+    """
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        save_model(target / MODEL_FILE, model, None, notes)
+        save_model(target / EMA_FILE, model, ema, notes)
+        write_tensors(target / OPTIMIZER_FILE, _optimizer_tensors(model, optimizer), {"format": FORMAT})
+        atomically(target / TRAINER_FILE, lambda file: file.write_text(json.dumps(trainer, indent=2)))
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    atomically(folder, write)
+    return folder
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read all of a checkpoint folder, or of the newest checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: nothing there, or one of its files is missing.
+        ValueError: a damaged file. Both errors name the previous checkpoint of the run, if there is one.
+    """
+    folder = find_checkpoint(path)
+    trainer = read_trainer(folder)
+    with _naming_the_previous(folder):
+        architecture, config, model = read_model_file(folder / MODEL_FILE)
+        _, _, ema = read_model_file(folder / EMA_FILE)
+        optimizer, _ = read_tensors(folder / OPTIMIZER_FILE)
+    return Checkpoint(folder, architecture, config, model, ema, optimizer, trainer)
+
+
+def read_trainer(path: str | Path) -> dict[str, Any]:
+    """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`."""
+    folder = find_checkpoint(path)
+    with _naming_the_previous(folder):
+        return _read_json_object(folder / TRAINER_FILE)
+
+
+def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tensors, source: str | Path) -> None:
+    """Restore the state of an optimiser over ``model.parameters()``.
+
+    Args:
+        tensors: as in :attr:`Checkpoint.optimizer`.
+        source: where they come from, for error messages.
+
+    Raises:
+        ValueError: state of a parameter that the model does not have.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
+    index_of = {name: index for index, name in enumerate(names)}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        if name not in index_of:
+            raise ValueError(f"{source} has optimiser state for the unknown parameter {name!r}")
+        state[index_of[name]][entry] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
+
+
+def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    names = [name for name, _ in model.named_parameters()]
+    return {f"{names[i]}/{entry}": torch.as_tensor(v) for i, entries in state.items() for entry, v in entries.items()}
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {str(file)!r}; it is no complete checkpoint") from None
+    except ValueError:
+        raise ValueError(f"{file} is damaged: it is not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(value).__name__}; accepted: an object")
+    return value
+
+
+@contextlib.contextmanager
+def _naming_the_previous(folder: Path) -> Iterator[None]:
+    """Add to an error about a damaged checkpoint which earlier one of the run can be resumed."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        run = folder.absolute().parents[1]
+        before = [other for other in list_checkpoints(run) if other.name < folder.name]
+        if not before:
+            raise
+        raise type(error)(f"{error}; the checkpoint before it can be resumed: --resume {before[-1]}") from None
+
+
+# --- the folders of a run -----------------------------------------------------------------------------------------
+
+
+def checkpoint_path(run: str | Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return Path(run) / "checkpoints" / f"step_{step:08d}"
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first.
+
+    A process may have been killed while it replaced a checkpoint, between moving the old one away and naming the new
+    one. Then the old one is listed, under the temporary name that it has.
+    """
+    parent = Path(run) / "checkpoints"
+    folders = {path.name: path for path in parent.glob("step_*")} | interrupted_replacements(parent)
+    return [folder for _, folder in sorted(folders.items()) if (folder / MODEL_FILE).is_file()]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder itself if it is a checkpoint, else the newest under its ``checkpoints/``.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    path = Path(path)
+    if (path / MODEL_FILE).is_file():
+        return path
+    found = list_checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {str(path)!r}: no {MODEL_FILE}, no checkpoints/step_*/{MODEL_FILE}")
+    return found[-1]
+
+
+def model_file(path: str | Path, ema: bool = True) -> Path:
+    """The model file in a run folder or checkpoint folder; any other path is returned as it is.
+
+    Args:
+        ema: of a folder, the averaged weights.
+
+    Raises:
+        FileNotFoundError: a folder without a checkpoint.
+    """
+    path = Path(path)
+    return find_checkpoint(path) / (EMA_FILE if ema else MODEL_FILE) if path.is_dir() else path
+
+
+def keep_newest(newest: Path, count: int | None) -> None:
+    """Delete all but the last ``count`` of a run's checkpoints up to ``newest`` (None: delete none).
+
+    Checkpoints after ``newest`` stay and do not count. A run that was resumed from an earlier checkpoint has them; it
+    replaces them when it gets there.
+    """
+    folders = [folder for folder in list_checkpoints(newest.parents[1]) if folder.name <= newest.name]
+    for folder in folders[: -count if count else 0]:
+        remove(folder)

@@ -1,0 +1,48 @@
+"""A dataset from the ``data`` section of a configuration."""
+
+from typing import Protocol
+
+from dcdit.data.cifar10 import Cifar10
+from dcdit.data.folder import ImageFolder
+from dcdit.data.latents import LatentDataset
+from dcdit.data.npz import NpzDataset
+from dcdit.data.photographs import Photographs
+from dcdit.data.samples import Samples
+
+
+class DatasetOptions(Protocol):
+    """What :func:`create_dataset` reads; :class:`dcdit.config.DataSection` has all of it and says what it means."""
+
+    kind: str
+    path: str | None
+    size: int
+    downscale: int
+    flip: bool
+    held_out: float
+    scale: float | None
+    skip_damaged: bool
+
+
+def create_dataset(section: DatasetOptions, split: str = "train", seed: int = 0) -> Samples:
+    """The dataset that a configuration describes.
+
+    Args:
+        section: the ``data`` section.
+        split: ``"train"`` or ``"held_out"``.
+        seed: sample n is a pure function of (seed, n).
+
+    Raises:
+        FileNotFoundError, ValueError: nothing readable at ``data.path``, or the options do not fit the data.
+    """
+    if section.kind == "photographs":
+        return Photographs(section.size, section.downscale, split, section.held_out, section.flip, seed)
+    if section.path is None:
+        raise ValueError(f"data.path is null; data.kind={section.kind!r} needs one")
+    if section.kind == "cifar10":
+        return Cifar10(section.path, split, section.flip, seed)
+    stored = (split, section.held_out, section.flip, seed)
+    if section.kind == "latents":
+        return LatentDataset(section.path, *stored, section.scale, section.skip_damaged)
+    if section.kind == "npz":
+        return NpzDataset(section.path, *stored)
+    return ImageFolder(section.path, section.size, *stored, section.skip_damaged)
