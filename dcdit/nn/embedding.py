@@ -33,12 +33,13 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (B,) -> (B, D). Label ``num_classes`` is the null class, present where labels are ever dropped.
+    """Class labels (B,) -> (B, D). Label ``num_classes`` is the null class; it exists if ``dropout_prob`` is above 0.
 
     Args:
         num_classes: labels 0 to ``num_classes - 1``.
         dim: D.
-        dropout_prob: in training mode, the chance that a label is replaced by the null class.
+        dropout_prob: in training mode, the chance that a label is replaced by the null class. Set the attribute to 0
+            to embed labels that a training loop has dropped itself (:func:`drop_labels`).
     """
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
@@ -49,9 +50,20 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
-            y = y.masked_fill(dropped, self.num_classes)
+            y = drop_labels(y, torch.rand(y.shape, device=y.device), self.dropout_prob, self.num_classes)
         return self.table(y)
+
+
+def drop_labels(y: Tensor, chance: Tensor, probability: float, null_class: int) -> Tensor:
+    """Labels (B,), each replaced by the null class with the given probability: training for classifier-free guidance.
+
+    Args:
+        y: (B,) integer labels.
+        chance: (B,) uniform random numbers in [0, 1). A label is replaced where its number is below ``probability``.
+        probability: 0 replaces none.
+        null_class: the label to put in.
+    """
+    return y.masked_fill(chance < probability, null_class)
 
 
 def sincos_position(dim: int, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
