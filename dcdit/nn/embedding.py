@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 
@@ -12,7 +13,8 @@ class TimestepEmbedder(nn.Module):
 
     Args:
         dim: D.
-        frequency_shift: the i-th of n frequencies is ``10000 ** (-i / (n - frequency_shift))``; 0 in DiT.
+        frequency_shift: the i-th of n frequencies is ``10000 ** (-i / (n - frequency_shift))``. 0 in DiT, 1 in
+            diffusers.
     """
 
     FREQUENCIES = 128
@@ -24,7 +26,7 @@ class TimestepEmbedder(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        # Computed in float32 every time: as a buffer it would be rounded by model.to(bfloat16).
+        # Computed in float32 every time, because model.to(bfloat16) would round a buffer.
         steps = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(steps * (-math.log(10000.0) / (self.FREQUENCIES - self.frequency_shift)))
         angles = t[:, None].float() * frequencies
@@ -69,17 +71,17 @@ def drop_labels(y: Tensor, chance: Tensor, probability: float, null_class: int) 
 def sincos_position(dim: int, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
     """Fixed 2-D sine-cosine position table: (H*W, D) float32 in raster order.
 
-    The first half of the channels encodes the column and the second the row, each as sines then cosines.
+    The first half of the channels encodes the column and the second half the row, each as sines then cosines.
 
     Args:
         dim: D, a multiple of 4.
         grid: (H, W).
-        patch_size: the unit of length, in cells. With P, a cell gets the (fractional) position of its centre on the
-            coarser grid whose cells are P x P of these.
+        patch_size: P, the unit of length in grid cells. A cell gets the position of its centre, a fraction, on the
+            coarser grid whose cells hold P x P cells of this one.
     """
     height, width = grid
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows = torch.arange(height, dtype=torch.float64)[:, None].expand(height, width).flatten()
-    cols = torch.arange(width, dtype=torch.float64)[None, :].expand(height, width).flatten()
+    rows = repeat(torch.arange(height, dtype=torch.float64), "row -> (row col)", col=width)
+    cols = repeat(torch.arange(width, dtype=torch.float64), "col -> (row col)", row=height)
     angles = [((axis + 0.5) / patch_size - 0.5)[:, None] * frequencies for axis in (cols, rows)]
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from support.small import randomize_zero_weights
 from torch import Tensor
 
 from dcdit import ops
@@ -19,9 +20,7 @@ def model() -> DCDiT:
     torch.manual_seed(0)
     config = DCDiTConfig(grid=(16, 16), hidden_size=256, depth=2, num_heads=4, num_classes=10)
     model = DCDiT(config).to("cuda", torch.bfloat16).eval()
-    for parameter in model.parameters():  # the zero initialisation would hide whole branches
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
+    randomize_zero_weights(model)
     model.router.out.bias.data.fill_(0.0)
     return model
 

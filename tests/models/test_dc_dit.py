@@ -105,9 +105,9 @@ def test_capacity_with_padding_is_exact_mode(dechunk: str, poisoned: bool, monke
     if poisoned:
 
         class PoisonedBlock(module.PackedDiTBlock):
-            def forward(self, x, pending, mod, seqs):
-                x, (branch, gate) = super().forward(x, pending, mod, seqs)
-                return x, (PoisonedPadding.apply(branch, seqs.cu_seqlens), gate)
+            def forward(self, x, pending, mod, varlen):
+                x, (branch, gate) = super().forward(x, pending, mod, varlen)
+                return x, (PoisonedPadding.apply(branch, varlen.cu_seqlens), gate)
 
         for block in model.blocks:
             block.__class__ = PoisonedBlock
