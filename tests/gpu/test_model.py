@@ -94,13 +94,13 @@ def test_twenty_kept_counts_compile_once(model: DCDiT) -> None:
 @torch.inference_mode()
 def test_captured_graph_follows_the_mask(model: DCDiT) -> None:
     graphed = GraphedDenoiser(model, BATCH, capacity=BATCH * 256)
-    shares = set()
+    kept_counts = set()
     for seed in range(5):
         x, t, y = batch(seed)
         expected, routing = model(x, t, y, drop_fraction=0.1 * seed, capacity=BATCH * 256, return_routing=True)
-        shares.add(int(routing.mask.sum()))
+        kept_counts.add(int(routing.mask.sum()))
         assert torch.equal(graphed(x, t, y, drop_fraction=0.1 * seed), expected)
-    assert len(shares) > 1
+    assert len(kept_counts) > 1
     assert int(graphed.overflow) == 0
 
 
