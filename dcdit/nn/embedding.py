@@ -52,20 +52,14 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout_prob > 0:
-            y = drop_labels(y, torch.rand(y.shape, device=y.device), self.dropout_prob, self.num_classes)
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
+            y = drop_labels(y, dropped, self.num_classes)
         return self.table(y)
 
 
-def drop_labels(y: Tensor, chance: Tensor, probability: float, null_class: int) -> Tensor:
-    """Labels (B,), each replaced by the null class with the given probability: training for classifier-free guidance.
-
-    Args:
-        y: (B,) integer labels.
-        chance: (B,) uniform random numbers in [0, 1). A label is replaced where its number is below ``probability``.
-        probability: 0 replaces none.
-        null_class: the label to put in.
-    """
-    return y.masked_fill(chance < probability, null_class)
+def drop_labels(y: Tensor, dropped: Tensor, null_class: int) -> Tensor:
+    """Labels y (B,) with ``null_class`` where ``dropped`` (B,) bool is set: training for classifier-free guidance."""
+    return y.masked_fill(dropped, null_class)
 
 
 def sincos_position(dim: int, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
