@@ -1,6 +1,6 @@
-"""CUDA graphs: a denoiser whose forward is captured once and replayed, so that Python does not bind small batches.
+"""CUDA graphs: a forward pass is captured once and replayed, so that small batches do not wait for Python.
 
-A dynamic model can be captured because a fixed budget or a capacity makes every shape static: which tokens are kept
+A dynamic model can be captured because a fixed budget or a capacity makes every shape static. Which tokens are kept
 still changes from replay to replay.
 """
 
@@ -11,18 +11,18 @@ from dcdit.models import DCDiT
 
 
 class GraphedDenoiser:
-    """One captured forward of a DC-DiT, called like the model and therefore usable in :func:`dcdit.diffusion.sample`.
+    """One captured forward pass of a DC-DiT. It is called like the model, so :func:`dcdit.diffusion.sample` takes it.
 
     Args:
         model: a DC-DiT in evaluation mode on a CUDA device.
-        batch: images per call; every call must bring exactly that many (twice the samples with guidance).
-        budget: tokens kept per image, or
-        capacity: static size of the packed buffer for the whole batch; tokens beyond it are dropped, lowest p first,
+        batch: images per call, always exactly that many (with guidance, twice the samples).
+        budget: tokens kept per image. Give either this or ``capacity``.
+        capacity: static size of the packed buffer for the whole batch. Tokens beyond it are dropped, lowest p first,
             and counted in :attr:`overflow`.
-        warmup: eager forwards before the capture (they compile kernels and fill caches).
+        warmup: eager forward passes before the capture. They compile kernels and fill caches.
 
     Raises:
-        ValueError: the model is not on a CUDA device or is training, or budget and capacity are not exactly one.
+        ValueError: the model is not on a CUDA device or is training, or not one of budget and capacity is given.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GraphedDenoiser:
         self._y = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self._drop = torch.zeros(batch, dtype=torch.float32, device=weight.device)
         self.overflow = torch.zeros((), dtype=torch.int64, device=weight.device)
-        """Tokens that the capacity forced out so far, over all replays; reading it is a sync."""
+        """() int64: tokens that the capacity dropped so far, in all replays. Reading it is a sync."""
 
         def forward() -> Tensor:
             drop = {} if budget is not None else {"drop_fraction": self._drop}
@@ -55,12 +55,12 @@ class GraphedDenoiser:
 
         self._graph = torch.cuda.CUDAGraph()
         with torch.inference_mode():
-            side = torch.cuda.Stream(weight.device)
-            side.wait_stream(torch.cuda.current_stream(weight.device))
-            with torch.cuda.stream(side):
+            stream = torch.cuda.Stream(weight.device)
+            stream.wait_stream(torch.cuda.current_stream(weight.device))
+            with torch.cuda.stream(stream):
                 for _ in range(warmup):
                     forward()
-            torch.cuda.current_stream(weight.device).wait_stream(side)
+            torch.cuda.current_stream(weight.device).wait_stream(stream)
             with torch.cuda.graph(self._graph):
                 self._out = forward()
             self.overflow.zero_()

@@ -1,4 +1,4 @@
-"""What a model is made of: frozen, validated, and plain enough to live in a checkpoint as JSON."""
+"""Configurations of the models: frozen, validated, and plain enough to be stored as JSON in a checkpoint."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -25,9 +25,9 @@ class _TransformerConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
-    """Chance that training replaces a label by the null class ``num_classes``; at 0 there is no null class."""
+    """Chance that training replaces a label by the null class ``num_classes``. At 0 there is no null class."""
     learn_sigma: bool = True
-    """Predict a variance beside every channel."""
+    """Whether to predict a variance for every channel, too."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -49,7 +49,7 @@ class _TransformerConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and a list: ready for JSON."""
+        """Numbers, strings and a list, ready for JSON."""
         return {**asdict(self), "grid": list(self.grid)}
 
     @classmethod
@@ -82,10 +82,10 @@ class DCDiTConfig(_TransformerConfig):
     dechunk: str = "spatial"
     """``"spatial"`` or ``"ema"``."""
     dechunk_sigma: float = 1.0
-    """Smoothing of the spatial de-chunk, in grid cells."""
+    """Standard deviation of the spatial de-chunk's smoothing, in grid cells."""
     adapt_conditioning: bool = False
-    """A LayerNorm on what the encoder and the decoder see of the conditioning: for upcycling, where the embedders come
-    frozen from a pretrained DiT."""
+    """Whether a LayerNorm adapts the conditioning of the encoder and the decoder. It is for upcycling, where the
+    embedders are those of a pretrained DiT and frozen."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,9 +113,9 @@ class DiTConfig(_TransformerConfig):
 
     patch_size: int = 2
     frequency_shift: int = 0
-    """Of the timestep frequencies: 0 in the original, 1 in diffusers."""
+    """Of the timestep frequencies, see :class:`dcdit.nn.TimestepEmbedder`: 0 in the original, 1 in diffusers."""
     mlp_norm_eps: float = 1e-6
-    """Of the norm before the MLP: 1e-6 in the original, 1e-5 in diffusers."""
+    """eps of the norm before the MLP: 1e-6 in the original, 1e-5 in diffusers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from dcdit.nn import (
     LabelEmbedder,
     PackedDiTBlock,
     PackedFinalLayer,
-    Pending,
+    PendingResidual,
     PredictabilityRouter,
     RMSNorm,
     SpatialDeChunk,
@@ -32,22 +32,22 @@ from dcdit.ops import TokenSelection, gated_add
 
 
 class Routing(NamedTuple):
-    """How the router of a forward pass decided."""
+    """What the router decided in a forward pass."""
 
     prob: Tensor
-    """(B, L) float32, with a gradient: what the ratio loss reads."""
+    """(B, L) float32, with a gradient: the ratio loss reads it."""
     mask: Tensor
     """(B, L) bool: the kept tokens."""
     natural_mask: Tensor
-    """(B, L) bool: before any dropping."""
+    """(B, L) bool: the tokens that the router alone would keep, before any dropping."""
     selection: TokenSelection
 
 
 class BlockStates(NamedTuple):
-    """What the inner transformer of a forward pass did, for a teacher to compare with."""
+    """What the inner transformer computed in a forward pass; distillation compares it with a teacher's."""
 
     cond: Tensor
-    """(B, D): SiLU of the conditioning that every block saw, dropped labels included."""
+    """(B, D): SiLU of the conditioning that every block saw, so with the null class where a label was dropped."""
     outputs: list[Tensor]
     """The packed tokens (T, D) after each block."""
 
@@ -57,7 +57,7 @@ class DCDiT(nn.Module):
 
     Runs in float32, under autocast, or converted by ``.to(torch.bfloat16)``. The residual stream of the transformer has
     the dtype of the encoder's output (under autocast: the autocast dtype). Router probabilities and the de-chunk are
-    computed in float32 always.
+    always computed in float32.
 
     Args:
         config: see :class:`DCDiTConfig`.
@@ -90,7 +90,10 @@ class DCDiT(nn.Module):
         channels_last(self)
 
     def reset_parameters(self) -> None:
-        """Initialise as the reference does, except residual_proj: zero, where its later Xavier pass undid that."""
+        """Initialise as the reference does, but leave residual_proj at zero.
+
+        There, a later Xavier pass overwrites that zero.
+        """
         init.init_patch_embed(self.x_embedder)
         init.init_embedders(self.t_embedder, self.y_embedder)
         init.xavier(self.blocks.modules())
@@ -118,7 +121,7 @@ class DCDiT(nn.Module):
             x: (B, C, H, W), any float dtype; converted to the dtype of the weights.
             t: (B,) timesteps, integer or float.
             y: (B,) integer labels; ``num_classes`` is the null class.
-            drop_fraction: rho in [0, 1), one number or one per image (B,): the share of kept tokens to drop.
+            drop_fraction: rho in [0, 1), one number or one per image (B,): the fraction of kept tokens to drop.
             budget: keep exactly this many tokens per image instead.
             capacity: static number of packed tokens for the whole batch (CUDA graphs); see
                 :func:`dcdit.ops.select_tokens`.
@@ -136,7 +139,7 @@ class DCDiT(nn.Module):
         grid = self.config.grid
         with stage("embed"):
             embedded = self.t_embedder(t) + self.y_embedder(y)
-            # Every reader of the conditioning starts with this SiLU.
+            # All that read the conditioning start with this SiLU.
             cond = F.silu(embedded)
             conv_cond = cond if self.cond_adaptor is None else F.silu(self.cond_adaptor(embedded))
             x = x.to(self.x_embedder.weight.dtype, memory_format=torch.channels_last)
@@ -148,8 +151,8 @@ class DCDiT(nn.Module):
         packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
         states = BlockStates(cond, []) if return_states else None
         with stage("transformer"):
-            seqs = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, capacity is not None)
-            packed = self.transform(packed, cond, seqs, None if states is None else states.outputs)
+            varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=capacity is not None)
+            packed = self.transform(packed, cond, varlen, None if states is None else states.outputs)
         with stage("dechunk"):
             tokens = self.dechunk(packed, p, sel, self.residual_proj(encoded))
         with stage("decoder"):
@@ -161,15 +164,17 @@ class DCDiT(nn.Module):
         routing = Routing(p, sel.mask, sel.natural_mask, sel)
         return (out, routing) if states is None else (out, routing, states)
 
-    def transform(self, tokens: Tensor, cond: Tensor, seqs: VarlenMeta, outputs: list[Tensor] | None = None) -> Tensor:
+    def transform(
+        self, tokens: Tensor, cond: Tensor, varlen: VarlenMeta, outputs: list[Tensor] | None = None
+    ) -> Tensor:
         """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D).
 
-        The tokens after each block are appended to ``outputs``.
+        It appends the tokens after each block to ``outputs``.
         """
-        pending: Pending | None = None
+        pending: PendingResidual | None = None
         for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
-            tokens, pending = block(tokens, pending, mod, seqs)
+            tokens, pending = block(tokens, pending, mod, varlen)
             if outputs is not None:
-                outputs.append(gated_add(tokens, pending.branch, pending.gate, seqs.cu_seqlens))
+                outputs.append(gated_add(tokens, pending.branch, pending.gate, varlen.cu_seqlens))
         assert pending is not None
-        return self.norm(gated_add(tokens, *pending, seqs.cu_seqlens))
+        return self.norm(gated_add(tokens, *pending, varlen.cu_seqlens))

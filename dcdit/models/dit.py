@@ -1,5 +1,6 @@
 """The static DiT baseline (arXiv 2212.09748)."""
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from dcdit.models import init
@@ -14,14 +15,17 @@ from dcdit.nn import (
     sincos_position,
     stage,
 )
+from dcdit.nn.memory_format import to_tokens
 
 
 class DiT(nn.Module):
-    """Every patch is a token of the same transformer; dense, plain PyTorch, made for ``torch.compile``.
+    """Every patch is a token of the transformer. Dense and in plain PyTorch, made for ``torch.compile``.
 
     Args:
         config: see :class:`DiTConfig`.
     """
+
+    pos_embed: Tensor
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class DiT(nn.Module):
         check_inputs(self.config, x, t, y)
         with stage("embed"):
             cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
-            tokens = self.x_embedder(x.to(self.x_embedder.weight.dtype)).flatten(2).transpose(1, 2) + self.pos_embed
+            tokens = to_tokens(self.x_embedder(x.to(self.x_embedder.weight.dtype))) + self.pos_embed
         with stage("transformer"):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
                 tokens = block(tokens, mod)
@@ -70,8 +74,6 @@ class DiT(nn.Module):
             return self.unpatchify(self.final_layer(tokens, cond))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, L, P*P*C) -> (B, C, H, W); each token holds its patch row by row, channels last."""
-        patch = self.config.patch_size
-        patches = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, self.patch_grid)
-        # (B, h, w, P, P, C) -> (B, C, h, P, w, P)
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        """(B, L, P*P*C) -> (B, C, H, W). A token holds the pixels (p q) of its patch in raster order, channels last."""
+        patch, rows = self.config.patch_size, self.patch_grid[0]
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)

@@ -7,7 +7,7 @@ from dcdit.nn import STAGES
 from dcdit.nn.embedding import TimestepEmbedder
 
 SOFTMAX_FLOPS = 3
-"""Per attention score, counted the way the papers do: scale, exponential, division."""
+"""Per attention score, as the papers count: scale, exponential, division."""
 
 
 def count_flops(
@@ -17,13 +17,13 @@ def count_flops(
 
     Counted: linear layers, convolutions (padding included) and attention, which takes
     ``heads * sum of M_b^2 * (4 d_h + 3)``. Not counted: norms, activations and the other elementwise work, selection,
-    gather, and the smoothing of the de-chunk, whose cost depends on how it is done.
+    gather, and the smoothing of the de-chunk, whose cost depends on the implementation.
 
     Args:
         config: of the model.
-        lengths: kept tokens of each image (whose number is then the batch), or one number for all ``batch`` images.
-            None: every position. A static DiT has no choice.
-        batch: images.
+        lengths: kept tokens of each image, or one number for all ``batch`` images. None is every position, and the
+            only value that a static DiT accepts.
+        batch: number of images. With one length per image it may stay at 1.
 
     Returns:
         Stage name (see ``dcdit.nn.STAGES``) to FLOPs of the whole batch, and their sum under ``"total"``.

@@ -22,7 +22,7 @@ def zero(*parameters: Tensor | None) -> None:
 
 
 def init_patch_embed(conv: nn.Conv2d) -> None:
-    """Like the Linear it would be on unfolded patches."""
+    """Xavier-uniform, with the convolution seen as a Linear on unfolded patches."""
     bound = (6 / (conv.weight[0].numel() + conv.out_channels)) ** 0.5
     nn.init.uniform_(conv.weight, -bound, bound)
     zero(conv.bias)

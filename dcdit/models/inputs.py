@@ -1,4 +1,4 @@
-"""Checks of a model's inputs; every message names the value and what is accepted."""
+"""Checks of a model's inputs. Every message names the value and what is accepted."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,11 @@ from dcdit.utils.text import shape_of
 
 
 def check_inputs(config: DCDiTConfig | DiTConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
-    """x (B, C, H, W), t (B,), integer y (B,) in range (the range only where reading values costs no sync)."""
+    """x is (B, C, H, W), t is (B,), y is (B,) of integers in range. The range is checked where that costs no sync.
+
+    Raises:
+        ValueError: a shape, a dtype or a label that is not accepted.
+    """
     expected = (config.in_channels, *config.grid)
     if x.dim() != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(f"x has shape {shape_of(x)}; accepted: (B, {', '.join(map(str, expected))})")

@@ -45,13 +45,13 @@ def create_config(
 def create_model(
     name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
 ) -> DCDiT | DiT:
-    """A model of a published size, on the latents of an autoencoder with stride 8 and 4 channels.
+    """A model of a published size for the latents of an autoencoder with stride 8 and 4 channels.
 
     Args:
         name: ``DC-DiT-S|B|L|XL``, or the static baseline ``DiT-S|B|L|XL/1|2|4|8``.
-        image_size: pixels, one side or (height, width); the grid is an eighth of it. The de-chunk's sigma is 2 from
-            512 pixels on, 1 below.
-        num_classes: real classes; the null class comes on top.
+        image_size: in pixels, one side or (height, width). The grid has an eighth of them. The de-chunk's sigma is 2
+            from 512 pixels on, and 1 below.
+        num_classes: real classes, without the null class.
         **overrides: any other field of :class:`DCDiTConfig` or :class:`DiTConfig`, e.g. ``in_channels``;
             ``router="cosine2d"`` makes the model of the paper's first version.
 

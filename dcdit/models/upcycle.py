@@ -1,8 +1,8 @@
 """Upcycling: the transformer of a pretrained static DiT becomes the inner transformer of a DC-DiT (arXiv 2603.06351).
 
-Copied: the blocks with their adaLN, and the timestep and class embedders, which stay frozen. Not copied, for it has
-another shape or another meaning: the patch embedding, the final layer, the position table. The encoder, the router, the
-decoder and the final layer of the DC-DiT start as always.
+The blocks with their adaLN are copied, and so are the timestep and class embedders, which stay frozen. The patch
+embedding, the final layer and the position table have another shape or another meaning, so they are not copied. The
+encoder, the router, the decoder and the final layer of the DC-DiT are initialised as in any other.
 """
 
 from typing import Any
@@ -15,14 +15,15 @@ from dcdit.models.dit import DiT
 from dcdit.nn import sincos_position
 
 SHARED = ("grid", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio")
-"""Fields that a DC-DiT and the DiT it is made from have in common; so are the rows of the label table."""
+"""Fields that must be equal in a DC-DiT and in the DiT it is made from. The rows of the label table must be, too."""
 FROZEN = ("t_embedder", "y_embedder")
 
 
 def upcycled_fields(source: DiTConfig) -> dict[str, Any]:
     """The fields of :class:`DCDiTConfig` that a DC-DiT made from ``source`` takes over.
 
-    Not that there is no null class: a DC-DiT without one cannot be guided, which is to be asked for.
+    A ``class_dropout_prob`` of 0 is not taken over. It means that there is no null class, and a DC-DiT without a null
+    class cannot be guided: the configuration has to ask for such a model.
     """
     values = source.to_dict()
     null_class = ["class_dropout_prob"] if source.class_dropout_prob > 0 else []
@@ -31,7 +32,7 @@ def upcycled_fields(source: DiTConfig) -> dict[str, Any]:
 
 
 def check_source(config: DCDiTConfig, source: DiTConfig) -> None:
-    """Raise ValueError, one line, if a DC-DiT of ``config`` cannot be made from ``source``."""
+    """Raise a ValueError of one line if a DC-DiT of ``config`` cannot be made from ``source``."""
     for name in SHARED:
         wanted, found = getattr(config, name), getattr(source, name)
         if wanted != found:
@@ -61,19 +62,19 @@ def _label_rows(config: DCDiTConfig | DiTConfig) -> int:
 def upcycle(model: DCDiT, source: DiT) -> None:
     """Put the weights of ``source`` into ``model``, in place.
 
-    Positions are counted in patches of the source: a token of cell (r, c) gets the sine-cosine position of that cell's
-    centre on the source's patch grid, because that is the unit in which the copied blocks learned to read them. For
-    patch size 1 it is the usual table. The table is stored with the weights, so the model is an ordinary one.
+    The copied blocks know positions in units of the source's patches. So the token of grid cell (r, c) gets the
+    sine-cosine position of that cell's centre on the source's patch grid. With patch size 1 that is the usual table.
+    The table is stored with the weights, so the checkpoint is like any other.
 
     Args:
-        model: newly made.
-        source: any dtype and device.
+        model: a new one.
+        source: of any dtype, on any device.
 
     Raises:
         ValueError: the two do not fit, see :func:`check_source`.
     """
     check_source(model.config, source.config)
-    # The blocks of the two differ in how they are called, not in their weights.
+    # Packed and dense blocks have the same weights.
     for name in ("blocks", "modulation", *FROZEN):
         model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
     position = sincos_position(model.config.hidden_size, model.config.grid, source.config.patch_size)

@@ -1,9 +1,9 @@
-"""Modules of dynamic-token diffusion transformers; those for 1-D sequences are in :mod:`dcdit.nn.hnet`."""
+"""Modules of dynamic-token diffusion transformers. Those for 1-D sequences are in :mod:`dcdit.nn.hnet`."""
 
 from dcdit.nn import hnet
 from dcdit.nn.chunk import ChunkLayer, EMADeChunk, SpatialDeChunk
 from dcdit.nn.conv_block import ConvBlock, ConvStack
-from dcdit.nn.dit_block import DenseDiTBlock, PackedDiTBlock, Pending, VarlenMeta
+from dcdit.nn.dit_block import DenseDiTBlock, PackedDiTBlock, PendingResidual, VarlenMeta
 from dcdit.nn.embedding import LabelEmbedder, TimestepEmbedder, sincos_position
 from dcdit.nn.final_layer import DenseFinalLayer, PackedFinalLayer
 from dcdit.nn.modulation import Modulation, StackedModulation
@@ -13,7 +13,13 @@ from dcdit.nn.stages import STAGES, collect_stages, stage
 from dcdit.utils.deprecation import renamed_attributes
 
 __getattr__ = renamed_attributes(
-    __name__, {"DiTBlock": "PackedDiTBlock", "FinalLayer": "PackedFinalLayer", "Sequences": "VarlenMeta"}
+    __name__,
+    {
+        "DiTBlock": "PackedDiTBlock",
+        "FinalLayer": "PackedFinalLayer",
+        "Pending": "PendingResidual",
+        "Sequences": "VarlenMeta",
+    },
 )
 
 __all__ = [
@@ -32,7 +38,7 @@ __all__ = [
     "Modulation",
     "PackedDiTBlock",
     "PackedFinalLayer",
-    "Pending",
+    "PendingResidual",
     "PredictabilityRouter",
     "RMSNorm",
     "SpatialDeChunk",

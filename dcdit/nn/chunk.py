@@ -1,4 +1,4 @@
-"""Chunking to packed tokens and de-chunking back to the grid, in float32 whatever autocast says."""
+"""Chunking to packed tokens, and de-chunking back to the grid in float32, also under autocast."""
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class SpatialDeChunk(nn.Module):
 
     Args:
         grid: (H, W).
-        sigma: in grid cells.
+        sigma: of the smoothing, in grid cells.
     """
 
     def __init__(self, grid: tuple[int, int], sigma: float) -> None:
@@ -45,20 +45,20 @@ class SpatialDeChunk(nn.Module):
         self.sigma = sigma
 
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
-        """(T, D), (B, L), residual (B, L, D) -> (B, L, D)."""
+        """Packed tokens (T, D), probabilities (B, L), residual (B, L, D) -> (B, L, D)."""
         with without_autocast(h):
-            return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, confidence(p), residual)
+            return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, ste_coefficient(p), residual)
 
 
 class EMADeChunk(nn.Module):
     """Exponential moving average in raster order (H-Net, arXiv 2507.07955, section 2.2)."""
 
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
-        """(T, D), (B, L), residual (B, L, D) -> (B, L, D)."""
+        """Packed tokens (T, D), probabilities (B, L), residual (B, L, D) -> (B, L, D)."""
         with without_autocast(h):
-            return ops.dechunk_ema(h, p, sel, confidence(p), residual)
+            return ops.dechunk_ema(h, p, sel, ste_coefficient(p), residual)
 
 
-def confidence(p: Tensor) -> Tensor | None:
-    """The straight-through gate c; it only carries a gradient, so without one there is nothing to pass."""
+def ste_coefficient(p: Tensor) -> Tensor | None:
+    """(B, L) the straight-through coefficient c, or None where p needs no gradient: c has no other effect."""
     return torch.where(p > 0.5, p, 1 - p) if p.requires_grad else None

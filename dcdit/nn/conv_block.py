@@ -13,7 +13,7 @@ class ConvBlock(nn.Module):
     """GroupNorm, SiLU, conv3x3, plus conditioning, GroupNorm, SiLU, conv3x3, plus skip.
 
     Args:
-        in_dim, out_dim: widths; the inner width is the smaller. Both multiples of 32.
+        in_dim, out_dim: widths, both multiples of 32. The inner width is the smaller of the two.
         cond_dim: width of the conditioning.
     """
 
@@ -31,7 +31,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """(B, in_dim, H, W) channels-last and SiLU(conditioning) (B, cond_dim) -> (B, out_dim, H, W) channels-last."""
-        # The bias rides on the conditioning: one pass over the grid instead of two.
+        # The convolution's bias is added to the conditioning first: one pass over the grid instead of two.
         shift = self.cond_proj(cond) + self.conv1.bias
         h = F.conv2d(self.norm1(x), self.conv1.weight, padding=1)
         h = h + shift.to(h.dtype)[:, :, None, None]
@@ -42,7 +42,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """Conv blocks closed by an RMSNorm: the encoder or the decoder.
+    """Conv blocks and then an RMSNorm: the encoder or the decoder.
 
     Args:
         widths: channels before, between and after the blocks.

@@ -1,4 +1,4 @@
-"""The DiT block (arXiv 2212.09748, section 3.2), over packed sequences and over a dense batch."""
+"""The DiT block (arXiv 2212.09748, section 3.2) for packed tokens and for a dense batch."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,18 @@ from dcdit.nn.modulation import Modulation
 
 
 class VarlenMeta(NamedTuple):
-    """Where the images of a packed buffer begin and end."""
+    """Where the images of a packed buffer begin and end, as variable-length attention wants it."""
 
     cu_seqlens: Tensor
     """(B+1,) int32."""
     max_seqlen: int
+    """Tokens of the longest image, or an upper bound."""
     padding: bool
-    """Whether the buffer may hold rows past the last image."""
+    """Whether the buffer may hold rows past ``cu_seqlens[-1]``."""
 
 
-class Pending(NamedTuple):
-    """A residual branch that is not added yet, so that the addition can share a pass with the next norm."""
+class PendingResidual(NamedTuple):
+    """A residual branch that is not added yet: the next block adds it in the same pass as its first norm."""
 
     branch: Tensor
     """(T, D)."""
@@ -29,12 +30,12 @@ class Pending(NamedTuple):
 
 
 class DiTBlockBase(nn.Module):
-    """The weights of a block; its adaLN lives in :class:`dcdit.nn.StackedModulation`.
+    """The weights of a block. Its adaLN is a part of :class:`dcdit.nn.StackedModulation`.
 
     Args:
         dim: D.
         num_heads: divides D.
-        mlp_ratio: width of the MLP over D.
+        mlp_ratio: hidden width of the MLP divided by D.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
@@ -50,31 +51,36 @@ class DiTBlockBase(nn.Module):
 
 
 class PackedDiTBlock(DiTBlockBase):
-    """A block over packed tokens."""
+    """A block for packed tokens."""
 
-    def attention(self, x: Tensor, seqs: VarlenMeta) -> Tensor:
+    def attention(self, x: Tensor, varlen: VarlenMeta) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        out = ops.varlen_attention(q, k, v, seqs.cu_seqlens, seqs.max_seqlen, padding=seqs.padding)
+        out = ops.varlen_attention(q, k, v, varlen.cu_seqlens, varlen.max_seqlen, padding=varlen.padding)
         return self.proj(out.flatten(1))
 
-    def forward(self, x: Tensor, pending: Pending | None, mod: Modulation, seqs: VarlenMeta) -> tuple[Tensor, Pending]:
-        """Tokens (T, D) and the branch that the previous block left to add -> tokens, and the branch left to add."""
-        cu_seqlens = seqs.cu_seqlens
+    def forward(
+        self, x: Tensor, pending: PendingResidual | None, mod: Modulation, varlen: VarlenMeta
+    ) -> tuple[Tensor, PendingResidual]:
+        """Tokens (T, D) and the pending branch of the previous block -> tokens (T, D) and this block's pending branch.
+
+        ``x + gate * branch`` of what is returned is the output of the block.
+        """
+        cu_seqlens = varlen.cu_seqlens
         if pending is None:
             h = ops.modulated_layer_norm(x, mod.attn_shift, mod.attn_scale, cu_seqlens)
         else:
             x, h = ops.gated_add_modulated_layer_norm(x, *pending, mod.attn_shift, mod.attn_scale, cu_seqlens)
-        branch = self.attention(h, seqs)
+        branch = self.attention(h, varlen)
         x, h = ops.gated_add_modulated_layer_norm(x, branch, mod.attn_gate, mod.mlp_shift, mod.mlp_scale, cu_seqlens)
-        return x, Pending(self.mlp(h), mod.mlp_gate)
+        return x, PendingResidual(self.mlp(h), mod.mlp_gate)
 
 
 class DenseDiTBlock(DiTBlockBase):
-    """A block over a dense batch, in operations that ``torch.compile`` fuses.
+    """A block for a dense batch, in operations that ``torch.compile`` fuses.
 
     Args:
-        dim, num_heads, mlp_ratio: as above.
-        mlp_norm_eps: of the norm before the MLP.
+        dim, num_heads, mlp_ratio: as in :class:`DiTBlockBase`.
+        mlp_norm_eps: eps of the norm before the MLP.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
@@ -93,5 +99,5 @@ class DenseDiTBlock(DiTBlockBase):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """``LayerNorm(x) * (1 + scale) + shift`` over a dense batch; shift and scale broadcast against x."""
+    """``LayerNorm(x) * (1 + scale) + shift`` for a dense batch (B, L, D); shift and scale are (B, 1, D)."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift

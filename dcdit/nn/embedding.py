@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor, nn
 
 
@@ -12,7 +13,8 @@ class TimestepEmbedder(nn.Module):
 
     Args:
         dim: D.
-        frequency_shift: the i-th of n frequencies is ``10000 ** (-i / (n - frequency_shift))``; 0 in DiT.
+        frequency_shift: the i-th of n frequencies is ``10000 ** (-i / (n - frequency_shift))``. 0 in DiT, 1 in
+            diffusers.
     """
 
     FREQUENCIES = 128
@@ -24,7 +26,7 @@ class TimestepEmbedder(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        # Computed in float32 every time: as a buffer it would be rounded by model.to(bfloat16).
+        # Computed in float32 every time, because model.to(bfloat16) would round a buffer.
         steps = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
         frequencies = torch.exp(steps * (-math.log(10000.0) / (self.FREQUENCIES - self.frequency_shift)))
         angles = t[:, None].float() * frequencies
@@ -33,12 +35,13 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (B,) -> (B, D). Label ``num_classes`` is the null class, present where labels are ever dropped.
+    """Class labels (B,) -> (B, D). Label ``num_classes`` is the null class; it exists if ``dropout_prob`` is above 0.
 
     Args:
         num_classes: labels 0 to ``num_classes - 1``.
         dim: D.
-        dropout_prob: in training mode, the chance that a label is replaced by the null class.
+        dropout_prob: in training mode, the chance that a label is replaced by the null class. Set the attribute to 0
+            to embed labels that a training loop has dropped itself (:func:`drop_labels`).
     """
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
@@ -50,24 +53,29 @@ class LabelEmbedder(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
-            y = y.masked_fill(dropped, self.num_classes)
+            y = drop_labels(y, dropped, self.num_classes)
         return self.table(y)
+
+
+def drop_labels(y: Tensor, dropped: Tensor, null_class: int) -> Tensor:
+    """Labels y (B,) with ``null_class`` where ``dropped`` (B,) bool is set: training for classifier-free guidance."""
+    return y.masked_fill(dropped, null_class)
 
 
 def sincos_position(dim: int, grid: tuple[int, int], patch_size: int = 1) -> Tensor:
     """Fixed 2-D sine-cosine position table: (H*W, D) float32 in raster order.
 
-    The first half of the channels encodes the column and the second the row, each as sines then cosines.
+    The first half of the channels encodes the column and the second half the row, each as sines then cosines.
 
     Args:
         dim: D, a multiple of 4.
         grid: (H, W).
-        patch_size: the unit of length, in cells. With P, a cell gets the (fractional) position of its centre on the
-            coarser grid whose cells are P x P of these.
+        patch_size: P, the unit of length in grid cells. A cell gets the position of its centre, a fraction, on the
+            coarser grid whose cells hold P x P cells of this one.
     """
     height, width = grid
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    rows = torch.arange(height, dtype=torch.float64)[:, None].expand(height, width).flatten()
-    cols = torch.arange(width, dtype=torch.float64)[None, :].expand(height, width).flatten()
+    rows = repeat(torch.arange(height, dtype=torch.float64), "row -> (row col)", col=width)
+    cols = repeat(torch.arange(width, dtype=torch.float64), "col -> (row col)", row=height)
     angles = [((axis + 0.5) / patch_size - 0.5)[:, None] * frequencies for axis in (cols, rows)]
     return torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1).float()

@@ -1,4 +1,4 @@
-"""The last adaLN and the projection to pixels (DiT, arXiv 2212.09748, section 3.2)."""
+"""The last adaLN and the projection to pixels or latents (DiT, arXiv 2212.09748, section 3.2)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from dcdit.nn.dit_block import modulate
 
 
 class PackedFinalLayer(nn.Module):
-    """``Linear(LayerNorm(x) * (1 + scale) + shift)``.
+    """``Linear(LayerNorm(x) * (1 + scale) + shift)`` through the operation for packed tokens.
 
     Args:
         dim: width of the tokens.
@@ -25,11 +25,10 @@ class PackedFinalLayer(nn.Module):
         """(B, L, dim) and SiLU(conditioning) (B, cond_dim) -> (B, L, out_dim)."""
         b, length, _ = x.shape
         shift, scale = self.modulation(cond).chunk(2, dim=1)
-        # A full grid is a packed buffer of equal lengths.
+        # The full grid is a packed buffer in which every image has the same length.
         cu_seqlens = torch.arange(0, (b + 1) * length, length, dtype=torch.int32, device=x.device)
-        return self.linear(ops.modulated_layer_norm(x.flatten(0, 1), shift, scale, cu_seqlens)).unflatten(
-            0, (b, length)
-        )
+        tokens = ops.modulated_layer_norm(x.flatten(0, 1), shift, scale, cu_seqlens)
+        return self.linear(tokens).unflatten(0, (b, length))
 
 
 class DenseFinalLayer(PackedFinalLayer):

@@ -2,10 +2,11 @@
 
 A stage of an H-Net is a :class:`RoutingModule`, a :class:`ChunkLayer`, an inner network over the packed chunks (it may
 hold further stages) and a :class:`DeChunkLayer`. Everything is causal. The forward pass takes packed sequences (S, D)
-with ``cu_seqlens``, or a padded batch (B, L, D) with a mask; chunks are always packed.
+with ``cu_seqlens``, or a padded batch (B, L, D) with a mask. Chunks are always packed.
 
-Decoding keeps one row of cache per sequence of the batch. Sequences draw their boundaries at different steps, so a
-layer steps the rows it is told to and leaves the others alone: an inner stage gets the rows that its outer stage chose.
+Decoding keeps one cache row per sequence of the batch. Sequences open their chunks at different steps, so every
+``step`` takes the rows to advance and leaves the others as they are. An inner stage gets the rows for which its outer
+stage opened a chunk.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dcdit import ops
 from dcdit.nn.autocast import without_autocast
-from dcdit.nn.chunk import EMADeChunk, confidence
+from dcdit.nn.chunk import EMADeChunk, ste_coefficient
 from dcdit.nn.routers import CosineProjections
 from dcdit.ops import TokenSelection, checks
 from dcdit.ops.numerics import PROB_EPS, upcast
@@ -30,7 +31,7 @@ class RoutingCache:
     query: Tensor
     """(B, D): the projected last token."""
     started: Tensor
-    """(B,) bool: whether there was one."""
+    """(B,) bool: whether there was a token."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class DeChunkCache:
 
 
 class RoutingModule(CosineProjections):
-    """How likely a token is to open a chunk: its cosine dissimilarity to the token before.
+    """The probability that a token opens a chunk: its cosine dissimilarity to the token before it.
 
     Args:
         dim: D.
@@ -53,7 +54,7 @@ class RoutingModule(CosineProjections):
         self.reset_parameters()
 
     def allocate_inference_cache(self, batch_size: int) -> RoutingCache:
-        """A cache for sequences of which nothing was seen."""
+        """A cache for sequences that have not started."""
         weight = self.query.weight
         return RoutingCache(
             query=weight.new_zeros(batch_size, weight.shape[0]),
@@ -72,8 +73,8 @@ class RoutingModule(CosineProjections):
         Args:
             x: (B, L, D), or packed (S, D) with ``cu_seqlens``.
             cu_seqlens: int32 (B+1,).
-            mask: (B, L) bool, the tokens that are no padding: one run per row, so padding may lie on either side.
-            cache: filled as if every sequence had been stepped to its end; what it held is forgotten.
+            mask: (B, L) bool, False in padding. The tokens of a row are one run, with padding before or after them.
+            cache: overwritten with the state after the last token of every sequence.
 
         Returns:
             (B, L) or (S,) float32 (float64 for float64 x): 1 at the first token of a sequence, 0 in padding.
@@ -98,15 +99,15 @@ class RoutingModule(CosineProjections):
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: RoutingCache, rows: Tensor | None = None) -> Tensor:
-        """Boundary probabilities (B',) of the next token (B', D) of these sequences.
+        """Boundary probabilities (B',) of the next token (B', D) of some sequences.
 
         Args:
-            rows: (B',) int64, which rows of the cache they are; None is all, in order.
+            rows: (B',) int64, the cache rows of these sequences. None is all rows, in order.
         """
         q, k = self.query(x), self.key(x)
         previous, started = _take(cache.query, rows).to(q.dtype), _take(cache.started, rows)
         with without_autocast(x):
-            # Each a sequence of two tokens: the operation, and so the rounding, is that of the forward pass.
+            # Each pair is a sequence of two tokens, so that the rounding is that of the forward pass.
             p = ops.boundary_prob_cosine(torch.stack([previous, q], 1), torch.stack([k, k], 1))[:, 1]
         p = p.masked_fill(~started, 1.0)
         _put(cache.query, rows, q)
@@ -126,9 +127,10 @@ class ChunkLayer(nn.Module):
         return ops.gather_tokens(x, sel), sel
 
     def step(self, x: Tensor, p: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next tokens (B', D), their p (B',), the rows they belong to -> the tokens that open a chunk, and their rows.
+        """Next tokens (B', D), their p (B',) and their cache rows -> the tokens that open a chunk, and their rows.
 
-        Either may be empty: then the inner network has nothing to do. One size is read back from the device.
+        Where no token opens a chunk both are empty, and the inner network has nothing to do. The host reads one size
+        from the device.
         """
         opened = (p > THRESHOLD).nonzero().squeeze(1)
         return x[opened], opened if rows is None else rows[opened]
@@ -137,12 +139,11 @@ class ChunkLayer(nn.Module):
 class DeChunkLayer(EMADeChunk):
     """Spreads chunks over their tokens: a moving average weighted by p, held until the next chunk.
 
-    The straight-through gate of the router's confidence is included, and so is the addition of the residual.
+    It applies the straight-through coefficient of p and adds the residual, too.
     """
 
     def allocate_inference_cache(self, batch_size: int, like: Tensor) -> DeChunkCache:
-        """A cache for sequences of which nothing was seen; ``like`` is (..., D) on the device and in the dtype of the
-        chunks."""
+        """A cache for sequences that have not started; ``like`` (..., D) has the device and the dtype of the chunks."""
         return DeChunkCache(upcast(like).new_zeros(batch_size, like.shape[-1]))
 
     def forward(
@@ -152,26 +153,26 @@ class DeChunkLayer(EMADeChunk):
 
         Args:
             residual: (B, L, D) or (S, D), added to the result.
-            cache: filled as if every sequence had been stepped to its end; what it held is forgotten.
+            cache: overwritten with the state after the last token of every sequence.
         """
         if cache is None:
             return super().forward(h, p, sel, residual)
-        # The cache keeps the average as it is before the residual and the rounding to the dtype of h.
+        # The cache keeps the average before the residual is added and before it is rounded to the dtype of h.
         with without_autocast(h):
-            held = ops.dechunk_ema(upcast(h), p, sel, confidence(p))
+            held = ops.dechunk_ema(upcast(h), p, sel, ste_coefficient(p))
         last, seen = _last_rows(held, sel.source_cu_seqlens, None)
         cache.held = torch.where(seen[:, None], held.flatten(0, -2)[last], 0).detach()
         return (held + residual).to(h.dtype)
 
     @torch.no_grad()
     def step(self, h: Tensor, p: Tensor, cache: DeChunkCache, residual: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The next tokens (B', D) of these sequences.
+        """The next tokens (B', D) of some sequences.
 
         Args:
-            h: (B'', D): the inner network's output for the chunks that :meth:`ChunkLayer.step` opened, in its order.
+            h: (B'', D), the inner network's output for the chunks that :meth:`ChunkLayer.step` returned, in its order.
             p: (B',), of all B' tokens.
             residual: (B', D), added to the result.
-            rows: (B',) int64, which rows of the cache they are; None is all, in order.
+            rows: (B',) int64, the cache rows of these sequences. None is all rows, in order.
         """
         held = _take(cache.held, rows)
         opened = (p > THRESHOLD)[:, None]
@@ -196,7 +197,7 @@ def _check_mask(mask: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def _last_rows(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B,) the last token of each sequence in x.flatten(0, -2), and (B,) bool whether there is one."""
+    """(B,) index of each sequence's last token in x.flatten(0, -2), and (B,) bool whether there is one."""
     if cu_seqlens is not None:
         return (cu_seqlens[1:].long() - 1).clamp(min=0), cu_seqlens.diff() > 0
     images, length = x.shape[:2]

@@ -1,23 +1,27 @@
-"""The two views of one memory: tokens (B, L, D), and the grid (B, D, H, W) in channels-last order."""
+"""The two views of one memory: tokens (B, L, D), and the grid (B, D, H, W) in channels-last memory format.
+
+Both functions run several times in every forward pass. ``einops`` would name the axes, but takes 2 microseconds longer
+per call on the host (measured, where these take 1 to 2), so they are written as views.
+"""
 
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-Model = TypeVar("Model", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def to_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, L, D) -> (B, D, H, W) without a copy; contiguous tokens become a channels-last grid."""
+    """(B, H*W, D) -> (B, D, H, W) without a copy. Contiguous tokens become a channels-last grid."""
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, D, H, W) -> (B, L, D) without a copy where x is channels-last."""
+    """(B, D, H, W) -> (B, H*W, D), without a copy of a contiguous or a channels-last grid."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def channels_last(model: Model) -> Model:
-    """Store convolution weights channels-last, in place: then neither they nor the grid are converted on the way."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def channels_last(module: Module) -> Module:
+    """Store convolution weights channels-last, in place. A convolution then converts neither them nor the grid."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -17,10 +17,11 @@ class Modulation(NamedTuple):
 
 
 class StackedModulation(nn.Module):
-    """One Linear for the adaLN of every block: they all see the same conditioning.
+    """One Linear for the adaLN of all blocks, which see the same conditioning.
 
-    Rows are ordered by block, then shift, scale, gate of the attention and of the MLP, then channel: DiT's per-block
-    weights, concatenated. Stacking separate parameters would copy a third of the model in every forward.
+    Its rows are DiT's weights of the first block, then those of the second, and so on. Within a block they are shift,
+    scale and gate of the attention, then of the MLP. One parameter holds them, because stacking one parameter per
+    block would copy a third of the model in every forward.
 
     Args:
         dim: D.

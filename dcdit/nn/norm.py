@@ -14,12 +14,12 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
-            # A weight of another dtype would leave the fused implementation.
+            # With a weight of another dtype, PyTorch would not take its fused implementation.
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """``SiLU(GroupNorm(x))`` in x's dtype; on a GPU autocast alone would return float32, twice the bytes."""
+    """``SiLU(GroupNorm(x))`` in x's dtype. On a GPU, autocast alone would return float32, twice the bytes."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):

@@ -10,7 +10,7 @@ from dcdit.nn.memory_format import to_grid
 
 
 class PredictabilityRouter(nn.Module):
-    """Scores what a 3x3 convolution cannot predict of a token (DC-DiT, arXiv 2603.06351, the default router).
+    """Scores how badly a 3x3 convolution predicts a token (DC-DiT, arXiv 2603.06351, the default router).
 
     Args:
         dim: D, a multiple of 32.
@@ -36,8 +36,8 @@ class PredictabilityRouter(nn.Module):
         identity = F.pad(
             torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[:, :, None, None], (1, 1, 1, 1)
         )
-        surprise = F.conv2d(z, identity - weight, -bias, padding=1)  # type: ignore[operator]
-        features = self.scorer(surprise)
+        prediction_error = F.conv2d(z, identity - weight, -bias, padding=1)  # type: ignore[operator]
+        features = self.scorer(prediction_error)
         norm, out = self.norm, self.out
         with without_autocast(x):
             return ops.boundary_prob_predictability(
@@ -46,7 +46,7 @@ class PredictabilityRouter(nn.Module):
 
 
 class CosineProjections(nn.Module):
-    """Query and key projections, which start as the identity."""
+    """Query and key projections that start as the identity."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class CosineProjections(nn.Module):
 class Cosine2dRouter(CosineProjections):
     """Cosine dissimilarity to the filtered neighbourhood (DC-DiT v1).
 
-    At the start a token is its own neighbour with the same projections, so hardly any p is above one half and an image
-    keeps little more than its best token; the ratio loss raises p from there.
+    At the start both projections are the same and a token is one of its own neighbours. So hardly any p is above one
+    half, and an image keeps little more than its most probable token. The ratio loss raises p from there.
 
     Args:
         dim: D.
@@ -90,7 +90,7 @@ class Cosine1dRouter(CosineProjections):
 
     Args:
         dim: D.
-        grid: unused: the sequence has no width. Taken so that every router is built alike.
+        grid: not used, for a sequence has no width. It is here because all routers are built with the same arguments.
     """
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.small import batch, small_dc_dit, small_dit, stir
+from support.small import batch, randomize_zero_weights, small_dc_dit, small_dit
 
 from dcdit import checkpoint
 from dcdit.checkpoint import load_static_dit, read_objective
@@ -123,7 +123,7 @@ def refused(path, match, error=ValueError):
 
 
 def test_files_that_need_unpickling(tmp_path, dit):
-    torch.save({"ema": to_dit(dit), "args": stir}, tmp_path / "code.pt")
+    torch.save({"ema": to_dit(dit), "args": randomize_zero_weights}, tmp_path / "code.pt")
     refused(tmp_path / "code.pt", r"code\.pt does not load as plain tensors \(weights_only=True\)")
 
 

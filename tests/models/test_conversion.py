@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.golden import NUM_HEADS, Golden
-from support.small import batch, small_dc_dit, small_dit, stir
+from support.small import batch, randomize_zero_weights, small_dc_dit, small_dit
 from torch import Tensor
 
 from dcdit.models import DiT, load_dit, load_official, to_dit, to_official
@@ -98,7 +98,7 @@ def diffusers_model():
         patch_size=2,
         num_embeds_ada_norm=10,
     )
-    stir(model)
+    randomize_zero_weights(model)
     first, second = (block.norm1.emb for block in model.transformer_blocks)
     second.load_state_dict(first.state_dict())
     return model.eval()

@@ -71,7 +71,7 @@ def test_images_do_not_see_each_other() -> None:
 
 
 class PoisonedPadding(torch.autograd.Function):
-    """NaN in every padding row, of the value on the way forward and of the gradient on the way back."""
+    """Puts NaN into every padding row in the forward pass. In the backward pass none may arrive there."""
 
     @staticmethod
     def forward(ctx, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def poison(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dechunk", ["spatial", "ema"])
 @pytest.mark.parametrize("poisoned", [False, True], ids=["zero padding", "NaN padding"])
-def test_capacity_with_padding_is_exact_mode(dechunk: str, poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capacity_with_padding_is_exact_mode(dechunk: str, poisoned: bool) -> None:
     model = small_dc_dit(dechunk=dechunk).double()
     inputs = batch(model.config)
     out, routing = model(*inputs, drop_fraction=0.2, return_routing=True)
@@ -105,9 +105,9 @@ def test_capacity_with_padding_is_exact_mode(dechunk: str, poisoned: bool, monke
     if poisoned:
 
         class PoisonedBlock(module.PackedDiTBlock):
-            def forward(self, x, pending, mod, seqs):
-                x, (branch, gate) = super().forward(x, pending, mod, seqs)
-                return x, (PoisonedPadding.apply(branch, seqs.cu_seqlens), gate)
+            def forward(self, x, pending, mod, varlen):
+                x, (branch, gate) = super().forward(x, pending, mod, varlen)
+                return x, (PoisonedPadding.apply(branch, varlen.cu_seqlens), gate)
 
         for block in model.blocks:
             block.__class__ = PoisonedBlock
@@ -148,7 +148,7 @@ def test_a_budget_of_the_natural_count_is_exact_mode() -> None:
 def test_bfloat16_weights_and_autocast_stay_close() -> None:
     model = small_dc_dit()
     inputs = batch(model.config)
-    # Every token is kept: near one half, rounding may choose another token, which is no small difference.
+    # Every token is kept. Otherwise rounding could select another token where p is near one half: a large difference.
     budget = 96
     exact, routing = model(*inputs, budget=budget, return_routing=True)
     with torch.autocast("cpu", torch.bfloat16):

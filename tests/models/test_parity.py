@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dcdit import ops
 from dcdit.models import load_official, to_official
-from dcdit.models.convert.mapping import official
+from dcdit.models.convert.official import key_table
 
 # Some gradients are zero in exact arithmetic (a per-channel shift before a one-channel group norm): there the reference
 # stores the float32 rounding noise of its own summation order.
@@ -78,7 +78,7 @@ def test_round_trip_is_bitwise(golden: Golden) -> None:
     for key, value in golden.state.items():
         assert back[key].dtype == value.dtype
         assert torch.equal(back[key], value), key
-    assert set(official(depth=2)) == golden.state.keys()
+    assert set(key_table(depth=2)) == golden.state.keys()
 
 
 def test_round_trip_keeps_each_dtype(golden: Golden) -> None:

@@ -1,4 +1,4 @@
-"""Weights of a static DiT in a DC-DiT: what is copied is copied exactly, what is not stays, and misfits are refused."""
+"""Weights of a static DiT in a DC-DiT: some are copied exactly, the others stay, and a bad source is refused."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def test_positions_are_counted_in_patches_of_the_source():
     for row, col in [(0, 0), (1, 5), (7, 11)]:
         frequencies = 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
         x, y = ((cell + 0.5) / 2 - 0.5 for cell in (col, row))
-        wanted = torch.cat([f(place * frequencies) for place in (x, y) for f in (torch.sin, torch.cos)])
+        wanted = torch.cat([f(position * frequencies) for position in (x, y) for f in (torch.sin, torch.cos)])
         torch.testing.assert_close(model.pos_embed[row * width + col].double(), wanted, rtol=0, atol=1e-6)
     patches = model.pos_embed.view(height // 2, 2, width // 2, 2, -1).mean((1, 3)).flatten(0, 1)
     low = slice(24, 32)  # at low frequencies, the mean over a patch is the value at its centre
@@ -114,7 +114,7 @@ def test_misfits(change, message):
 def test_no_null_class_on_either_side():
     source = small_dit(class_dropout_prob=0.0)
     fields = upcycled_fields(source.config)
-    assert "class_dropout_prob" not in fields  # that there is none has to be said
+    assert "class_dropout_prob" not in fields  # a model without a null class has to be asked for
     model, _ = upcycled(source, class_dropout_prob=0.0)
     assert torch.equal(model.y_embedder.table.weight, source.y_embedder.table.weight)
 

@@ -50,8 +50,9 @@ def test_two_steps_of_training(target, tmp_path):
 
 
 def test_starts_with_hardly_a_token_and_learns_to_keep_more():
-    """With identity projections and a filter that includes the token itself, next to nothing is far enough from its
-    neighbourhood, even in noise: images keep their best token. The ratio loss alone leads out of there."""
+    """The projections start as the identity and the filter includes the token itself. So even in noise hardly a token
+    is far from its neighbourhood, and an image keeps its most probable one. The ratio loss alone raises the rest.
+    """
     model = tiny()
     x, t, y = batch(model.config, 4)
     _, routing = model(x, t, y, return_routing=True)

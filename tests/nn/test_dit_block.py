@@ -27,10 +27,10 @@ def test_packed_chain_is_the_dense_block_on_each_image(lengths: tuple[int, ...])
     first, second = modulations(len(lengths), depth=2)
     tokens = torch.randn(sum(lengths), DIM).double()
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    seqs = VarlenMeta(cu_seqlens, max(lengths), padding=False)
+    varlen = VarlenMeta(cu_seqlens, max(lengths), padding=False)
 
-    x, pending = packed(tokens, None, first, seqs)
-    x, pending = packed(x, pending, second, seqs)
+    x, pending = packed(tokens, None, first, varlen)
+    x, pending = packed(x, pending, second, varlen)
     found = ops.gated_add(x, *pending, cu_seqlens)
 
     for i, image in enumerate(tokens.split(lengths)):

@@ -5,6 +5,7 @@ import torch
 from support.golden import Golden
 
 from dcdit.nn import LabelEmbedder, TimestepEmbedder, sincos_position
+from dcdit.nn.embedding import drop_labels
 
 
 def test_position_table_is_the_reference_implementations() -> None:
@@ -54,6 +55,27 @@ def test_labels_are_dropped_in_training_only() -> None:
     assert 0.35 < dropped < 0.65
     assert torch.equal(embedder.eval()(y), embedder.table(y))
     assert torch.equal(embedder(torch.tensor([7]))[0], null)
+
+
+def test_a_training_loop_can_drop_labels_itself() -> None:
+    """With the embedder's own dropping off, it embeds what it gets and draws no random number."""
+    embedder = LabelEmbedder(num_classes=7, dim=4, dropout_prob=0.5)
+    embedder.dropout_prob = 0.0
+    dropped = torch.tensor([True, False, True, False])
+    y = drop_labels(torch.arange(4), dropped, null_class=7)
+    assert y.tolist() == [7, 1, 7, 3]
+    state = torch.get_rng_state()
+    assert torch.equal(embedder(y), embedder.table(y))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_embedder_drops_as_the_function_does() -> None:
+    embedder = LabelEmbedder(num_classes=7, dim=4, dropout_prob=0.5)
+    y = torch.arange(7)
+    torch.manual_seed(0)
+    found = embedder(y)
+    torch.manual_seed(0)
+    assert torch.equal(found, embedder.table(drop_labels(y, torch.rand(7) < 0.5, 7)))
 
 
 def test_without_dropout_there_is_no_null_class() -> None:

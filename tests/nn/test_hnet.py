@@ -1,4 +1,4 @@
-"""1-D chunking: decoding one token at a time is the forward pass, whatever the batch and however it is laid out."""
+"""1-D chunking: decoding one token at a time equals the forward pass, for any batch, packed or padded."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: {"rtol": 1e-12, "atol": 1e-12}, torch.float32: {"rto
 
 
 class Recurrent(nn.Module):
-    """An inner network with a state per sequence, which a wrong row would spoil."""
+    """An inner network with a state per sequence: a step of the wrong row changes its output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def sequences(lengths: tuple[int, ...], dtype: torch.dtype = torch.float64) -> l
 
 
 def padded(tokens: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    """(B, L, D), large where nothing may be read, and its mask."""
+    """(B, L, D) with large numbers in the padding, which nothing may read, and its mask."""
     x = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=100.0, padding_side=side)
     real = nn.utils.rnn.pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True, padding_side=side)
     return x, real.bool()
@@ -120,20 +120,20 @@ def test_steps_are_the_forward_pass(batch, dtype):
     torch.testing.assert_close(torch.cat(stepped), whole, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("layout", ["packed", "right", "left"])
+@pytest.mark.parametrize("prompt_format", ["packed", "right", "left"])
 @pytest.mark.parametrize("batch", LENGTHS)
 @torch.no_grad()
-def test_steps_go_on_after_a_prefill(batch, layout, dtype):
+def test_steps_go_on_after_a_prefill(batch, prompt_format, dtype):
     net, tokens = network(dtype), sequences(LENGTHS[batch], dtype)
     whole = net(torch.cat(tokens), random_cu_seqlens(*LENGTHS[batch]))
     begin = [(len(t) + 1) // 2 for t in tokens]
     prompts = [t[:n] for t, n in zip(tokens, begin, strict=True)]
     cache = net.allocate(batch, whole)
     decode(net, prompts, cache)  # a prefill forgets it
-    if layout == "packed":
+    if prompt_format == "packed":
         head = net(torch.cat(prompts), random_cu_seqlens(*begin), cache).split(begin)
     else:
-        x, mask = padded(prompts, layout)
+        x, mask = padded(prompts, prompt_format)
         head = net(x, None, cache, mask)[mask].split(begin)
     tail = decode(net, tokens, cache, begin)
     both = [piece for pair in zip(head, tail, strict=True) for piece in pair]

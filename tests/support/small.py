@@ -1,4 +1,4 @@
-"""Small models whose every weight matters: nothing stays at the zeros of adaLN-Zero."""
+"""Small models in which every weight has an effect: none stays at the zeros of adaLN-Zero."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ SIZES = {"hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
 def small_dc_dit(**overrides) -> DCDiT:
     torch.manual_seed(0)
     model = DCDiT(DCDiTConfig(**{"grid": GRID, **SIZES, **overrides}))
-    stir(model)
+    randomize_zero_weights(model)
     if model.config.router == "predictability":
         # Spread the probabilities around one half, so that every image keeps some tokens and drops others.
         nn.init.normal_(model.router.out.weight, std=1.0)
@@ -23,11 +23,12 @@ def small_dc_dit(**overrides) -> DCDiT:
 def small_dit(**overrides) -> DiT:
     torch.manual_seed(0)
     model = DiT(DiTConfig(**{"grid": GRID, **SIZES, **overrides}))
-    stir(model)
+    randomize_zero_weights(model)
     return model.eval()
 
 
-def stir(model: nn.Module) -> None:
+def randomize_zero_weights(model: nn.Module) -> None:
+    """Zeros would hide whole branches of the model."""
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)

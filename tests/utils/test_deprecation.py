@@ -8,7 +8,13 @@ from dcdit import nn, ops
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("DiTBlock", "PackedDiTBlock"), ("FinalLayer", "PackedFinalLayer"), ("Sequences", "VarlenMeta")]
+    ("old", "new"),
+    [
+        ("DiTBlock", "PackedDiTBlock"),
+        ("FinalLayer", "PackedFinalLayer"),
+        ("Pending", "PendingResidual"),
+        ("Sequences", "VarlenMeta"),
+    ],
 )
 def test_renamed_modules(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"dcdit.nn.{old} is now dcdit.nn.{new}"):

@@ -1,124 +1,170 @@
-"""Where other code bases keep the weights: one table per checkpoint layout, read in both directions."""
+"""What the converters share: tables from foreign keys to our weights, read in both directions."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dcdit.models.config import DCDiTConfig
+
+StateDict = Mapping[str, Tensor]
 
 
-class Place(NamedTuple):
-    """Where one tensor of a foreign state dict lives in ours."""
+class WeightSlice(NamedTuple):
+    """Which rows of which of our tensors one foreign tensor holds. Foreign tensors of the same slice are copies."""
 
-    ours: str
+    name: str
+    """Of our tensor."""
     part: int = 0
     parts: int = 1
-    """It is part ``part`` of ``parts`` equal runs of rows; several tensors at one place are copies of each other."""
-    unit_dims: int = 0
-    """Trailing dimensions of size 1 that only they have (a 1x1 convolution where we have a Linear)."""
-    batch_dim: bool = False
-    """They have a leading dimension of size 1 (the position table)."""
+    """Our rows are cut into ``parts`` equal runs; this is run number ``part``."""
+    trailing_ones: int = 0
+    """Last dimensions of size 1 that only the foreign tensor has (a 1x1 convolution where we have a Linear)."""
+    leading_ones: int = 0
+    """First dimensions of size 1 that only the foreign tensor has (the batch dimension of a position table)."""
+
+    def foreign_shape(self, ours: Tensor) -> torch.Size:
+        rows = ours.shape[0] // self.parts
+        return torch.Size([*[1] * self.leading_ones, rows, *ours.shape[1:], *[1] * self.trailing_ones])
 
 
-def official(depth: int) -> dict[str, Place]:
-    """DC-DiT's reference implementation (AMD-AGI/DynamicChunkingDiT)."""
-    router, inner = "hnet.routing_module", "hnet.main_network.main_network"
-    table = {
-        **_affine("x_embedder.proj", "x_embedder"),
-        **_embedders("t_embedder", "y_embedder"),
-        "pos_embed": Place("pos_embed", batch_dim=True),
-        **_conv_stack("encoder", widening_block=1),
-        **_conv_stack("decoder", widening_block=0),
-        **_affine(f"{router}.proj", "router.proj", unit_dims=2),
-        **_affine(f"{router}.context_predictor", "router.predictor"),
-        **_affine(f"{router}.residual_scorer.0", "router.scorer"),
-        **_affine(f"{router}.residual_scorer.1", "router.norm"),
-        **_affine(f"{router}.residual_scorer.3", "router.out", unit_dims=2),
-        **_affine("hnet.residual_proj", "residual_proj"),
-        f"{inner}.rmsnorm.weight": Place("norm.weight"),
-        **_final_layer(),
-    }
-    for block in range(depth):
-        table |= _dit_block(f"{inner}.layers.{block}", block, depth)
-    return table
+KeyTable = dict[str, WeightSlice]
+"""Every key of a foreign state dict."""
 
 
-def facebook(depth: int) -> dict[str, Place]:
-    """facebookresearch/DiT."""
-    table = {
-        **_affine("x_embedder.proj", "x_embedder"),
-        **_embedders("t_embedder", "y_embedder"),
-        "pos_embed": Place("pos_embed", batch_dim=True),
-        **_final_layer(),
-    }
-    for block in range(depth):
-        table |= _dit_block(f"blocks.{block}", block, depth)
-    return table
-
-
-def diffusers(depth: int) -> dict[str, Place]:
-    """``DiTTransformer2DModel`` of diffusers: no position table, and a copy of the embedders in every block."""
-    table = {
-        **_affine("pos_embed.proj", "x_embedder"),
-        **_affine("proj_out_1", "final_layer.modulation"),
-        **_affine("proj_out_2", "final_layer.linear"),
-    }
-    for i in range(depth):
-        theirs, ours = f"transformer_blocks.{i}", f"blocks.{i}"
-        table |= {
-            **_affine(f"{theirs}.norm1.emb.timestep_embedder.linear_1", "t_embedder.fc1"),
-            **_affine(f"{theirs}.norm1.emb.timestep_embedder.linear_2", "t_embedder.fc2"),
-            f"{theirs}.norm1.emb.class_embedder.embedding_table.weight": Place("y_embedder.table.weight"),
-            **_affine(f"{theirs}.norm1.linear", "modulation.linear", i, depth),
-            **_affine(f"{theirs}.attn1.to_q", f"{ours}.qkv", 0, 3),
-            **_affine(f"{theirs}.attn1.to_k", f"{ours}.qkv", 1, 3),
-            **_affine(f"{theirs}.attn1.to_v", f"{ours}.qkv", 2, 3),
-            **_affine(f"{theirs}.attn1.to_out.0", f"{ours}.proj"),
-            **_affine(f"{theirs}.ff.net.0.proj", f"{ours}.fc1"),
-            **_affine(f"{theirs}.ff.net.2", f"{ours}.fc2"),
-        }
-    return table
-
-
-def _affine(theirs: str, ours: str, part: int = 0, parts: int = 1, unit_dims: int = 0) -> dict[str, Place]:
+def weight_and_bias(foreign: str, name: str, part: int = 0, parts: int = 1, trailing_ones: int = 0) -> KeyTable:
+    """The two entries of a layer; the arguments are those of :class:`WeightSlice`."""
     return {
-        f"{theirs}.weight": Place(f"{ours}.weight", part, parts, unit_dims),
-        f"{theirs}.bias": Place(f"{ours}.bias", part, parts),
+        f"{foreign}.weight": WeightSlice(f"{name}.weight", part, parts, trailing_ones),
+        f"{foreign}.bias": WeightSlice(f"{name}.bias", part, parts),
     }
 
 
-def _embedders(time: str, label: str) -> dict[str, Place]:
+# --- moving tensors -----------------------------------------------------------------------------------------------
+
+
+def import_weights(model: nn.Module, state_dict: StateDict, table: KeyTable, source: str, **computed: Tensor) -> None:
+    """Give a model on the meta device the tensors of a foreign state dict.
+
+    Args:
+        model: changed in target.
+        state_dict: the foreign weights. Every tensor keeps its dtype.
+        table: of the foreign code base.
+        source: what the state dict should be, for error messages.
+        **computed: tensors of ours that the foreign state dict does not hold.
+
+    Raises:
+        ValueError: a key or a shape that does not fit, copies that differ, or several dtypes within one tensor of ours.
+    """
+    ours = model.state_dict()
+    _check_keys(state_dict, table, source)
+    parts: dict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
+    for key, target in table.items():
+        value, expected = state_dict[key], target.foreign_shape(ours[target.name])
+        if value.shape != expected:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}; accepted: {tuple(expected)}")
+        first_key, first = parts[target.name].setdefault(target.part, (key, value))
+        if first is not value and (first.dtype != value.dtype or not torch.equal(first, value)):
+            raise ValueError(f"{key} differs from {first_key}; accepted: equal copies, for we keep one")
+    state: dict[str, Tensor] = dict(computed)
+    for name, found in parts.items():
+        rows = [found[part][1].detach() for part in sorted(found)]
+        if len({row.dtype for row in rows}) > 1:
+            raise ValueError(
+                f"{found[0][0]} and its siblings have several dtypes; accepted: one, for they become {name}"
+            )
+        state[name] = torch.cat(rows).reshape(ours[name].shape)
+    model.load_state_dict(state, assign=True)
+
+
+def export_weights(model: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """Copies of a model's weights under the keys and in the shapes of a foreign code base."""
+    ours = model.state_dict()
     return {
-        **_affine(f"{time}.mlp.0", "t_embedder.fc1"),
-        **_affine(f"{time}.mlp.2", "t_embedder.fc2"),
-        f"{label}.embedding_table.weight": Place("y_embedder.table.weight"),
+        key: ours[target.name]
+        .chunk(target.parts)[target.part]
+        .reshape(target.foreign_shape(ours[target.name]))
+        .clone(memory_format=torch.contiguous_format)
+        for key, target in table.items()
     }
 
 
-def _final_layer() -> dict[str, Place]:
+def _check_keys(state_dict: StateDict, table: KeyTable, source: str) -> None:
+    for problem, keys in (
+        ("lacks", table.keys() - state_dict.keys()),
+        ("also holds", state_dict.keys() - table.keys()),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"the state dict {problem} {shown}; accepted: exactly the keys of {source}")
+
+
+# --- sizes from shapes --------------------------------------------------------------------------------------------
+
+
+def shapes_of(state_dict: StateDict, keys: tuple[str, ...], source: str) -> list[torch.Size]:
+    """The shapes of these tensors.
+
+    Raises:
+        ValueError: one of them is missing, so the state dict is of something else.
+    """
+    missing = [key for key in keys if not isinstance(state_dict.get(key), Tensor)]
+    if missing:
+        found = ", ".join(list(state_dict)[:3]) or "nothing"
+        raise ValueError(
+            f"not {source}: {missing[0]} is missing, found {found}, ...; accepted: the keys of its model.state_dict()"
+        )
+    return [state_dict[key].shape for key in keys]
+
+
+def transformer_fields(
+    state_dict: StateDict,
+    blocks: str,
+    num_heads: int,
+    overrides: dict[str, Any],
+    in_channels: int,
+    out_channels: int,
+    label_rows: int,
+    fc1: torch.Size,
+) -> dict[str, Any]:
+    """The fields that :class:`DCDiTConfig` and :class:`DiTConfig` have in common, and the overrides.
+
+    Args:
+        state_dict: its keys tell the depth.
+        blocks: what the keys of the transformer blocks start with, before their number.
+        num_heads, in_channels: as in the configuration.
+        overrides: fields that the caller gives; they come last.
+        out_channels: what the final layer predicts.
+        label_rows: of the label table, null class included.
+        fc1: shape of the first weight of an MLP.
+    """
+    if out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(
+            f"the final layer predicts {out_channels} channels; accepted: {in_channels} or {2 * in_channels}"
+        )
+    numbers = {int(found[1]) for key in state_dict if (found := re.match(re.escape(blocks) + r"(\d+)\.", key))}
+    null_class = overrides.get("class_dropout_prob", DCDiTConfig.class_dropout_prob) > 0
     return {
-        **_affine("final_layer.linear", "final_layer.linear"),
-        **_affine("final_layer.adaLN_modulation.1", "final_layer.modulation"),
+        "in_channels": in_channels,
+        "hidden_size": fc1[1],
+        "depth": len(numbers),
+        "num_heads": num_heads,
+        "mlp_ratio": fc1[0] / fc1[1],
+        "num_classes": label_rows - null_class,
+        "learn_sigma": out_channels == 2 * in_channels,
+        **overrides,
     }
 
 
-def _dit_block(theirs: str, block: int, depth: int) -> dict[str, Place]:
-    ours = f"blocks.{block}"
-    return {
-        **_affine(f"{theirs}.attn.qkv", f"{ours}.qkv"),
-        **_affine(f"{theirs}.attn.proj", f"{ours}.proj"),
-        **_affine(f"{theirs}.mlp.fc1", f"{ours}.fc1"),
-        **_affine(f"{theirs}.mlp.fc2", f"{ours}.fc2"),
-        **_affine(f"{theirs}.adaLN_modulation.1", "modulation.linear", block, depth),
-    }
-
-
-def _conv_stack(stack: str, widening_block: int) -> dict[str, Place]:
-    def entries() -> Iterator[dict[str, Place]]:
-        for i in range(2):
-            theirs, ours = f"hnet.{stack}.layers.{i}", f"{stack}.blocks.{i}"
-            for name in ("norm1", "norm2", "conv1", "conv2"):
-                yield _affine(f"{theirs}.{name}", f"{ours}.{name}")
-            yield _affine(f"{theirs}.cond_proj.1", f"{ours}.cond_proj")
-            if i == widening_block:
-                yield _affine(f"{theirs}.skip_proj", f"{ours}.skip", unit_dims=2)
-
-    table = {key: place for entry in entries() for key, place in entry.items()}
-    return {**table, f"hnet.{stack}.rmsnorm.weight": Place(f"{stack}.norm.weight")}
+def square_grid(length: int) -> tuple[int, int]:
+    """The sides of a square grid of that many positions."""
+    side = math.isqrt(length)
+    if side * side != length:
+        raise ValueError(
+            f"pos_embed has {length} positions, which is no square; accepted: grid=(H, W) with that product"
+        )
+    return side, side

@@ -1,32 +1,74 @@
-"""Checkpoints of other code bases, read and written without loss."""
+"""State dicts of the DC-DiT reference implementation (github AMD-AGI/DynamicChunkingDiT)."""
 
-import math
-import re
-from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dcdit.models.config import DCDiTConfig, DiTConfig
-from dcdit.models.convert import mapping as layouts
-from dcdit.models.convert.mapping import Place
+from dcdit.models.config import DCDiTConfig
+from dcdit.models.convert.facebook import block_keys, outer_keys
+from dcdit.models.convert.mapping import (
+    KeyTable,
+    StateDict,
+    WeightSlice,
+    export_weights,
+    import_weights,
+    shapes_of,
+    square_grid,
+    transformer_fields,
+    weight_and_bias,
+)
 from dcdit.models.dc_dit import DCDiT
-from dcdit.models.dit import DiT
-from dcdit.nn import sincos_position
 from dcdit.nn.memory_format import channels_last
 
-State = Mapping[str, Tensor]
+SOURCE = "a DC-DiT state dict of the reference implementation"
+ROUTER = "hnet.routing_module"
+TRANSFORMER = "hnet.main_network.main_network"
+SIZING_KEYS = (
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "pos_embed",
+    "final_layer.linear.bias",
+    f"{TRANSFORMER}.layers.0.mlp.fc1.weight",
+    f"{ROUTER}.residual_scorer.3.bias",
+)
 
-OFFICIAL_BLOCK = "hnet.main_network.main_network.layers"
-TRUNK = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.bias")
+
+def key_table(depth: int) -> KeyTable:
+    """The reference implementation grew out of facebookresearch/DiT and kept its names around and in the blocks."""
+    table = {
+        **outer_keys(),
+        **_conv_stack_keys("encoder", widening_block=1),
+        **_conv_stack_keys("decoder", widening_block=0),
+        **weight_and_bias(f"{ROUTER}.proj", "router.proj", trailing_ones=2),
+        **weight_and_bias(f"{ROUTER}.context_predictor", "router.predictor"),
+        **weight_and_bias(f"{ROUTER}.residual_scorer.0", "router.scorer"),
+        **weight_and_bias(f"{ROUTER}.residual_scorer.1", "router.norm"),
+        **weight_and_bias(f"{ROUTER}.residual_scorer.3", "router.out", trailing_ones=2),
+        **weight_and_bias("hnet.residual_proj", "residual_proj"),
+        f"{TRANSFORMER}.rmsnorm.weight": WeightSlice("norm.weight"),
+    }
+    for block in range(depth):
+        table |= block_keys(f"{TRANSFORMER}.layers.{block}", block, depth)
+    return table
 
 
-def load_official(state_dict: State, num_heads: int, dechunk_sigma: float = 1.0, **overrides: Any) -> DCDiT:
+def _conv_stack_keys(stack: str, widening_block: int) -> KeyTable:
+    table = {f"hnet.{stack}.rmsnorm.weight": WeightSlice(f"{stack}.norm.weight")}
+    for block in range(2):
+        theirs, ours = f"hnet.{stack}.layers.{block}", f"{stack}.blocks.{block}"
+        for name in ("norm1", "norm2", "conv1", "conv2"):
+            table |= weight_and_bias(f"{theirs}.{name}", f"{ours}.{name}")
+        table |= weight_and_bias(f"{theirs}.cond_proj.1", f"{ours}.cond_proj")
+        if block == widening_block:
+            table |= weight_and_bias(f"{theirs}.skip_proj", f"{ours}.skip", trailing_ones=2)
+    return table
+
+
+def load_official(state_dict: StateDict, num_heads: int, dechunk_sigma: float = 1.0, **overrides: Any) -> DCDiT:
     """A model from a state dict of the DC-DiT reference implementation (github AMD-AGI/DynamicChunkingDiT).
 
-    Sizes come from the shapes; the grid is taken to be square, and the last row of the label table to be the null
+    Sizes come from the shapes. The grid is taken to be square, and the last row of the label table to be the null
     class. Every tensor keeps its dtype.
 
     Args:
@@ -39,21 +81,15 @@ def load_official(state_dict: State, num_heads: int, dechunk_sigma: float = 1.0,
     Raises:
         ValueError: keys or shapes of another architecture.
     """
-    what = "a DC-DiT state dict of the reference implementation"
-    block = f"{OFFICIAL_BLOCK}.0"
-    embed, labels, position, out, fc1, _ = _shapes(
-        state_dict, (*TRUNK, f"{block}.mlp.fc1.weight", "hnet.routing_module.residual_scorer.3.bias"), what
+    embed, labels, position, out, fc1, _ = shapes_of(state_dict, SIZING_KEYS, SOURCE)
+    common = transformer_fields(
+        state_dict, f"{TRANSFORMER}.layers.", num_heads, overrides, embed[1], out[0], labels[0], fc1
     )
-    config = DCDiTConfig.from_dict(
-        {
-            **_common(state_dict, f"{OFFICIAL_BLOCK}.", num_heads, overrides, embed[1], out[0], labels[0], fc1),
-            "dechunk_sigma": dechunk_sigma,
-            "grid": overrides.get("grid") or _square(position[1]),
-        }
-    )
+    grid = overrides.get("grid") or square_grid(position[1])
+    config = DCDiTConfig.from_dict({**common, "dechunk_sigma": dechunk_sigma, "grid": grid})
     with torch.device("meta"):
         model = DCDiT(config)
-    _fill(model, state_dict, layouts.official(config.depth), what)
+    import_weights(model, state_dict, key_table(config.depth), SOURCE)
     return channels_last(model)
 
 
@@ -71,172 +107,4 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
         )
     if config.adapt_conditioning:
         raise ValueError("adapt_conditioning is True; accepted: False, the reference implementation has no adaptor")
-    return _extract(model, layouts.official(config.depth))
-
-
-def load_dit(state_dict: State, num_heads: int, **overrides: Any) -> DiT:
-    """A static DiT from a state dict of facebookresearch/DiT or of diffusers' ``DiTTransformer2DModel``.
-
-    The two differ by more than names: diffusers spaces the timestep frequencies by 1/127 instead of 1/128 and uses eps
-    1e-5 before the MLP. Each layout gets its own convention, so that outputs equal those of the code base it comes
-    from; weights that the original trained and diffusers merely stores want ``frequency_shift=0, mlp_norm_eps=1e-6``.
-
-    Args:
-        state_dict: either layout; it is recognised by its keys. Every tensor keeps its dtype.
-        num_heads: of the attention; the weights do not tell.
-        **overrides: other fields of :class:`DiTConfig` that the weights do not tell. diffusers stores no position
-            table: its layout needs ``grid`` (there ``(sample_size, sample_size)``).
-
-    Raises:
-        ValueError: keys or shapes of another architecture, embedders that differ between the blocks (diffusers keeps a
-            copy in each), or a missing grid.
-    """
-    if "pos_embed.proj.weight" in state_dict:
-        return _load_diffusers(state_dict, num_heads, overrides)
-    what = "a DiT state dict of facebookresearch/DiT or diffusers"
-    embed, labels, position, out, fc1 = _shapes(state_dict, (*TRUNK, "blocks.0.mlp.fc1.weight"), what)
-    patch = embed[2]
-    grid = overrides.get("grid") or tuple(side * patch for side in _square(position[1]))
-    common = _common(state_dict, "blocks.", num_heads, overrides, embed[1], out[0] // patch**2, labels[0], fc1)
-    config = DiTConfig.from_dict({**common, "patch_size": patch, "grid": grid})
-    with torch.device("meta"):
-        model = DiT(config)
-    _fill(model, state_dict, layouts.facebook(config.depth), what)
-    return model
-
-
-def _load_diffusers(state_dict: State, num_heads: int, overrides: dict[str, Any]) -> DiT:
-    what = "a DiTTransformer2DModel state dict of diffusers"
-    block = "transformer_blocks.0"
-    wanted = ("pos_embed.proj.weight", f"{block}.norm1.emb.class_embedder.embedding_table.weight", "proj_out_2.bias")
-    embed, labels, out, fc1 = _shapes(state_dict, (*wanted, f"{block}.ff.net.0.proj.weight"), what)
-    if "grid" not in overrides:
-        raise ValueError("diffusers stores no position table; accepted: grid=(sample_size, sample_size)")
-    patch = embed[2]
-    common = _common(
-        state_dict, "transformer_blocks.", num_heads, overrides, embed[1], out[0] // patch**2, labels[0], fc1
-    )
-    config = DiTConfig.from_dict({"frequency_shift": 1, "mlp_norm_eps": 1e-5, **common, "patch_size": patch})
-    with torch.device("meta"):
-        model = DiT(config)
-    position = sincos_position(config.hidden_size, model.patch_grid).to(state_dict["pos_embed.proj.weight"].device)
-    _fill(model, state_dict, layouts.diffusers(config.depth), what, pos_embed=position)
-    return model
-
-
-def to_dit(model: DiT, layout: str = "facebook") -> dict[str, Tensor]:
-    """The inverse of :func:`load_dit`: copies of the weights in one of the two layouts.
-
-    Args:
-        layout: ``"facebook"`` or ``"diffusers"``, which drops the position table and repeats the embedders in every
-            block.
-
-    Raises:
-        ValueError: unknown layout.
-    """
-    tables = {"facebook": layouts.facebook, "diffusers": layouts.diffusers}
-    if layout not in tables:
-        raise ValueError(f"unknown layout {layout!r}; accepted: {', '.join(tables)}")
-    return _extract(model, tables[layout](model.config.depth))
-
-
-# --- sizes from shapes --------------------------------------------------------------------------------------------
-
-
-def _shapes(state_dict: State, keys: tuple[str, ...], what: str) -> list[torch.Size]:
-    missing = [key for key in keys if not isinstance(state_dict.get(key), Tensor)]
-    if missing:
-        found = ", ".join(list(state_dict)[:3]) or "nothing"
-        raise ValueError(
-            f"not {what}: {missing[0]} is missing, found {found}, ...; accepted: the keys of its model.state_dict()"
-        )
-    return [state_dict[key].shape for key in keys]
-
-
-def _common(
-    state_dict: State,
-    blocks: str,
-    num_heads: int,
-    overrides: dict[str, Any],
-    in_channels: int,
-    out_channels: int,
-    label_rows: int,
-    fc1: torch.Size,
-) -> dict[str, Any]:
-    if out_channels not in (in_channels, 2 * in_channels):
-        raise ValueError(
-            f"the final layer predicts {out_channels} channels; accepted: {in_channels} or {2 * in_channels}"
-        )
-    numbers = {int(found[1]) for key in state_dict if (found := re.match(re.escape(blocks) + r"(\d+)\.", key))}
-    dropped = overrides.get("class_dropout_prob", DCDiTConfig.class_dropout_prob) > 0
-    return {
-        "in_channels": in_channels,
-        "hidden_size": fc1[1],
-        "depth": len(numbers),
-        "num_heads": num_heads,
-        "mlp_ratio": fc1[0] / fc1[1],
-        "num_classes": label_rows - dropped,
-        "learn_sigma": out_channels == 2 * in_channels,
-        **overrides,
-    }
-
-
-def _square(length: int) -> tuple[int, int]:
-    side = math.isqrt(length)
-    if side * side != length:
-        raise ValueError(
-            f"pos_embed has {length} positions, which is no square; accepted: grid=(H, W) with that product"
-        )
-    return side, side
-
-
-# --- moving tensors -----------------------------------------------------------------------------------------------
-
-
-def _fill(model: nn.Module, state_dict: State, table: dict[str, Place], what: str, **extra: Tensor) -> None:
-    """Put every foreign tensor in its place of a model on the meta device, refusing anything that does not fit."""
-    ours = model.state_dict()
-    _check_keys(state_dict, table, what)
-    parts: dict[str, dict[int, tuple[str, Tensor]]] = defaultdict(dict)
-    for key, place in table.items():
-        value, expected = state_dict[key], _their_shape(ours[place.ours], place)
-        if value.shape != expected:
-            raise ValueError(f"{key} has shape {tuple(value.shape)}; accepted: {tuple(expected)}")
-        first_key, first = parts[place.ours].setdefault(place.part, (key, value))
-        if first is not value and (first.dtype != value.dtype or not torch.equal(first, value)):
-            raise ValueError(f"{key} differs from {first_key}; accepted: equal copies, for we keep one")
-    state: dict[str, Tensor] = dict(extra)
-    for name, found in parts.items():
-        rows = [found[part][1].detach() for part in sorted(found)]
-        if len({row.dtype for row in rows}) > 1:
-            raise ValueError(
-                f"{found[0][0]} and its siblings have several dtypes; accepted: one, for they become {name}"
-            )
-        state[name] = torch.cat(rows).reshape(ours[name].shape)
-    model.load_state_dict(state, assign=True)
-
-
-def _extract(model: nn.Module, table: dict[str, Place]) -> dict[str, Tensor]:
-    ours = model.state_dict()
-    return {
-        key: ours[place.ours]
-        .chunk(place.parts)[place.part]
-        .reshape(_their_shape(ours[place.ours], place))
-        .clone(memory_format=torch.contiguous_format)
-        for key, place in table.items()
-    }
-
-
-def _their_shape(ours: Tensor, place: Place) -> torch.Size:
-    rows = ours.shape[0] // place.parts
-    return torch.Size([*[1] * place.batch_dim, rows, *ours.shape[1:], *[1] * place.unit_dims])
-
-
-def _check_keys(state_dict: State, table: dict[str, Place], what: str) -> None:
-    for problem, keys in (
-        ("lacks", table.keys() - state_dict.keys()),
-        ("also holds", state_dict.keys() - table.keys()),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ValueError(f"the state dict {problem} {shown}; accepted: exactly the keys of {what}")
+    return export_weights(model, key_table(config.depth))
