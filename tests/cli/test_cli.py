@@ -213,9 +213,9 @@ def test_help_documents_every_flag(command, capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "optim.ema_decay" in out or command != "train"
-    from dcdit.cli.main import _parser
+    from dcdit.cli.main import create_parser
 
-    (subcommands,) = (action for action in _parser([command])._actions if action.dest == "command")
+    (subcommands,) = (action for action in create_parser([command])._actions if action.dest == "command")
     assert all(action.help for action in subcommands.choices[command]._actions)
 
 

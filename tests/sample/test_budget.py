@@ -1,11 +1,14 @@
 """Choosing a drop fraction from measured costs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.small import small_dc_dit
 
 from dcdit.diffusion import sample
-from dcdit.sample.budget import CostTable, Guidance, measure_costs
+from dcdit.sample import Guidance, budget
+from dcdit.sample.budget import CostTable, measure_costs, seconds_from_profile
 from dcdit.sample.model_calls import ModelCalls, call_times, tflops_per_image
 
 
@@ -61,3 +64,13 @@ def test_a_pilot_of_the_same_length_counts_what_the_run_takes(interval):
         sample(calls, labels, 8, "ddim", drop_fraction=(rho, 0.5), **options)
         assert tflops_per_image(calls.records()) == pytest.approx(cost, rel=1e-9)
     assert all(cost > 0 for cost in seconds.costs)
+
+
+def test_a_profile_of_an_earlier_version_is_read(monkeypatch):
+    """The profiles under benchmarks/results call the variants sides."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "profile-dc-dit-s-256-batch-8" / "profile.json"
+    monkeypatch.setattr(budget.torch, "get_num_threads", lambda: 2)
+    table = seconds_from_profile(path, [900.0, 100.0], Guidance(2.0, (0.5, 1.0)), "cpu", "float32")
+    assert table.drop_fractions == [0.0, 0.2, 0.4, 0.6]
+    # Two calls, the first of them with both branches of guidance: three rows of 833.8 ms / 8.
+    assert table.costs[0] == pytest.approx(3 * 0.8338417959985236 / 8)
