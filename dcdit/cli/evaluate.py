@@ -5,13 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dcdit.cli.sampling_options import (
-    add_device_option,
-    add_sampling_options,
-    check_counts,
-    check_fit,
-    sampling_options,
-)
+from dcdit.cli.options import add_device_option, check_counts
+from dcdit.cli.sampling_options import add_sampling_options, check_fit, sampling_options
 from dcdit.evaluate.extractors import RESIZES, load_extractor
 from dcdit.evaluate.features import extract_features
 from dcdit.evaluate.generate import SAMPLES, SampleSettings, SamplingCost, generate, weights_hash

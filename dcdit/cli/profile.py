@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dcdit.checkpoint import load_model
-from dcdit.cli.sampling_options import add_device_option
+from dcdit.cli.options import add_device_option
 from dcdit.models import DCDiT, create_model
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.profile import advice, profile, write_trace

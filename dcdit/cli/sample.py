@@ -7,11 +7,10 @@ import math
 import time
 from pathlib import Path
 
+from dcdit.cli.options import add_device_option, check_counts
 from dcdit.cli.sampling_options import (
     TARGET_FLAGS,
-    add_device_option,
     add_sampling_options,
-    check_counts,
     check_dynamic,
     check_fit,
     check_one_budget,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcdit.checkpoint import read_metadata
+from dcdit.cli.options import check_counts
 from dcdit.diffusion import METHODS
 from dcdit.diffusion.drop_schedules import FORMS
 from dcdit.models import DCDiT, DiT
@@ -48,11 +49,6 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
     add("--vae", metavar="DIR", help="local diffusers AutoencoderKL that turns latents into pixels")
 
 
-def add_device_option(add: Callable[..., Any]) -> None:
-    """Add ``--device``, which :func:`dcdit.utils.environment.resolve_device` reads."""
-    add("--device", default="auto", metavar="NAME", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
-
-
 def sampling_options(args: argparse.Namespace, target: CostTarget | None = None) -> SamplingOptions:
     """The options that a command line gives, with the method that fits the checkpoint where it gives none.
 
@@ -85,14 +81,6 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
     )
     _check(options)
     return options
-
-
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError for an option of that name that is given and below 1."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; accepted: at least 1")
 
 
 def check_one_budget(flags: list[str]) -> None:

@@ -144,8 +144,8 @@ def seconds_from_profile(
 class _Pilot:
     """A model at one drop fraction that records GFLOPs and seconds of its calls. A sampler takes it as the model.
 
-    Calls with both branches of guidance and calls with one are recorded apart. With a guidance interval each call runs
-    both ways, so that both costs are known at all times. The sampler gets the output that it asked for.
+    Calls with both branches of guidance and calls with one are recorded separately. With a guidance interval each call
+    runs both ways, so that both costs are known at all times. The sampler gets the output that it asked for.
     """
 
     def __init__(self, model: DCDiT, images: int, rho: float, guidance: Guidance) -> None:

@@ -1,4 +1,4 @@
-"""`dcdit sample`: budgets on the command line, what they cost, and the report."""
+"""``dcdit sample``: budgets on the command line, what they cost, and the report."""
 
 import json
 import re
@@ -72,8 +72,8 @@ def test_flops_of_a_static_model(static, draw):
 
 
 def test_lite_cfg_is_one_forward_that_costs_what_each_branch_keeps(dynamic, draw, monkeypatch):
-    """Every step is one call of the model; each branch keeps its natural tokens less its own share of them, and the
-    FLOPs are those of all these lengths."""
+    """Every step is one call of the model. Each branch drops its own fraction of its natural tokens. The FLOPs are
+    those of all these lengths."""
     from dcdit.models import DCDiT
 
     calls, forward = [], DCDiT.forward
@@ -97,7 +97,7 @@ def test_lite_cfg_is_one_forward_that_costs_what_each_branch_keeps(dynamic, draw
     assert all(0 < call["gflops_null"] < call["gflops"] / 2 for call in run["calls"])
 
 
-def test_cfg_interval_leaves_the_branch_out(dynamic, draw):
+def test_outside_the_cfg_interval_there_is_one_branch(dynamic, draw):
     report, _ = draw(dynamic, "--cfg-scale", 2, "--cfg-interval", 0.3, 0.7)
     for call in report["runs"][0]["calls"]:
         assert ("kept_null" in call) == ("gflops_null" in call) == (0.3 <= call["t"] / 1000 <= 0.7)
@@ -116,9 +116,9 @@ def test_drop_schedules(dynamic, draw):
     report, _ = draw(dynamic, "--drop-schedule", "linear:0.9:0", "steps:0,0.5=0.9")
     falling, rising = report["runs"]
     assert falling["drop_schedule"] == "linear:0.9:0" and "drop_fraction" not in falling
-    shares = [[call["kept"] / call["natural"] for call in run["calls"]] for run in (falling, rising)]
-    assert shares[0][-1] == 1 and shares[0] == sorted(shares[0]) and shares[0][0] < 0.25
-    assert [share == 1 for share in shares[1]] == [call["t"] > 500 for call in rising["calls"]]
+    first, second = ([call["kept"] / call["natural"] for call in run["calls"]] for run in (falling, rising))
+    assert first[-1] == 1 and first == sorted(first) and first[0] < 0.25
+    assert [fraction == 1 for fraction in second] == [call["t"] > 500 for call in rising["calls"]]
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -126,8 +126,7 @@ def test_drop_schedules(dynamic, draw):
 
 @pytest.mark.parametrize("guidance", [[], ["--cfg-scale", 2, "--null-drop-fraction", 0.8, "--cfg-interval", 0, 0.6]])
 def test_target_flops(dynamic, draw, guidance):
-    """The fraction chosen for a cost between two that were drawn costs about that, and no more than the tolerance of
-    a pilot."""
+    """A target between the costs of two runs: the chosen fraction costs about that, within the precision of a pilot."""
     ends = [run["tflops_per_image"] for run in draw(dynamic, "--drop-fraction", 0, 0.9, *guidance)[0]["runs"]]
     assert ends[1] < ends[0]
     target = (ends[0] + ends[1]) / 2
@@ -236,7 +235,7 @@ def test_report(dynamic, draw, tmp_path, flags):
 
 
 def test_report_of_latents(tmp_path, draw):
-    """No pixels to show: the first latent channels stand in."""
+    """There are no pixels to show: the first latent channels are shown instead."""
     path = tmp_path / "latent.safetensors"
     ckpt.save_model(path, small_dc_dit(**{**GRID, "in_channels": 4}))
     draw(path, "--report")

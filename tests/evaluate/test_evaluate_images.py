@@ -30,7 +30,7 @@ def test_all_metrics_with_their_counts():
     assert evaluate(FAKE, REAL) == found
 
 
-def test_the_floor_is_of_as_many_real_images_that_the_reference_does_not_hold():
+def test_the_floor_is_of_as_many_real_images_against_others():
     found = evaluate(FAKE, REAL, num_reference=60)
     assert {(f.count, f.reference_count) for name, f in found.floor.items() if name != "IS"} == {(40, 60)}
     assert found.metrics["FID"].reference_count == 60
@@ -40,7 +40,7 @@ def test_the_floor_is_of_as_many_real_images_that_the_reference_does_not_hold():
 
 
 def test_the_floor_of_real_images_is_what_they_score():
-    """Two columns of the same distribution differ by chance only; of another distribution, by more."""
+    """Images of the real distribution differ from the floor by chance only; images of another one differ by more."""
     found = evaluate(images(40, seed=2), REAL, num_reference=60)
     assert found.metrics["FID"].value < 3 * found.floor["FID"].value
     assert evaluate(FAKE, REAL, num_reference=60).metrics["FID"].value > 3 * found.floor["FID"].value
@@ -68,7 +68,7 @@ def test_a_set_against_itself():
         (("pooled", "spatial"), {"IS": "the extractor gives no logits"}),
     ],
 )
-def test_what_an_extractor_cannot_serve_is_left_out_by_name(kinds, left_out):
+def test_metrics_that_an_extractor_does_not_allow_are_left_out_by_name(kinds, left_out):
     found = evaluate(FAKE, REAL, TinyExtractor(kinds=kinds))
     assert found.left_out == left_out
     assert set(found.metrics) == set(found.floor) == set(DIGITS) - set(left_out)
@@ -91,7 +91,7 @@ def test_stored_statistics_give_the_same_fid(tmp_path):
 
 
 def test_a_reference_batch_of_adm_holds_statistics_and_images(tmp_path):
-    """Statistics of many images for FID, a part of the images for the rest, and no count of the many."""
+    """Statistics of many images for FID, some of the images for the other metrics, and no count of the many."""
     many = extract_features(images(300), TinyExtractor(), progress=False).statistics.pooled
     np.savez(tmp_path / "batch.npz", arr_0=REAL, mu=many.mean, sigma=many.covariance())
     found = evaluate(FAKE, tmp_path / "batch.npz")
@@ -118,7 +118,7 @@ def test_features_are_used_again():
     assert extractor.images_seen == 120 + 2 * 40
 
 
-def test_small_counts_are_warned_of():
+def test_small_counts_give_a_warning():
     assert "n = 40 is below 10,000" in evaluate(FAKE, REAL).table()
     many = extract_features(images(10_000, size=3), TinyExtractor(kinds=("pooled",)), progress=False, batch_size=10_000)
     found = evaluate(many, many.statistics)

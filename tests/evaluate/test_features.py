@@ -1,4 +1,4 @@
-"""Features: the contract of an extractor, what is kept on disk, and statistics."""
+"""Features: the contract of an extractor, the cache on disk, and statistics."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def equal(a: Features, b: Features) -> bool:
     return all(torch.equal(getattr(a, kind), getattr(b, kind)) for kind in kinds)
 
 
-def test_features_are_the_extractor_s():
+def test_features_are_those_of_the_extractor():
     x, extractor = images(10), TinyExtractor()
     found = extract_features(x, extractor, batch_size=4, progress=False)
     expected = extractor(torch.tensor(x).permute(0, 3, 1, 2))

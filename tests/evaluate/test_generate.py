@@ -38,7 +38,7 @@ def draw(out, model=None, drop=0.5, rank=0, world=1, wait=lambda: None, **change
 
 
 def draw_together(out, world):
-    """As many processes as that, here threads."""
+    """That many processes; here they are threads."""
     wait = threading.Barrier(world).wait
     model = small_dc_dit(**PIXELS)
     with ThreadPoolExecutor(world) as pool:
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert draw(tmp_path / "killed") == cost and len(drawn) == 5  # finished: nothing is drawn
 
 
-def test_what_is_missing_is_shared_too(tmp_path, monkeypatch):
+def test_missing_batches_are_shared_too(tmp_path, monkeypatch):
     draw(tmp_path / "whole")
     drawn = []
 

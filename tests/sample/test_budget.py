@@ -25,7 +25,7 @@ def test_choice_is_the_inverse_of_the_table(target, rho, expected):
 
 
 def test_a_cost_that_rises_is_noise():
-    """Dropping more cannot cost more: 0.6 counts as 5 like 0.3, and the target is met without going there."""
+    """Dropping more cannot cost more: the cost at 0.6 counts as 5, like that at 0.3."""
     noisy = table(10, 5, 6, 4)
     rho, expected = noisy.choose(7.5)
     assert (rho, expected) == pytest.approx((0.15, 7.5))
@@ -39,7 +39,7 @@ def test_out_of_reach(target):
         table(10, 8, 6, 4).choose(target)
 
 
-def test_call_times_are_the_samplers():
+def test_call_times_are_those_of_the_sampler():
     seen = []
 
     def model(x, t, y):
@@ -54,7 +54,7 @@ def test_call_times_are_the_samplers():
 
 @pytest.mark.parametrize("interval", [None, (0.25, 0.7), (0.2, 0.2)])
 def test_a_pilot_of_the_same_length_counts_what_the_run_takes(interval):
-    """With all steps in the pilot nothing is interpolated over time, whatever the guidance leaves out."""
+    """A pilot with all the steps interpolates nothing over time, with any guidance interval."""
     model, labels = small_dc_dit(grid=(8, 8)), torch.tensor([1, 2])
     guidance = Guidance(2.0, interval, null_drop_fraction=0.5)
     tflops, seconds = measure_costs(model, labels, 8, "ddim", guidance, progress=False)
