@@ -1,4 +1,4 @@
-"""The metrics of a set of images against a reference, each with its counts and beside what real images would get."""
+"""The metrics of a set of images against a reference, each with its counts and with the value that real images get."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,9 +127,9 @@ def evaluate_images(
 ) -> Evaluation:
     """FID, sFID, KID, Inception Score, precision and recall, as far as the extractor and the reference allow them.
 
-    Beside every metric stands the value of real images, the floor. They are as many as ``images``, drawn from the
-    reference, against reference images that are not among them. Where the reference has more images than
-    ``num_reference``, the drawn ones come from the rest. Then the two columns differ in nothing but the images.
+    Every metric has a floor: its value for real images. They are as many as ``images``, drawn from the reference, and
+    compared with reference images that are not among them. Where the reference has more images than ``num_reference``,
+    the real ones are drawn from the rest. Then the metrics and the floor differ in nothing but the images.
 
     Args:
         images: what is evaluated; see :func:`dcdit.evaluate.images.open_images`, or features from

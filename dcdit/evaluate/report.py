@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, report.md and a picture of the first images."""
+"""The files that an evaluation writes: metrics.json, report.md and a picture of the first images."""
 
 import json
 from dataclasses import asdict

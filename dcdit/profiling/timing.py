@@ -1,4 +1,4 @@
-"""Wall-clock time, compared fairly: all variants in one run, in turns, medians; stages inside whole forward passes."""
+"""Wall-clock time, compared fairly: medians of variants that run in turns. Also the stages of a forward pass."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -125,7 +125,7 @@ def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> float |
 
 
 def time_graph(call: Call, device: torch.device, calls: int = 20, repeats: int = 10) -> float | None:
-    """Median milliseconds of a call replayed inside a CUDA graph of many, where launches cost least.
+    """Median milliseconds of a call inside a CUDA graph that holds many of them, where launches cost least.
 
     None without a GPU, or for a call that a graph cannot hold because it reads on the host.
     """

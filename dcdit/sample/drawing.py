@@ -20,7 +20,7 @@ Decoder = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class FirstImage:
-    """How the first image of a set came about."""
+    """How the first image of a set was drawn."""
 
     maps: list[BoundaryMap]
     """How the router saw it, one entry per model call."""
@@ -70,7 +70,7 @@ def draw(
         labels: (N,) integer classes on the model's device.
         drop: drop fraction of the conditional branch; None leaves the option out.
         first_index: number of the first image; the noise of an image depends on its number and the seed.
-        trace: also note how the first image came about.
+        trace: also record how the first image was drawn.
         progress: show a bar for each batch.
     """
     images, records = [], []

@@ -48,7 +48,7 @@ class CostTarget:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Everything that decides which images a checkpoint gives and what they cost, whichever command asks for them.
+    """Everything that decides which images a checkpoint gives, and what they cost.
 
     At most one of ``drop_fractions``, ``drop_schedules``, ``budget`` and ``target`` is given. Without any, nothing is
     dropped.

@@ -1,4 +1,4 @@
-"""What ``dcdit sample`` leaves behind: pictures or latents, and the contents of samples.json."""
+"""The files that ``dcdit sample`` writes: pictures or latents, and the contents of samples.json."""
 
 import math
 from pathlib import Path

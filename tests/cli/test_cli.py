@@ -206,7 +206,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dcdit {dcdit.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "info"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "profile", "info"])
 def test_help_documents_every_flag(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
