@@ -21,8 +21,9 @@ from benchmarks.harness.counting import count_work
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from dcdit import ops
 from dcdit.models import DCDiT, DiT, count_flops, create_model
-from dcdit.profiling.profile import calibrate_router, static_counterparts, varied_latents
-from dcdit.profiling.timing import time_sides, time_stages
+from dcdit.profiling.calibrate import calibrate_router, varied_latents
+from dcdit.profiling.profile import static_counterparts
+from dcdit.profiling.timing import time_stages, time_variants
 
 KEEP = 0.25
 DROPS = (0.0, 0.2, 0.4, 0.6)
@@ -177,7 +178,7 @@ def time_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> fl
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    ms = time_sides({"step": optimizer.step}, device, seconds=SECONDS / 3)["step"]
+    ms = time_variants({"step": optimizer.step}, device, seconds=SECONDS / 3)["step"]
     optimizer.zero_grad()
     return ms
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.harness import sets
 from benchmarks.harness.machine import machine
-from dcdit.profiling.timing import time_sides
+from dcdit.profiling.timing import time_variants
 from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload
 
 SIDES = (16, 32, 64, 128, 256)
@@ -44,7 +44,7 @@ def measure(name: str, sides: Sequence[int], width: int, keep: float, seconds: f
             workload = create_workload(name, shape)
             works[str(side)] = workload.forward if direction == "forward" else workload.forward_backward
             positions[str(side)] = images * side**2
-        times = time_sides(works, sets.device(), seconds, warmup=1, least=3)
+        times = time_variants(works, sets.device(), seconds, warmup=1, least=3)
         ns = {side: 1e6 * ms / positions[side] for side, ms in times.items()}
         rows.append({"op": name, "direction": direction, "width": width, "keep": keep, "ns_per_position": ns})
         print(f"{name} {direction}: " + ", ".join(f"{side}: {n:.1f} ns" for side, n in ns.items()), flush=True)

@@ -1,13 +1,13 @@
 """The conditions that every result stands under."""
 
 import functools
-import platform
 from typing import Any
 
 import torch
 
 from benchmarks.harness import sets
 from dcdit.profiling.timing import copy_bandwidth
+from dcdit.utils.environment import cpu_name
 
 
 @functools.cache
@@ -22,11 +22,3 @@ def machine() -> dict[str, Any]:
         "set": sets.chosen_set(),
         "copy_gbps": copy_bandwidth(device),
     }
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

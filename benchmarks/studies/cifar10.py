@@ -26,7 +26,7 @@ from dcdit.checkpoint import load_model, read_trainer
 from dcdit.config import TrainConfig, load_config
 from dcdit.data import create_dataset
 from dcdit.diffusion import FlowMatchingObjective, sample
-from dcdit.evaluate import Features, evaluate_images, extract, load_extractor
+from dcdit.evaluate import Features, evaluate_images, extract_features, load_extractor
 from dcdit.models import DCDiT, count_flops
 from dcdit.profiling.router_study import noising_of, study_router
 from dcdit.utils.images import to_pixels
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.inception is not None:
         extractor = load_extractor(args.inception)
         images, _ = _held_out(next(iter(planned.values())), args.reference + args.samples)
-        real = extract(to_pixels(images), extractor, cache=args.runs / "features")
+        real = extract_features(to_pixels(images), extractor, cache=args.runs / "features")
     results = {}
     for name, config in planned.items():
         step = read_trainer(config.run.out)["step"]

@@ -1,9 +1,9 @@
-"""``dcdit info``: what is installed, which kernels run here and which attention "auto" takes, with reasons."""
+"""``dcdit info``: what is installed, which kernels run here, and which attention "auto" takes, with the reasons."""
 
 import argparse
 import json
 import platform
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import dcdit
 from dcdit.ops.attention import attention_backends
 from dcdit.ops.attention_kernels import choose
 from dcdit.ops.backend import backend_name
+from dcdit.utils.environment import cpu_name, device_name, package_versions, resolve_device
 
 PACKAGES = (
     "torch",
@@ -29,25 +30,24 @@ HEAD_DIM = 64
 
 def collect() -> dict[str, Any]:
     """Everything the command prints, as JSON values."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = dict.fromkeys([torch.device("cpu"), resolve_device("auto")])
     return {
         "dcdit": dcdit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        # torch's own words tell the build as well ("+cu130").
-        "packages": {**{name: _version(name) for name in PACKAGES}, "torch": torch.__version__},
-        "devices": [_device(name) for name in devices],
+        # Unlike the package's metadata, torch.__version__ always names the build ("+cu130").
+        "packages": {**package_versions(PACKAGES), "torch": torch.__version__},
+        "devices": [_describe(device) for device in devices],
     }
 
 
-def _device(name: str) -> dict[str, Any]:
-    device = torch.device(name)
-    about: dict[str, Any] = {"device": name, "name": platform.processor() or platform.machine()}
-    if name == "cuda":
+def _describe(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"device": device.type, "name": cpu_name()}
+    if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         memory = torch.cuda.get_device_properties(device).total_memory
-        about |= {
-            "name": torch.cuda.get_device_name(),
+        found |= {
+            "name": device_name(device),
             "count": torch.cuda.device_count(),
             "capability": f"{major}.{minor}",
             "memory_gib": round(memory / 2**30, 1),
@@ -58,18 +58,11 @@ def _device(name: str) -> dict[str, Any]:
     attention = attention_backends(device)
     dtypes = (torch.bfloat16, torch.float32)
     return {
-        **about,
+        **found,
         "ops_backend": kernels,
         "attention": [{"name": n, "available": available, "reason": reason} for n, available, reason in attention],
         "auto": {str(d).removeprefix("torch."): choose("auto", device, d, HEAD_DIM, False) for d in dtypes},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,7 @@
-"""The ``dcdit`` command. Subcommands are modules with ``add_arguments(parser)`` and ``run(args)``, imported on call."""
+"""The ``dcdit`` command.
+
+Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``. It is imported when it is called.
+"""
 
 import argparse
 import importlib
@@ -20,6 +23,7 @@ COMMANDS = {
     "tune": ("dcdit.cli.tune", "find launch configurations for this GPU"),
     "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
 }
+"""Name of a subcommand to its module and its line of help."""
 EXTRAS = {
     "accelerate": "train",
     "diffusers": "train",
@@ -32,10 +36,11 @@ EXTRAS = {
 }
 """Import names and the extra of this package that installs them."""
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
+"""Errors that a user can cause: these are printed in one line."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, like every other error of the command."""
+    """Raises its errors, so that ``main`` prints them in one line like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code is 0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser(arguments).parse_args(arguments)
+        args = create_parser(arguments).parse_args(arguments)
         importlib.import_module(COMMANDS[args.command][0]).run(args)
     except KeyboardInterrupt:
         print("dcdit: interrupted", file=sys.stderr)
@@ -58,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; of the subcommands, only the one that is called brings its arguments (and its imports)."""
+def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for these arguments. Only the subcommand that they call is imported and adds its own."""
     parser = _Parser(prog="dcdit", description="Dynamic-token diffusion transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dcdit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -76,6 +81,6 @@ def _one_line(error: Exception) -> str:
         package = error.name.partition(".")[0]
         if package in EXTRAS:
             return f"{package} is not installed: pip install 'dcdit[{EXTRAS[package]}]'"
-    # An error out of a loading process carries that process's traceback; the message is its last line.
+    # An error in a process that loads data carries the traceback of that process. Its last line is the message.
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

@@ -9,38 +9,35 @@ from typing import Any
 import torch
 
 from dcdit.checkpoint import load_model
+from dcdit.cli.options import add_device_option
 from dcdit.models import DCDiT, create_model
-from dcdit.nn.stages import collect_stages
-from dcdit.profiling.profile import advice, calibrate_router, profile, varied_latents
+from dcdit.profiling.calibrate import calibrate_router, varied_latents
+from dcdit.profiling.profile import advice, profile, write_trace
+from dcdit.utils.environment import resolve_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``dcdit profile``."""
-    parser.add_argument("--model", default="DC-DiT-S", help="preset with random weights (default: %(default)s)")
-    parser.add_argument("--checkpoint", help="profile a trained checkpoint instead of a preset")
-    parser.add_argument("--image-size", type=int, default=256, help="pixels; presets work on a grid of an eighth of it")
-    parser.add_argument("--batch", type=int, default=4, help="images per forward (default: %(default)s)")
-    parser.add_argument(
-        "--drop-fraction", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="budgets to time (default: 0 0.3 0.6)"
-    )
-    parser.add_argument(
-        "--keep", type=float, default=0.25, help="share that a preset's untrained router is calibrated to keep"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the static models and the convolutions")
-    parser.add_argument("--seconds", type=float, default=2.0, help="timing budget per side (default: %(default)s)")
-    parser.add_argument("--trace", help="also write a Chrome trace of one dynamic forward to this file")
-    parser.add_argument("--out", default="out/profile", help="folder for profile.json and profile.png")
+    add = parser.add_argument
+    add("--model", default="DC-DiT-S", help="preset with random weights (default: %(default)s)")
+    add("--checkpoint", help="profile a trained checkpoint instead of a preset")
+    add("--image-size", type=int, default=256, help="pixels; presets work on a grid of an eighth of it")
+    add("--batch", type=int, default=4, help="images per forward (default: %(default)s)")
+    add("--drop-fraction", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="budgets to time (default: 0 0.3 0.6)")
+    add("--keep", type=float, default=0.25, help="fraction of the tokens that a preset keeps (default 0.25)")
+    add_device_option(add)
+    add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
+    add("--compile", action="store_true", help="torch.compile the static models and the convolutions")
+    add("--seconds", type=float, default=2.0, help="timing budget per variant (default: %(default)s)")
+    add("--trace", help="also write a Chrome trace of one dynamic forward to this file")
+    add("--out", default="out/profile", help="folder for profile.json and profile.png")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Entry point of ``dcdit profile``."""
+def run(args: argparse.Namespace) -> None:
     from dcdit.profiling.plots import plot_profile
 
-    device = _device(args.device)
+    device = resolve_device(args.device)
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; accepted: a positive number of images")
     if not args.seconds > 0:
@@ -61,18 +58,9 @@ def run(args: argparse.Namespace) -> int:
     plot_profile(result, out / "profile.png")
     print(result.table(), result.stage_table(), *advice(result), sep="\n\n")
     if args.trace:
-        _write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
+        write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
         print(f"\nwrote {args.trace}: open it in ui.perfetto.dev or chrome://tracing")
     print(f"\nwrote {out / 'profile.json'} and {out / 'profile.png'}")
-    return 0
-
-
-def _device(name: str) -> torch.device:
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; accepted: cpu, cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}, but no CUDA device is visible to PyTorch; accepted here: cpu")
-    return torch.device(name)
 
 
 def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
@@ -84,14 +72,3 @@ def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
     if not isinstance(model, DCDiT):
         raise ValueError(f"{name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
     return model, name
-
-
-def _write_trace(work: Any, path: str) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    record = torch.profiler.profile(activities=activities)
-    with torch.inference_mode(), record as recorded, collect_stages(torch.profiler.record_function):
-        work()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(path)

@@ -1,10 +1,19 @@
 """The options of sampling, which ``dcdit sample`` and ``dcdit evaluate`` share."""
 
+import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
+from dcdit.checkpoint import read_metadata
+from dcdit.cli.options import check_counts
 from dcdit.diffusion import METHODS
 from dcdit.diffusion.drop_schedules import FORMS
+from dcdit.models import DCDiT, DiT
+from dcdit.sample.options import DEFAULT_METHOD, CostTarget, SamplingOptions
+
+TARGET_FLAGS = {"TFLOPs": "--target-flops", "seconds": "--target-latency"}
+"""The unit of a target to the flag that sets it."""
 
 
 def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
@@ -20,9 +29,9 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
         type=float,
         nargs=budgets,
         metavar="RHO",
-        help=f"share of kept tokens to drop, in [0, 1){several}",
+        help=f"fraction of the kept tokens to drop, in [0, 1){several}",
     )
-    add("--drop-schedule", nargs=budgets, metavar="SHAPE", help=f"one that changes on the way, from noise on: {FORMS}")
+    add("--drop-schedule", nargs=budgets, metavar="SHAPE", help=f"a fraction that changes from noise to data: {FORMS}")
     add("--null-drop-fraction", type=float, metavar="RHO", help="another one for the unconditional branch (Lite-CFG)")
     add("--budget", type=int, metavar="K", help="keep exactly K tokens per image instead")
     add("--steps", type=int, default=250, help="sampling steps (default 250)")
@@ -38,3 +47,89 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
     add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
     add("--vae", metavar="DIR", help="local diffusers AutoencoderKL that turns latents into pixels")
+
+
+def sampling_options(args: argparse.Namespace, target: CostTarget | None = None) -> SamplingOptions:
+    """The options that a command line gives, with the method that fits the checkpoint where it gives none.
+
+    Args:
+        args: parsed by a parser that has the options, ``--checkpoint`` and ``--seed``.
+        target: of a command that takes one.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: values out of range, or options that contradict one another.
+    """
+    check_counts(args, "steps", "batch_size")
+    objective = read_metadata(args.checkpoint, ema=not args.no_ema).get("objective", "dit")
+    options = SamplingOptions(
+        checkpoint=args.checkpoint,
+        method=args.method or DEFAULT_METHOD[objective],
+        ema=not args.no_ema,
+        steps=args.steps,
+        cfg_scale=args.cfg_scale,
+        cfg_interval=None if args.cfg_interval is None else (args.cfg_interval[0], args.cfg_interval[1]),
+        null_drop_fraction=args.null_drop_fraction,
+        drop_fractions=None if args.drop_fraction is None else tuple(args.drop_fraction),
+        drop_schedules=None if args.drop_schedule is None else tuple(args.drop_schedule),
+        budget=args.budget,
+        target=target,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        vae=args.vae,
+    )
+    _check(options)
+    return options
+
+
+def check_one_budget(flags: list[str]) -> None:
+    """Raise ValueError where more than one flag says how many tokens are kept."""
+    if len(flags) > 1:
+        raise ValueError(f"{' and '.join(flags)} each say how many tokens are kept; accepted: one of them")
+
+
+def check_fit(options: SamplingOptions, model: DCDiT | DiT) -> None:
+    """Raise ValueError where the model cannot do what the options ask for."""
+    flags = _budget_flags(options)
+    if options.null_drop_fraction is not None:
+        flags.append("--null-drop-fraction")
+    if flags:
+        check_dynamic(options, model, flags[0])
+    positions = math.prod(model.config.grid)
+    if options.budget is not None and not 1 <= options.budget <= positions:
+        raise ValueError(f"budget is {options.budget}; accepted: 1 to {positions}, the positions of an image")
+
+
+def check_dynamic(options: SamplingOptions, model: DCDiT | DiT, flag: str) -> None:
+    """Raise ValueError where a flag is given that a static model has no use for."""
+    if not isinstance(model, DCDiT):
+        raise ValueError(
+            f"{options.checkpoint} holds a static {type(model).__name__}, which drops no tokens; leave {flag} out"
+        )
+
+
+def _budget_flags(options: SamplingOptions) -> list[str]:
+    """The flags given that each say how many tokens are kept."""
+    given = {
+        "--drop-fraction": options.drop_fractions,
+        "--drop-schedule": options.drop_schedules,
+        "--budget": options.budget,
+    }
+    flags = [flag for flag, value in given.items() if value is not None]
+    return flags if options.target is None else [*flags, TARGET_FLAGS[options.target.unit]]
+
+
+def _check(options: SamplingOptions) -> None:
+    """Everything that can be wrong without looking at the model."""
+    check_one_budget(_budget_flags(options))
+    null = options.null_drop_fraction
+    for rho in [*(options.drop_fractions or ()), *([] if null is None else [null])]:
+        if not 0 <= rho < 1:
+            raise ValueError(f"drop_fraction is {rho}; accepted: a number in [0, 1)")
+    if null is not None and options.budget is not None:
+        raise ValueError(f"--budget {options.budget} is for both branches of guidance; leave --null-drop-fraction out")
+    for flag, value in {"--null-drop-fraction": null, "--cfg-interval": options.cfg_interval}.items():
+        if value is not None and options.cfg_scale == 1:
+            raise ValueError(f"{flag} is for guidance; accepted with a --cfg-scale other than 1")
+    _ = options.guidance  # checks the interval

@@ -1,4 +1,4 @@
-"""Distances between sets of features: numbers from arrays, nothing about images."""
+"""Distances between sets of features: numbers from arrays, without images."""
 
 import warnings
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 NEIGHBOURS = 3
-"""k of precision and recall, as ADM and the paper that defines them use it."""
+"""k of precision and recall, as in ADM and in the paper that defines them."""
 KID_SUBSETS, KID_SUBSET = 100, 1000
 IS_SPLITS = 10
 ROWS = 2048
-"""Rows of a distance matrix held at a time."""
+"""Rows of a distance matrix that are held in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Gaussian:
 
     @classmethod
     def fit(cls, x: Tensor) -> "Gaussian":
-        """Of features (N, D), N at least 2; the covariance divides by N - 1."""
+        """The Gaussian of features (N, D), N at least 2; the covariance divides by N - 1."""
         x = x.double()
         mean = x.mean(0)
         centred = (x - mean) / (len(x) - 1) ** 0.5
@@ -38,7 +38,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor) -> "Gaussian":
-        """From (D,) and a symmetric (D, D). Directions without variance, to rounding, are left out."""
+        """From a mean (D,) and a symmetric covariance (D, D). Directions of no variance, to rounding, are left out."""
         values, vectors = torch.linalg.eigh(covariance.double())
         kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
         return cls(mean.double(), vectors[:, kept] * values[kept].sqrt())
@@ -52,7 +52,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)) for the covariances A and B (FID: arXiv 1706.08500).
 
     With A = F F' and B = G G', the trace of the root is the sum of the singular values of F' G. This needs no root of a
-    singular product, is exact where few images leave most directions empty, and takes stored statistics, which
+    singular product and is exact where few images leave most directions empty. It also takes stored statistics, which
     torchmetrics does not.
 
     Raises:
@@ -71,7 +71,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 def kernel_distance(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float]:
     """KID (arXiv 1801.01401) of features (N, D) and (M, D): mean and standard deviation over subsets.
 
-    100 random subsets of 1000, or of half the smaller set: the whole of it, again and again, would have no deviation.
+    There are 100 random subsets of 1000 features, or of half the smaller set. Subsets of all features would be equal
+    and show no deviation.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics is missing.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -86,7 +90,11 @@ def kernel_distance(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float]:
 
 
 def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
-    """IS (arXiv 1606.03498) of logits (N, classes): mean and standard deviation over ten splits."""
+    """IS (arXiv 1606.03498) of logits (N, classes): mean and standard deviation over ten splits.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics is missing.
+    """
     from torchmetrics.image.inception import InceptionScore
 
     with _quiet(), torch.random.fork_rng(devices=[]):
@@ -100,8 +108,8 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
 def precision_recall(x: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991) of features (N, D) against a reference (M, D).
 
-    Precision is the share of x that lies within some reference point's distance to its own k-th nearest neighbour in
-    the reference; recall the same the other way round.
+    Each reference point has a radius: its distance to its k-th nearest neighbour in the reference. Precision is the
+    fraction of x that lies within the radius of some reference point. Recall exchanges x and the reference.
     """
     x, reference = x.double(), reference.double()
     return _covered(x, reference, k), _covered(reference, x, k)
@@ -114,14 +122,14 @@ def _covered(points: Tensor, centres: Tensor, k: int) -> float:
 
 
 def _neighbour_distance(centres: Tensor, first: int, k: int) -> Tensor:
-    """From each of a block of centres to its k-th nearest other one."""
+    """Distance of each centre in a block to its k-th nearest other centre."""
     distance = torch.cdist(centres[first : first + ROWS], centres)
     distance.diagonal(first).fill_(torch.inf)
     return distance.kthvalue(k, dim=1).values
 
 
 class _quiet(warnings.catch_warnings):
-    """Without the warning of torchmetrics that it keeps the features, which are here anyway."""
+    """Hide the warning of torchmetrics that it keeps all features in memory: they are in memory anyway."""
 
     def __enter__(self) -> None:
         super().__enter__()

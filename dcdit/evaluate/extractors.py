@@ -1,4 +1,4 @@
-"""Networks that turn images into features, and the one place where pixels are brought to Inception's input.
+"""Networks that turn images into features, and the one place where pixels become Inception's input.
 
 An extractor is a module, called with uint8 images (N, 3, H, W). It returns the pooled features (N, D); or a mapping, or
 a tuple in this order, of
@@ -7,8 +7,9 @@ a tuple in this order, of
 - ``logits``: (N, classes), for IS; ADM leaves the bias of the last layer out;
 - ``spatial``: (N, at least 7, h, w), for sFID; of Inception, the output of ``mixed_6/conv`` (Nash et al.).
 
-What it cannot give is left out (or None), and the metrics that need it are reported as left out. If it has an
-``identity`` (text that changes whenever its features do), features can be cached and stored statistics are checked.
+What the network cannot give is left out (or None). The metrics that need it are then reported as left out. If the
+module has an ``identity`` (text that changes whenever its features do), features can be cached and stored statistics
+are checked.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ SIDE = 299
 def resize_adm(images: Tensor) -> Tensor:
     """The bilinear resize inside the TensorFlow graph that FID was defined with; ADM's and DiT's numbers use it.
 
-    Output pixel i reads at i * H / 299 (no half-pixel shift) and nothing is smoothed before shrinking.
+    Output pixel i reads at i * H / 299, without a half-pixel shift. Nothing is smoothed before shrinking.
 
     Args:
         images: float (N, 3, H, W).
@@ -45,7 +46,7 @@ def resize_adm(images: Tensor) -> Tensor:
 
 
 def resize_clean(images: Tensor) -> Tensor:
-    """Antialiased bicubic, as Pillow resizes, without rounding: what clean-fid (arXiv 2104.11222) recommends.
+    """Antialiased bicubic as Pillow's, without rounding. clean-fid (arXiv 2104.11222) recommends it.
 
     Shapes as in :func:`resize_adm`.
     """
@@ -58,7 +59,7 @@ RESIZES: dict[str, Callable[[Tensor], Tensor]] = {"adm": resize_adm, "clean": re
 
 
 class TorchScriptInception(nn.Module):
-    """An Inception v3 in a TorchScript file, which maps float (N, 3, 299, 299) in [-1, 1) to pooled features (N, D).
+    """An Inception v3 in a TorchScript file that maps float (N, 3, 299, 299) in [-1, 1) to pooled features (N, D).
 
     Images are resized (``resize``), and pixels become (x - 128) / 128. A file whose ``layers`` carry the names of the
     TensorFlow graph also gives the spatial features of ``mixed_6/conv``.
@@ -109,7 +110,7 @@ class TorchScriptInception(nn.Module):
 
 
 class TorchFidelityInception(nn.Module):
-    """The Inception v3 of torch-fidelity: pooled features and logits, after its own resize, which is ADM's.
+    """The Inception v3 of torch-fidelity: pooled features and logits. It resizes by itself, as ADM does.
 
     Args:
         path: its weights, ``weights-inception-2015-12-05-6726825d.pth``.
@@ -130,7 +131,7 @@ class TorchFidelityInception(nn.Module):
             ImportError,
             RuntimeError,
             AttributeError,
-        ) as error:  # a torchvision of another torch raises any of them
+        ) as error:  # a torchvision that does not fit the torch raises any of them
             raise ModuleNotFoundError(
                 f"{path} is for torch-fidelity, which does not import here ({str(error).strip().splitlines()[0]}); "
                 "accepted without it: a TorchScript Inception (.pt)"
@@ -147,8 +148,8 @@ def load_extractor(path: str | Path, resize: str = "adm") -> nn.Module:
     """An extractor from a file: torch-fidelity's weights (``.pth``), or a TorchScript Inception (anything else).
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: see the two classes.
-        ValueError: an unknown resize, or one that torch-fidelity does not do.
+        FileNotFoundError, ModuleNotFoundError: see the two classes.
+        ValueError: no TorchScript file, an unknown resize, or one that torch-fidelity does not do.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}; accepted: {', '.join(RESIZES)}")

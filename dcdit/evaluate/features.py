@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from dcdit.diffusion.denoiser import evaluating
 from dcdit.evaluate.distances import Gaussian
-from dcdit.evaluate.images import Source, npz_arrays, open_images
+from dcdit.evaluate.images import ImageSource, npz_arrays, open_images
 from dcdit.utils.files import atomically
 from dcdit.utils.images import Pixels
 
 KINDS = ("pooled", "logits", "spatial")
 SPATIAL_CHANNELS = 7
-"""Of the spatial features sFID takes the first seven channels (Nash et al., arXiv 2103.03841): 17 x 17 x 7 = 2023."""
+"""sFID takes the first seven channels of the spatial features (Nash et al., arXiv 2103.03841): 17 x 17 x 7 = 2023."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What FID and sFID need to know of a set of images.
+    """What FID and sFID need of a set of images.
 
     Attributes:
         pooled, spatial: Gaussians fitted to the features; ``spatial`` may be missing.
@@ -51,7 +51,7 @@ class Statistics:
             arrays["extractor"] = np.str_(self.extractor)
 
         def write(file: Path) -> None:
-            with file.open("wb") as target:  # a path without the suffix .npz would get one
+            with file.open("wb") as target:  # np.savez adds the suffix .npz to a path without it
                 np.savez(target, **arrays)
 
         atomically(Path(path), write)
@@ -95,13 +95,17 @@ class Features:
         return len(self.pooled)
 
     def rows(self, index: Tensor) -> "Features":
-        """Those of some of the images."""
+        """The features of some of the images.
+
+        Args:
+            index: (n,) integer numbers of the images.
+        """
         logits, spatial = (None if f is None else f[index] for f in (self.logits, self.spatial))
         return Features(self.pooled[index], logits, spatial, self.extractor, self.size)
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What FID and sFID need of them."""
+        """Gaussians fitted to the features."""
         spatial = None if self.spatial is None else Gaussian.fit(self.spatial)
         return Statistics(Gaussian.fit(self.pooled), spatial, len(self), self.extractor)
 
@@ -119,8 +123,8 @@ def _gaussian(archive: Mapping[str, Any], mu: str, sigma: str, path: Path) -> Ga
 
 
 @torch.no_grad()
-def extract(
-    images: Source | Features,
+def extract_features(
+    images: ImageSource | Features,
     extractor: nn.Module,
     *,
     size: int | None = None,
@@ -131,16 +135,16 @@ def extract(
     """Features of images; see :mod:`dcdit.evaluate.extractors` for the contract of the network.
 
     Args:
-        images: see :func:`dcdit.evaluate.images.open_images`; features are passed through.
-        extractor: on the device to work on.
+        images: see :func:`dcdit.evaluate.images.open_images`. Features are returned as they are.
+        extractor: the network; its device does the work.
         size: of the images of a folder, see :func:`dcdit.evaluate.images.open_images`.
         batch_size: images per forward pass.
-        cache: folder that keeps the features of every batch under a hash of its pixels and the extractor, so that
-            images seen before cost nothing and an interrupted run continues.
+        cache: folder that keeps the features of every batch under a hash of its pixels and the extractor. Images seen
+            before cost nothing then, and an interrupted run continues.
         progress: show a bar.
 
     Raises:
-        ValueError: bad images, an extractor that does not keep to the contract, or a cache for one without identity.
+        ValueError: bad images, an extractor that breaks the contract, or a cache for one without identity.
     """
     if isinstance(images, Features):
         return images
@@ -178,7 +182,7 @@ def _cached(pixels: Pixels, extractor: nn.Module, identity: str | None, cache: s
 
 
 def _forward(pixels: Pixels, extractor: nn.Module) -> dict[str, Tensor]:
-    """The features of one batch under their names, spatial ones flattened."""
+    """The features of one batch by name; spatial ones are flattened."""
     weight = next(chain(extractor.parameters(), extractor.buffers()), None)
     images = torch.tensor(pixels).permute(0, 3, 1, 2)
     returned = extractor(images if weight is None else images.to(weight.device))

@@ -1,4 +1,4 @@
-"""Many samples of a checkpoint: shared out over processes, continued after a stop, with the FLOPs that they took."""
+"""Many samples of a checkpoint: drawn by several processes, continued after a stop, with the FLOPs that they took."""
 
 import hashlib
 import json
@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dcdit.checkpoint import Model, model_file
-from dcdit.diffusion import sample
+from dcdit.checkpoint import model_file
 from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
-from dcdit.sample.model_calls import ModelCalls, Record, mean_records, tflops_per_image
+from dcdit.models import DCDiT, DiT
+from dcdit.sample.drawing import Decoder, draw
+from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
+from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically
 from dcdit.utils.images import to_pixels
 
@@ -25,97 +26,115 @@ SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that decides which images come out.
+class SampleSettings:
+    """What identifies a set of samples on disk: equal settings give equal images.
 
     Attributes:
-        checkpoint: where the weights are.
-        weights: a hash of them, see :func:`weights_hash`.
+        options: of the sampling.
+        weights: a hash of the checkpoint's weights, see :func:`weights_hash`.
         num: images; image i has label i modulo the number of classes, and noise of its own.
-        drop: the budget in a word, e.g. ``drop_0.3``.
-        vae: decoder of latents, if any.
-        cfg_interval: as in :func:`dcdit.diffusion.sample`, like the rest; ``null_drop_fraction`` is the unconditional
-            branch's.
+        drop: name of the budget, e.g. ``drop_0.3``.
     """
 
-    checkpoint: str
+    options: SamplingOptions
     weights: str
     num: int
-    steps: int
-    method: str
     drop: str
-    null_drop_fraction: float | None
-    budget: int | None
-    cfg_scale: float
-    cfg_interval: list[float] | None
-    seed: int
-    batch_size: int
-    precision: str
-    vae: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values as the files hold them. A change of a name or of its form makes older samples unusable."""
+        options = self.options
+        return {
+            "checkpoint": options.checkpoint,
+            "weights": self.weights,
+            "num": self.num,
+            "steps": options.steps,
+            "method": options.method,
+            "drop": self.drop,
+            "null_drop_fraction": options.null_drop_fraction,
+            "budget": options.budget,
+            "cfg_scale": options.cfg_scale,
+            "cfg_interval": None if options.cfg_interval is None else list(options.cfg_interval),
+            "seed": options.seed,
+            "batch_size": options.batch_size,
+            "precision": options.precision,
+            "vae": options.vae,
+        }
 
 
 @dataclass(frozen=True)
-class Work:
+class SamplingCost:
     """What sampling took, per image.
 
     Attributes:
         tflops: of every model call, with guidance both branches; 2 per multiply-add, as
             :func:`dcdit.models.count_flops` counts.
         tflops_null: the part of the unconditional branch, 0 without guidance.
-        kept: mean share of the positions that the conditional branch kept; None for a static model.
+        kept: mean fraction of the positions that the conditional branch kept; None for a static model.
         calls: the same of each model call, see :meth:`dcdit.sample.model_calls.ModelCalls.records`.
     """
 
     tflops: float
     tflops_null: float
     kept: float | None
-    calls: list[Record]
+    calls: list[CallRecord]
 
     @classmethod
-    def of(cls, calls: list[Record]) -> "Work":
+    def of(cls, calls: list[CallRecord]) -> "SamplingCost":
         null = sum(call.get("gflops_null", 0.0) for call in calls) / 1e3
         kept = [call["kept"] for call in calls if "kept" in call]
         return cls(tflops_per_image(calls), null, sum(kept) / len(kept) if kept else None, calls)
 
 
 def generate(
-    model: Model,
-    settings: Settings,
+    model: DCDiT | DiT,
+    settings: SampleSettings,
     drop: Fraction | None,
     out: Path,
-    decode: Callable[[Tensor], Tensor],
+    decode: Decoder,
     *,
     device: torch.device,
     rank: int = 0,
     world: int = 1,
     wait: Callable[[], object] = lambda: None,
-) -> Work | None:
+) -> SamplingCost | None:
     """Draw ``settings.num`` images into ``out/samples.npz``, ADM's format.
 
-    Every batch becomes a file as soon as it is drawn, and batches that an earlier run left are not drawn again. The
-    images depend neither on the number of processes nor, but for rounding, on the batch size.
+    Every batch becomes a file as soon as it is drawn. Batches that an earlier run left are not drawn again. The images
+    do not depend on the number of processes, nor on the batch size except for rounding.
 
     Args:
-        drop: what ``settings.drop`` says.
-        decode: from samples to (B, 3, H, W) in [-1, 1].
-        rank, world: which process this is, and of how many; they take turns over the missing batches.
+        drop: the budget that ``settings.drop`` names.
+        decode: of the model's samples.
+        device: of the model.
+        rank, world: number of this process, and how many there are; they take turns over the missing batches.
         wait: returns when all processes have called it.
 
     Returns:
-        What it took; None for processes other than the first, which puts the file together.
+        What it took. None for all processes but the first, which puts the file together.
 
     Raises:
         ValueError: ``out`` holds images of other settings.
+        FileNotFoundError: another process left a batch out.
     """
     from tqdm import tqdm
 
     finished = _finished(out, settings)
-    batches = range(-(-settings.num // settings.batch_size))
+    batch_size = settings.options.batch_size
+    batches = range(-(-settings.num // batch_size))
     missing = [] if finished else [k for k in batches if not _is_drawn(_batch_file(out, k), settings)]
-    wait()  # nobody draws before everybody has looked
-    about = f"sampling, process {rank + 1} of {world}"
-    for k in tqdm(missing[rank::world], desc=about, unit="batch", disable=rank > 0):
-        batch = _draw(model, settings, drop, k * settings.batch_size, decode, device)
+    wait()  # all processes look before any of them draws
+    title = f"sampling, process {rank + 1} of {world}"
+    for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
+        numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num))
+        labels = numbers % model.config.num_classes
+        drawn = draw(model, settings.options, labels.to(device), drop, first_index=k * batch_size, progress=False)
+        batch = {
+            "images": to_pixels(decode(drawn.x)),
+            "labels": labels.numpy(),
+            "calls": json.dumps(drawn.calls),
+            "settings": json.dumps(settings.to_dict()),
+        }
         atomically(_batch_file(out, k), partial(_write, batch))
     wait()
     if rank:
@@ -124,43 +143,8 @@ def generate(
 
 
 def weights_hash(checkpoint: str | Path, ema: bool) -> str:
-    """Of the file that :func:`dcdit.checkpoint.load_model` reads."""
+    """SHA-256 of the file that :func:`dcdit.checkpoint.load_model` reads."""
     return hashlib.sha256(model_file(checkpoint, ema).read_bytes()).hexdigest()
-
-
-def _draw(
-    model: Model,
-    settings: Settings,
-    drop: Fraction | None,
-    start: int,
-    decode: Callable[[Tensor], Tensor],
-    device: torch.device,
-) -> dict[str, Any]:
-    """The batch from image ``start`` on, as arrays and text."""
-    stop = min(start + settings.batch_size, settings.num)
-    labels = torch.arange(start, stop) % model.config.num_classes
-    watched = ModelCalls(model, len(labels))
-    null, interval = settings.null_drop_fraction, settings.cfg_interval
-    x = sample(
-        watched,
-        labels.to(device),
-        settings.steps,
-        settings.method,
-        cfg_scale=settings.cfg_scale,
-        cfg_interval=None if interval is None else (interval[0], interval[1]),
-        drop_fraction=drop if drop is None or null is None else (drop, null),
-        budget=settings.budget,
-        clip=model.config.in_channels == 3 and settings.method in ("ddpm", "ddim"),
-        seed=settings.seed,
-        first_index=start,
-        progress=False,
-    )
-    return {
-        "images": to_pixels(decode(x)),
-        "labels": labels.numpy(),
-        "calls": json.dumps(watched.records()),
-        "settings": json.dumps(asdict(settings)),
-    }
 
 
 def _batch_file(out: Path, k: int) -> Path:
@@ -172,7 +156,7 @@ def _write(batch: dict[str, Any], file: Path) -> None:
         np.savez(target, **batch)
 
 
-def _is_drawn(file: Path, settings: Settings) -> bool:
+def _is_drawn(file: Path, settings: SampleSettings) -> bool:
     if not file.is_file():
         return False
     with np.load(file, allow_pickle=False) as batch:
@@ -180,8 +164,8 @@ def _is_drawn(file: Path, settings: Settings) -> bool:
     return True
 
 
-def _check(stored: dict[str, Any], settings: Settings, where: Path) -> None:
-    for name, value in asdict(settings).items():
+def _check(stored: dict[str, Any], settings: SampleSettings, where: Path) -> None:
+    for name, value in settings.to_dict().items():
         if stored.get(name) != value:
             raise ValueError(
                 f"{where} is of other settings: {name} was {stored.get(name)!r} and is {value!r}; "
@@ -189,21 +173,21 @@ def _check(stored: dict[str, Any], settings: Settings, where: Path) -> None:
             )
 
 
-def _finished(out: Path, settings: Settings) -> Work | None:
+def _finished(out: Path, settings: SampleSettings) -> SamplingCost | None:
     if not (out / SAMPLING).is_file() or not (out / SAMPLES).is_file():
         return None
     stored = json.loads((out / SAMPLING).read_text(encoding="utf-8"))
     _check(stored["settings"], settings, out / SAMPLING)
-    return Work(**stored["work"])
+    return SamplingCost(**stored["work"])
 
 
-def _assemble(out: Path, settings: Settings) -> Work:
-    """One file from all batches, and the work they took."""
+def _assemble(out: Path, settings: SampleSettings) -> SamplingCost:
+    """Make one file of all batches; returns what they took."""
     labels: list[Any] = []
-    calls: list[tuple[int, list[Record]]] = []
+    calls: list[tuple[int, list[CallRecord]]] = []
 
     def batches() -> Iterator[Any]:
-        for k in range(-(-settings.num // settings.batch_size)):
+        for k in range(-(-settings.num // settings.options.batch_size)):
             file = _batch_file(out, k)
             if not file.is_file():
                 raise FileNotFoundError(f"no file {str(file)!r}; run the same command again")
@@ -213,8 +197,8 @@ def _assemble(out: Path, settings: Settings) -> Work:
                 yield batch["images"]
 
     write_npz(out / SAMPLES, settings.num, batches(), labels)
-    work = Work.of(mean_records(calls))
-    record = json.dumps({"settings": asdict(settings), "work": asdict(work)}, indent=2)
-    atomically(out / SAMPLING, lambda file: file.write_text(record, encoding="utf-8"))
+    cost = SamplingCost.of(mean_records(calls))
+    contents = json.dumps({"settings": settings.to_dict(), "work": asdict(cost)}, indent=2)
+    atomically(out / SAMPLING, lambda file: file.write_text(contents, encoding="utf-8"))
     shutil.rmtree(out / BATCHES)
-    return work
+    return cost

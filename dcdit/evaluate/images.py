@@ -1,4 +1,4 @@
-"""Sets of images to evaluate, read batch by batch, and the ``.npz`` that ADM's evaluation suite reads."""
+"""Sets of images to evaluate, read batch by batch, and the ``.npz`` of ADM's evaluation suite."""
 
 import math
 import zipfile
@@ -15,7 +15,7 @@ from dcdit.utils.files import atomically
 from dcdit.utils.images import Pixels
 
 ARRAYS = ("arr_0", "images")
-"""Names of the images in an ``.npz``: ADM's, and that of :class:`dcdit.data.NpzDataset`."""
+"""Names of the images in an ``.npz``: of ADM, and of :class:`dcdit.data.NpzDataset`."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,22 @@ class ImageSet:
     batches: Callable[[int], Iterator[Pixels]]
 
 
-Source = ImageSet | np.ndarray[Any, Any] | Tensor | str | Path
+ImageSource = ImageSet | np.ndarray[Any, Any] | Tensor | str | Path
 
 
-def open_images(source: Source, size: int | None = None) -> ImageSet:
-    """Images from wherever they are.
+def open_images(source: ImageSource, size: int | None = None) -> ImageSet:
+    """A set of images from an array, an archive or a folder.
 
     Args:
         source: uint8 (N, H, W, 3) as array or tensor; an ``.npz`` that holds such an array as ``arr_0`` or ``images``;
             a ``.npy`` of it, or a folder with it as ``images.npy``; a folder of image files, in class folders or flat.
-        size: crop the centre of every file of a folder to this many pixels per side, as ADM does. None takes them as
-            they are, and they must be of one size.
+        size: crop the centre of every file of a folder to this many pixels per side, as ADM does. None takes the
+            images as they are; they must all have one size.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: no images, or not of that shape and type. A file that is no image, or of another size than the
-            first, is only found when the batches are read.
+        ValueError: no images, or images of another shape or type. Reading the batches also raises it, for a file that
+            is no image or has another size than the first.
     """
     if isinstance(source, ImageSet):
         return source
@@ -68,7 +68,7 @@ def open_images(source: Source, size: int | None = None) -> ImageSet:
     if not path.exists():
         raise FileNotFoundError(f"no images at {str(path)!r}")
     if not path.is_dir():
-        raise ValueError(f"{path} holds no images that are read here; accepted: .npz, .npy, or a folder")
+        raise ValueError(f"{path} holds no readable images; accepted: .npz, .npy, or a folder")
     return _from_folder(path, size)
 
 
@@ -79,8 +79,8 @@ def write_npz(
 
     Args:
         count: N.
-        batches: of images; they go to disk as they come, so memory holds one of them.
-        labels: in pieces, looked at after the last batch.
+        batches: of images. Each goes to disk at once, so memory holds one of them.
+        labels: in pieces; read after the last batch, so the iterator may fill the list.
     """
 
     def write(file: Path) -> None:
@@ -151,12 +151,12 @@ def npz_arrays(path: Path) -> list[str]:
 
 
 def holds_images(path: Path) -> bool:
-    """Whether an ``.npz`` has images in it, which statistics alone do not."""
+    """Whether an ``.npz`` has images in it, and not statistics alone."""
     return any(name in ARRAYS for name in npz_arrays(path))
 
 
 def _header(file: Any, path: Path) -> tuple[int, ...]:
-    """The shape of the array whose data come next."""
+    """Read the header of an array in a file; returns the shape. The data come next."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

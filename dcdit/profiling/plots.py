@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from dcdit.profiling.profile import Profile, Side
+    from dcdit.profiling.profile import Profile, Variant
 
 
 def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
@@ -22,24 +22,23 @@ def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def plot_profile(result: "Profile", path: Path) -> None:
-    """Time against FLOPs with the eta = 1 line through each static model, both by stage, and eta over the budgets."""
+    """Time over FLOPs with the line eta = 1 through each static model, both by stage, and eta over the budgets."""
     figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4.2), width_ratios=(5, 6, 4))
-    statics = [side for side in result.sides if side.drop_fraction is None]
-    dynamic = [side for side in result.sides if side.drop_fraction is not None]
-    edge = 1.1 * max(side.gflops for side in result.sides)
-    for number, side in enumerate(statics):
-        line = [0, edge * side.ms / side.gflops]
-        left.plot([0, edge], line, "--", color=f"C{number}", lw=1, label=f"eta = 1 vs {side.name}")
-        left.plot(side.gflops, side.ms, "s", color=f"C{number}")
-        etas = [budget.eta[side.name] for budget in dynamic]
-        right.plot(
-            [budget.drop_fraction for budget in dynamic], etas, "o-", color=f"C{number}", label=f"vs {side.name}"
-        )
-    left.plot([s.gflops for s in dynamic], [s.ms for s in dynamic], "o-", color="C3", label=result.model)
-    for side in dynamic:
-        place = (side.gflops, side.ms)
-        text = f"drop {side.drop_fraction:g}"
-        left.annotate(text, place, textcoords="offset points", xytext=(5, -11), fontsize=7)
+    statics = [variant for variant in result.variants if variant.drop_fraction is None]
+    dynamic = [variant for variant in result.variants if variant.drop_fraction is not None]
+    edge = 1.1 * max(variant.gflops for variant in result.variants)
+    drops = [variant.drop_fraction for variant in dynamic]
+    for number, static in enumerate(statics):
+        color = f"C{number}"
+        line = [0, edge * static.ms / static.gflops]
+        left.plot([0, edge], line, "--", color=color, lw=1, label=f"eta = 1 vs {static.name}")
+        left.plot(static.gflops, static.ms, "s", color=color)
+        etas = [variant.eta[static.name] for variant in dynamic]
+        right.plot(drops, etas, "o-", color=color, label=f"vs {static.name}")
+    left.plot([v.gflops for v in dynamic], [v.ms for v in dynamic], "o-", color="C3", label=result.model)
+    for variant in dynamic:
+        text, position = f"drop {variant.drop_fraction:g}", (variant.gflops, variant.ms)
+        left.annotate(text, position, textcoords="offset points", xytext=(5, -11), fontsize=7)
     left.set(xlabel="GFLOPs per image", ylabel=f"ms per forward, batch {result.batch}", xlim=(0, edge), ylim=(0, None))
     left.legend(fontsize=7)
     _plot_stages(middle, dynamic)
@@ -51,12 +50,12 @@ def plot_profile(result: "Profile", path: Path) -> None:
     figure.savefig(path)
 
 
-def _plot_stages(axis: Any, dynamic: Sequence["Side"]) -> None:
-    """Shares of the time and of the FLOPs, a pair of bars for each budget: a stage that is slow per FLOP shows."""
+def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
+    """How time and FLOPs divide among the stages, a pair of bars for each budget, so that slow stages show."""
     names, columns = [], []
-    for side in dynamic:
-        for unit, stages in (("time", side.stage_ms), ("FLOPs", side.stage_gflops)):
-            names.append(f"{unit}\n{side.drop_fraction:g}")
+    for variant in dynamic:
+        for unit, stages in (("time", variant.stage_ms), ("FLOPs", variant.stage_gflops)):
+            names.append(f"{unit}\n{variant.drop_fraction:g}")
             total = sum(value for stage, value in stages.items() if stage != "whole")
             columns.append({stage: value / total for stage, value in stages.items()})
     bottom = np.zeros(len(names))
@@ -64,14 +63,17 @@ def _plot_stages(axis: Any, dynamic: Sequence["Side"]) -> None:
         height = np.array([column.get(stage, 0.0) for column in columns])
         axis.bar(names, height, bottom=bottom, label=stage)
         bottom += height
-    axis.set(xlabel="drop fraction", ylabel="share of a forward, by stage", ylim=(0, 1))
+    axis.set(xlabel="drop fraction", ylabel="fraction of a forward, by stage", ylim=(0, 1))
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> None:
     """The loss and the compression over the steps.
 
-    ``log`` rows hold step, loss, and natural: the kept share before dropping.
+    Args:
+        log: rows with ``step``, ``loss`` and ``natural``, the kept fraction before dropping.
+        target: the compression N that the ratio loss aims at.
+        path: of the picture.
     """
     figure, (left, right) = new_figure(1, 2, figsize=(9, 3.2))
     steps = [row["step"] for row in log]
@@ -85,9 +87,12 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
-    """One column per noise level: an image (called so), the router's probability, the kept tokens.
+    """One column per noise level: an image, the router's probability, the kept tokens.
 
-    Each column holds title, image (H, W, 3) in [0, 1], prob (H, W) and mask (H, W) bool.
+    Args:
+        columns: each holds ``title``, ``image`` (H, W, 3) in [0, 1], ``prob`` (H, W) and ``mask`` (H, W) bool.
+        path: of the picture.
+        image: label of the row of images.
     """
     figure, axes = new_figure(3, len(columns), figsize=(2.1 * len(columns), 6.6), squeeze=False)
     for axis, column in zip(axes.T, columns, strict=True):
@@ -107,30 +112,32 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str
 
 
 def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Over the sampling, from noise to data: the share of the tokens kept in each branch of guidance, and the FLOPs.
+    """The fraction of the tokens kept in each branch of guidance, and the FLOPs, from noise to data.
 
-    Each run holds name and calls, the records of :class:`dcdit.sample.model_calls.ModelCalls`.
+    Args:
+        runs: each holds ``name`` and ``calls``, the records of :class:`dcdit.sample.model_calls.ModelCalls`.
+        path: of the picture.
     """
     branches = {"conditional branch": ""}
     if any("kept_null" in call for run in runs for call in run["calls"]):
         branches["unconditional branch"] = "_null"
     figure, axes = new_figure(1, len(branches) + 1, figsize=(4.4 * (len(branches) + 1), 3.6), squeeze=False)
-    *shares, flops = axes[0]
+    *kept, flops = axes[0]
     for number, run in enumerate(runs):
         color = f"C{number}"
-        for axis, suffix in zip(shares, branches.values(), strict=True):
+        for axis, suffix in zip(kept, branches.values(), strict=True):
             calls = [call for call in run["calls"] if f"kept{suffix}" in call]
             times = [call["t"] / 1000 for call in calls]
             axis.plot(times, [call[f"natural{suffix}"] for call in calls], "--", color=color, lw=1, zorder=1)
             axis.plot(times, [call[f"kept{suffix}"] for call in calls], color=color, lw=1.5, label=run["name"])
         times = [call["t"] / 1000 for call in run["calls"]]
         flops.plot(times, [call["gflops"] for call in run["calls"]], color=color, lw=1.5, label=run["name"])
-    for axis, title in zip(shares, branches, strict=True):
-        axis.set(title=title, ylabel="share of the tokens", ylim=(0, None))
+    for axis, title in zip(kept, branches, strict=True):
+        axis.set(title=title, ylabel="fraction of the tokens", ylim=(0, None))
     flops.set(title="cost, all branches", ylabel="GFLOPs per image and call", ylim=(0, None))
     for axis in axes[0]:
         axis.set_xlabel("time (1 noise, 0 data)")
         axis.invert_xaxis()
-    shares[0].plot([], [], "--", color="black", lw=1, label="before dropping")
-    shares[0].legend(fontsize=7)
+    kept[0].plot([], [], "--", color="black", lw=1, label="before dropping")
+    kept[0].legend(fontsize=7)
     figure.savefig(path)

@@ -1,34 +1,36 @@
 """Does the compression of a DC-DiT become time? FLOPs and wall-clock against the static DiT.
 
-The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), all sides timed in the same run
-with the same dtype: eta = 1 means that every saved FLOP became time.
+The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), with all variants timed in the same
+run and with the same dtype. eta = 1 means that every saved FLOP became time.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops
 from dcdit.nn import STAGES
-from dcdit.nn.routers import PredictabilityRouter
+from dcdit.nn.stages import collect_stages
 from dcdit.ops.attention import attention_backends
-from dcdit.profiling.timing import time_sides, time_stages
+from dcdit.profiling.timing import Call, time_stages, time_variants
+from dcdit.utils.environment import device_name
 from dcdit.utils.tables import markdown_table
 
 STATIC_PATCHES = (1, 2)
 
 
 @dataclass
-class Side:
-    """One model at one budget."""
+class Variant:
+    """One model at one budget, as part of a comparison."""
 
     name: str
     drop_fraction: float | None
     """None for a static model."""
-    kept_share: float | None
+    kept_fraction: float | None
+    """Of the positions; None for a static model."""
     gflops: float
     """Per image and forward, 2 x multiply-adds."""
     ms: float
@@ -54,66 +56,37 @@ class Profile:
     compiled: bool
     channels_last: bool
     """Whether the convolution weights of the dynamic model lie channels-last."""
-    sides: list[Side]
+    variants: list[Variant]
 
     def table(self) -> str:
         """The comparison as a Markdown table."""
-        statics = [side.name for side in self.sides if side.drop_fraction is None]
+        statics = [variant.name for variant in self.variants if variant.drop_fraction is None]
         head = ["model", "drop", "kept", "GFLOPs/image", "ms/forward", "images/s"]
         head += [f"eta vs {name}" for name in statics]
         rows = [
             [
-                side.name,
-                "" if side.drop_fraction is None else f"{side.drop_fraction:g}",
-                "" if side.kept_share is None else f"{side.kept_share:.0%}",
-                f"{side.gflops:.2f}",
-                f"{side.ms:.1f}",
-                f"{side.images_per_second:.1f}",
-                *(f"{side.eta[name]:.2f}" if side.eta else "" for name in statics),
+                variant.name,
+                "" if variant.drop_fraction is None else f"{variant.drop_fraction:g}",
+                "" if variant.kept_fraction is None else f"{variant.kept_fraction:.0%}",
+                f"{variant.gflops:.2f}",
+                f"{variant.ms:.1f}",
+                f"{variant.images_per_second:.1f}",
+                *(f"{variant.eta[name]:.2f}" if variant.eta else "" for name in statics),
             ]
-            for side in self.sides
+            for variant in self.variants
         ]
         return markdown_table(head, rows)
 
     def stage_table(self) -> str:
-        """Milliseconds and GFLOPs of each stage of the dynamic sides as a Markdown table."""
-        dynamic = [side for side in self.sides if side.stage_ms]
-        head = ["stage", *(f"{unit}, drop {side.drop_fraction:g}" for side in dynamic for unit in ("ms", "GFLOPs"))]
+        """Milliseconds and GFLOPs of each stage of the dynamic variants as a Markdown table."""
+        dynamic = [variant for variant in self.variants if variant.stage_ms]
+        head = ["stage", *(f"{unit}, drop {v.drop_fraction:g}" for v in dynamic for unit in ("ms", "GFLOPs"))]
         rows = [
             [stage]
-            + [cell for s in dynamic for cell in (f"{s.stage_ms[stage]:.2f}", f"{s.stage_gflops.get(stage, 0.0):.2f}")]
+            + [cell for v in dynamic for cell in (f"{v.stage_ms[stage]:.2f}", f"{v.stage_gflops.get(stage, 0.0):.2f}")]
             for stage in dynamic[0].stage_ms
         ]
         return markdown_table(head, rows)
-
-
-def varied_latents(batch: int, channels: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
-    """(B, C, H, W) noise whose smoothness differs between images, so that a router keeps different shares of them."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse_grid = (max(2, grid[0] // 8), max(2, grid[1] // 8))
-    coarse = torch.randn(batch, channels, *coarse_grid, generator=generator)
-    smooth = F.interpolate(coarse, grid, mode="bicubic", align_corners=False)
-    rough = torch.randn(batch, channels, *grid, generator=generator)
-    amount = torch.linspace(0.1, 1.0, batch)[:, None, None, None]
-    return (1 - amount) * smooth + amount * rough
-
-
-@torch.no_grad()
-def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, share: float) -> None:
-    """Shift the output bias of an untrained router so that it naturally keeps this share of x.
-
-    Raises:
-        ValueError: the share is not between 0 and 1, or the router is not the predictability router (the only one with
-            an output bias).
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"share is {share}; accepted: a number between 0 and 1")
-    if not isinstance(model.router, PredictabilityRouter):
-        raise ValueError(f"router is {model.config.router!r}; calibration accepts: predictability")
-    _, routing = model(x, t, y, return_routing=True)
-    logits = torch.logit(routing.prob[:, 1:-1].float(), eps=1e-6)  # the ends are forced
-    bias = model.router.out.bias
-    bias.copy_(bias - torch.quantile(logits.flatten()[: 2**24], 1 - share).to(bias.dtype))
 
 
 def static_counterparts(config: DCDiTConfig) -> dict[str, DiTConfig]:
@@ -145,7 +118,7 @@ def profile(
         name: how to call it.
         x, t, y: a batch as the model takes it.
         drop_fractions: budgets to time.
-        seconds: timing budget per side.
+        seconds: timing budget per variant.
         compiled: run the static models and the convolutions of the DC-DiT through ``torch.compile``.
     """
     device, batch = x.device, x.shape[0]
@@ -157,38 +130,36 @@ def profile(
     if compiled:
         for part in (*statics.values(), model.encoder, model.router, model.decoder):
             part.compile()
-    works = {label: lambda static=static: static(x, t, y) for label, static in statics.items()}
+    calls = {label: lambda static=static: static(x, t, y) for label, static in statics.items()}
     for rho in drop_fractions:
-        works[f"{name} {rho:g}"] = lambda rho=rho: model(x, t, y, drop_fraction=rho)
-    times = time_sides(works, device, seconds)
+        calls[f"{name} {rho:g}"] = lambda rho=rho: model(x, t, y, drop_fraction=rho)
+    times = time_variants(calls, device, seconds)
 
-    def side(label: str, key: str, flops: dict[str, int], rho: float | None, share: float | None) -> Side:
-        work = works[key]
-        stages = {} if rho is None else time_stages(work, device)
-        return Side(
+    def variant(label: str, key: str, flops: dict[str, int], rho: float | None, kept: float | None) -> Variant:
+        return Variant(
             name=label,
             drop_fraction=rho,
-            kept_share=share,
+            kept_fraction=kept,
             gflops=flops["total"] / batch / 1e9,
             ms=times[key],
             images_per_second=1e3 * batch / times[key],
             eta={},
-            stage_ms=stages,
+            stage_ms={} if rho is None else time_stages(calls[key], device),
             stage_gflops={} if rho is None else {stage: flops[stage] / batch / 1e9 for stage in STAGES},
         )
 
-    baselines = [side(label, label, count_flops(s.config, batch=batch), None, None) for label, s in statics.items()]
-    sides = list(baselines)
+    baselines = [variant(label, label, count_flops(s.config, batch=batch), None, None) for label, s in statics.items()]
+    variants = list(baselines)
     for rho in drop_fractions:
         _, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
         lengths = routing.selection.lengths.tolist()
-        share = sum(lengths) / routing.mask.numel()
-        dynamic = side(name, f"{name} {rho:g}", count_flops(model.config, lengths), rho, share)
+        kept = sum(lengths) / routing.mask.numel()
+        dynamic = variant(name, f"{name} {rho:g}", count_flops(model.config, lengths), rho, kept)
         dynamic.eta = {b.name: (b.ms / dynamic.ms) / (b.gflops / dynamic.gflops) for b in baselines}
-        sides.append(dynamic)
+        variants.append(dynamic)
     return Profile(
         model=name,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         batch=batch,
         threads=torch.get_num_threads(),
@@ -200,14 +171,14 @@ def profile(
             for weight in model.parameters()
             if weight.dim() == 4
         ),
-        sides=sides,
+        variants=variants,
     )
 
 
 def advice(result: Profile, low: float = 0.9) -> list[str]:
-    """What to change where the conversion against the first static model is low; empty where nothing is to be said."""
-    dynamic = [side for side in result.sides if side.eta]
-    worst = min(dynamic, key=lambda side: min(side.eta.values()))
+    """What to change if the lowest conversion is below ``low``; empty if it is not."""
+    dynamic = [variant for variant in result.variants if variant.eta]
+    worst = min(dynamic, key=lambda variant: min(variant.eta.values()))
     eta = min(worst.eta.values())
     if eta >= low:
         return []
@@ -220,9 +191,9 @@ def advice(result: Profile, low: float = 0.9) -> list[str]:
             "attention runs on the sdpa fallback and waits for lengths on the host: pip install 'dcdit[flash]'."
         )
     if on_gpu and not result.compiled:
-        hints.append("--compile: the static side and the convolutions gain from it.")
+        hints.append("--compile: the static models and the convolutions gain from it.")
     if on_gpu and result.batch < 8:
-        hints.append(f"--batch above {result.batch}: small batches are bound by launches, not by work.")
+        hints.append(f"--batch above {result.batch}: launches take most of the time of a small batch.")
     if not result.channels_last:
         hints.append("convolution weights are not channels-last: model.to(memory_format=torch.channels_last).")
     per_flop = worst.stage_ms["transformer"] / worst.stage_gflops["transformer"]
@@ -231,3 +202,15 @@ def advice(result: Profile, low: float = 0.9) -> list[str]:
         if stage != "whole" and ms - expected > 0.05 * worst.stage_ms["whole"]:
             hints.append(f"stage {stage!r} takes {ms:.1f} ms; at the transformer's speed per FLOP: {expected:.1f} ms.")
     return hints
+
+
+def write_trace(forward: Call, path: str | Path) -> None:
+    """Write a Chrome trace of one forward pass, with its stages by name."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=activities)
+    with torch.inference_mode(), profiler as recorded, collect_stages(torch.profiler.record_function):
+        forward()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(path))

@@ -1,4 +1,4 @@
-"""Wall-clock time, told fairly: all sides in one run, taking turns, medians; stages inside whole forward passes."""
+"""Wall-clock time, compared fairly: medians of variants that run in turns. Also the stages of a forward pass."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,10 +10,11 @@ import torch
 
 from dcdit.nn.stages import collect_stages
 
-Work = Callable[[], object]
+Call = Callable[[], object]
+"""What is timed: a function without arguments, whose result does not matter."""
 Mark: TypeAlias = "torch.cuda.Event | float"
 FLUSH_BYTES = 1 << 28
-"""More than any L2 cache holds."""
+"""More bytes than any L2 cache holds."""
 
 
 class Clock:
@@ -39,45 +40,46 @@ class Clock:
         return start.elapsed_time(end)
 
 
-def time_sides(
-    sides: Mapping[str, Work], device: torch.device, seconds: float = 2.0, warmup: int = 2, least: int = 5
+def time_variants(
+    variants: Mapping[str, Call], device: torch.device, seconds: float = 2.0, warmup: int = 2, least: int = 5
 ) -> dict[str, float]:
-    """Median milliseconds per call of each side.
+    """Median milliseconds per call of each variant.
 
-    The sides take turns, each starting a round in turn, so that a slow moment of the machine hits all of them.
+    The variants run in turns, and each round starts with another one. So a slow moment of the machine hits all of them.
 
     Args:
-        sides: name -> work to time.
-        device: where the work runs.
-        seconds: how long to go on per side.
-        warmup: calls per side that are not counted.
-        least: rounds at the very least.
+        variants: name -> function to time.
+        device: where it runs.
+        seconds: how long to go on per variant.
+        warmup: calls per variant that are not counted.
+        least: rounds at least.
 
     Raises:
-        ValueError: no sides, or least below 1.
+        ValueError: no variants, or least below 1.
     """
-    if not sides or least < 1:
-        raise ValueError(f"{len(sides)} sides and least={least} rounds; accepted: at least one of each")
+    if not variants or least < 1:
+        raise ValueError(f"{len(variants)} variants and least={least} rounds; accepted: at least one of each")
     clock = Clock(device)
-    for work in sides.values():
+    for call in variants.values():
         for _ in range(warmup):
-            work()
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    stop = time.perf_counter() + seconds * len(sides)
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    stop = time.perf_counter() + seconds * len(variants)
     while len(samples[names[-1]]) < least or time.perf_counter() < stop:
         for name in names:
             start = clock.mark()
-            sides[name]()
+            variants[name]()
             samples[name].append(clock.milliseconds(start, clock.mark()))
         names.append(names.pop(0))
     return {name: median(values) for name, values in samples.items()}
 
 
-def time_stages(forward: Work, device: torch.device, repeats: int = 5) -> dict[str, float]:
+def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> dict[str, float]:
     """Milliseconds of each stage of a forward pass (see :mod:`dcdit.nn.stages`), and of the ``whole``.
 
-    All of one pass, the median one by its whole time, so that the stages add up to it but for what no stage covers.
+    All numbers come from one pass: the one with the median whole time. So the stages add up to the whole, except for
+    what no stage covers.
 
     Raises:
         ValueError: repeats below 1.
@@ -106,7 +108,7 @@ def time_stages(forward: Work, device: torch.device, repeats: int = 5) -> dict[s
     return sorted(passes, key=lambda spent: spent["whole"])[repeats // 2]
 
 
-def time_kernels(work: Work, device: torch.device, repeats: int = 30) -> float | None:
+def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> float | None:
     """Median milliseconds of a call by device events, with the L2 cache flushed before each; None without a GPU."""
     if device.type != "cuda":
         return None
@@ -114,17 +116,18 @@ def time_kernels(work: Work, device: torch.device, repeats: int = 30) -> float |
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     marks = []
     for _ in range(repeats):
-        flush.zero_()  # also keeps the device busy, so that the host runs ahead and its own time does not show
+        # This also keeps the device busy: the host runs ahead, and its own time is not part of the measurement.
+        flush.zero_()
         start = clock.mark()
-        work()
+        call()
         marks.append((start, clock.mark()))
     return median(clock.milliseconds(start, end) for start, end in marks)
 
 
-def time_graph(work: Work, device: torch.device, calls: int = 20, repeats: int = 10) -> float | None:
-    """Median milliseconds of a call replayed inside a CUDA graph of many, where launches cost least.
+def time_graph(call: Call, device: torch.device, calls: int = 20, repeats: int = 10) -> float | None:
+    """Median milliseconds of a call inside a CUDA graph that holds many of them, where launches cost least.
 
-    None without a GPU, or for work that a graph cannot hold because it reads on the host.
+    None without a GPU, or for a call that a graph cannot hold because it reads on the host.
     """
     if device.type != "cuda":
         return None
@@ -132,8 +135,8 @@ def time_graph(work: Work, device: torch.device, calls: int = 20, repeats: int =
     try:
         with torch.cuda.graph(graph):
             for _ in range(calls):
-                work()
-    except RuntimeError:  # what capture raises for a synchronisation
+                call()
+    except RuntimeError:  # capturing a synchronisation raises it
         return None
     clock = Clock(device)
     samples = []
@@ -145,7 +148,7 @@ def time_graph(work: Work, device: torch.device, calls: int = 20, repeats: int =
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """GB/s of a large copy, each byte read once and written once: what a memory-bound kernel can reach at best.
+    """GB/s of a large copy, each byte read once and written once. A memory-bound kernel cannot be faster.
 
     Args:
         device: whose memory.
@@ -153,5 +156,5 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
     """
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
-    ms = time_sides({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
+    ms = time_variants({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
     return 2 * size / ms / 1e6

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dcdit import ops
-from dcdit.profiling.timing import time_sides
+from dcdit.profiling.timing import time_variants
 from dcdit.profiling.workloads import Shape, create_workload
 
 Config = dict[str, int]
@@ -96,4 +96,4 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def _time(name: str, shape: Shape, seconds: float) -> float:
     workload = create_workload(name, shape)
     with ops.use_backend("triton"):
-        return time_sides({name: workload.run}, shape.device, seconds)[name]
+        return time_variants({name: workload.run}, shape.device, seconds)[name]

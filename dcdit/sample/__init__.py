@@ -1,7 +1,8 @@
-"""Sampling with a budget: what a run costs, and the drop fraction that meets a target."""
+"""Sampling with a budget: drawing images, what a run costs, and the drop fraction that meets a target."""
 
-from dcdit.sample.budget import CostTable, Guidance, measure_costs
+from dcdit.sample.budget import CostTable, measure_costs
 from dcdit.sample.model_calls import ModelCalls, tflops_per_image
+from dcdit.sample.options import Guidance
 
 __all__ = [
     "CostTable",

@@ -1,7 +1,7 @@
-"""Choosing a drop fraction for a budget of FLOPs or of seconds, from what was measured at several fractions.
+"""Choosing a drop fraction for a budget of FLOPs or of seconds, from costs measured at several fractions.
 
-The measurement is a short pilot: the same sampler on one batch, a few steps at each fraction. A run of any length, with
-any guidance interval, is made up of such calls, so its cost is the pilot's cost at the times of its own calls.
+The measurement is a short pilot run: the same sampler on one batch, a few steps at each fraction. A run of any length,
+with any guidance interval, consists of such calls. So its cost is the pilot's cost at the times of its own calls.
 """
 
 import json
@@ -15,37 +15,14 @@ import torch
 from torch import Tensor
 
 from dcdit.diffusion import sample
-from dcdit.diffusion.guidance import check_interval
 from dcdit.diffusion.sampling import progress_bar
-from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.models import DCDiT
 from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
+from dcdit.sample.options import Guidance
 
 PILOT_FRACTIONS = (0.0, 0.3, 0.6, 0.9)
 PILOT_STEPS = 16
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """What decides how many rows a model call has.
-
-    Raises:
-        ValueError: an interval that guidance does not accept.
-    """
-
-    scale: float = 1.0
-    interval: tuple[float, float] | None = None
-    null_drop_fraction: float | None = None
-    """Of the unconditional branch; None is the conditional one's."""
-
-    def __post_init__(self) -> None:
-        check_interval(self.interval)
-
-    def at(self, t: float) -> bool:
-        """Whether a call at this time, 1000 to 0, computes both branches."""
-        low, high = check_interval(self.interval)
-        return self.scale != 1 and low <= t / TRAIN_STEPS <= high
 
 
 @dataclass(frozen=True)
@@ -62,10 +39,10 @@ class CostTable:
     def choose(self, target: float) -> tuple[float, float]:
         """The least drop fraction whose cost is at most the target, and that cost, interpolated.
 
-        A cost that rises with the fraction is noise of the clock: it counts as the least one before it.
+        A cost that rises with the fraction is noise of the clock: the least cost at smaller fractions replaces it.
 
         Raises:
-            ValueError: not even the largest fraction is that cheap.
+            ValueError: the target is below the cost at the largest fraction.
         """
         falling = np.minimum.accumulate(self.costs)
         least, most = falling[-1], falling[0]
@@ -91,8 +68,15 @@ def measure_costs(
 ) -> tuple[CostTable, CostTable]:
     """TFLOPs and seconds per image of a sampling run, from a pilot of this batch on the labels' device.
 
-    FLOPs are counted from the lengths that the pilot kept. Seconds hold for this machine and this batch size, and for
-    the sampler alone, without any decoding of latents.
+    FLOPs are counted from the lengths that the pilot kept. Seconds hold for this machine and this batch size. They are
+    those of the sampler alone, without the decoding of latents.
+
+    Args:
+        labels: (B,) integer.
+        num_steps, method: of the run whose cost is wanted, see :func:`dcdit.diffusion.sample`.
+        guidance: of that run.
+        seed, clip: see :func:`dcdit.diffusion.sample`.
+        progress: show a bar over the drop fractions.
     """
     times = call_times(method, num_steps)
     guided = [guidance.at(t) for t in times]
@@ -118,22 +102,24 @@ def seconds_from_profile(
 ) -> CostTable:
     """Seconds per image of a sampling run with model calls at these times, from a profile.json of ``dcdit profile``.
 
-    A call costs each of its rows what a row of the profile's batch cost at that drop fraction. Which model was
-    profiled, and on what inputs, the file does not tell.
+    Each row of a call is taken to cost what a row of the profile's batch cost at that drop fraction. The file does not
+    say which model was profiled, nor on what inputs.
 
     Args:
-        device, dtype: what the run has, as :class:`dcdit.profiling.profile.Profile` calls it.
+        path: of the profile. Before ``variants``, the list in it was called ``sides``; both are read.
+        device, dtype: of the run, as :class:`dcdit.profiling.profile.Profile` names them.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no such profile, or one of another device, dtype or thread count.
+        FileNotFoundError: no such file.
+        ValueError: it is no profile, it was measured with another device, dtype or thread count, or it lacks drop
+            fractions to interpolate between.
     """
     try:
         profile = json.loads(Path(path).read_text(encoding="utf-8"))
-        sides = sorted(
-            (s for s in profile["sides"] if s["drop_fraction"] is not None), key=lambda s: s["drop_fraction"]
-        )
-        fractions = [float(side["drop_fraction"]) for side in sides]
-        per_row = [side["ms"] / profile["batch"] / 1e3 for side in sides]
+        variants = profile["variants"] if "variants" in profile else profile["sides"]
+        dynamic = sorted((v for v in variants if v["drop_fraction"] is not None), key=lambda v: v["drop_fraction"])
+        fractions = [float(variant["drop_fraction"]) for variant in dynamic]
+        per_row = [variant["ms"] / profile["batch"] / 1e3 for variant in dynamic]
         measured = (profile["device"], profile["dtype"], profile["threads"])
     except FileNotFoundError:
         raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
@@ -141,8 +127,8 @@ def seconds_from_profile(
         raise ValueError(f"{path} is no profile; accepted: the profile.json of dcdit profile") from None
     here = (device, dtype, torch.get_num_threads())
     if measured != here:
-        told = [f"{name}, {kind}, {threads} threads" for name, kind, threads in (measured, here)]
-        raise ValueError(f"{path} was measured on {told[0]}; this run has {told[1]}: profile again")
+        then, now = (f"{name}, {kind}, {threads} threads" for name, kind, threads in (measured, here))
+        raise ValueError(f"{path} was measured on {then}; this run has {now}: profile again")
     null = guidance.null_drop_fraction
     if len(fractions) < 2 or (null is not None and not fractions[0] <= null <= fractions[-1]):
         raise ValueError(
@@ -156,11 +142,10 @@ def seconds_from_profile(
 
 
 class _Pilot:
-    """A model at one drop fraction that notes GFLOPs and seconds of its calls, with both branches of guidance and with
-    one; passes for the model in a sampler.
+    """A model at one drop fraction that records GFLOPs and seconds of its calls. A sampler takes it as the model.
 
-    Where there is an interval a call is run both ways, so that both costs are known at all times. What the sampler
-    gets is what it asked for.
+    Calls with both branches of guidance and calls with one are recorded separately. With a guidance interval each call
+    runs both ways, so that both costs are known at all times. The sampler gets the output that it asked for.
     """
 
     def __init__(self, model: DCDiT, images: int, rho: float, guidance: Guidance) -> None:
@@ -189,8 +174,7 @@ class _Pilot:
         return out
 
     def at(self, times: Sequence[float], guided: bool) -> tuple[np.ndarray, np.ndarray]:
-        """GFLOPs and seconds per image that calls at these times would have taken, by interpolation; 0 where there were
-        no such calls."""
+        """GFLOPs and seconds per image of calls at these times, interpolated; zeros if there were no such calls."""
         records, marks = self._calls[guided].records(), self._marks[guided]
         if not records:
             return np.zeros(len(times)), np.zeros(len(times))

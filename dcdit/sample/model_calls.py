@@ -5,16 +5,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dcdit.diffusion import sample
 from dcdit.models import DCDiT, DiT, count_flops
 
-Record = dict[str, float]
+CallRecord = dict[str, float]
+"""What one model call kept and cost; its names are those of :meth:`ModelCalls.records`."""
 
 
-class RoutingMap(NamedTuple):
+class BoundaryMap(NamedTuple):
     """How the router saw one image at one model call."""
 
     t: float
-    """The time the model was told, from 1000 (noise) to 0."""
+    """The time that the model was given, from 1000 (noise) to 0."""
     prob: Tensor
     """(H, W) float32."""
     mask: Tensor
@@ -22,14 +24,14 @@ class RoutingMap(NamedTuple):
 
 
 class ModelCalls:
-    """A model that notes what each of its calls keeps and costs; passes for the model in a sampler.
+    """A model that records what each of its calls keeps and costs. A sampler takes it as the model.
 
-    Nothing waits for the device before the notes are read.
+    A call never waits for the device; reading the records does.
 
     Args:
         model: a dynamic one is called with ``return_routing=True``.
         images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
-        maps: also note how the router sees the first image.
+        maps: also record how the router sees the first image.
     """
 
     def __init__(self, model: DCDiT | DiT, images: int, maps: bool = False) -> None:
@@ -48,24 +50,24 @@ class ModelCalls:
         self._calls.append(call)
         return out
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[CallRecord]:
         """One entry per call, means over the images.
 
         ``t``, and ``gflops`` per image (see :func:`dcdit.models.count_flops`), both branches together. With guidance
-        ``gflops_null``, the unconditional branch's part. Of a dynamic model also the shares of the tokens ``kept`` and
-        ``natural`` (before dropping), and with guidance ``kept_null`` and ``natural_null``.
+        ``gflops_null``, the part of the unconditional branch. Of a dynamic model also the fractions of the positions
+        that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
         """
         return [self._record(call) for call in self._calls]
 
-    def maps(self) -> list[RoutingMap]:
+    def maps(self) -> list[BoundaryMap]:
         """How the router saw the first image, one entry per call."""
         return [
-            RoutingMap(float(call["t"][0]), *(call[name].view(self.config.grid).cpu() for name in ("prob", "mask")))
+            BoundaryMap(float(call["t"][0]), *(call[name].view(self.config.grid).cpu() for name in ("prob", "mask")))
             for call in self._calls
             if "prob" in call
         ]
 
-    def _record(self, call: dict[str, Tensor]) -> Record:
+    def _record(self, call: dict[str, Tensor]) -> CallRecord:
         rows = len(call["t"])
         record = {"t": float(call["t"][0]), "gflops": 0.0}
         for suffix, part in (("", slice(None, self.images)), ("_null", slice(self.images, None))):
@@ -84,7 +86,7 @@ class ModelCalls:
         return record
 
 
-def mean_records(batches: list[tuple[int, list[Record]]]) -> list[Record]:
+def mean_records(batches: list[tuple[int, list[CallRecord]]]) -> list[CallRecord]:
     """The records of a run that was drawn in batches: (images, records) of each, averaged over all images."""
     images = sum(count for count, _ in batches)
     weights = [count / images for count, _ in batches]
@@ -94,16 +96,14 @@ def mean_records(batches: list[tuple[int, list[Record]]]) -> list[Record]:
     ]
 
 
-def tflops_per_image(records: list[Record]) -> float:
-    """FLOPs per image of the whole run, in the unit and the count of the papers' "TFLOPs/img": 2 per multiply-add."""
+def tflops_per_image(records: list[CallRecord]) -> float:
+    """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add."""
     return sum(call["gflops"] for call in records) / 1e3
 
 
 @torch.no_grad()
 def call_times(method: str, num_steps: int | str) -> list[float]:
     """The time of every model call of a sampling run, from 1000 (noise) to 0, without a model."""
-    from dcdit.diffusion import sample
-
     times = []
 
     def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""``dcdit sample --report``: what the router did while the pictures were drawn, as a page to read."""
+"""``dcdit sample --report``: what the router did while the images were drawn, as a page to read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from dcdit.profiling.plots import plot_boundary_maps, plot_sampling
-from dcdit.sample.model_calls import RoutingMap
+from dcdit.sample.drawing import Decoder, FirstImage
 from dcdit.utils.tables import markdown_table
 
 COLUMNS = 6
@@ -17,48 +17,41 @@ COLUMNS = 6
 Image = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def write_report(
-    out: Path,
-    report: dict[str, Any],
-    traces: Sequence[tuple[list[RoutingMap], dict[float, Tensor]]],
-    decode: Callable[[Tensor], Tensor] | None,
-) -> Path:
+def write_report(out: Path, facts: dict[str, Any], first_images: Sequence[FirstImage], decode: Decoder | None) -> Path:
     """Write report.md and its pictures.
 
     Args:
         out: the folder of the samples.
-        report: what samples.json holds.
-        traces: for each run, how the router saw its first image, and what image the model expected at each step's time.
-        decode: from samples (B, C, H, W) to (B, 3, h, w) in [-1, 1]; without it the first latent channels are shown.
+        facts: what samples.json holds.
+        first_images: one for each run.
+        decode: of the samples; without it the first latent channels are shown.
 
     Returns:
         The path of report.md.
     """
-    runs = report["runs"]
+    runs = facts["runs"]
     plot_sampling(runs, out / "sampling.png")
     sections = []
-    for run, (maps, expected) in zip(runs, traces, strict=True):
+    for run, first_image in zip(runs, first_images, strict=True):
         picture = f"maps_{run['name']}.png"
-        plot_boundary_maps(_columns(maps, expected, decode), out / picture, "expected image")
+        plot_boundary_maps(_columns(first_image, decode), out / picture, "expected image")
         shown = [f"![samples]({Path(name).name})" for name in run["files"][:1] if name.endswith(".png")]
         sections.append("\n\n".join([f"## {run['name']}", *shown, f"![boundary maps]({picture})"]))
     path = out / "report.md"
-    path.write_text(_page(report, sections), encoding="utf-8")
+    path.write_text(_page(facts, sections), encoding="utf-8")
     return path
 
 
-def _columns(
-    maps: list[RoutingMap], expected: dict[float, Tensor], decode: Callable[[Tensor], Tensor] | None
-) -> list[dict[str, Any]]:
-    """Evenly spaced steps, the first and the last among them."""
-    times = list(expected)
+def _columns(first_image: FirstImage, decode: Decoder | None) -> list[dict[str, Any]]:
+    """Evenly spaced steps, with the first and the last, as :func:`plot_boundary_maps` takes them."""
+    times = list(first_image.expected)
     chosen = np.linspace(0, len(times) - 1, min(COLUMNS, len(times))).round().astype(int)
     columns = []
     for t in (times[i] for i in chosen):
-        image = _image(expected[t], decode)
-        # A method of two calls per step comes by some times twice: the later call is at the step's own state.
-        seen = min(reversed(maps), key=lambda seen: abs(seen.t - t))
-        prob, mask = seen.prob.numpy(), seen.mask.numpy()
+        image = _image(first_image.expected[t], decode)
+        # A method with two calls per step reaches some times twice. The later call is at the step's own state.
+        nearest = min(reversed(first_image.maps), key=lambda seen: abs(seen.t - t))
+        prob, mask = nearest.prob.numpy(), nearest.mask.numpy()
         repeat = np.ones((image.shape[0] // prob.shape[0], image.shape[1] // prob.shape[1]))
         columns.append(
             {
@@ -71,7 +64,7 @@ def _columns(
     return columns
 
 
-def _image(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Image:
+def _image(x: Tensor, decode: Decoder | None) -> Image:
     """(H, W, 3) in [0, 1]."""
     if decode is not None:
         pixels = (decode(x[None])[0].float().clamp(-1, 1) + 1) / 2
@@ -83,8 +76,8 @@ def _image(x: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Image:
     return pixels.permute(1, 2, 0).cpu().numpy()
 
 
-def _page(report: dict[str, Any], sections: list[str]) -> str:
-    runs = report["runs"]
+def _page(facts: dict[str, Any], sections: list[str]) -> str:
+    runs = facts["runs"]
     guided = any("kept_null" in call for run in runs for call in run["calls"])
     head = ["run", "kept", *(["kept, unconditional"] if guided else []), "before dropping", "TFLOPs/image", "s/image"]
     rows = [
@@ -103,27 +96,27 @@ def _page(report: dict[str, Any], sections: list[str]) -> str:
         f"{run['calls'][-1]['natural']:.1%} at time {run['calls'][-1]['t'] / 1000:.2f}"
         for run in runs
     ]
-    guidance = f"guidance {report['cfg_scale']:g}" if report["cfg_scale"] != 1 else "no guidance"
-    if report["cfg_interval"] is not None:
-        guidance += " at times {:g} to {:g}".format(*report["cfg_interval"])
+    guidance = f"guidance {facts['cfg_scale']:g}" if facts["cfg_scale"] != 1 else "no guidance"
+    if facts["cfg_interval"] is not None:
+        guidance += " at times {:g} to {:g}".format(*facts["cfg_interval"])
     targets = [
-        f"The target was {told['target']:g} {told['unit']} per image; {told['source']} let {told['expected']:.4g} be "
-        f"expected at drop fraction {run['drop_fraction']:.3f}."
+        f"The target was {choice['target']:g} {choice['unit']} per image. Expected of drop fraction "
+        f"{run['drop_fraction']:.3f}: {choice['expected']:.4g}, from {choice['source']}."
         for run in runs
-        if (told := run.get("target"))
+        if (choice := run.get("target"))
     ]
     parts = [
         "# What was kept while sampling",
-        f"{len(report['labels'])} images of `{report['checkpoint']}`: {report['steps']} steps of {report['method']}, "
-        f"{guidance}, seed {report['seed']}, {report['precision']} on {report['device']}.",
+        f"{len(facts['labels'])} images of `{facts['checkpoint']}`: {facts['steps']} steps of {facts['method']}, "
+        f"{guidance}, seed {facts['seed']}, {facts['precision']} on {facts['device']}.",
         *targets,
         markdown_table(head, rows),
         "FLOPs are counted: 2 per multiply-add, both branches of guidance, every model call of the run. Seconds are "
-        "the sampler's, decoding not counted. Shares are means over the model calls.",
-        "![kept share and FLOPs over the sampling](sampling.png)",
+        "the sampler's, decoding not counted. Kept fractions are means over the model calls.",
+        "![kept fraction and FLOPs over the sampling](sampling.png)",
         "\n".join(["What the router keeps before dropping, at the first and the last model call:", "", *changes]),
         *sections,
-        "The maps follow the first image; the expected image is what the model takes the clean data to be at a step.",
+        "The maps are of the first image. The expected image is the model's estimate of the clean data at that step.",
     ]
     return "\n\n".join(parts) + "\n"
 

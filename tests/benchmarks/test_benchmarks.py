@@ -17,7 +17,7 @@ from benchmarks.harness.traffic import least_bytes, least_flops
 from dcdit import ops
 from dcdit.models import DCDiT, DCDiTConfig
 from dcdit.ops import reference
-from dcdit.profiling.profile import calibrate_router, varied_latents
+from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload, run_forward, run_forward_backward
 
 ROOT = Path(__file__).resolve().parents[2]

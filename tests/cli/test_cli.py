@@ -1,4 +1,4 @@
-"""The command line: a run from training to pictures, and one line for everything a user can get wrong."""
+"""The command line: a run from training to pictures, and one line for every error that a user can cause."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def train_command(folder, out, *extra):
 
 @pytest.fixture(scope="module")
 def trained(folder, tmp_path_factory):
-    """A run folder called by a number, as a user might."""
+    """A run folder whose name is a number, as a user might choose."""
     out = tmp_path_factory.mktemp("runs") / "2024"
     assert main(train_command(folder, out)) == 0
     return out
@@ -90,7 +90,7 @@ def test_train_from_a_file_and_resume(folder, trained, tmp_path, capsys):
     assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
 
 
-def test_sample_writes_pictures_and_shares(trained, tmp_path, capsys):
+def test_sample_writes_pictures_and_kept_fractions(trained, tmp_path, capsys):
     out = tmp_path / "pictures"
     command = ["sample", "--checkpoint", trained, "--drop-fraction", 0, 0.5, "--labels", 1, 0, "--num-per-class", 3]
     command += ["--steps", 3, "--cfg-scale", 2, "--batch-size", 4, "--device", "cpu", "--out", out, "--individual"]
@@ -124,7 +124,7 @@ def test_sampling_repeats_and_batches_do_not_matter(trained, tmp_path):
     assert not np.array_equal(a, d)
 
 
-def test_kept_shares_are_the_models_own():
+def test_kept_fractions_are_those_of_the_model():
     torch.manual_seed(0)
     model = create_model("DC-DiT-S", num_classes=3, hidden_size=128, depth=1, num_heads=2, grid=(8, 8)).eval()
     torch.nn.init.normal_(model.router.out.weight, std=5.0)
@@ -206,16 +206,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dcdit {dcdit.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "info"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "profile", "info"])
 def test_help_documents_every_flag(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "optim.ema_decay" in out or command != "train"
-    from dcdit.cli.main import _parser
+    from dcdit.cli.main import create_parser
 
-    (subcommands,) = (action for action in _parser([command])._actions if action.dest == "command")
+    (subcommands,) = (action for action in create_parser([command])._actions if action.dest == "command")
     assert all(action.help for action in subcommands.choices[command]._actions)
 
 

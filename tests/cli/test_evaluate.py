@@ -1,4 +1,4 @@
-"""``dcdit evaluate`` from a checkpoint or from images to a table, and one line for what a user can get wrong."""
+"""``dcdit evaluate`` from a checkpoint or from images to a table, and one line for every error of a user."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def evaluate(files, tmp_path, capsys):
-    """Run the command, quoted as words; gives exit code, stdout and stderr without progress bars."""
+    """Run the command, given as one string. Returns exit code, stdout, and lines of stderr without progress bars."""
 
     def evaluate(text):
         words = text.format(files=files, out=tmp_path).split()

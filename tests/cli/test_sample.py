@@ -1,4 +1,4 @@
-"""`dcdit sample`: budgets on the command line, what they cost, and the report."""
+"""``dcdit sample``: budgets on the command line, what they cost, and the report."""
 
 import json
 import re
@@ -72,8 +72,8 @@ def test_flops_of_a_static_model(static, draw):
 
 
 def test_lite_cfg_is_one_forward_that_costs_what_each_branch_keeps(dynamic, draw, monkeypatch):
-    """Every step is one call of the model; each branch keeps its natural tokens less its own share of them, and the
-    FLOPs are those of all these lengths."""
+    """Every step is one call of the model. Each branch drops its own fraction of its natural tokens. The FLOPs are
+    those of all these lengths."""
     from dcdit.models import DCDiT
 
     calls, forward = [], DCDiT.forward
@@ -97,7 +97,7 @@ def test_lite_cfg_is_one_forward_that_costs_what_each_branch_keeps(dynamic, draw
     assert all(0 < call["gflops_null"] < call["gflops"] / 2 for call in run["calls"])
 
 
-def test_cfg_interval_leaves_the_branch_out(dynamic, draw):
+def test_outside_the_cfg_interval_there_is_one_branch(dynamic, draw):
     report, _ = draw(dynamic, "--cfg-scale", 2, "--cfg-interval", 0.3, 0.7)
     for call in report["runs"][0]["calls"]:
         assert ("kept_null" in call) == ("gflops_null" in call) == (0.3 <= call["t"] / 1000 <= 0.7)
@@ -116,9 +116,9 @@ def test_drop_schedules(dynamic, draw):
     report, _ = draw(dynamic, "--drop-schedule", "linear:0.9:0", "steps:0,0.5=0.9")
     falling, rising = report["runs"]
     assert falling["drop_schedule"] == "linear:0.9:0" and "drop_fraction" not in falling
-    shares = [[call["kept"] / call["natural"] for call in run["calls"]] for run in (falling, rising)]
-    assert shares[0][-1] == 1 and shares[0] == sorted(shares[0]) and shares[0][0] < 0.25
-    assert [share == 1 for share in shares[1]] == [call["t"] > 500 for call in rising["calls"]]
+    first, second = ([call["kept"] / call["natural"] for call in run["calls"]] for run in (falling, rising))
+    assert first[-1] == 1 and first == sorted(first) and first[0] < 0.25
+    assert [fraction == 1 for fraction in second] == [call["t"] > 500 for call in rising["calls"]]
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -126,8 +126,7 @@ def test_drop_schedules(dynamic, draw):
 
 @pytest.mark.parametrize("guidance", [[], ["--cfg-scale", 2, "--null-drop-fraction", 0.8, "--cfg-interval", 0, 0.6]])
 def test_target_flops(dynamic, draw, guidance):
-    """The fraction chosen for a cost between two that were drawn costs about that, and no more than the tolerance of
-    a pilot."""
+    """A target between the costs of two runs: the chosen fraction costs about that, within the precision of a pilot."""
     ends = [run["tflops_per_image"] for run in draw(dynamic, "--drop-fraction", 0, 0.9, *guidance)[0]["runs"]]
     assert ends[1] < ends[0]
     target = (ends[0] + ends[1]) / 2
@@ -135,10 +134,10 @@ def test_target_flops(dynamic, draw, guidance):
     (run,) = report["runs"]
     assert 0.1 < run["drop_fraction"] < 0.9
     assert abs(run["tflops_per_image"] - target) < 0.1 * (ends[0] - ends[1])
-    told = run["target"]
-    assert (told["unit"], told["target"]) == ("TFLOPs", target) and told["expected"] == pytest.approx(target)
-    assert told["drop_fractions"] == [0, 0.3, 0.6, 0.9]
-    assert f"drop fraction {run['drop_fraction']:.3f}, which should take {told['expected']:.4g}" in out
+    choice = run["target"]
+    assert (choice["unit"], choice["target"]) == ("TFLOPs", target) and choice["expected"] == pytest.approx(target)
+    assert choice["drop_fractions"] == [0, 0.3, 0.6, 0.9]
+    assert f"drop fraction {run['drop_fraction']:.3f}, which should take {choice['expected']:.4g}" in out
 
 
 def test_a_generous_target_drops_nothing(dynamic, draw):
@@ -166,23 +165,24 @@ def test_unreachable_targets(dynamic, fails):
 def profile(tmp_path):
     """A profile whose rows cost 10 ms at no drop and 4 ms at 0.6."""
 
-    def write(**changes):
-        sides = [
+    def write(name="variants", **changes):
+        variants = [
             {"drop_fraction": None, "ms": 1.0},
             {"drop_fraction": 0.6, "ms": 32.0},
             {"drop_fraction": 0.0, "ms": 80.0},
         ]
         conditions = {"device": "cpu", "dtype": "float32", "threads": torch.get_num_threads(), "batch": 8}
         path = tmp_path / "profile.json"
-        path.write_text(json.dumps({**conditions, "sides": sides, **changes}))
+        path.write_text(json.dumps({**conditions, name: variants, **changes}))
         return path
 
     return write
 
 
-def test_target_latency_from_a_profile(dynamic, draw, profile):
-    """6 calls of 10 ms to 4 ms per row: 42 ms is the middle, drop fraction 0.3."""
-    (run,) = draw(dynamic, "--target-latency", 0.042, "--profile", profile())[0]["runs"]
+@pytest.mark.parametrize("name", ["variants", "sides"])
+def test_target_latency_from_a_profile(dynamic, draw, profile, name):
+    """6 calls of 10 ms to 4 ms per row: 42 ms is the middle, drop fraction 0.3. Older files call the variants sides."""
+    (run,) = draw(dynamic, "--target-latency", 0.042, "--profile", profile(name))[0]["runs"]
     assert run["drop_fraction"] == pytest.approx(0.3) and run["target"]["costs"] == pytest.approx([0.06, 0.024])
     # Guidance doubles the rows; a null branch at 0.45 costs 5.5 ms each time.
     options = ["--cfg-scale", 2, "--null-drop-fraction", 0.45, "--target-latency", 0.075, "--profile", profile()]
@@ -195,9 +195,11 @@ def test_target_latency_from_a_profile(dynamic, draw, profile):
     [
         ({"dtype": "bfloat16"}, r"was measured on cpu, bfloat16, \d+ threads; this run has cpu, float32"),
         ({"threads": 99}, r"was measured on cpu, float32, 99 threads; this run has cpu, float32"),
-        ({"sides": []}, r"holds the drop fractions \[\]; accepted: at least two"),
-        ({"sides": [{}]}, "is no profile; accepted: the profile.json of dcdit profile"),
-        ({"sides": 3}, "is no profile"),
+        ({"variants": []}, r"holds the drop fractions \[\]; accepted: at least two"),
+        ({"variants": [{}]}, "is no profile; accepted: the profile.json of dcdit profile"),
+        ({"variants": 3}, "is no profile"),
+        ({"name": "others"}, "is no profile"),
+        ({"name": "others", "sides": []}, r"holds the drop fractions \[\]; accepted: at least two"),
     ],
 )
 def test_profiles_that_do_not_fit(dynamic, fails, profile, changes, match):
@@ -205,7 +207,7 @@ def test_profiles_that_do_not_fit(dynamic, fails, profile, changes, match):
 
 
 def test_a_written_profile_is_read(dynamic, draw, tmp_path):
-    """What `dcdit profile` writes, not only what this file thinks it writes."""
+    """What `dcdit profile` really writes, besides the files made up here."""
     command = ["profile", "--checkpoint", str(dynamic), "--batch", "2", "--seconds", "0.01", "--device", "cpu"]
     assert main([*command, "--drop-fraction", "0", "0.5", "--out", str(tmp_path / "profile")]) == 0
     (run,) = draw(dynamic, "--target-latency", 100, "--profile", tmp_path / "profile" / "profile.json")[0]["runs"]
@@ -233,7 +235,7 @@ def test_report(dynamic, draw, tmp_path, flags):
 
 
 def test_report_of_latents(tmp_path, draw):
-    """No pixels to show: the first latent channels stand in."""
+    """There are no pixels to show: the first latent channels are shown instead."""
     path = tmp_path / "latent.safetensors"
     ckpt.save_model(path, small_dc_dit(**{**GRID, "in_channels": 4}))
     draw(path, "--report")

@@ -23,7 +23,7 @@ def features(count, width, seed=0, shift=0.0):
 
 
 def by_scipy(x, y):
-    """FID with the matrix square root, as it was first written."""
+    """FID with the matrix square root, as its definition has it."""
     x, y = x.numpy(), y.numpy()
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = scipy.linalg.sqrtm(a @ b)
@@ -31,7 +31,7 @@ def by_scipy(x, y):
 
 
 @pytest.mark.parametrize("counts", [(200, 300), (200, 12), (9, 12), (20, 20)], ids=str)
-def test_frechet_distance_is_the_matrix_square_root_s(counts):
+def test_frechet_distance_is_that_with_the_matrix_square_root(counts):
     """More images than dimensions, fewer, and both."""
     x, y = features(counts[0], 20), features(counts[1], 20, seed=1, shift=0.3)
     # A root of a singular product is only good to the square root of the precision.

@@ -1,10 +1,10 @@
-"""Figures and the column of real images beside them."""
+"""Metrics and the column of real images beside them."""
 
 import numpy as np
 import pytest
 from support.tiny import TinyExtractor, images
 
-from dcdit.evaluate import Reference, evaluate_images, extract
+from dcdit.evaluate import ReferenceSet, evaluate_images, extract_features
 from dcdit.evaluate.distances import frechet_distance, kernel_distance, precision_recall
 from dcdit.evaluate.measure import DIGITS
 
@@ -15,35 +15,35 @@ def evaluate(x, reference, extractor=None, **options):
     return evaluate_images(x, reference, extractor or TinyExtractor(), progress=False, **options)
 
 
-def test_all_figures_with_their_counts():
+def test_all_metrics_with_their_counts():
     found = evaluate(FAKE, REAL)
-    assert list(found.figures) == list(found.floor) == list(DIGITS)
+    assert list(found.metrics) == list(found.floor) == list(DIGITS)
     assert not found.left_out
-    fake, real = (extract(x, TinyExtractor(), progress=False) for x in (FAKE, REAL))
-    values = {metric: figure.value for metric, figure in found.figures.items()}
+    fake, real = (extract_features(x, TinyExtractor(), progress=False) for x in (FAKE, REAL))
+    values = {name: metric.value for name, metric in found.metrics.items()}
     assert values["FID"] == frechet_distance(fake.statistics.pooled, real.statistics.pooled)
     assert values["sFID"] == frechet_distance(fake.statistics.spatial, real.statistics.spatial)
-    assert (values["KID"], found.figures["KID"].spread) == kernel_distance(fake.pooled, real.pooled)
+    assert (values["KID"], found.metrics["KID"].spread) == kernel_distance(fake.pooled, real.pooled)
     assert (values["precision"], values["recall"]) == precision_recall(fake.pooled, real.pooled)
-    assert {(f.count, f.reference_count) for name, f in found.figures.items() if name != "IS"} == {(40, 120)}
-    assert (found.figures["IS"].count, found.figures["IS"].reference_count) == (40, None)
+    assert {(f.count, f.reference_count) for name, f in found.metrics.items() if name != "IS"} == {(40, 120)}
+    assert (found.metrics["IS"].count, found.metrics["IS"].reference_count) == (40, None)
     assert evaluate(FAKE, REAL) == found
 
 
-def test_the_floor_is_of_as_many_real_images_that_the_reference_does_not_hold():
+def test_the_floor_is_of_as_many_real_images_against_others():
     found = evaluate(FAKE, REAL, num_reference=60)
     assert {(f.count, f.reference_count) for name, f in found.floor.items() if name != "IS"} == {(40, 60)}
-    assert found.figures["FID"].reference_count == 60
-    assert found.floor["FID"].value < found.figures["FID"].value
+    assert found.metrics["FID"].reference_count == 60
+    assert found.floor["FID"].value < found.metrics["FID"].value
     assert found.floor["FID"].value > 0  # disjoint
-    assert found.floor["precision"].value > found.figures["precision"].value
+    assert found.floor["precision"].value > found.metrics["precision"].value
 
 
 def test_the_floor_of_real_images_is_what_they_score():
-    """Two columns of the same distribution differ by chance only; of another distribution, by more."""
+    """Images of the real distribution differ from the floor by chance only; images of another one differ by more."""
     found = evaluate(images(40, seed=2), REAL, num_reference=60)
-    assert found.figures["FID"].value < 3 * found.floor["FID"].value
-    assert evaluate(FAKE, REAL, num_reference=60).figures["FID"].value > 3 * found.floor["FID"].value
+    assert found.metrics["FID"].value < 3 * found.floor["FID"].value
+    assert evaluate(FAKE, REAL, num_reference=60).metrics["FID"].value > 3 * found.floor["FID"].value
 
 
 def test_a_small_reference_gives_a_smaller_floor_and_says_so():
@@ -56,8 +56,8 @@ def test_a_small_reference_gives_a_smaller_floor_and_says_so():
 
 def test_a_set_against_itself():
     found = evaluate(REAL, REAL)
-    assert found.figures["FID"].value < 1e-9 and found.figures["sFID"].value < 1e-9
-    assert found.figures["precision"].value == found.figures["recall"].value == 1
+    assert found.metrics["FID"].value < 1e-9 and found.metrics["sFID"].value < 1e-9
+    assert found.metrics["precision"].value == found.metrics["recall"].value == 1
 
 
 @pytest.mark.parametrize(
@@ -68,59 +68,59 @@ def test_a_set_against_itself():
         (("pooled", "spatial"), {"IS": "the extractor gives no logits"}),
     ],
 )
-def test_what_an_extractor_cannot_serve_is_left_out_by_name(kinds, left_out):
+def test_metrics_that_an_extractor_does_not_allow_are_left_out_by_name(kinds, left_out):
     found = evaluate(FAKE, REAL, TinyExtractor(kinds=kinds))
     assert found.left_out == left_out
-    assert set(found.figures) == set(found.floor) == set(DIGITS) - set(left_out)
+    assert set(found.metrics) == set(found.floor) == set(DIGITS) - set(left_out)
     for metric, reason in left_out.items():
         assert f"Left out: {metric}, because {reason}." in found.table()
 
 
 def test_stored_statistics_give_the_same_fid(tmp_path):
-    real = extract(REAL, TinyExtractor(), progress=False)
+    real = extract_features(REAL, TinyExtractor(), progress=False)
     real.statistics.save(tmp_path / "real.npz")
-    expected = evaluate(FAKE, REAL).figures
+    expected = evaluate(FAKE, REAL).metrics
     for source in (real.statistics, tmp_path / "real.npz", str(tmp_path / "real.npz")):
         found = evaluate(FAKE, source)
-        assert set(found.figures) == {"FID", "sFID", "IS"}
+        assert set(found.metrics) == {"FID", "sFID", "IS"}
         for metric in ("FID", "sFID"):
-            assert found.figures[metric].value == pytest.approx(expected[metric].value, rel=1e-6)
-            assert found.figures[metric].reference_count == 120
+            assert found.metrics[metric].value == pytest.approx(expected[metric].value, rel=1e-6)
+            assert found.metrics[metric].reference_count == 120
         reason = "stored statistics hold no images"
         assert found.left_out == dict.fromkeys(("KID", "precision", "recall", "floor"), reason)
 
 
 def test_a_reference_batch_of_adm_holds_statistics_and_images(tmp_path):
-    """Statistics of many images for FID, a part of the images for the rest, and no count of the many."""
-    many = extract(images(300), TinyExtractor(), progress=False).statistics.pooled
+    """Statistics of many images for FID, some of the images for the other metrics, and no count of the many."""
+    many = extract_features(images(300), TinyExtractor(), progress=False).statistics.pooled
     np.savez(tmp_path / "batch.npz", arr_0=REAL, mu=many.mean, sigma=many.covariance())
     found = evaluate(FAKE, tmp_path / "batch.npz")
-    own = extract(FAKE, TinyExtractor(), progress=False).statistics.pooled
-    assert found.figures["FID"].value == pytest.approx(frechet_distance(own, many), rel=1e-6)
+    own = extract_features(FAKE, TinyExtractor(), progress=False).statistics.pooled
+    assert found.metrics["FID"].value == pytest.approx(frechet_distance(own, many), rel=1e-6)
     assert "40 vs ?" in found.table()
-    assert found.figures["KID"] == evaluate(FAKE, REAL).figures["KID"]
+    assert found.metrics["KID"] == evaluate(FAKE, REAL).metrics["KID"]
     assert found.left_out == {"sFID": "the stored statistics hold no mu_s and sigma_s"}
-    assert set(found.floor) == set(found.figures)
+    assert set(found.floor) == set(found.metrics)
 
 
 def test_without_a_reference_there_is_the_inception_score():
     found = evaluate(FAKE, None)
-    assert list(found.figures) == ["IS"]
+    assert list(found.metrics) == ["IS"]
     assert set(found.left_out) == set(DIGITS) - {"IS"} | {"floor"}
 
 
 def test_features_are_used_again():
     extractor = TinyExtractor()
-    real = extract(REAL, extractor, progress=False)
-    for reference in (real, Reference(real)):
+    real = extract_features(REAL, extractor, progress=False)
+    for reference in (real, ReferenceSet(real)):
         found = evaluate_images(FAKE, reference, extractor, progress=False)
         assert found == evaluate(FAKE, REAL)
     assert extractor.images_seen == 120 + 2 * 40
 
 
-def test_small_counts_are_warned_of():
+def test_small_counts_give_a_warning():
     assert "n = 40 is below 10,000" in evaluate(FAKE, REAL).table()
-    many = extract(images(10_000, size=3), TinyExtractor(kinds=("pooled",)), progress=False, batch_size=10_000)
+    many = extract_features(images(10_000, size=3), TinyExtractor(kinds=("pooled",)), progress=False, batch_size=10_000)
     found = evaluate(many, many.statistics)
     assert not found.notes
     assert "Warning" not in found.table()
@@ -143,7 +143,7 @@ def test_sets_that_do_not_fit(x, reference, options, message):
 
 
 def test_features_of_another_extractor():
-    real = extract(REAL, TinyExtractor(), progress=False)
+    real = extract_features(REAL, TinyExtractor(), progress=False)
     other = TinyExtractor(identity="other")
     for reference in (real, real.statistics):
         with pytest.raises(ValueError, match="features of different extractors: other and tiny"):

@@ -12,7 +12,7 @@ from dcdit.evaluate.extractors import SIDE, TorchScriptInception, load_extractor
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (400, 310), (299, 299)], ids=str)
-def test_resize_adm_is_tensorflow_s_first_bilinear(size):
+def test_resize_adm_is_the_bilinear_of_tensorflow_1(size):
     """Output i reads at i * size / 299: the two pixels around it, weighted by distance."""
     x = torch.rand(1, 3, *size) * 255
     out = resize_adm(x).double()
@@ -27,7 +27,7 @@ def test_resize_adm_is_tensorflow_s_first_bilinear(size):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (400, 310), (299, 299)], ids=str)
-def test_resize_clean_is_pillow_s_bicubic_without_rounding(size):
+def test_resize_clean_is_the_bicubic_of_pillow_without_rounding(size):
     x = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     ours = resize_clean(torch.tensor(x).permute(2, 0, 1)[None].float())[0]
     for channel in range(3):
@@ -37,7 +37,7 @@ def test_resize_clean_is_pillow_s_bicubic_without_rounding(size):
 
 
 class Plain(nn.Module):
-    """Passes on what reaches it: the corner pixels."""
+    """Returns the corner pixels of its input."""
 
     def forward(self, x):
         return x[:, :, ::298, ::298].flatten(1)
@@ -86,7 +86,7 @@ def test_torchscript_gets_299_pixels_from_minus_one_to_one(tmp_path):
     assert torch.equal(pooled, torch.tensor([[-1.0], [127 / 128]]).expand(2, 12))
 
 
-def test_torchscript_with_tensorflow_s_names_gives_spatial_features(tmp_path):
+def test_torchscript_with_names_of_tensorflow_gives_spatial_features(tmp_path):
     torch.manual_seed(0)
     module = Walked(again=False)
     extractor = TorchScriptInception(save(module, tmp_path / "a.pt"), "clean")
@@ -106,7 +106,7 @@ def test_a_script_that_does_more_than_its_layers_gives_pooled_features_only(tmp_
     torch.testing.assert_close(out["pooled"], module(-torch.ones(1, 3, 299, 299)))
 
 
-def test_identity_tells_files_and_resizes_apart(tmp_path):
+def test_each_file_and_resize_has_its_own_identity(tmp_path):
     torch.manual_seed(0)
     a, b = (save(Walked(again=False), tmp_path / f"{name}.pt") for name in "ab")
     identities = [TorchScriptInception(path, resize).identity for path in (a, b) for resize in ("adm", "clean")]
@@ -114,7 +114,7 @@ def test_identity_tells_files_and_resizes_apart(tmp_path):
     assert TorchScriptInception(a).identity == identities[0]
 
 
-def test_what_is_no_extractor(tmp_path, monkeypatch):
+def test_files_that_are_no_extractor(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no feature extractor .* nothing is ever downloaded"):
         load_extractor(tmp_path / "a.pt")
     (tmp_path / "a.pt").write_bytes(b"no script")

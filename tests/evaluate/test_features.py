@@ -1,4 +1,4 @@
-"""Features: the contract of an extractor, what is kept on disk, and statistics."""
+"""Features: the contract of an extractor, the cache on disk, and statistics."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from support.tiny import TinyExtractor, images
 from torch import nn
 
-from dcdit.evaluate import Features, Statistics, extract
+from dcdit.evaluate import Features, Statistics, extract_features
 
 
 def equal(a: Features, b: Features) -> bool:
@@ -14,9 +14,9 @@ def equal(a: Features, b: Features) -> bool:
     return all(torch.equal(getattr(a, kind), getattr(b, kind)) for kind in kinds)
 
 
-def test_features_are_the_extractor_s():
+def test_features_are_those_of_the_extractor():
     x, extractor = images(10), TinyExtractor()
-    found = extract(x, extractor, batch_size=4, progress=False)
+    found = extract_features(x, extractor, batch_size=4, progress=False)
     expected = extractor(torch.tensor(x).permute(0, 3, 1, 2))
     torch.testing.assert_close(found.pooled, expected["pooled"])
     torch.testing.assert_close(found.logits, expected["logits"])
@@ -49,13 +49,13 @@ class Returns(nn.Module):
 )
 def test_pooled_features_alone(make):
     x = images(3)
-    found = extract(x, Returns(make), progress=False)
+    found = extract_features(x, Returns(make), progress=False)
     assert torch.equal(found.pooled, torch.tensor(x).permute(0, 3, 1, 2).flatten(1).float())
     assert found.logits is None and found.spatial is None
 
 
 def test_a_tuple_is_pooled_logits_spatial():
-    found = extract(
+    found = extract_features(
         images(3), Returns(lambda x: (torch.ones(3, 4), torch.zeros(3, 5), torch.ones(3, 9, 2, 2))), progress=False
     )
     assert (found.pooled.shape, found.logits.shape, found.spatial.shape) == ((3, 4), (3, 5), (3, 28))
@@ -78,22 +78,22 @@ def test_a_tuple_is_pooled_logits_spatial():
 )
 def test_extractors_that_break_the_contract(make, message):
     with pytest.raises(ValueError, match=message):
-        extract(images(3), Returns(make), progress=False)
+        extract_features(images(3), Returns(make), progress=False)
 
 
 def test_cached_features_are_not_computed_again(tmp_path):
     x, extractor = images(10), TinyExtractor()
     options = {"batch_size": 4, "cache": tmp_path / "cache", "progress": False}
-    first = extract(x, extractor, **options)
+    first = extract_features(x, extractor, **options)
     assert extractor.images_seen == 10
-    assert equal(extract(x, extractor, **options), first) and extractor.images_seen == 10
+    assert equal(extract_features(x, extractor, **options), first) and extractor.images_seen == 10
     np.savez(tmp_path / "x.npz", arr_0=x)
-    assert equal(extract(tmp_path / "x.npz", extractor, **options), first) and extractor.images_seen == 10
+    assert equal(extract_features(tmp_path / "x.npz", extractor, **options), first) and extractor.images_seen == 10
     x[9] ^= 1
-    changed = extract(x, extractor, **options)
+    changed = extract_features(x, extractor, **options)
     assert extractor.images_seen == 12 and not equal(changed, first)
     another = TinyExtractor(identity="another")
-    extract(x, another, **options)
+    extract_features(x, another, **options)
     assert another.images_seen == 10
 
 
@@ -106,32 +106,32 @@ def test_an_interrupted_extraction_goes_on(tmp_path):
 
     x, extractor = images(10), Stops(kinds=("pooled",))
     options = {"batch_size": 4, "cache": tmp_path, "progress": False}
-    expected = extract(x, TinyExtractor(kinds=("pooled",)), batch_size=4, progress=False)
-    extract(x[:8], extractor, **options)
+    expected = extract_features(x, TinyExtractor(kinds=("pooled",)), batch_size=4, progress=False)
+    extract_features(x[:8], extractor, **options)
     extractor.kinds = ()
     with pytest.raises(KeyboardInterrupt):
-        extract(x, extractor, **options)
+        extract_features(x, extractor, **options)
     extractor.kinds, extractor.images_seen = ("pooled",), 0
-    assert torch.equal(extract(x, extractor, **options).pooled, expected.pooled)
+    assert torch.equal(extract_features(x, extractor, **options).pooled, expected.pooled)
     assert extractor.images_seen == 2
 
 
 def test_a_cache_needs_an_identity(tmp_path):
     with pytest.raises(ValueError, match="has no identity, so its features cannot be cached"):
-        extract(images(3), TinyExtractor(identity=None), cache=tmp_path, progress=False)
+        extract_features(images(3), TinyExtractor(identity=None), cache=tmp_path, progress=False)
 
 
 def test_a_damaged_cache_is_named(tmp_path):
-    extract(images(3), TinyExtractor(), cache=tmp_path, progress=False)
+    extract_features(images(3), TinyExtractor(), cache=tmp_path, progress=False)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=rf"{file.name} is damaged: .* delete it"):
-        extract(images(3), TinyExtractor(), cache=tmp_path, progress=False)
+        extract_features(images(3), TinyExtractor(), cache=tmp_path, progress=False)
 
 
 def test_an_extractor_is_put_into_evaluation_mode_meanwhile():
     extractor = Returns(lambda x: x.flatten(1).float() * (2.0 if extractor.training else 1.0)).train()
-    assert extract(images(3), extractor, progress=False).pooled.max() <= 255
+    assert extract_features(images(3), extractor, progress=False).pooled.max() <= 255
     assert extractor.training
 
 
@@ -140,7 +140,7 @@ def test_an_extractor_is_put_into_evaluation_mode_meanwhile():
 
 @pytest.mark.parametrize("count", [8, 100])
 def test_statistics_are_those_of_numpy_and_survive_a_file(count, tmp_path):
-    features = extract(images(count), TinyExtractor(), progress=False)
+    features = extract_features(images(count), TinyExtractor(), progress=False)
     features.statistics.save(tmp_path / "stats.npz")
     with np.load(tmp_path / "stats.npz") as archive:
         for mean, covariance, x in (("mu", "sigma", features.pooled), ("mu_s", "sigma_s", features.spatial)):

@@ -1,4 +1,4 @@
-"""Samples of a checkpoint: shared out, continued, put together, and what they cost."""
+"""Samples of a checkpoint: drawn by several processes, continued, put together, and what they cost."""
 
 import dataclasses
 import json
@@ -12,41 +12,33 @@ from support.small import small_dc_dit, small_dit
 
 from dcdit.checkpoint import load_model, save_model
 from dcdit.diffusion import sample
-from dcdit.evaluate import generate as module
-from dcdit.evaluate.generate import Settings, generate, weights_hash
+from dcdit.evaluate.generate import SampleSettings, generate, weights_hash
 from dcdit.models import count_flops
+from dcdit.sample import drawing
+from dcdit.sample.options import SamplingOptions
 from dcdit.utils.images import to_pixels
 
 PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
 CPU = torch.device("cpu")
 
 
-PLAIN = Settings(
-    checkpoint="run",
+PLAIN = SampleSettings(
+    SamplingOptions(checkpoint="run", method="ddim", steps=3, seed=5, batch_size=2),
     weights="abc",
     num=7,
-    steps=3,
-    method="ddim",
     drop="drop_0.5",
-    null_drop_fraction=None,
-    budget=None,
-    cfg_scale=1.0,
-    cfg_interval=None,
-    seed=5,
-    batch_size=2,
-    precision="fp32",
-    vae=None,
 )
 
 
 def draw(out, model=None, drop=0.5, rank=0, world=1, wait=lambda: None, **changes):
     model = model or small_dc_dit(**PIXELS)
-    plan = dataclasses.replace(PLAIN, **changes)
-    return generate(model, plan, drop, out, lambda x: x, device=CPU, rank=rank, world=world, wait=wait)
+    own = {name: changes.pop(name) for name in ("weights", "num") if name in changes}
+    settings = dataclasses.replace(PLAIN, options=dataclasses.replace(PLAIN.options, **changes), **own)
+    return generate(model, settings, drop, out, lambda x: x, device=CPU, rank=rank, world=world, wait=wait)
 
 
 def draw_together(out, world):
-    """As many processes as that, here threads."""
+    """That many processes; here they are threads."""
     wait = threading.Barrier(world).wait
     model = small_dc_dit(**PIXELS)
     with ThreadPoolExecutor(world) as pool:
@@ -70,8 +62,8 @@ def test_images_are_those_of_sample(tmp_path):
 
 
 def test_processes_share_the_batches(tmp_path):
-    work = draw(tmp_path / "one")
-    assert draw_together(tmp_path / "three", 3) == [work, None, None]
+    cost = draw(tmp_path / "one")
+    assert draw_together(tmp_path / "three", 3) == [cost, None, None]
     for a, b in zip(arrays(tmp_path / "one"), arrays(tmp_path / "three"), strict=True):
         assert np.array_equal(a, b)
 
@@ -86,18 +78,18 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample(*args, **options)
 
-    monkeypatch.setattr(module, "sample", watched)
+    monkeypatch.setattr(drawing, "sample", watched)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path / "killed")
     assert not (tmp_path / "killed" / "samples.npz").exists()
-    work = draw(tmp_path / "killed")
+    cost = draw(tmp_path / "killed")
     assert drawn == [0, 2, 4, 4, 6]
     for a, b in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "killed"), strict=True):
         assert np.array_equal(a, b)
-    assert draw(tmp_path / "killed") == work and len(drawn) == 5  # finished: nothing is drawn
+    assert draw(tmp_path / "killed") == cost and len(drawn) == 5  # finished: nothing is drawn
 
 
-def test_what_is_missing_is_shared_too(tmp_path, monkeypatch):
+def test_missing_batches_are_shared_too(tmp_path, monkeypatch):
     draw(tmp_path / "whole")
     drawn = []
 
@@ -105,7 +97,7 @@ def test_what_is_missing_is_shared_too(tmp_path, monkeypatch):
         drawn.append(options["first_index"])
         return sample(*args, **options)
 
-    monkeypatch.setattr(module, "sample", watched)
+    monkeypatch.setattr(drawing, "sample", watched)
     draw(tmp_path / "part", rank=1, world=2)
     assert drawn == [2, 6]
     draw_together(tmp_path / "part", 2)
@@ -120,7 +112,7 @@ def test_images_of_other_settings_are_never_mixed(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample(*args, first_index=first_index, **options)
 
-    monkeypatch.setattr(module, "sample", stops)
+    monkeypatch.setattr(drawing, "sample", stops)
     with pytest.raises(KeyboardInterrupt):
         draw(tmp_path)
     with pytest.raises(ValueError, match=r"000000\.npz is of other settings: steps was 3 and is 4"):
@@ -131,6 +123,49 @@ def test_images_of_other_settings_are_never_mixed(tmp_path, monkeypatch):
         draw(tmp_path, weights="abd")
 
 
+OLD_FOLDER = {
+    "settings": {
+        "checkpoint": "run",
+        "weights": "abc",
+        "num": 2,
+        "steps": 1,
+        "method": "ddim",
+        "drop": "drop_0.5",
+        "null_drop_fraction": 0.9,
+        "budget": None,
+        "cfg_scale": 2.0,
+        "cfg_interval": [0.1, 0.7],
+        "seed": 5,
+        "batch_size": 2,
+        "precision": "fp32",
+        "vae": None,
+    },
+    "work": {
+        "tflops": 2.7821414e-05,
+        "tflops_null": 0.0,
+        "kept": 0.1875,
+        "calls": [{"t": 0.0, "gflops": 0.027821414, "kept": 0.1875, "natural": 0.375}],
+    },
+}
+"""The sampling.json of an earlier version."""
+
+
+def test_a_folder_of_an_earlier_version_is_recognised(tmp_path, monkeypatch):
+    options = {"num": 2, "steps": 1, "null_drop_fraction": 0.9, "cfg_scale": 2.0, "cfg_interval": (0.1, 0.7)}
+    draw(tmp_path / "new", **options)
+    new = json.loads((tmp_path / "new" / "sampling.json").read_text())
+    assert json.dumps(new["settings"]) == json.dumps(OLD_FOLDER["settings"]), "the same names in the same order"
+    assert new["work"].keys() == OLD_FOLDER["work"].keys()
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "sampling.json").write_text(json.dumps(OLD_FOLDER))
+    (tmp_path / "old" / "samples.npz").write_bytes(b"")
+    monkeypatch.setattr(drawing, "sample", None)  # nothing is drawn
+    assert dataclasses.asdict(draw(tmp_path / "old", **options)) == OLD_FOLDER["work"]
+    with pytest.raises(ValueError, match=r"is of other settings: cfg_interval was \[0.1, 0.7\] and is \[0.1, 0.8\]"):
+        draw(tmp_path / "old", **{**options, "cfg_interval": (0.1, 0.8)})
+
+
 def test_a_missing_batch_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"000001\.npz'; run the same command again"):
         draw(tmp_path, rank=0, world=2)  # the other process is dead
@@ -139,9 +174,9 @@ def test_a_missing_batch_is_named(tmp_path):
 # --- what it costs ------------------------------------------------------------------------------------------------
 
 
-def test_work_of_a_dynamic_model_is_that_of_the_tokens_it_kept(tmp_path):
+def test_cost_of_a_dynamic_model_is_that_of_the_tokens_it_kept(tmp_path):
     model = small_dc_dit(**PIXELS)
-    work = draw(tmp_path, model, num=3, batch_size=3, cfg_scale=2.0, null_drop_fraction=0.9)
+    cost = draw(tmp_path, model, num=3, batch_size=3, cfg_scale=2.0, null_drop_fraction=0.9)
     lengths = []
 
     def watched(x, t, y, drop_fraction):
@@ -155,18 +190,18 @@ def test_work_of_a_dynamic_model_is_that_of_the_tokens_it_kept(tmp_path):
     assert all(len(call) == 6 for call in lengths) and len(lengths) == 3
     total = sum(count_flops(model.config, call)["total"] for call in lengths) / 3 / 1e12
     null = sum(count_flops(model.config, call[3:])["total"] for call in lengths) / 3 / 1e12
-    assert work.tflops == pytest.approx(total) and work.tflops_null == pytest.approx(null)
-    assert work.kept == pytest.approx(np.mean([call[:3] for call in lengths]) / 64)
-    assert json.loads((tmp_path / "sampling.json").read_text())["work"]["tflops"] == work.tflops
+    assert cost.tflops == pytest.approx(total) and cost.tflops_null == pytest.approx(null)
+    assert cost.kept == pytest.approx(np.mean([call[:3] for call in lengths]) / 64)
+    assert json.loads((tmp_path / "sampling.json").read_text())["work"]["tflops"] == cost.tflops
 
 
-def test_work_of_a_static_model_is_that_of_every_call(tmp_path):
+def test_cost_of_a_static_model_is_that_of_every_call(tmp_path):
     model = small_dit(**PIXELS, patch_size=2)
-    work = draw(tmp_path, model, drop=None, method="heun")
-    calls = len(work.calls)
+    cost = draw(tmp_path, model, drop=None, method="heun")
+    calls = len(cost.calls)
     assert calls in (5, 6)  # Heun calls twice per step, once in the last
-    assert work.tflops == pytest.approx(calls * count_flops(model.config)["total"] / 1e12)
-    assert work.kept is None and work.tflops_null == 0
+    assert cost.tflops == pytest.approx(calls * count_flops(model.config)["total"] / 1e12)
+    assert cost.kept is None and cost.tflops_null == 0
 
 
 def test_weights_hash_is_of_what_load_model_reads(tmp_path):

@@ -1,4 +1,4 @@
-"""Where images come from, and the ``.npz`` that they go to."""
+"""Sources of images, and the ``.npz`` that is written."""
 
 import numpy as np
 import pytest

@@ -10,16 +10,8 @@ import torch
 from dcdit.cli import main as cli
 from dcdit.models import DCDiT, DCDiTConfig, count_flops
 from dcdit.nn import STAGES
-from dcdit.profiling.profile import (
-    Profile,
-    Side,
-    advice,
-    calibrate_router,
-    markdown_table,
-    profile,
-    static_counterparts,
-    varied_latents,
-)
+from dcdit.profiling.calibrate import calibrate_router, varied_latents
+from dcdit.profiling.profile import Profile, Variant, advice, markdown_table, profile, static_counterparts
 
 CONFIG = {"grid": (8, 12), "hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
 
@@ -41,57 +33,57 @@ def result(model: DCDiT, batch) -> Profile:
     return profile(model, "small", *batch, drop_fractions=(0.0, 0.5), seconds=0.05)
 
 
-def test_sides_are_the_statics_and_the_budgets(result: Profile) -> None:
-    assert [side.drop_fraction for side in result.sides] == [None, None, 0.0, 0.5]
-    assert [side.name for side in result.sides[:2]] == ["static DiT, patch 1", "static DiT, patch 2"]
+def test_variants_are_the_statics_and_the_budgets(result: Profile) -> None:
+    assert [variant.drop_fraction for variant in result.variants] == [None, None, 0.0, 0.5]
+    assert [variant.name for variant in result.variants[:2]] == ["static DiT, patch 1", "static DiT, patch 2"]
     assert result.batch == 3
     assert result.channels_last
 
 
 def test_flops_are_per_image_and_counted_once(result: Profile, model: DCDiT) -> None:
     static = next(iter(static_counterparts(model.config).values()))
-    assert result.sides[0].gflops == pytest.approx(count_flops(static)["total"] / 1e9)
-    dynamic = result.sides[-1]
+    assert result.variants[0].gflops == pytest.approx(count_flops(static)["total"] / 1e9)
+    dynamic = result.variants[-1]
     assert dynamic.gflops == pytest.approx(sum(dynamic.stage_gflops.values()))
 
 
 def test_eta_follows_from_times_and_flops(result: Profile) -> None:
-    static, _, dynamic, _ = result.sides
+    static, _, dynamic, _ = result.variants
     expected = (static.ms / dynamic.ms) / (static.gflops / dynamic.gflops)
     assert dynamic.eta[static.name] == pytest.approx(expected)
     assert not static.eta
 
 
-def test_dropping_halves_the_kept_share(result: Profile) -> None:
-    full, half = result.sides[2:]
-    assert half.kept_share == pytest.approx(full.kept_share / 2, abs=0.02)
+def test_dropping_halves_the_kept_fraction(result: Profile) -> None:
+    full, half = result.variants[2:]
+    assert half.kept_fraction == pytest.approx(full.kept_fraction / 2, abs=0.02)
     assert half.stage_gflops["transformer"] < full.stage_gflops["transformer"]
     assert half.stage_gflops["encoder"] == full.stage_gflops["encoder"]
 
 
 def test_every_stage_is_timed(result: Profile) -> None:
-    for side in result.sides[2:]:
-        assert set(side.stage_ms) == {*STAGES, "whole"}
+    for variant in result.variants[2:]:
+        assert set(variant.stage_ms) == {*STAGES, "whole"}
 
 
-def test_tables_hold_every_side_and_stage(result: Profile) -> None:
-    assert result.table().count("\n") == 1 + len(result.sides)
+def test_tables_hold_every_variant_and_stage(result: Profile) -> None:
+    assert result.table().count("\n") == 1 + len(result.variants)
     assert result.stage_table().count("\n") == 1 + len(STAGES) + 1
 
 
-def test_calibration_keeps_the_share_and_varies_between_images(model: DCDiT, batch) -> None:
-    for share in (0.2, 0.6):
-        calibrate_router(model, *batch, share)
+def test_calibration_keeps_the_fraction_and_varies_between_images(model: DCDiT, batch) -> None:
+    for fraction in (0.2, 0.6):
+        calibrate_router(model, *batch, fraction)
         with torch.no_grad():
             kept = model(*batch, return_routing=True)[1].natural_mask.float().mean(1)
-        assert float(kept.mean()) == pytest.approx(share, abs=0.03)
+        assert float(kept.mean()) == pytest.approx(fraction, abs=0.03)
         assert float(kept.max() - kept.min()) > 0.01
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -1.0, 3.0])
-def test_calibration_refuses_a_share(model: DCDiT, batch, share: float) -> None:
-    with pytest.raises(ValueError, match=f"share is {share}; accepted"):
-        calibrate_router(model, *batch, share)
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 3.0])
+def test_calibration_refuses_a_fraction(model: DCDiT, batch, fraction: float) -> None:
+    with pytest.raises(ValueError, match=f"kept_fraction is {fraction}; accepted"):
+        calibrate_router(model, *batch, fraction)
 
 
 def test_calibration_refuses_a_router_without_a_bias(batch) -> None:
@@ -118,14 +110,14 @@ def test_markdown_table_aligns() -> None:
 def low(**changes: object) -> Profile:
     """A profile whose eta is low because its de-chunk is slow."""
     stages = {"transformer": 10.0, "dechunk": 8.0, "whole": 18.0}
-    side = Side("dynamic", 0.3, 0.2, 10.0, 18.0, 1.0, {"static": 0.5}, stages, {"transformer": 10.0})
-    base = Profile("m", "NVIDIA X", "bfloat16", 64, 1, "2", "flash3", True, True, [side])
+    variant = Variant("dynamic", 0.3, 0.2, 10.0, 18.0, 1.0, {"static": 0.5}, stages, {"transformer": 10.0})
+    base = Profile("m", "NVIDIA X", "bfloat16", 64, 1, "2", "flash3", True, True, [variant])
     return replace(base, **changes)
 
 
 def test_no_hints_where_eta_is_high(result: Profile) -> None:
-    good = replace(low().sides[0], eta={"static": 0.95})
-    assert advice(low(sides=[good])) == []
+    good = replace(low().variants[0], eta={"static": 0.95})
+    assert advice(low(variants=[good])) == []
 
 
 @pytest.mark.parametrize(
@@ -155,7 +147,7 @@ def test_command_writes_json_picture_and_trace(tmp_path: Path, capsys, monkeypat
     assert "eta vs static DiT, patch 1" in printed
     assert str(trace) in printed
     stored = json.loads((tmp_path / "p" / "profile.json").read_text())
-    assert [side["drop_fraction"] for side in stored["sides"]] == [None, None, 0.2]
+    assert [variant["drop_fraction"] for variant in stored["variants"]] == [None, None, 0.2]
     assert (tmp_path / "p" / "profile.png").read_bytes().startswith(b"\x89PNG")
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert set(STAGES) <= names
@@ -164,9 +156,9 @@ def test_command_writes_json_picture_and_trace(tmp_path: Path, capsys, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "banana"], "--device is 'banana'; accepted: cpu, cuda"),
+        (["--device", "banana"], "device is 'banana'; accepted here: auto, cpu"),
         (["--batch", "0"], "--batch is 0"),
-        (["--keep", "3"], "share is 3.0"),
+        (["--keep", "3"], "kept_fraction is 3.0"),
         (["--seconds", "0"], "--seconds is 0.0"),
         (["--drop-fraction", "1.5"], "drop_fraction is 1.5"),
         (["--model", "DC-DiT-Q"], "unknown preset 'DC-DiT-Q'"),

@@ -8,14 +8,14 @@ import torch
 from dcdit.models import DCDiT, DCDiTConfig
 from dcdit.nn import STAGES, stage
 from dcdit.profiling import timing
-from dcdit.profiling.timing import copy_bandwidth, time_graph, time_kernels, time_sides, time_stages
+from dcdit.profiling.timing import copy_bandwidth, time_graph, time_kernels, time_stages, time_variants
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the host clock shows; work moves it on."""
+    """Seconds that the host clock shows; a timed call moves it on."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return now
@@ -25,16 +25,16 @@ def spend(clock: list[float], seconds: float) -> None:
     clock[0] += seconds
 
 
-def test_sides_take_turns_and_medians_count(clock: list[float]) -> None:
+def test_variants_take_turns_and_medians_count(clock: list[float]) -> None:
     order: list[str] = []
 
-    def work(name: str, seconds: list[float]) -> None:
+    def call(name: str, seconds: list[float]) -> None:
         order.append(name)
         spend(clock, seconds[order.count(name) % len(seconds)])
 
     slow = [1.0, 1.0, 100.0]  # one outlier in three
-    times = time_sides(
-        {"a": lambda: work("a", [0.5]), "b": lambda: work("b", slow)}, CPU, seconds=0.0, warmup=1, least=9
+    times = time_variants(
+        {"a": lambda: call("a", [0.5]), "b": lambda: call("b", slow)}, CPU, seconds=0.0, warmup=1, least=9
     )
     assert times == {"a": 500.0, "b": 1000.0}
     counted = order[2:]
@@ -42,16 +42,16 @@ def test_sides_take_turns_and_medians_count(clock: list[float]) -> None:
     assert counted.count("a") == counted.count("b") == 9
 
 
-def test_seconds_are_spent_per_side(clock: list[float]) -> None:
+def test_seconds_are_spent_per_variant(clock: list[float]) -> None:
     calls: list[int] = []
-    time_sides({"a": lambda: (calls.append(1), spend(clock, 0.1))}, CPU, seconds=3.0, warmup=0, least=1)
+    time_variants({"a": lambda: (calls.append(1), spend(clock, 0.1))}, CPU, seconds=3.0, warmup=0, least=1)
     assert len(calls) == pytest.approx(30, abs=1)
 
 
-@pytest.mark.parametrize(("sides", "least"), [({}, 5), ({"a": lambda: None}, 0)])
-def test_nothing_to_time_is_refused(sides: dict, least: int) -> None:
+@pytest.mark.parametrize(("variants", "least"), [({}, 5), ({"a": lambda: None}, 0)])
+def test_nothing_to_time_is_refused(variants: dict, least: int) -> None:
     with pytest.raises(ValueError, match="accepted: at least one of each"):
-        time_sides(sides, CPU, least=least)
+        time_variants(variants, CPU, least=least)
 
 
 def test_stages_come_from_the_median_pass(clock: list[float]) -> None:
@@ -77,22 +77,22 @@ def test_no_repeats_are_refused() -> None:
 
 @pytest.mark.perf
 def test_stages_sum_to_the_whole() -> None:
-    """Within 3 % on some pass: whatever a busy machine takes between two stages belongs to nobody."""
+    """Within 3 % on some pass: time that a busy machine takes between two stages belongs to none of them."""
     torch.manual_seed(0)
     model = DCDiT(DCDiTConfig(grid=(32, 32), hidden_size=256, depth=4, num_heads=4, num_classes=10)).eval()
     x, t, y = torch.randn(4, 4, 32, 32), torch.arange(4), torch.arange(4)
 
-    def share() -> float:
+    def covered() -> float:
         with torch.inference_mode():
             found = time_stages(lambda: model(x, t, y), CPU, repeats=3)
         assert set(found) == {*STAGES, "whole"}
         return sum(found[name] for name in STAGES) / found["whole"]
 
-    assert any(0.97 <= share() <= 1.0 for _ in range(5))
+    assert any(0.97 <= covered() <= 1.0 for _ in range(5))
 
 
 def test_copy_bandwidth_counts_both_directions(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "time_sides", lambda sides, *_, **__: dict.fromkeys(sides, 2.0))
+    monkeypatch.setattr(timing, "time_variants", lambda variants, *_, **__: dict.fromkeys(variants, 2.0))
     assert copy_bandwidth(CPU, size=1000) == pytest.approx(2 * 1000 / 2e-3 / 1e9)
 
 

@@ -1,11 +1,14 @@
 """Choosing a drop fraction from measured costs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.small import small_dc_dit
 
 from dcdit.diffusion import sample
-from dcdit.sample.budget import CostTable, Guidance, measure_costs
+from dcdit.sample import Guidance, budget
+from dcdit.sample.budget import CostTable, measure_costs, seconds_from_profile
 from dcdit.sample.model_calls import ModelCalls, call_times, tflops_per_image
 
 
@@ -22,7 +25,7 @@ def test_choice_is_the_inverse_of_the_table(target, rho, expected):
 
 
 def test_a_cost_that_rises_is_noise():
-    """Dropping more cannot cost more: 0.6 counts as 5 like 0.3, and the target is met without going there."""
+    """Dropping more cannot cost more: the cost at 0.6 counts as 5, like that at 0.3."""
     noisy = table(10, 5, 6, 4)
     rho, expected = noisy.choose(7.5)
     assert (rho, expected) == pytest.approx((0.15, 7.5))
@@ -36,7 +39,7 @@ def test_out_of_reach(target):
         table(10, 8, 6, 4).choose(target)
 
 
-def test_call_times_are_the_samplers():
+def test_call_times_are_those_of_the_sampler():
     seen = []
 
     def model(x, t, y):
@@ -51,7 +54,7 @@ def test_call_times_are_the_samplers():
 
 @pytest.mark.parametrize("interval", [None, (0.25, 0.7), (0.2, 0.2)])
 def test_a_pilot_of_the_same_length_counts_what_the_run_takes(interval):
-    """With all steps in the pilot nothing is interpolated over time, whatever the guidance leaves out."""
+    """A pilot with all the steps interpolates nothing over time, with any guidance interval."""
     model, labels = small_dc_dit(grid=(8, 8)), torch.tensor([1, 2])
     guidance = Guidance(2.0, interval, null_drop_fraction=0.5)
     tflops, seconds = measure_costs(model, labels, 8, "ddim", guidance, progress=False)
@@ -61,3 +64,13 @@ def test_a_pilot_of_the_same_length_counts_what_the_run_takes(interval):
         sample(calls, labels, 8, "ddim", drop_fraction=(rho, 0.5), **options)
         assert tflops_per_image(calls.records()) == pytest.approx(cost, rel=1e-9)
     assert all(cost > 0 for cost in seconds.costs)
+
+
+def test_a_profile_of_an_earlier_version_is_read(monkeypatch):
+    """The profiles under benchmarks/results call the variants sides."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "profile-dc-dit-s-256-batch-8" / "profile.json"
+    monkeypatch.setattr(budget.torch, "get_num_threads", lambda: 2)
+    table = seconds_from_profile(path, [900.0, 100.0], Guidance(2.0, (0.5, 1.0)), "cpu", "float32")
+    assert table.drop_fractions == [0.0, 0.2, 0.4, 0.6]
+    # Two calls, the first of them with both branches of guidance: three rows of 833.8 ms / 8.
+    assert table.costs[0] == pytest.approx(3 * 0.8338417959985236 / 8)

@@ -1,4 +1,4 @@
-"""A feature extractor small enough for tests, and images that it tells apart."""
+"""A feature extractor small enough for tests, and images of several distributions."""
 
 import numpy as np
 import torch
@@ -28,6 +28,6 @@ class TinyExtractor(nn.Module):
 
 
 def images(count: int, seed: int = 0, power: float = 1.0, size: int = 8) -> np.ndarray:
-    """uint8 (count, size, size, 3); another power is another distribution."""
+    """uint8 (count, size, size, 3); each power gives another distribution."""
     values = np.random.default_rng(seed).random((count, size, size, 3))
     return (255 * values**power).round().astype(np.uint8)

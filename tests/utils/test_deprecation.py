@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.helpers import randn, random_cu_seqlens, random_selection
 
-from dcdit import nn, ops
+from dcdit import evaluate, nn, ops
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,21 @@ from dcdit import nn, ops
 def test_renamed_modules(old: str, new: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"dcdit.nn.{old} is now dcdit.nn.{new}"):
         assert getattr(nn, old) is getattr(nn, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("Figure", "Metric"), ("Reference", "ReferenceSet"), ("extract", "extract_features")]
+)
+def test_renamed_in_evaluate(old: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"dcdit.evaluate.{old} is now dcdit.evaluate.{new}"):
+        assert getattr(evaluate, old) is getattr(evaluate, new)
+
+
+def test_renamed_field_of_an_evaluation() -> None:
+    found = evaluate.Evaluation({"FID": evaluate.Metric(1.0, 10)}, {}, {}, (), None)
+    with pytest.warns(DeprecationWarning, match=r"Evaluation.figures is now Evaluation.metrics"):
+        assert found.figures is found.metrics
+    assert list(found.to_dict()) == ["figures", "floor", "left_out", "notes", "extractor"], "the names in metrics.json"
 
 
 def test_a_name_that_never_was_is_an_ordinary_error() -> None:

@@ -25,6 +25,7 @@ from dcdit.data.latents.manifest import (
 )
 from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
 from dcdit.data.samples import sample_rng, to_sample
+from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import atomically
 
 VAE_WEIGHTS = "diffusion_pytorch_model*"
@@ -58,7 +59,7 @@ def encode_images(
         batch_size: images per forward pass.
         shard_size: images per shard.
         workers: processes that read images; 0 reads in this one.
-        device: "auto" or "cpu".
+        device: see :func:`dcdit.utils.environment.resolve_device`.
         precision: "fp32", or "bf16", which stores float16.
 
     Raises:
@@ -70,8 +71,7 @@ def encode_images(
             raise ValueError(f"{name} is {value}; accepted: at least 1")
     out = Path(out)
     files, labels, class_names = image_files(Path(images))
-    gpu = device == "auto" and torch.cuda.is_available()
-    encoder = _Encoder(vae, torch.device("cuda" if gpu else "cpu"), size, seed, precision)
+    encoder = _Encoder(vae, resolve_device(device), size, seed, precision)
     image_list = "".join(f"{label} {file.relative_to(images)}\n" for file, label in zip(files, labels, strict=True))
     recipe = {
         "size": size,

@@ -1,0 +1,136 @@
+"""Drawing images with :class:`SamplingOptions`, and what the model kept and cost at every call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcdit.checkpoint import load_model, read_metadata
+from dcdit.data.autoencoder import create_decoder
+from dcdit.diffusion import Step, sample
+from dcdit.diffusion.guidance import Fraction
+from dcdit.models import DCDiT, DiT
+from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
+from dcdit.sample.options import SamplingOptions
+
+Decoder = Callable[[Tensor], Tensor]
+"""From samples (B, C, H, W) to (B, 3, h, w) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class FirstImage:
+    """How the first image of a set was drawn."""
+
+    maps: list[BoundaryMap]
+    """How the router saw it, one entry per model call."""
+    expected: dict[float, Tensor]
+    """Time of a step to the clean image (C, H, W) that the model expected there."""
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """Images and what they took."""
+
+    x: Tensor
+    """(N, C, H, W) on the labels' device."""
+    calls: list[CallRecord]
+    """One entry per model call, averaged over the images."""
+    first_image: FirstImage | None
+    """If it was asked for."""
+
+
+def load_for_sampling(options: SamplingOptions, device: torch.device) -> tuple[DCDiT | DiT, Decoder | None]:
+    """The model of the checkpoint on the device, and the decoder of its samples: None for latents without a ``vae``.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: see :func:`dcdit.checkpoint.load_model` and
+            :func:`dcdit.data.autoencoder.create_decoder`.
+    """
+    model = load_model(options.checkpoint, ema=options.ema).to(device)
+    if options.precision == "bf16":
+        model = model.bfloat16()
+    notes = read_metadata(options.checkpoint, ema=options.ema)
+    return model, create_decoder(options.vae, model.config.in_channels, device, notes)
+
+
+def draw(
+    model: DCDiT | DiT,
+    options: SamplingOptions,
+    labels: Tensor,
+    drop: Fraction | None,
+    *,
+    first_index: int = 0,
+    trace: bool = False,
+    progress: bool = True,
+) -> DrawnImages:
+    """Draw an image per label, in batches of ``options.batch_size``.
+
+    Args:
+        labels: (N,) integer classes on the model's device.
+        drop: drop fraction of the conditional branch; None leaves the option out.
+        first_index: number of the first image; the noise of an image depends on its number and the seed.
+        trace: also record how the first image was drawn.
+        progress: show a bar for each batch.
+    """
+    images, records = [], []
+    first_image = None
+    for start in range(0, len(labels), options.batch_size):
+        batch = labels[start : start + options.batch_size]
+        calls = ModelCalls(model, len(batch), maps=trace and start == 0)
+        expected: dict[float, Tensor] = {}
+
+        def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
+            expected[step.t] = step.x0[0]
+
+        images.append(
+            sample(
+                calls,
+                batch,
+                options.steps,
+                options.method,
+                cfg_scale=options.cfg_scale,
+                cfg_interval=options.cfg_interval,
+                drop_fraction=_both_branches(drop, options.null_drop_fraction),
+                budget=options.budget,
+                clip=clips(model, options.method),
+                seed=options.seed,
+                first_index=first_index + start,
+                progress=progress,
+                callback=note_first if trace and start == 0 else None,
+            )
+        )
+        records.append((len(batch), calls.records()))
+        if trace and start == 0:
+            first_image = FirstImage(calls.maps(), expected)
+    return DrawnImages(torch.cat(images), mean_records(records), first_image)
+
+
+def clips(model: DCDiT | DiT, method: str) -> bool:
+    """Whether a sampler clamps the clean data that the model expects: pixels have known bounds, latents have none."""
+    return model.config.in_channels == 3 and method in ("ddpm", "ddim")
+
+
+def class_labels(num_classes: int, chosen: Sequence[int] | None, per_class: int, num: int | None) -> Tensor:
+    """Labels of the images to draw, (N,) int64.
+
+    Args:
+        num_classes: of the model.
+        chosen: classes to draw; None is all of them, at most 16.
+        per_class: images of each class, one class after another.
+        num: images in all instead, the classes taking turns.
+
+    Raises:
+        ValueError: a class that the model does not have.
+    """
+    classes = chosen or list(range(min(num_classes, 16)))
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"label {label}; accepted: 0 to {num_classes - 1}")
+    if num is not None:
+        return torch.tensor([classes[i % len(classes)] for i in range(num)])
+    return torch.tensor(classes).repeat_interleave(per_class)
+
+
+def _both_branches(drop: Fraction | None, null: float | None) -> Fraction | tuple[Fraction, Fraction] | None:
+    return drop if drop is None or null is None else (drop, null)

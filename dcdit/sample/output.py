@@ -1,0 +1,103 @@
+"""The files that ``dcdit sample`` writes: pictures or latents, and the contents of samples.json."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcdit.models import DCDiT, DiT
+from dcdit.sample.drawing import Decoder, DrawnImages
+from dcdit.sample.model_calls import CallRecord, tflops_per_image
+from dcdit.sample.options import SamplingOptions
+from dcdit.sample.plan import Plan
+from dcdit.utils.environment import device_name
+
+
+def describe(options: SamplingOptions, model: DCDiT | DiT, labels: Tensor, device: torch.device) -> dict[str, Any]:
+    """The head of samples.json: what all sets of images have in common. ``runs`` is empty."""
+    return {
+        "checkpoint": options.checkpoint,
+        "model": {"architecture": type(model).__name__, **model.config.to_dict()},
+        "method": options.method,
+        "steps": options.steps,
+        "cfg_scale": options.cfg_scale,
+        "cfg_interval": options.cfg_interval,
+        "null_drop_fraction": options.null_drop_fraction,
+        "seed": options.seed,
+        "precision": options.precision,
+        "budget": options.budget,
+        "batch_size": options.batch_size,
+        "device": device_name(device),
+        "labels": labels.tolist(),
+        "runs": [],
+    }
+
+
+def describe_run(plan: Plan, drawn: DrawnImages, seconds: float, files: list[Path]) -> dict[str, Any]:
+    """An entry of ``runs``: one set of images, what it kept and what it took.
+
+    Args:
+        seconds: that drawing took, without decoding.
+        files: that hold the images, see :func:`write_images`.
+    """
+    return {
+        "name": plan.name,
+        **plan.summary,
+        "files": [str(file) for file in files],
+        **{name: _mean(drawn.calls, name) for name in ("kept", "natural") if name in drawn.calls[0]},
+        "tflops_per_image": tflops_per_image(drawn.calls),
+        "seconds": seconds,
+        "seconds_per_image": seconds / len(drawn.x),
+        "calls": drawn.calls,
+    }
+
+
+def write_images(
+    folder: Path,
+    name: str,
+    x: Tensor,
+    labels: Tensor,
+    decode: Decoder | None,
+    *,
+    batch_size: int,
+    columns: int | None = None,
+    individual: bool = False,
+) -> list[Path]:
+    """Write a set of samples into ``folder``.
+
+    Args:
+        name: stem of the files.
+        x: (N, C, H, W) samples. labels: (N,) classes, on the CPU.
+        decode: makes pixels of samples. Without it latents are written, as an ``.npz`` with ``latents`` and ``labels``.
+        batch_size: images to decode at a time.
+        columns: of the grid; None makes it about square.
+        individual: also write every image as a file of its own.
+
+    Returns:
+        The files written, the grid first.
+    """
+    if decode is None:
+        file = folder / f"{name}.npz"
+        np.savez(file, latents=x.float().cpu().numpy(), labels=labels.numpy())
+        return [file]
+    # Pillow is an extra, and latents do not need it.
+    from PIL import Image
+
+    from dcdit.utils.images import grid, to_pixels
+
+    pixels = to_pixels(torch.cat([decode(batch) for batch in x.split(batch_size)]))
+    files = [folder / f"{name}.png"]
+    grid(pixels, columns or math.ceil(len(pixels) ** 0.5)).save(files[0])
+    if individual:
+        (folder / name).mkdir(exist_ok=True)
+        for index, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+            files.append(folder / name / f"{index:05d}_class{label}.png")
+            Image.fromarray(image).save(files[-1])
+    return files
+
+
+def _mean(calls: list[CallRecord], name: str) -> float:
+    return sum(call[name] for call in calls) / len(calls)

@@ -1,0 +1,71 @@
+"""Drawing with sampling options: batches, guidance, a trace of the first image, and plans."""
+
+import pytest
+import torch
+from support.small import small_dc_dit, small_dit
+
+from dcdit.diffusion import sample
+from dcdit.sample.drawing import class_labels, draw
+from dcdit.sample.options import CostTarget, SamplingOptions
+from dcdit.sample.plan import make_plans
+
+LABELS = torch.tensor([1, 2, 0, 3, 1])
+OPTIONS = SamplingOptions(
+    checkpoint="run", method="ddim", steps=3, cfg_scale=2.0, cfg_interval=(0.2, 0.9), null_drop_fraction=0.8, seed=4
+)
+
+
+@pytest.mark.parametrize("batch_size", [5, 2])
+def test_draw_is_sample_in_batches(batch_size):
+    """In each batch, the images are those that ``sample`` gives with the same numbers and options."""
+    model = small_dc_dit(grid=(8, 8))
+    options = SamplingOptions(**{**vars(OPTIONS), "batch_size": batch_size})
+    drawn = draw(model, options, LABELS, 0.3, first_index=7, progress=False)
+    expected = [
+        sample(
+            model, labels, 3, "ddim", cfg_scale=2.0, cfg_interval=(0.2, 0.9), drop_fraction=(0.3, 0.8), seed=4,
+            first_index=7 + i * batch_size, progress=False,
+        )
+        for i, labels in enumerate(LABELS.split(batch_size))
+    ]  # fmt: skip
+    assert torch.equal(drawn.x, torch.cat(expected))
+    assert len(drawn.calls) == 3 and drawn.first_image is None
+
+
+def test_a_trace_follows_the_first_image():
+    model = small_dc_dit(grid=(8, 8))
+    options = SamplingOptions(**{**vars(OPTIONS), "batch_size": 2})
+    drawn = draw(model, options, LABELS, 0.3, trace=True, progress=False)
+    alone = draw(model, options, LABELS[:1], 0.3, trace=True, progress=False)
+    assert [seen.t for seen in drawn.first_image.maps] == list(drawn.first_image.expected)
+    for seen, other in zip(drawn.first_image.maps, alone.first_image.maps, strict=True):
+        torch.testing.assert_close(seen.prob, other.prob, rtol=1e-3, atol=1e-4)
+    *_, last = drawn.first_image.expected.values()
+    torch.testing.assert_close(last, drawn.x[0])  # ddim ends on the clean data that it expects
+
+
+def test_labels():
+    assert class_labels(20, None, 1, None).tolist() == list(range(16))
+    assert class_labels(3, None, 2, None).tolist() == [0, 0, 1, 1, 2, 2]
+    assert class_labels(3, [2, 0], 1, 5).tolist() == [2, 0, 2, 0, 2]
+    with pytest.raises(ValueError, match="label 3; accepted: 0 to 2"):
+        class_labels(3, [1, 3], 1, None)
+
+
+def test_plans():
+    dynamic, static = small_dc_dit(grid=(8, 8)), small_dit(grid=(8, 8))
+
+    def plans(model, **changes):
+        return [(plan.name, plan.summary) for plan in make_plans(SamplingOptions("run", "ddim", **changes), model)]
+
+    assert plans(dynamic) == [("drop_0", {"drop_fraction": 0.0})]
+    assert plans(dynamic, drop_fractions=(0.0, 0.25)) == [
+        ("drop_0", {"drop_fraction": 0.0}),
+        ("drop_0.25", {"drop_fraction": 0.25}),
+    ]
+    assert plans(dynamic, budget=9) == plans(static) == [("samples", {"drop_fraction": None})]
+    assert plans(dynamic, drop_schedules=("linear:0.6:0.1",)) == [
+        ("schedule_linear_0.6_0.1", {"drop_schedule": "linear:0.6:0.1"})
+    ]
+    with pytest.raises(ValueError, match="a target needs labels"):
+        plans(dynamic, target=CostTarget(1.0, "TFLOPs"))
