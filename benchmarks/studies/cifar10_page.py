@@ -1,4 +1,4 @@
-"""The page of the CIFAR-10 study: what every run reached, as tables and pictures."""
+"""The page of the CIFAR-10 study: the results of every run, as tables and pictures."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,11 @@ def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Pa
     sheets = np.array([result["sheet"][:20] for result in results.values()], dtype=np.uint8)
     picture = grid(sheets.reshape(-1, *sheets.shape[2:]), sheets.shape[1], gap=1)
     picture.resize((2 * picture.width, 2 * picture.height), resample=0).save(out / "samples.png")
-    told = {
+    runs = {
         name: {key: value for key, value in result.items() if key not in ("sheet", "log")}
         for name, result in results.items()
     }
-    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": told}, indent=1) + "\n")
+    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
     page = out / "report.md"
     page.write_text(_page(results, conditions))
     return page

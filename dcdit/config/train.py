@@ -1,9 +1,10 @@
-"""The training configuration: a YAML file, ``section.key=value`` overrides, and the dataclasses they fill."""
+"""The training configuration: its sections and keys, the YAML file that holds it, and overrides of single keys."""
 
 import copy
 import dataclasses
 import types
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from dcdit.config.schema import option
 
 RECIPES = Path(__file__).with_name("recipes")
 """Folder of the training configurations that come with the package."""
+
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Single keys of a configuration and their new values.
+
+Programs give ``{"section.key": value}``; ``section.key.entry`` sets one entry of a mapping such as ``model.overrides``.
+Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
+"""
 
 
 @dataclass
@@ -156,8 +164,12 @@ class TrainConfig:
             )
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file (all defaults without one) and lay ``section.key=value`` overrides over it (values are YAML).
+def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> TrainConfig:
+    """Read a YAML file (without one, all defaults) and set single keys.
+
+    Args:
+        path: of the file; keys that it leaves out take their defaults.
+        overrides: see :data:`Overrides`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -166,14 +178,48 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return from_dict(given_keys(path, overrides))
 
 
-def given_keys(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What :func:`load_config` would read, unchecked and without the defaults of the keys that nobody gave."""
+def given_keys(path: str | Path | None = None, overrides: Overrides = ()) -> dict[str, Any]:
+    """What :func:`load_config` would read, as nested dicts: unchecked, and without the defaults of missing keys."""
     return _with({} if path is None else _read(Path(path)), overrides)
 
 
-def override(data: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    """The configuration of ``data`` (as in :func:`from_dict`) with overrides, as in :func:`load_config`."""
-    return from_dict(_with(data, overrides))
+def override(config: TrainConfig | dict[str, Any], overrides: Overrides) -> TrainConfig:
+    """A copy of a configuration (or of its dicts, as in :func:`from_dict`) with single keys set.
+
+    Args:
+        overrides: see :data:`Overrides`.
+
+    Raises:
+        ValueError, TypeError: as in :func:`load_config`.
+    """
+    return from_dict(_with(to_dict(config) if isinstance(config, TrainConfig) else config, overrides))
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """``section.key=value`` texts of a command line as ``{"section.key": value}``. A value is YAML; the last one wins.
+
+    Raises:
+        ValueError: another form, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"override {assignment!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
+        values.pop(key, None)  # so that the order is that of the last assignments
+        values[key] = _parse_yaml(text, assignment)
+    return values
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The value that ``text`` stands for: the text itself where ``key`` (``section.key``) takes text, else YAML.
+
+    Raises:
+        ValueError: not YAML.
+    """
+    section, _, name = key.partition(".")
+    hints = typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])
+    return text if str in (hints[name], *typing.get_args(hints[name])) else _parse_yaml(text, f"{key}={text}")
 
 
 def from_dict(data: dict[str, Any]) -> TrainConfig:
@@ -209,30 +255,34 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _with(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    data = copy.deepcopy(data)
-    for assignment in overrides:
-        _lay_over(data, assignment)
-    return data
+def _with(data: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """A copy of nested dicts with overrides laid over them."""
+    values = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    changed = copy.deepcopy(data)
+    for key, value in values.items():
+        _set(changed, key, value)
+    return changed
 
 
-def _lay_over(data: dict[str, Any], assignment: str) -> None:
-    yaml = _yaml()
-    name, equals, text = assignment.partition("=")
-    *sections, key = name.split(".")
-    if not equals or not sections:
-        raise ValueError(f"override {assignment!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    if not sections:
+        raise ValueError(f"override {key!r}; accepted: section.key, e.g. optim.lr")
     for section in sections:
         if data.get(section) is None:
             data[section] = {}
         data = data[section]
         if not isinstance(data, dict):
-            raise ValueError(f"override {assignment!r} enters {section!r}, which is not a section")
-    data[key] = value
+            raise ValueError(f"override {key!r} enters {section!r}, which is not a section")
+    data[name] = copy.deepcopy(value)
+
+
+def _parse_yaml(text: str, assignment: str) -> Any:
+    yaml = _yaml()
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
 
 
 def _yaml() -> types.ModuleType:

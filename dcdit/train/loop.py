@@ -14,7 +14,7 @@ from torch import Tensor
 from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, dump_yaml, to_dict
 from dcdit.data import Samples, batches, create_dataset
-from dcdit.diffusion import DiTObjective, FlowMatchingObjective
+from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.ops import ratio_loss
 from dcdit.train.compute import SpentFlops
@@ -24,7 +24,7 @@ from dcdit.train.log import Record, Window, append, cut_log
 from dcdit.train.schedule import NOISE, compression_target, drop_fraction, learning_rate, seed_of
 from dcdit.train.signals import Signals
 from dcdit.train.trackers import Trackers, check_trackers
-from dcdit.train.validate import Objective, validate
+from dcdit.train.validate import validate
 from dcdit.utils.files import atomically, recover
 
 
@@ -89,10 +89,7 @@ class _Run:
         _check_fit(self.data, self.model)
         wants_held_out = config.run.eval_every and config.data.held_out
         self.held_out = create_dataset(config.data, "held_out") if wants_held_out else None
-        flow = config.diffusion.objective == "flow"
-        self.objective: Objective = (
-            FlowMatchingObjective() if flow else DiTObjective(learn_sigma=self.model.config.learn_sigma)
-        )
+        self.objective = create_objective(config.diffusion.objective, self.model.config.learn_sigma)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=self.device.type == "cuda"
         )

@@ -6,10 +6,9 @@ import torch
 from torch import Generator, Tensor
 
 from dcdit.data import Samples, batches
-from dcdit.diffusion import DiTObjective, FlowMatchingObjective
+from dcdit.diffusion import Objective
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-Objective = DiTObjective | FlowMatchingObjective
 
 
 @torch.no_grad()
