@@ -73,7 +73,7 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
     routed = {name: result for name, result in results.items() if "routing" in result}
     parts += [
         "## Where the tokens go",
-        "Kept share without dropping, by noise level (0 is data, 1 is noise), and the correlation of the router's "
+        "Kept fraction without dropping, by noise level (0 is data, 1 is noise), and the correlation of the router's "
         "probability with local detail. Measured, not enforced.",
         markdown_table(
             ["run", *(f"{level:g}" for level in conditions["levels"])],
@@ -86,7 +86,7 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
                 )
             ],
         ),
-        "![kept share by noise level](routing.png)",
+        "![kept fraction by noise level](routing.png)",
         "## Budgets",
         "The same DC-DiT weights with tokens dropped:",
         markdown_table(
@@ -171,7 +171,7 @@ def _plot_routing(results: Results, path: Path) -> None:
         left.plot(study["levels"], study["kept_share_detailed"], ":", color=line.get_color(), lw=1)
         left.plot(study["levels"], study["kept_share_smooth"], "--", color=line.get_color(), lw=1)
         right.plot(study["levels"], study["detail_correlation"], "o-", ms=3, color=line.get_color())
-    left.set(xlabel="noise level", ylabel="kept share", title="dotted: detailed third, dashed: smooth third")
+    left.set(xlabel="noise level", ylabel="kept fraction", title="dotted: detailed third, dashed: smooth third")
     left.title.set_fontsize(8)
     left.legend(fontsize=8)
     right.axhline(0, color="black", lw=0.5)

@@ -198,15 +198,15 @@ Last logged: loss {log[-1]["loss"]:.3f}, {log[-1]["natural"]:.1%} of the tokens 
 
 ## Samples at three budgets
 
-One set of weights, same noise; a class is half a row.
+The weights and the noise are the same at all three. The samples of a class fill half a row.
 
 {grids}
 
 ## Where the router looks
 
-{study["images"]} held-out crops, no dropping. Detail is the log variance in a 5x5 window; the correlation is over
-positions, with the router's probability; the thirds are of the crops, by mean detail. Measured, not
-enforced: between the lowest and the highest noise level the kept share goes from {more:.1%} to {less:.1%}.
+{study["images"]} held-out crops, no dropping. Detail is the log variance in a 5x5 window. The correlation is that of
+detail and the router's probability over all positions. The thirds are of the crops, by mean detail. Nothing enforces
+this: between the lowest and the highest noise level the kept fraction goes from {more:.1%} to {less:.1%}.
 
 {router}
 
@@ -217,7 +217,7 @@ One held-out crop at five noise levels:
 ## Time against the static DiT
 
 Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} threads,
-{timed["dtype"]}, all sides in one run.
+{timed["dtype"]}, all models timed in one run.
 eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
 At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
 

