@@ -62,14 +62,14 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
             "## Samples",
             f"{conditions['samples']} images of each run ({conditions['steps']} Euler steps, no guidance, classes in "
             f"turn) against {conditions['reference']:,} test images. FID at this n is mostly bias: compare it with the "
-            "last row, which is of real images, as many of them.",
+            "last row, which is of equally many real images.",
             _table(
                 {**results, "real images": {"evaluation": {"figures": floor}}},
                 ["n", *METRICS],
                 lambda result: _metric_cells(result, conditions["samples"]),
             ),
         ]
-    parts += ["One row a run, in the order of the tables, from the same noise:", "![samples](samples.png)"]
+    parts += ["One row for each run, in the order of the tables, from the same noise:", "![samples](samples.png)"]
     routed = {name: result for name, result in results.items() if "routing" in result}
     parts += [
         "## Where the tokens go",

@@ -83,25 +83,25 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"{conditions['source_steps']:,} steps, {_spent(source):.2g} training FLOPs, validation loss "
         f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
         f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
-        f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
-        f"steps. Seeds {', '.join(map(str, seeds))}; one source for all.",
+        f"only in where their weights come from. The distillation warm-up is the first {conditions['distill_steps']} "
+        f"steps. Seeds {', '.join(map(str, seeds))}; all with the same source.",
         "## Validation loss",
-        f"On {conditions['images']} images of the test batch, the same with the same noise each time. Mean over the "
-        "seeds, and in brackets every seed.",
+        f"On {conditions['images']} images of the test batch, with the same noise each time. Mean over the seeds, "
+        "and in brackets every seed.",
         _table(curves, "val_loss"),
         _verdict(curves),
-        "Of the averaged weights, which lag behind at first:",
+        "The same of the averaged weights, which follow slowly at first:",
         _table(curves, "val_loss_ema"),
         "![validation loss over steps, over training FLOPs, and distillation loss](losses.png)",
         "## Cost",
-        "Training FLOPs of a run, forward and backward passes and the teacher's forward passes. What the source cost "
-        "comes on top of the upcycled runs, unless there is one already.",
+        "Training FLOPs of a run: forward and backward passes, and the teacher's forward passes. The upcycled runs "
+        "also need the source, whose cost is not included.",
         markdown_table(
             ["run", *(f"seed {seed}" for seed in seeds)],
             [[kind, *(f"{_spent(log):.3g}" for log in logs.values())] for kind, logs in curves.items()],
         ),
-        "A budget this small shows the beginning of training and nothing about convergence; the source, too, is far "
-        "from trained out.",
+        "A budget this small shows the beginning of training and nothing about convergence. The source is far from "
+        "converged, too.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if (args.source is None) == (args.resume is None):
-        raise ValueError("give --from to start, or --resume to continue a run (which knows where it came from)")
+        raise ValueError("give --from to start, or --resume to continue a run (whose configuration names its source)")
     train.start(args, {} if args.source is None else _from_source(args))
 
 

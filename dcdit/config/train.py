@@ -52,8 +52,8 @@ class DataSection:
     flip: bool = option(True, "mirror images at random")
     held_out: float = option(
         0.1,
-        "fraction of the images, or of each photograph, that is kept for validation; cifar10 holds out its test batch "
-        "for any fraction above 0, and 0 never validates",
+        "fraction kept for validation: of the images, or a strip of each photograph; cifar10 always holds out its test "
+        "batch; 0 never validates",
         at_least=0,
         below=1,
     )
@@ -214,7 +214,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """The value that ``text`` stands for: the text itself where ``key`` (``section.key``) takes text, else YAML.
+    """The value of ``text`` for ``key`` (``section.key``): the text itself if the key takes text, else read as YAML.
 
     Raises:
         ValueError: not YAML.

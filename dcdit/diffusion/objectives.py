@@ -1,4 +1,4 @@
-"""Training objectives. Each one says how data is noised, what the model learns from it, and what its loss is.
+"""Training objectives: how data is noised, what the model learns from it, and the loss.
 
 One training pass is three lines::
 

@@ -42,7 +42,8 @@ def sample(
     """Draw one sample per label, on the labels' device.
 
     The noise of an image depends only on ``seed`` and its index, so batches of any size give the same images (on the
-    same kind of device, up to the rounding of the model). A module in training mode is in evaluation mode meanwhile.
+    same kind of device, up to the rounding of the model). A module in training mode is put into evaluation mode for the
+    time of the sampling.
 
     Args:
         model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`DCDiT`, a :class:`DiT` or any function.

@@ -1,4 +1,4 @@
-"""The parts of the loop by themselves: averaged weights, schedules, validation, the log."""
+"""The parts of the loop: averaged weights, schedules, validation, the log."""
 
 import json
 

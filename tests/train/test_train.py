@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model on a CPU: what a step does, stopping without a trace, and misfits that are refused."""
+"""Whole runs of a tiny model on a CPU: what a step does, exact resuming, and the errors of what does not fit."""
 
 import importlib.util
 import json
@@ -285,7 +285,7 @@ def test_resume_repeats_lost_steps(config):
 
 
 def test_resume_past_a_damaged_checkpoint(config):
-    """The error says how, and the run then ends as if nothing had been damaged."""
+    """The error names the checkpoint to resume from, and the run then ends as it would have without the damage."""
     settings = config("run.checkpoint_every=1", "run.keep_checkpoints=2")
     before = train(settings).checkpoint
     expected = before.rename(before.with_name("undamaged"))
