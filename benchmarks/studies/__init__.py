@@ -1,1 +1,1 @@
-"""Training studies: what comes out when small models are trained on real images, whichever way it comes out."""
+"""Training studies: small models trained on real images, with results reported as they are."""

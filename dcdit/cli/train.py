@@ -1,8 +1,9 @@
-"""``dcdit train``."""
+"""``dcdit train``: train a DC-DiT or a static DiT."""
 
 import argparse
 import dataclasses
-import json
+from collections.abc import Mapping
+from typing import Any
 
 from dcdit import checkpoint, config
 from dcdit.train.loop import train
@@ -22,7 +23,6 @@ FLAGS = {
     "--out": "run.out",
 }
 """Flags that are short for ``--set key=value``."""
-TEXTS = ("model.name", "data.kind", "data.path", "optim.precision", "optim.device", "run.out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    given = {key: getattr(args, key) for key in FLAGS.values() if getattr(args, key) is not None}
-    # Quoted where text is wanted, so that YAML does not read a folder called 2024 as a number.
-    quoted = {key: json.dumps(value) if key in TEXTS else value for key, value in given.items()}
-    overrides = [*args.set, *(f"{key}={value}" for key, value in quoted.items())]
+    start(args, {})
+
+
+def start(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """Train with the configuration of the command line.
+
+    Args:
+        args: parsed arguments.
+        values: ``section.key`` to value; they override the file, and ``--set`` and the other flags override them.
+    """
+    flags = {key: getattr(args, key) for key in FLAGS.values()}
+    typed = {key: config.parse_value(key, text) for key, text in flags.items() if text is not None}
+    overrides = {**values, **config.parse_overrides(args.set), **typed}
     if args.resume is None:
         settings = config.load_config(args.config, overrides)
     elif args.config is not None:
@@ -51,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
             "--resume continues with the run's own configuration; change single keys with --set, not --config"
         )
     else:
-        stored = checkpoint.read_trainer(args.resume).get("config")
-        settings = config.override(stored or {}, overrides)
+        settings = config.override(checkpoint.read_trainer(args.resume).get("config") or {}, overrides)
     result = train(settings, resume=args.resume)
     if result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")

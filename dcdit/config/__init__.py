@@ -1,4 +1,4 @@
-"""The training configuration: a YAML file, ``section.key=value`` overrides, and the dataclasses they fill."""
+"""The training configuration: its sections and keys, the YAML file that holds it, and overrides of single keys."""
 
 from dcdit.config.train import (
     RECIPES,
@@ -6,6 +6,7 @@ from dcdit.config.train import (
     DiffusionSection,
     ModelSection,
     OptimSection,
+    Overrides,
     RouterSection,
     RunSection,
     TrainConfig,
@@ -16,6 +17,8 @@ from dcdit.config.train import (
     given_keys,
     load_config,
     override,
+    parse_overrides,
+    parse_value,
     to_dict,
 )
 
@@ -25,6 +28,7 @@ __all__ = [
     "DiffusionSection",
     "ModelSection",
     "OptimSection",
+    "Overrides",
     "RouterSection",
     "RunSection",
     "TrainConfig",
@@ -35,5 +39,7 @@ __all__ = [
     "given_keys",
     "load_config",
     "override",
+    "parse_overrides",
+    "parse_value",
     "to_dict",
 ]

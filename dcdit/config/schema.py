@@ -1,4 +1,4 @@
-"""Strict dataclasses: plain mappings in, one-line errors out. Every option carries its documentation and its bounds."""
+"""Dataclasses that are built from plain mappings and checked. Every field has its documentation and its bounds."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ def option(
     below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with its meaning and the values it accepts (None is never out of bounds)."""
+    """A dataclass field with its documentation and the values that it accepts (None is never out of bounds)."""
     metadata = {"doc": doc, "at_least": at_least, "above": above, "below": below, "choices": choices}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -29,7 +29,8 @@ def build(cls: type, data: Any, where: str = "") -> Any:
     """An instance of the dataclass ``cls`` (its fields may be dataclasses) from nested mappings.
 
     Raises:
-        ValueError: unknown key. TypeError: a value of another type. Both name the key with the sections around it.
+        ValueError: unknown key.
+        TypeError: a value of another type. Both messages name the key with its section.
     """
     if not isinstance(data, dict):
         raise TypeError(f"{where.rstrip('.') or 'configuration'} is {data!r}; accepted: a section of keys")
@@ -47,7 +48,7 @@ def build(cls: type, data: Any, where: str = "") -> Any:
 
 
 def check_bounds(section: Any, where: str) -> None:
-    """Raise ValueError where an option of the dataclass instance is outside what its field accepts."""
+    """Raise ValueError if a value of the dataclass instance is not one that its field accepts."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         accepted = _accepted(field.metadata)
@@ -79,7 +80,7 @@ def _accepted(bounds: typing.Mapping[str, Any]) -> str:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as the type ``hint``. Whole numbers pass as floats, and so does 1e-4, which YAML reads as text."""
+    """``value`` as the type ``hint``. Floats may be whole numbers, or text such as 1e-4, which YAML reads as text."""
     for wanted in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
         kind = typing.get_origin(wanted) or wanted
         if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -103,7 +104,7 @@ def _finite(value: int | float | str) -> float | None:
 
 
 def type_name(hint: Any) -> str:
-    """A type as people write it: ``int or null``, ``list of float``."""
+    """A type for error messages and help: ``int or null``, ``list of float``."""
     if isinstance(hint, types.UnionType):
         return " or ".join(type_name(part) for part in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
@@ -113,13 +114,13 @@ def type_name(hint: Any) -> str:
 
 
 def did_you_mean(name: Any, accepted: Iterable[str]) -> str:
-    """``; did you mean 'lr'?`` where one of the accepted names is close, else nothing."""
+    """``; did you mean 'lr'?`` if an accepted name is close to ``name``, else an empty text."""
     close = difflib.get_close_matches(str(name), list(accepted), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def describe(cls: type) -> str:
-    """Every key of a dataclass of sections with type, default and meaning, one per line."""
+    """Every key of a dataclass of sections, one per line, with its meaning, type and default."""
     lines = []
     hints = typing.get_type_hints(cls)
     for section in dataclasses.fields(cls):

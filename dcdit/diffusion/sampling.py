@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dcdit.diffusion import samplers
-from dcdit.diffusion.denoiser import dtype_of, evaluating, name_of, unwrapped
 from dcdit.diffusion.guidance import Fraction, guided
 from dcdit.diffusion.noise import ImageNoise
 from dcdit.diffusion.samplers import Noise, Predict, Step
 from dcdit.diffusion.schedule import space_timesteps
+from dcdit.utils.modules import dtype_of, evaluating, name_of, unwrap_model
 
 METHODS = ("ddpm", "ddim", "euler", "heun")
 """ddpm and ddim for :class:`DiTObjective`, euler and heun for :class:`FlowMatchingObjective`."""
@@ -41,9 +41,9 @@ def sample(
 ) -> Tensor:
     """Draw one sample per label, on the labels' device.
 
-    The noise of an image depends on ``seed`` and its index alone, so batches of any size give the same images (on the
-    same kind of device, up to the rounding of the model). A module in training mode is put in evaluation mode
-    meanwhile.
+    The noise of an image depends only on ``seed`` and its index, so batches of any size give the same images (on the
+    same kind of device, up to the rounding of the model). A module in training mode is put into evaluation mode for the
+    time of the sampling.
 
     Args:
         model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`DCDiT`, a :class:`DiT` or any function.
@@ -56,7 +56,7 @@ def sample(
         null_class: label of the unconditional branch; taken from ``model.config`` if None.
         eta: noise of ddim.
         clip: clamp the expected clean data to [-1, 1] at every step of ddpm or ddim: for pixels, not for latents.
-        seed, first_index: the images drawn are numbers ``first_index`` to ``first_index + B - 1`` of this seed.
+        seed, first_index: the images are those of this seed with index ``first_index`` to ``first_index + B - 1``.
         progress: show a bar, if tqdm is installed.
         callback: called after every step with a :class:`Step`.
 
@@ -70,7 +70,7 @@ def sample(
         raise ValueError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; accepted: (B,), integer")
-    config = getattr(unwrapped(model), "config", None)
+    config = getattr(unwrap_model(model), "config", None)
     if shape is None:
         if config is None:
             raise ValueError(f"shape is None and {name_of(model)} has no config; accepted: (C, H, W)")
@@ -94,7 +94,7 @@ def sample(
 def _sampler(
     method: str, num_steps: int | str, noise: Noise, eta: float, clip: bool
 ) -> tuple[int, Callable[[Predict, Tensor], Iterator[Step]]]:
-    """How many steps, and the sampler with its options."""
+    """(number of steps, the sampler with its options)."""
     if eta != 0 and method != "ddim":
         raise ValueError(f"eta is {eta}, but {method} has none; accepted: 0, or method ddim")
     if not 0 <= eta <= 1:
@@ -113,7 +113,7 @@ def _sampler(
 
 @contextmanager
 def progress_bar(total: int, wanted: bool, name: str, unit: str) -> Iterator[Callable[[], object]]:
-    """A progress bar to advance, where there is one to show."""
+    """A function that advances a progress bar by one step. It does nothing without tqdm, or if no bar is ``wanted``."""
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""DDPM's linear noise schedule and the subsets of its steps that a sampler visits."""
+"""The linear noise schedule of DDPM, and the subsets of its steps that a sampler visits."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,24 +14,24 @@ class NoiseSchedule(NamedTuple):
     """The coefficients of a Gaussian diffusion at S ascending steps, each (S,) and float64.
 
     ``q(x_t | x_0) = N(sqrt(alpha_bar) x_0, 1 - alpha_bar)``, and the posterior ``q(x_prev | x_t, x_0)`` has mean
-    ``posterior_x0 * x_0 + posterior_xt * x_t``, where *prev* is the step before among these S (or clean data).
+    ``posterior_x0 * x_0 + posterior_xt * x_t``, where *prev* is the step before it among these S, or clean data.
     """
 
     timesteps: Tensor
-    """int64: which steps of the training schedule these are; what the model is told."""
+    """int64: which steps of the training schedule these are, and the times that the model sees."""
     alpha_bar: Tensor
     alpha_bar_prev: Tensor
     data_scale: Tensor
     """sqrt(alpha_bar)."""
     noise_scale: Tensor
-    """sqrt(1 - alpha_bar); taken in float64, since 1 - alpha_bar cancels in float32."""
+    """sqrt(1 - alpha_bar), computed in float64, because 1 - alpha_bar cancels in float32."""
     posterior_x0: Tensor
     posterior_xt: Tensor
     min_log_variance: Tensor
-    """Log of the posterior variance, the lower end of a learned variance; at the first step, where that is 0, the value
-    of the second."""
+    """Log of the posterior variance: the lower end of a learned variance. The first step has the value of the second,
+    because its posterior variance is 0."""
     max_log_variance: Tensor
-    """Log of beta, the upper end of a learned variance."""
+    """Log of beta: the upper end of a learned variance."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "NoiseSchedule":
         timesteps, *coefficients = self
@@ -42,7 +42,7 @@ def linear_schedule(timesteps: Sequence[int] | None = None) -> NoiseSchedule:
     """The schedule of DDPM and DiT: 1000 betas from 1e-4 to 0.02 (arXiv 2006.11239, section 4), on the CPU.
 
     Args:
-        timesteps: keep these steps only, ascending. The betas are those of the shorter chain, so that alpha_bar is
+        timesteps: keep only these steps, ascending. The betas are those of the shorter chain, so that alpha_bar is
             unchanged at every kept step (improved diffusion, arXiv 2102.09672, section 4).
 
     Raises:
@@ -57,7 +57,7 @@ def linear_schedule(timesteps: Sequence[int] | None = None) -> NoiseSchedule:
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
-    # A chain of one step has no second variance; its only step is never sampled with noise.
+    # A chain of one step has no second variance. It needs none, because its only step is sampled without noise.
     variance[0] = variance[1] if len(steps) > 1 else beta[0]
     return NoiseSchedule(
         timesteps=kept,
@@ -73,7 +73,7 @@ def linear_schedule(timesteps: Sequence[int] | None = None) -> NoiseSchedule:
 
 
 def space_timesteps(steps: int | str) -> list[int]:
-    """The steps of the training schedule that a shorter sampler visits, ascending, exactly as DiT spaces them.
+    """The steps of the training schedule that a shorter sampler visits, ascending, with the spacing of DiT.
 
     Args:
         steps: a number N (``250`` or ``"250"``): evenly spaced from the first step to the last, rounded. ``"ddimN"``:
@@ -91,8 +91,7 @@ def space_timesteps(steps: int | str) -> list[int]:
             if len(range(0, TRAIN_STEPS, stride)) == count:
                 return list(range(0, TRAIN_STEPS, stride))
         raise ValueError(f"num_steps is {steps!r}, but no integer stride takes {count} of {TRAIN_STEPS} steps")
-    # Added up rather than multiplied: the sum falls on another side of .5 for some counts, and published numbers depend
-    # on it.
+    # Added up, not multiplied: for some counts the two round to different steps, and published numbers use the sum.
     spaced, position = [], 0.0
     for _ in range(count):
         spaced.append(round(position))

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcdit.diffusion.denoiser import evaluating
 from dcdit.evaluate.distances import Gaussian
 from dcdit.evaluate.images import ImageSource, npz_arrays, open_images
 from dcdit.utils.files import atomically
 from dcdit.utils.images import Pixels
+from dcdit.utils.modules import evaluating
 
 KINDS = ("pooled", "logits", "spatial")
 SPATIAL_CHANNELS = 7

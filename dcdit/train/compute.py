@@ -1,4 +1,4 @@
-"""Training compute: what a run has spent, counted in FLOPs, and how many steps another needs to spend the same."""
+"""Training compute in FLOPs: how much a run has spent, and how many steps another run needs to spend the same."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,25 @@ from torch import Tensor
 from dcdit.models import DCDiTConfig, DiTConfig, count_flops
 
 FORWARD_AND_BACKWARD = 3
-"""A backward pass costs two forward passes: one product for the inputs' gradient, one for the weights'."""
+"""A backward pass costs two forward passes: one product for the gradient of the inputs, one for that of the weights."""
 
 
 class SpentFlops:
-    """Training FLOPs of a run: three times :func:`dcdit.models.count_flops` at the lengths each step kept.
+    """Training FLOPs of a run: three times :func:`dcdit.models.count_flops` at the numbers of tokens that were kept.
 
-    Adding never waits for the device; reading does.
+    Adding does not wait for the device; reading does.
 
     Args:
-        config: of the model that is trained.
-        device: where the kept lengths are.
+        config: of the model.
+        device: of the kept lengths.
         spent: by the earlier parts of a resumed run.
     """
 
     def __init__(self, config: DCDiTConfig | DiTConfig, device: torch.device, spent: int = 0) -> None:
         self.spent = spent
-        """By all processes, as of the last reading."""
+        """FLOPs of all processes, as of the last :meth:`read`."""
         forward = [count_flops(config)["total"]] if isinstance(config, DiTConfig) else _forward_by_length(config)
-        # int64 counts exactly: between two readings, even of a large run, far fewer than 2^63 are spent.
+        # int64 is exact: between two readings even a large run spends far fewer than 2^63.
         self._per_image = torch.tensor([FORWARD_AND_BACKWARD * flops for flops in forward], device=device)
         self._unread = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -37,15 +37,15 @@ class SpentFlops:
         """Count one forward and backward pass.
 
         Args:
-            images: in the batch.
-            lengths: (images,) integer, kept tokens of each; None for a static model.
-            others: FLOPs per image besides those of the model, e.g. of a teacher's forward pass.
+            images: number of images of the pass.
+            lengths: (images,) integer, kept tokens of each image; None for a static model.
+            others: further FLOPs per image, e.g. of a teacher's forward pass.
         """
         self._unread += images * self._per_image[0] if lengths is None else self._per_image[lengths.long()].sum()
         self._unread += images * others
 
     def read(self, accelerator: Any) -> int:
-        """Total over all processes, each of which has to call this."""
+        """The total over all processes. Every process has to call this."""
         self.spent += int(accelerator.gather(self._unread).sum())
         self._unread.zero_()
         return self.spent
@@ -57,16 +57,16 @@ def _forward_by_length(config: DCDiTConfig) -> list[int]:
 
 
 def matched_steps(flops: float, records: Sequence[Mapping[str, Any]]) -> int:
-    """Steps after which a run has spent ``flops``, told from the beginning of its log.
+    """Steps after which a run has spent ``flops``, estimated from the beginning of its log.
 
-    This is how DC-DiT is compared with a static DiT at equal training compute (arXiv 2603.06351, appendix): its steps
-    times its FLOPs per step are the baseline's, and what a step costs is measured, since the router decides it. The
-    option ``optim.flops`` stops a run there without knowing the number of steps beforehand.
+    DC-DiT is compared with a static DiT at equal training compute (arXiv 2603.06351, appendix): its number of steps
+    times its FLOPs per step equals that of the baseline. FLOPs per step are measured, because the router decides them.
+    The option ``optim.flops`` stops a run at a number of FLOPs without this estimate.
 
     Args:
         flops: total training FLOPs, e.g. the last ``flops`` in the log of the baseline.
-        records: of log.jsonl, in order; those without ``flops`` are passed over. Beyond the last one, a step costs what
-            it cost on average over their second half, so the log should reach well past the steps without dropping.
+        records: of log.jsonl, in order. Those without ``flops`` are ignored. After the last record, a step is assumed
+            to cost the mean of their second half, so the log should reach well past the steps without dropping.
 
     Raises:
         ValueError: no record with ``flops``.

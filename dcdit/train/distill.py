@@ -1,16 +1,16 @@
-"""The warm-up of an upcycled DC-DiT: every block is held to the output of the same block of the static DiT.
+"""The warm-up of an upcycled DC-DiT: a loss between the outputs of its blocks and those of the static DiT.
 
 The paper (arXiv 2603.06351, v1) says: MSE between the block outputs of the student and of the frozen pretrained DiT,
-for 5K steps. It does not say how two token sets are compared. Here:
+for 5K steps. It does not say how the two sets of tokens are compared. Here:
 
-- The student runs as it always does, on its own tokens; so the loss teaches its encoder to make tokens that the
-  pretrained blocks understand, and its blocks to live with the tokens that are kept.
-- A kept token at cell (r, c) is compared with the teacher's token of the patch that covers (r, c): it stands for that
-  region. Where one token per patch is kept, the two sets are the same, and equal inputs give loss zero.
-- The teacher sees the same noisy images and the same conditioning, labels dropped in the same rows.
-- A block's mean squared error over the kept tokens of an image is divided by the mean square of the teacher's tokens of
-  that image: the residual stream grows with the depth, and otherwise the last blocks would be all of the loss. Image by
-  image, so that the loss of a batch does not depend on how the batch is split.
+- The student runs on its own tokens, as always. So the loss teaches the encoder to make tokens that the pretrained
+  blocks can use, and it teaches the blocks to work on the kept tokens alone.
+- A kept token at grid cell (r, c) is compared with the teacher's token of the patch that covers (r, c). If one token
+  per patch is kept, the two sets correspond one to one, and equal inputs give loss zero.
+- The teacher gets the same noisy images and the same conditioning, including dropped labels.
+- The mean squared error of a block over the kept tokens of an image is divided by the mean square of the teacher's
+  tokens of that image. The residual stream grows with depth, so without this the last blocks would dominate the loss.
+  The scale is per image, so the loss of a batch does not depend on how the batch is split.
 """
 
 from pathlib import Path
@@ -28,16 +28,16 @@ from dcdit.ops import TokenSelection
 
 
 class Teacher:
-    """A frozen static DiT.
+    """The static DiT that an upcycled model was made from.
 
     Args:
-        dit: the model that the student was made from; put into eval mode and frozen.
+        dit: the model; it is put into evaluation mode and frozen.
     """
 
     def __init__(self, dit: DiT) -> None:
         self.dit = dit.eval().requires_grad_(False)
         self.flops = count_flops(dit.config)["total"]
-        """Of a forward pass, per image."""
+        """FLOPs of a forward pass, per image."""
         device = dit.get_buffer("pos_embed").device
         self._patch_of_cell = patch_of_cell(dit.config.grid, dit.config.patch_size).to(device)
 
@@ -45,12 +45,12 @@ class Teacher:
         """Relative squared error of the student's block outputs, averaged over images and blocks.
 
         Args:
-            x: (B, C, H, W), the noisy images that the student saw.
+            x: (B, C, H, W) the noisy images that the student saw.
             states: of the student's forward pass.
-            sel: the tokens that it kept, without padding (no capacity).
+            sel: the student's kept tokens, without padding (no capacity).
 
         Returns:
-            () float32; 0 where all outputs agree, about 1 where the student's are zero. Differentiable in the outputs.
+            () float32: 0 if all outputs agree, about 1 if the student's are zero. Differentiable in the outputs.
         """
         cells = self._patch_of_cell.shape[0]
         image, patch = sel.indices // cells, self._patch_of_cell[sel.indices % cells]
@@ -63,16 +63,16 @@ class Teacher:
 
 
 def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | Path | None) -> Teacher | None:
-    """Make the model of a run an upcycled one, where the configuration names a source.
+    """Make the model of a run an upcycled one, if the configuration names a source.
 
-    Its embedders are frozen. A new run gets the source's weights; a resumed one has its own, and needs the source only
-    as long as there is distillation left to do.
+    The embedders of the model are frozen. A new run gets the weights of the source. A resumed run has its own weights,
+    and reads the source only if there are distillation steps left.
 
     Returns:
-        The teacher of the steps to come; None if there are no such steps.
+        The teacher of the distillation steps that are left, or None if none are.
 
     Raises:
-        ValueError, FileNotFoundError: no source there, or one that does not fit the model and the configuration.
+        ValueError, FileNotFoundError: the source is missing, or does not fit the model and the configuration.
     """
     section = config.upcycle
     if section.source is None:
@@ -100,7 +100,7 @@ def block_outputs(dit: DiT, x: Tensor, cond: Tensor) -> list[Tensor]:
 
     Args:
         x: (B, C, H, W).
-        cond: (B, D), SiLU of the sum of its embeddings.
+        cond: (B, D) SiLU of the sum of its timestep and label embeddings.
     """
     tokens = dit.x_embedder(x.to(dit.x_embedder.weight.dtype)).flatten(2).transpose(1, 2) + dit.pos_embed
     outputs = []

@@ -1,4 +1,4 @@
-"""What depends on the step alone, so that a resumed run goes on exactly: learning rate, budgets, seeds."""
+"""Learning rate, budgets and seeds of a step. They depend only on the step, so a resumed run continues exactly."""
 
 import numpy as np
 
@@ -26,10 +26,10 @@ def drop_fraction(router: RouterSection, seed: int, step: int) -> float:
 
 
 def compression_target(router: RouterSection, step: int) -> float:
-    """N of the ratio loss: linear from ``target_start`` at step 0, then ``target``.
+    """N of the ratio loss: linear from ``target_start`` at step 0 to ``target``, then constant.
 
     This is the curriculum of the reference implementation (github AMD-AGI/DynamicChunkingDiT, ``train.py``), which
-    starts dropping where it ends.
+    starts dropping tokens at its end.
     """
     if router.target_start is None or step >= router.target_warmup_steps:
         return router.target

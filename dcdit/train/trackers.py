@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from dcdit.config import TrainConfig
-from dcdit.train.log import Record
 
 
 class Trackers:
-    """The trackers of ``run.trackers``; they write on the main process only, and finish when the block ends.
+    """The trackers of ``run.trackers``. They write on the main process only, and finish when the block ends.
 
-    TensorBoard's files are in the folder ``dcdit`` of the run; a resumed run goes on in them, repeated steps replaced.
-    Weights & Biases gets a new run each time, in a group with the name of the run's folder.
+    The files of TensorBoard are in the folder ``dcdit`` of the run. A resumed run continues them and replaces repeated
+    steps. Weights & Biases gets a new run each time, in a group with the name of the run's folder.
 
     Args:
         accelerator: made with ``log_with=run.trackers`` and the run's folder as ``project_dir``.
         config: of the run.
-        start: steps done before.
+        start: steps done before this part of the run.
     """
 
     def __init__(self, accelerator: Any, config: TrainConfig, start: int) -> None:
@@ -29,7 +28,7 @@ class Trackers:
         chosen = {name: options[name] for name in config.run.trackers or ()}
         accelerator.init_trackers("dcdit", _flat(config), chosen)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         values = {name: value for name, value in record.items() if name != "step"}
         self.accelerator.log(values, step=record["step"])
 
@@ -37,20 +36,20 @@ class Trackers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # accelerate's end_training would end its process group too.
+        # Not accelerate's end_training, which would also end the process group.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
 
 def check_trackers(names: list[str] | None) -> None:
-    """Raise ModuleNotFoundError for one that is not installed; accelerate would go on without it, silently."""
+    """Raise ModuleNotFoundError for a tracker that is not installed. accelerate would silently continue without it."""
     for name in names or ():
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"run.trackers names {name}, which is not installed: pip install {name}")
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
-    """``section.key`` to what trackers take: numbers and text."""
+    """``section.key`` to a number or text, which is what trackers accept."""
     sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(config)}
     return {
         f"{section}.{key}": value if isinstance(value, bool | int | float | str) else json.dumps(value)

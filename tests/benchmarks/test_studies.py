@@ -75,14 +75,14 @@ def arguments(package: Path, folder: Path) -> list[str]:
 
 def test_study_trains_measures_and_goes_on(package: Path, tiny: Path) -> None:
     cifar10.main(arguments(package, tiny))
-    told = json.loads((tiny / "page" / "study.json").read_text())["runs"]
-    assert set(told) == {"dc-dit-0", "static-flops-0"}
-    for run in told.values():
+    runs = json.loads((tiny / "page" / "study.json").read_text())["runs"]
+    assert set(runs) == {"dc-dit-0", "static-flops-0"}
+    for run in runs.values():
         assert run["training_flops"] >= FLOPS
         assert {"FID", "KID"} <= set(run["evaluation"]["figures"])
-    assert set(told["dc-dit-0"]["loss"]) == {"0.0", "0.3", "0.6"}
-    assert told["dc-dit-0"]["gflops"]["0.6"] < told["dc-dit-0"]["gflops"]["0.0"]
-    assert len(told["dc-dit-0"]["routing"]["kept_share"]) == len(cifar10.NOISE_LEVELS)
+    assert set(runs["dc-dit-0"]["loss"]) == {"0.0", "0.3", "0.6"}
+    assert runs["dc-dit-0"]["gflops"]["0.6"] < runs["dc-dit-0"]["gflops"]["0.0"]
+    assert len(runs["dc-dit-0"]["routing"]["kept_share"]) == len(cifar10.NOISE_LEVELS)
     text = (tiny / "page" / "report.md").read_text()
     for picture in ("losses.png", "samples.png", "routing.png"):
         assert picture in text
@@ -94,7 +94,7 @@ def test_study_trains_measures_and_goes_on(package: Path, tiny: Path) -> None:
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:
-    config: TrainConfig = load_config(None, [f"run.out={tmp_path / 'run'}", f"data.path={tmp_path / 'nowhere'}"])
+    config: TrainConfig = load_config(None, {"run.out": str(tmp_path / "run"), "data.path": str(tmp_path / "nowhere")})
     with pytest.raises(training.RunFailedError, match=r"broken \(see .*run\.out\)"):
         training.train_all({"broken": config}, jobs=1)
     assert "nowhere" in (tmp_path / "run.out").read_text()

@@ -1,4 +1,4 @@
-"""The study's page tells what its logs say."""
+"""The configurations of the study, and its page from logs with known numbers."""
 
 import dataclasses
 

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from dcdit.config import TrainConfig, describe, dump_yaml, from_dict, load_config, override, to_dict
+from dcdit.config import (
+    TrainConfig,
+    describe,
+    dump_yaml,
+    from_dict,
+    given_keys,
+    load_config,
+    override,
+    parse_overrides,
+    parse_value,
+    to_dict,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "dcdit" / "config" / "recipes").glob("*.yaml"))
 
@@ -47,6 +58,48 @@ def test_override_leaves_its_input_alone():
     data = {"optim": {"lr": 1e-3}}
     assert override(data, ["optim.lr=1"]).optim.lr == 1.0
     assert data == {"optim": {"lr": 1e-3}}
+
+
+def test_programs_override_with_values(write):
+    """Typed values, at the same keys as texts, on a file, on dicts and on a configuration."""
+    values = {"run.out": "2024", "optim.flops": None, "model.overrides.grid": [8, 8], "router.drop_fractions": [0, 0.5]}
+    texts = ["run.out='2024'", "optim.flops=null", "model.overrides.grid=[8, 8]", "router.drop_fractions=[0, 0.5]"]
+    path = write("model:\n  overrides: {hidden_size: 128}\noptim: {flops: 3}\n")
+    config = load_config(path, values)
+    assert config == load_config(path, texts)
+    assert config == override(given_keys(path), values) == override(load_config(path), values)
+    assert (config.run.out, config.model.overrides) == ("2024", {"hidden_size": 128, "grid": [8, 8]})
+    config.model.overrides["grid"].append(1)
+    assert values["model.overrides.grid"] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"run": {"out": "a"}}, ValueError, r"override 'run'; accepted: section\.key, e\.g\. optim\.lr"),
+        ({"run.out": Path("a")}, TypeError, r"run\.out is PosixPath\('a'\); accepted: text"),
+        ({"optim.lr.x": 1}, ValueError, r"override 'optim\.lr\.x' enters 'lr', which is not a section"),
+        ({"optim.lrr": 1}, ValueError, r"unknown configuration key 'optim\.lrr'"),
+    ],
+)
+def test_bad_values(values, kind, message):
+    with pytest.raises(kind, match=message) as error:
+        override(TrainConfig(), values)
+    assert "\n" not in str(error.value)
+
+
+def test_the_last_assignment_of_a_key_counts():
+    texts = ["model.overrides={depth: 1}", "model.overrides.depth=2", "model.overrides={num_heads: 3}", "optim.lr=1"]
+    assert parse_overrides(texts) == {"model.overrides.depth": 2, "model.overrides": {"num_heads": 3}, "optim.lr": 1}
+    assert load_config(None, texts).model.overrides == {"num_heads": 3}
+
+
+def test_flags_are_read_by_the_type_of_their_key():
+    """A folder called 2024 is text, a number of steps is not."""
+    assert [parse_value(key, "2024") for key in ("run.out", "data.path", "optim.steps")] == ["2024", "2024", 2024]
+    assert [parse_value(key, "null") for key in ("data.path", "optim.flops")] == ["null", None]
+    with pytest.raises(ValueError, match=r"override 'optim\.steps=\[' has a value that is not YAML"):
+        parse_value("optim.steps", "[")
 
 
 def test_round_trips(write):

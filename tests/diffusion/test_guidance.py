@@ -136,13 +136,26 @@ class Dynamic(nn.Module):
         return x
 
 
+class Wrapper(nn.Module):
+    """Keeps its model where DistributedDataParallel does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
 @pytest.mark.parametrize("option", [{"drop_fraction": 0.2}, {"budget": 5}])
 def test_a_static_model_takes_no_budget(y, option):
-    for model in (Static(), torch.compile(Static(), backend="eager"), lambda x, t, y: x):
+    compiled = torch.compile(Static(), backend="eager")
+    for model in (Static(), compiled, Wrapper(compiled), lambda x, t, y: x):
         with pytest.raises(ValueError, match="takes none; accepted: a dynamic model"):
             guided(model, y, **option)
     guided(Dynamic(), y, **option)
     guided(torch.compile(Dynamic(), backend="eager"), y, **option)
+    guided(Wrapper(torch.compile(Dynamic(), backend="eager")), y, **option)
     guided(lambda x, t, y, **options: x, y, **option)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcdit.diffusion import DiTObjective, FlowMatchingObjective
+from dcdit.diffusion import DiTObjective, FlowMatchingObjective, create_objective
 from dcdit.diffusion.likelihood import discretized_gaussian_log_likelihood, gaussian_kl
 
 BETAS = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
@@ -215,6 +215,51 @@ def test_flow_matching_loss(channels):
     out = FlowMatchingObjective().losses(model, x0, None, t, noise)
     torch.testing.assert_close(out["loss"], torch.full((3,), 0.25, dtype=torch.float64))
     assert torch.equal(out["loss"], out["mse"])
+
+
+# --- noise, then loss -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [DiTObjective(), FlowMatchingObjective("logit_normal")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_noise_and_loss_are_the_parts_of_losses(objective, dtype):
+    """Bit for bit, with the model's input in the dtype of the data and the rest in float32 at least."""
+    x0 = randn(4, 2, 3, 3).to(dtype)
+    t, noise = objective.draw(x0.shape, x0.device, torch.Generator().manual_seed(1), dtype)
+    weight = randn(4, 2, seed=2).to(dtype)
+
+    def model(x, time, y):
+        return torch.einsum("oc,bchw->bohw", weight, x) + (time.to(dtype) / 1000).view(-1, 1, 1, 1)
+
+    noisy = objective.noise(x0, t, noise)
+    upcast = torch.promote_types(dtype, torch.float32)
+    assert noisy.x.dtype == dtype and torch.equal(noisy.x, noisy.x_t.to(dtype))
+    assert {noisy.target.dtype, noisy.x0.dtype, noisy.x_t.dtype} == {upcast}
+    parts = objective.loss(model(noisy.x, noisy.time, None), noisy)
+    whole = objective.losses(model, x0, None, t, noise)
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+    drawn = objective(model, x0, None, torch.Generator().manual_seed(1))
+    assert all(torch.equal(parts[name], drawn[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["flow", "dit"])
+def test_noise_levels_run_from_data_to_noise(name):
+    objective = create_objective(name)
+    x0, ones = randn(6, 3, 16, 16, dtype=torch.float32).clamp(-1, 1), torch.ones(6, 3, 16, 16)
+    start, end = (objective.noise(x0, objective.t_at(level, x0), ones) for level in (0.0, 1.0))
+    torch.testing.assert_close(start.x, x0, atol=0.02, rtol=0)
+    torch.testing.assert_close(end.x, ones, atol=0.02, rtol=0)
+    assert start.time.shape == end.time.shape == (6,)
+    assert float(start.time[0]) < float(end.time[0])
+    middle = objective.noise(x0, objective.t_at(0.5, x0), ones)
+    assert middle.time.tolist() == [500] * 6
+
+
+def test_objectives_by_name():
+    assert isinstance(create_objective("flow"), FlowMatchingObjective)
+    assert [create_objective("dit", learn_sigma).learn_sigma for learn_sigma in (True, False)] == [True, False]
+    with pytest.raises(ValueError, match="unknown objective 'ddim'; accepted: dit, flow"):
+        create_objective("ddim")
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_diffusers_agrees():
 
 
 def velocity(x, t):
-    """E[noise - x0 | x_t] for data N(MEAN, STD^2) on straight paths; the model is told 1000 t."""
+    """E[noise - x0 | x_t] for data N(MEAN, STD^2) on straight paths; the model sees 1000 t."""
     t = t / 1000
     offset = (x - (1 - t) * MEAN) / ((1 - t) ** 2 * STD**2 + t**2)
     return t * offset - (MEAN + (1 - t) * STD**2 * offset)

@@ -1,4 +1,4 @@
-"""The router study on routers that we know: one that follows detail, one that does not look."""
+"""The router study on a router that follows detail, and on a model."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 from dcdit.models import DCDiT, DCDiTConfig
-from dcdit.profiling.router_study import local_detail, noising_of, study_router
+from dcdit.profiling.router_study import local_detail, study_router
 
 
 class Routed(NamedTuple):
@@ -29,12 +30,8 @@ def by_detail(x: Tensor, t: Tensor, y: Tensor, return_routing: bool) -> tuple[No
     return None, Routed(prob, prob > 0.5)
 
 
-def unchanged(x0: Tensor, level: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    return x0, torch.zeros(len(x0))
-
-
 def test_a_router_that_follows_detail() -> None:
-    study = study_router(by_detail, images(), torch.zeros(6).long(), unchanged, [0.0])
+    study = study_router(by_detail, images(), torch.zeros(6).long(), FlowMatchingObjective(), [0.0])
     assert study.detail_correlation[0] > 0.9
     assert study.kept_share_detailed[0] > study.kept_share_smooth[0]
     assert study.kept_share_smooth[0] <= study.kept_share[0] <= study.kept_share_detailed[0]
@@ -42,7 +39,7 @@ def test_a_router_that_follows_detail() -> None:
 
 
 def test_noise_hides_the_detail() -> None:
-    study = study_router(by_detail, images(), torch.zeros(6).long(), noising_of("flow"), [0.0, 0.5, 0.99])
+    study = study_router(by_detail, images(), torch.zeros(6).long(), FlowMatchingObjective(), [0.0, 0.5, 0.99])
     assert study.detail_correlation[0] > study.detail_correlation[1] > study.detail_correlation[2]
 
 
@@ -54,39 +51,24 @@ def test_detail_is_local_and_flat_where_nothing_happens() -> None:
     torch.testing.assert_close(constant, torch.full((1, 8, 8), 1e-4).log())
 
 
-@pytest.mark.parametrize("objective", ["flow", "dit"])
-def test_noising_runs_from_data_to_noise(objective: str) -> None:
-    x0, noise = images(), torch.ones(6, 3, 16, 16)
-    start, t_start = noising_of(objective)(x0, 0.0, noise)
-    end, t_end = noising_of(objective)(x0, 1.0, noise)
-    torch.testing.assert_close(start, x0, atol=0.02, rtol=0)
-    torch.testing.assert_close(end, noise, atol=0.02, rtol=0)
-    assert t_start.shape == t_end.shape == (6,)
-    assert float(t_start[0]) < float(t_end[0])
-
-
 def test_the_study_of_a_model_repeats() -> None:
     torch.manual_seed(0)
     model = DCDiT(
         DCDiTConfig(grid=(16, 16), in_channels=3, hidden_size=128, depth=1, num_heads=2, num_classes=4)
     ).eval()
-    runs = [study_router(model, images(), torch.zeros(6).long(), noising_of("dit"), [0.1, 0.6]) for _ in range(2)]
+    runs = [study_router(model, images(), torch.zeros(6).long(), DiTObjective(), [0.1, 0.6]) for _ in range(2)]
     assert runs[0] == runs[1]
     assert len(runs[0].kept_share) == 2
-
-
-def test_unknown_objective_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown objective 'ddim'; accepted: dit, flow"):
-        noising_of("ddim")
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_too_few_images_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match=f"x0 holds {count} images; accepted: at least 3"):
-        study_router(by_detail, images(max(count, 1))[:count], torch.zeros(count).long(), unchanged, [0.0])
+        x0, y = images(max(count, 1))[:count], torch.zeros(count).long()
+        study_router(by_detail, x0, y, FlowMatchingObjective(), [0.0])
 
 
 @pytest.mark.parametrize("level", [-0.1, 1.5])
 def test_a_level_off_the_axis_is_refused(level: float) -> None:
     with pytest.raises(ValueError, match=f"levels holds {level}"):
-        study_router(by_detail, images(), torch.zeros(6).long(), unchanged, [level])
+        study_router(by_detail, images(), torch.zeros(6).long(), FlowMatchingObjective(), [level])

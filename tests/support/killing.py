@@ -1,4 +1,4 @@
-"""Processes that are killed at a chosen moment: just before one of their file operations."""
+"""Processes that are killed just before a chosen file operation."""
 
 import itertools
 import os
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-"""Audit events of all that changes a file or folder, and of much that only reads one."""
+"""Audit events of everything that changes a file or folder, and of some operations that only read."""
 
 
 def dies_before(number: int, work: Callable[[], Any]) -> bool:
-    """Do ``work`` in a forked process that gets SIGKILL just before its file operation of this number, from 0.
+    """Do ``work`` in a forked process, which gets SIGKILL just before its file operation ``number`` (from 0).
 
     Returns:
-        Whether it came to that: False where the work was done with fewer operations.
+        Whether the process was killed; False if the work took fewer operations.
     """
     process = os.fork()
     if process:

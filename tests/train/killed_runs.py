@@ -1,7 +1,8 @@
-"""Start a run again and again, each time killed a little later: ``killed_runs.py CONFIG FOLDER STRIDE``.
+"""Start a run again and again, and kill each a little later: ``killed_runs.py CONFIG FOLDER STRIDE``.
 
-Run i goes to FOLDER/i and is killed before file operation i * STRIDE, until one ends by itself; that one is removed.
-Runs are forked from one process, which imports beforehand all that they would: file operations are then their own.
+Run i is in FOLDER/i and is killed before file operation i * STRIDE. The first run that ends by itself is removed and is
+the last one. The runs are forked from one process that has imported everything they need, so that no file operation of
+an import is counted.
 """
 
 import itertools
@@ -22,6 +23,6 @@ if __name__ == "__main__":
     config, folder, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     for i in itertools.count():
         out = folder / str(i)
-        if not dies_before(i * stride, lambda out=out: train(load_config(config, [f"run.out={out}"]))):
+        if not dies_before(i * stride, lambda out=out: train(load_config(config, {"run.out": str(out)}))):
             shutil.rmtree(out)
             break

@@ -1,4 +1,4 @@
-"""The distillation loss: zero where the student does what the teacher does, and by its definition elsewhere."""
+"""The distillation loss: zero if the student equals the teacher, and equal to its definition otherwise."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dcdit.train.distill import Teacher, block_outputs, patch_of_cell
 
 
 class Fixed(nn.Module):
-    """A module that answers the same whatever it is asked."""
+    """A module with the same output for every input."""
 
     def __init__(self, answer: Tensor) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ def student_of(source, **overrides) -> DCDiT:
 
 
 def fed_with_teacher_tokens(source, x, keep):
-    """A student whose encoder gives each cell the token of its patch, and whose router keeps the cells of ``keep``."""
+    """A student whose encoder gives each grid cell the token of its patch, and whose router keeps ``keep``."""
     model = student_of(source)
     cells = patch_of_cell(source.config.grid, source.config.patch_size)
     tokens = source.x_embedder(x).flatten(2).transpose(1, 2) + source.pos_embed
@@ -42,7 +42,7 @@ def fed_with_teacher_tokens(source, x, keep):
 
 
 def one_cell_per_patch(grid, patch_size, seed=0):
-    """(H*W,) bool: a random cell of every patch."""
+    """(H*W,) bool: a random grid cell of every patch."""
     cells = patch_of_cell(grid, patch_size)
     order = torch.rand(cells.shape, generator=torch.Generator().manual_seed(seed))
     best = torch.full((int(cells.max()) + 1,), -1.0).scatter_reduce(0, cells, order, "amax")
@@ -52,7 +52,7 @@ def one_cell_per_patch(grid, patch_size, seed=0):
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_zero_where_the_token_sets_are_the_same(patch_size, dropout):
-    """One token a patch, equal inputs: attention does not care for the order. Labels are dropped for both."""
+    """One token per patch and equal inputs: attention does not depend on the order. Both drop the same labels."""
     source = small_dit(patch_size=patch_size, class_dropout_prob=dropout or 0.1)
     x, t, y = batch(source.config, size=4)
     model = fed_with_teacher_tokens(source, x, one_cell_per_patch(source.config.grid, patch_size))
@@ -67,7 +67,7 @@ def test_zero_where_the_token_sets_are_the_same(patch_size, dropout):
 
 
 def test_zero_needs_the_right_positions():
-    """The usual position table, counted in cells, is not what the source's blocks know."""
+    """Other positions than those that the blocks of the source were trained on give a loss."""
     source = small_dit(patch_size=2)
     x, t, y = batch(source.config)
     model = fed_with_teacher_tokens(source, x, one_cell_per_patch(source.config.grid, 2))
@@ -77,7 +77,7 @@ def test_zero_needs_the_right_positions():
 
 
 def test_definition():
-    """Token by token: the patch that covers it; of each image, error over mean square; mean over images and blocks."""
+    """Each token against the patch that covers it; error over mean square per image; mean over images and blocks."""
     source, rng = small_dit(), torch.Generator().manual_seed(0)
     x, t, y = batch(source.config)
     cond = nn.functional.silu(source.t_embedder(t) + source.y_embedder(y))

@@ -1,4 +1,4 @@
-"""The parts of the loop by themselves: averaged weights, schedules, validation, the log."""
+"""The parts of the loop: averaged weights, schedules, validation, the log."""
 
 import json
 
@@ -9,7 +9,7 @@ from torch import nn
 from dcdit.config import OptimSection, RouterSection
 from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 from dcdit.train import EMA, matched_steps
-from dcdit.train.log import Window, append, cut_log
+from dcdit.train.records import MetricMeans, append, cut_log
 from dcdit.train.schedule import compression_target, drop_fraction, learning_rate, seed_of
 from dcdit.train.validate import validate
 
@@ -99,16 +99,16 @@ def test_validation_is_a_mean_over_exactly_the_images(objective, batch_size):
     assert validate(predict, objective, Numbers(), 5, batch_size, torch.device("cpu")) == pytest.approx(expected)
 
 
-def test_window_averages_and_forgets():
-    window = Window()
+def test_metrics_are_averaged_and_cleared():
+    means = MetricMeans()
     for value in (1.0, 2.0, 6.0):
-        window.add({"loss": torch.tensor(value), "kept": torch.tensor(value / 10)}, images=4)
-    names, means = window.means()
+        means.add({"loss": torch.tensor(value), "kept": torch.tensor(value / 10)}, images=4)
+    names, values = means.read()
     assert names == ["loss", "kept"]
-    assert means.tolist() == pytest.approx([3.0, 0.3])
-    assert window.images == 12 and window.rate() > 0
-    window.clear()
-    assert window.images == 0 and not window.values
+    assert values.tolist() == pytest.approx([3.0, 0.3])
+    assert means.images == 12 and means.images_per_second() > 0
+    means.clear()
+    assert means.images == 0 and not means.values
 
 
 def test_matched_steps():

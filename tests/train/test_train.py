@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model on a CPU: what a step does, stopping without a trace, and misfits that are refused."""
+"""Whole runs of a tiny model on a CPU: what a step does, exact resuming, and the errors of what does not fit."""
 
 import importlib.util
 import json
@@ -198,9 +198,9 @@ def test_static_baseline_trains(config):
 @pytest.mark.parametrize("name", ["DC-DiT-S", "DiT-S/2"])
 def test_the_split_of_a_batch_changes_nothing(config, name, tmp_path):
     """One pass of one process, and two passes each of two processes that `accelerate launch` starts."""
-    settings = [f"model.name={name}", "optim.batch_size=8", "run.eval_every=4"]
-    one = train(config(*settings, out="one"))
-    split = config(*settings, "optim.accumulate=2", "data.workers=1", out="two")
+    settings = ["optim.batch_size=8", "run.eval_every=4"]
+    one = train(override(config(*settings, out="one"), {"model.name": name}))
+    split = override(config(*settings, "optim.accumulate=2", "data.workers=1", out="two"), {"model.name": name})
     (tmp_path / "two.yaml").write_text(dump_yaml(split))
     # The launcher starts several processes for GPUs only; on which device they compute is the run's own business.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -247,7 +247,7 @@ def test_flops_are_counted_from_the_lengths_kept(config, name, monkeypatch):
         return select(*args, **kwargs)
 
     monkeypatch.setattr(ops, "select_tokens", recording)
-    settings = config(f"model.name={name}", "optim.accumulate=2", "run.log_every=2", out="stopped")
+    settings = override(config("optim.accumulate=2", "run.log_every=2", out="stopped"), {"model.name": name})
     first = train(settings, callbacks=[stop_at(2)])
     result = train(settings, resume=first.log.parent)
     assert [record["step"] for record in records(result)] == [2, 4]
@@ -265,7 +265,7 @@ def test_flops_limit(config):
     """The run stops at the first record that has spent them, and does so again when it is resumed."""
     per_step = 3 * count_flops(create_model("DiT-S/2", num_classes=3, **TINY).config, batch=4)["total"]
     static = ["model.name=DiT-S/2", "optim.steps=1000", "run.log_every=2", "run.checkpoint_every=1"]
-    settings = config(*static, f"optim.flops={2.5 * per_step}")
+    settings = override(config(*static), {"optim.flops": 2.5 * per_step})
     for resume in (None, settings.run.out):
         result = train(settings, resume=resume)
         assert (result.step, result.reason) == (4, "flops")
@@ -285,7 +285,7 @@ def test_resume_repeats_lost_steps(config):
 
 
 def test_resume_past_a_damaged_checkpoint(config):
-    """The error says how, and the run then ends as if nothing had been damaged."""
+    """The error names the checkpoint to resume from, and the run then ends as it would have without the damage."""
     settings = config("run.checkpoint_every=1", "run.keep_checkpoints=2")
     before = train(settings).checkpoint
     expected = before.rename(before.with_name("undamaged"))
@@ -324,7 +324,7 @@ def test_a_run_killed_at_any_moment_goes_on_bitwise(config, tmp_path, overrides)
     for out in sorted((tmp_path / "runs").iterdir(), key=lambda out: int(out.name)):
         begun = bool(ckpt.list_checkpoints(out))
         steps.append(ckpt.read_trainer(out)["step"] if begun else 0)
-        again = train(config(*overrides, *saving, f"run.out={out}"), resume=out if begun else None)
+        again = train(config(*overrides, *saving, out=out), resume=out if begun else None)
         assert_same_weights(whole.checkpoint, again.checkpoint)
         assert without_speed(whole) == without_speed(again)
         assert [path.name for path in (out / "checkpoints").iterdir()] == [whole.checkpoint.name]
@@ -432,4 +432,4 @@ def test_diverged_loss_stops_the_run(config, tmp_path):
     path = tmp_path / "nan.npz"
     np.savez(path, latents=np.full((8, 3, 8, 8), np.nan, np.float32), labels=np.zeros(8, int))
     with pytest.raises((FloatingPointError, ValueError), match=r"nan|NaN"):
-        train(config(f"data.path={path}", "model.name=DiT-S/2"))
+        train(override(config("model.name=DiT-S/2"), {"data.path": str(path)}))

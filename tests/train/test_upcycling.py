@@ -53,8 +53,9 @@ def source(archive, tmp_path_factory):
 @pytest.fixture
 def config(archive, source, tmp_path):
     def config(*overrides, out="run"):
-        own = [f"upcycle.source={source}", "upcycle.distill_steps=2", "model.overrides.adapt_conditioning=true"]
-        return settings(archive, tmp_path / out, "DC-DiT-S", *own, *overrides)
+        upcycled = {"upcycle.source": str(source), "upcycle.distill_steps": 2}
+        upcycled["model.overrides.adapt_conditioning"] = True
+        return override(override(settings(archive, tmp_path / out, "DC-DiT-S"), upcycled), overrides)
 
     return config
 
@@ -102,13 +103,13 @@ def test_records_of_the_warm_up(config):
         total = record["diffusion_loss"] + 0.03 * record["ratio_loss"] + 0.5 * record.get("distill_loss", 0)
         assert record["loss"] == pytest.approx(total, rel=1e-5)
         after.append((record["step"], "distill_loss" in record))
-    # A record closes the warm-up, so none mixes the two.
+    # A record ends the warm-up, so no record mixes steps with and without a teacher.
     assert after == [(3, True), (4, False), (5, False)]
 
 
 def test_the_teacher_is_counted(config):
     with_teacher, without = (
-        train(config("optim.lr=0", f"upcycle.distill_steps={steps}", out=str(steps))) for steps in (3, 0)
+        train(override(config("optim.lr=0", out=str(steps)), {"upcycle.distill_steps": steps})) for steps in (3, 0)
     )
     dit = count_flops(create_config("DiT-S/2", num_classes=3, **TINY))["total"]
     assert records(with_teacher)[-1]["flops"] - records(without)[-1]["flops"] == 3 * 4 * dit
@@ -173,12 +174,16 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(config, step):
 
 def test_the_source_is_needed_for_the_warm_up_only(config, source, tmp_path):
     own = shutil.copytree(source, tmp_path / "copy")
-    moved = [f"upcycle.source={own}", "optim.steps=2"]
-    early, late = (train(config(*moved, f"upcycle.distill_steps={steps}", out=str(steps))) for steps in (9, 2))
+
+    def moved(steps, distill_steps):
+        values = {"upcycle.source": str(own), "optim.steps": steps, "upcycle.distill_steps": distill_steps}
+        return override(config(out=str(distill_steps)), values)
+
+    early, late = (train(moved(2, distill_steps)) for distill_steps in (9, 2))
     shutil.rmtree(own)
     with pytest.raises(FileNotFoundError, match="no pretrained DiT"):
-        train(config(*moved, "upcycle.distill_steps=9", "optim.steps=3", out="9"), resume=early.log.parent)
-    assert train(config(*moved, "optim.steps=3", out="2"), resume=late.log.parent).step == 3
+        train(moved(3, 9), resume=early.log.parent)
+    assert train(moved(3, 2), resume=late.log.parent).step == 3
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -250,4 +255,4 @@ def test_a_source_without_a_null_class(archive, tmp_path, capsys):
 
 def test_a_static_model_cannot_be_upcycled(archive, source, tmp_path):
     with pytest.raises(ValueError, match=r"model\.name is 'DiT-S/2' with upcycle\.source; accepted: a DC-DiT"):
-        train(settings(archive, tmp_path / "run", "DiT-S/2", f"upcycle.source={source}"))
+        train(override(settings(archive, tmp_path / "run", "DiT-S/2"), {"upcycle.source": str(source)}))

@@ -1,0 +1,43 @@
+"""What is refused before the first step: data, model and configuration that do not fit one another."""
+
+from dcdit.checkpoint import Model
+from dcdit.config import TrainConfig
+from dcdit.data import Samples
+
+
+def local_batch_size(config: TrainConfig, processes: int, dynamic: bool) -> int:
+    """Images per forward pass of one process.
+
+    Raises:
+        ValueError: the batch does not divide into such passes, or (``dynamic``) a pass not into groups of the ratio
+            loss.
+    """
+    optim, group = config.optim, config.router.group_size
+    passes = optim.accumulate * processes
+    local_batch, rest = divmod(optim.batch_size, passes)
+    if rest or not local_batch:
+        raise ValueError(
+            f"optim.batch_size is {optim.batch_size}; accepted: a multiple of optim.accumulate times processes = "
+            f"{passes}"
+        )
+    # A group must lie within one forward pass, or its images would depend on how the batch is split.
+    split = local_batch < optim.batch_size
+    if dynamic and (split if group is None else local_batch % group):
+        raise ValueError(
+            f"router.group_size is {'null' if group is None else group}; accepted: a divisor of the {local_batch} "
+            f"images per forward pass{'' if split else ', or null'}"
+        )
+    return local_batch
+
+
+def check_fit(data: Samples, model: Model) -> None:
+    """Raise ValueError if the model does not take images of this shape, or has too few classes."""
+    config = model.config
+    accepted = (config.in_channels, *config.grid)
+    if tuple(data.shape) != accepted:
+        raise ValueError(
+            f"the data has shape {tuple(data.shape)}, the model takes {accepted}; fit data.size, model.image_size or "
+            "model.overrides (in_channels, grid)"
+        )
+    if len(data.class_names) > config.num_classes:
+        raise ValueError(f"the data has {len(data.class_names)} classes; model.num_classes is {config.num_classes}")

@@ -1,0 +1,117 @@
+"""The records of a run: metrics averaged since the last record, and the log, trackers and callbacks that get them."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcdit.config import TrainConfig
+from dcdit.train.compute import SpentFlops
+from dcdit.train.schedule import compression_target, learning_rate
+from dcdit.train.trackers import Trackers
+from dcdit.utils.files import atomically
+
+LogRecord = dict[str, Any]
+"""A line of log.jsonl: ``step`` and numbers by name."""
+
+
+class MetricMeans:
+    """Means of metrics since the last record. They stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.values: list[dict[str, Tensor]] = []
+        self.images, self.began = 0, time.monotonic()
+
+    def add(self, values: dict[str, Tensor], images: int) -> None:
+        """Add the metrics () of one step and the number of its images."""
+        self.values.append(values)
+        self.images += images
+
+    def read(self) -> tuple[list[str], Tensor]:
+        """Names, and their means (names,) on the device."""
+        names = list(self.values[0])
+        rows = torch.stack([torch.stack([values[name].float() for name in names]) for values in self.values])
+        return names, rows.mean(0)
+
+    def images_per_second(self) -> float:
+        return self.images / (time.monotonic() - self.began)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block does not count as training."""
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
+
+
+def training_record(
+    step: int, means: MetricMeans, flops: SpentFlops, config: TrainConfig, accelerator: Any
+) -> LogRecord:
+    """The record of the steps since the last one, the same on every process, each of which has to call this.
+
+    Args:
+        step: steps done.
+        means: of these steps; cleared.
+        flops: spent so far.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    names, values = means.read()
+    values = accelerator.reduce(values, reduction="mean")
+    record: LogRecord = {"step": step, **dict(zip(names, values.tolist(), strict=True))}
+    if not math.isfinite(record["loss"]):
+        raise FloatingPointError(f"the loss is {record['loss']} at step {step}; lower optim.lr or check the data")
+    record["lr"] = learning_rate(config.optim, step - 1)
+    if "ratio_loss" in record:
+        record["target"] = compression_target(config.router, step - 1)
+    record |= {"flops": flops.read(accelerator), "images_per_s": means.images_per_second()}
+    means.clear()
+    return record
+
+
+def summary(record: LogRecord) -> str:
+    """A training record in a few words, for the progress bar."""
+    kept = f" kept {record['kept']:.1%}" if "kept" in record else ""
+    distill = f" distill {record['distill_loss']:.3f}" if "distill_loss" in record else ""
+    return f"loss {record['loss']:.4f}{kept}{distill} {record['images_per_s']:.1f} images/s"
+
+
+class RecordWriter:
+    """Gives records to log.jsonl, to the trackers and to the callbacks, on the main process only."""
+
+    def __init__(
+        self, log: Path, trackers: Trackers, callbacks: Sequence[Callable[[LogRecord], None]], main_process: bool
+    ) -> None:
+        self.log, self.trackers, self.callbacks, self.main_process = log, trackers, callbacks, main_process
+
+    def write(self, record: LogRecord) -> None:
+        if not self.main_process:
+            return
+        append(self.log, record)
+        self.trackers.write(record)
+        for callback in self.callbacks:
+            callback(record)
+
+
+def append(log: Path, record: LogRecord) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_log(log: Path, step: int) -> None:
+    """Remove the records of steps that a resumed run will do again, and a line that a kill left unfinished."""
+    if not log.exists():
+        return
+    *lines, _ = log.read_text(encoding="utf-8").split("\n")
+    kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+    atomically(log, lambda file: file.write_text(kept, encoding="utf-8"))

@@ -1,0 +1,59 @@
+"""What a run saves in its checkpoints, and how it continues from one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dcdit import checkpoint as ckpt
+from dcdit.config import TrainConfig, to_dict
+from dcdit.data import Samples
+from dcdit.train.compute import SpentFlops
+from dcdit.train.ema import EMA
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All of a run that changes from step to step. What is random follows from the seed and the step."""
+
+    model: ckpt.Model
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    flops: SpentFlops
+
+    def save(self, step: int, config: TrainConfig, data: Samples, accelerator: Any) -> Path:
+        """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""
+        folder = ckpt.checkpoint_path(config.run.out, step)
+        flops = self.flops.read(accelerator)
+        if accelerator.is_main_process:
+            trainer = {"step": step, "flops": flops, "config": to_dict(config)}
+            notes = {"objective": config.diffusion.objective, **data.notes}
+            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
+            ckpt.keep_newest(folder, config.run.keep_checkpoints)
+        accelerator.wait_for_everyone()
+        return folder
+
+    def restore(self, saved: ckpt.Checkpoint) -> int:
+        """Continue from a checkpoint; returns the steps done.
+
+        Raises:
+            ValueError: a checkpoint of another model, or without step and FLOPs.
+        """
+        kind = type(self.model).__name__
+        if saved.architecture != kind:
+            raise ValueError(
+                f"{saved.path} holds a {saved.architecture}; accepted: a {kind}, as the configuration says"
+            )
+        ckpt.load_weights(self.model, saved.model, saved.path)
+        self.ema.load(saved.ema)
+        ckpt.load_optimizer(self.model, self.optimizer, saved.optimizer, saved.path)
+        step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))
+        return step
+
+
+def _whole_number(saved: ckpt.Checkpoint, key: str) -> int:
+    value = saved.trainer.get(key)
+    if not isinstance(value, int):
+        raise ValueError(f"{saved.path}/{ckpt.TRAINER_FILE} has the {key} {value!r}; accepted: a whole number")
+    return value

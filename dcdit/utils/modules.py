@@ -1,0 +1,50 @@
+"""What to ask of a model that may be a function, a module, or a module inside a wrapper."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def unwrap_model(model: Callable[..., Any]) -> Any:
+    """The module inside the wrappers of torch.compile and DistributedDataParallel; anything else as it is."""
+    for wrapper in ("_orig_mod", "module"):
+        if isinstance(getattr(model, wrapper, None), nn.Module):
+            return unwrap_model(getattr(model, wrapper))
+    return model
+
+
+def accepts_keyword(model: Callable[..., Any], name: str) -> bool:
+    """Whether the model can be called with this keyword argument."""
+    model = unwrap_model(model)
+    parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def name_of(model: Callable[..., Any]) -> str:
+    """The name of the function, or of the class of the module."""
+    model = unwrap_model(model)
+    return getattr(model, "__name__", type(model).__name__)
+
+
+def dtype_of(model: Callable[..., Any]) -> torch.dtype:
+    """The dtype of the weights; float32 for a model without weights."""
+    model = unwrap_model(model)
+    weights = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((weight.dtype for weight in weights), torch.float32)
+
+
+@contextmanager
+def evaluating(model: Callable[..., Any]) -> Iterator[None]:
+    """Put a module into evaluation mode inside the block, and back into training mode after it if it was there."""
+    if not (isinstance(model, nn.Module) and model.training):
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
