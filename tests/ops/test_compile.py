@@ -71,7 +71,7 @@ def test_changed_masks_do_not_recompile() -> None:
 
 
 def test_custom_operators_are_well_formed() -> None:
-    from dcdit.ops._torch import dechunk_ema, nearest, smoothing, spread  # noqa: F401
+    from dcdit.ops._torch import dechunk_ema, nearest, smoothing, upsample  # noqa: F401
 
     p = random_probs(B, L)
     sel = ops.select_tokens(p)
@@ -80,7 +80,7 @@ def test_custom_operators_are_well_formed() -> None:
     registered = torch.ops.dcdit_torch
     calls = {
         registered.nearest_kept: (packed_rows >= 0,),
-        registered.spread: (h, owner, randn(B * L, D), torch.float32),
+        registered.upsample: (h, owner, randn(B * L, D), torch.float32),
         registered.row_dots: (randn(B * L, D), h, owner),
         registered.smooth_forward: (h, q, packed_rows, sel.indices, 6, 1.0),
         registered.smooth_backward: (h, h, q, h, q[:, None], packed_rows, sel.indices, 6, 1.0),

@@ -52,12 +52,12 @@ def test_widths(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("host_reads")
-def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dcdit.ops._torch import rows
+def test_many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcdit.ops._torch import row_slices
 
-    monkeypatch.setattr(rows, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1)
-    # Chunks of several images, of several lines of one image, and of one line that is longer than a chunk.
+    monkeypatch.setattr(row_slices, "SLICE_ROWS", 10)
+    monkeypatch.setattr(row_slices, "SLICE_ELEMENTS", 1)
+    # Slices of several images, of several grid rows of one image, and of one grid row that is longer than a slice.
     for grid in ((2, 2), (5, 4), (3, 17)):
         check_against_reference(ops.dechunk_spatial, *arguments(5, grid, 8))
 
