@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import dcdit
-from dcdit.ops.attention import attention_backends
-from dcdit.ops.attention_kernels import choose
+from dcdit.ops.attention_kernels import attention_backends
+from dcdit.ops.attention_kernels import choose_attention_backend as choose
 from dcdit.ops.backend import backend_name
 
 PACKAGES = (

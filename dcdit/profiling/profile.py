@@ -14,7 +14,7 @@ from torch import Tensor
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops
 from dcdit.nn import STAGES
 from dcdit.nn.routers import PredictabilityRouter
-from dcdit.ops.attention import attention_backends
+from dcdit.ops.attention_kernels import attention_backends
 from dcdit.profiling.timing import time_sides, time_stages
 from dcdit.utils.tables import markdown_table
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.ops import attention, reference
 from dcdit.ops import attention_kernels as kernels
 from dcdit.ops import backend as backends
-from dcdit.ops.attention import attention_backends, varlen_attention
+from dcdit.ops import reference
+from dcdit.ops.attention import varlen_attention
+from dcdit.ops.attention_kernels import attention_backends, choose_attention_backend
 
 LENGTHS = {
     "equal": [5, 5, 5],
@@ -189,9 +190,9 @@ def gpu(monkeypatch):
 
         monkeypatch.setattr(kernels, "importlib", SimpleNamespace(import_module=import_module))
 
-    kernels._missing.cache_clear()
+    kernels._why_unavailable.cache_clear()
     yield pretend
-    kernels._missing.cache_clear()
+    kernels._why_unavailable.cache_clear()
 
 
 ALL = {name: lambda q, k, v, **_: q for name in ("flash_attn_interface", "flash_attn.cute", "flash_attn")}
@@ -212,18 +213,18 @@ CUDA = torch.device("cuda", 0)
 )
 def test_auto_takes_the_best_kernel(gpu, capability, packages, compiling, expected):
     gpu(capability, packages)
-    assert kernels.choose("auto", CUDA, torch.bfloat16, 64, compiling) == expected
+    assert choose_attention_backend("auto", CUDA, torch.bfloat16, 64, compiling) == expected
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.float64, 64), (torch.float16, 68)])
 def test_auto_never_rounds_or_pads(gpu, dtype, head_dim):
     gpu((9, 0), ALL)
-    assert kernels.choose("auto", CUDA, dtype, head_dim, False) == "sdpa"
+    assert choose_attention_backend("auto", CUDA, dtype, head_dim, False) == "sdpa"
 
 
 def test_rocm_reports_hopper_numbers_but_is_not_hopper(gpu):
     gpu((9, 4), ALL, hip="6.4")
-    assert kernels.choose("auto", CUDA, torch.bfloat16, 64, False) == "flash2"
+    assert choose_attention_backend("auto", CUDA, torch.bfloat16, 64, False) == "flash2"
 
 
 def test_report_says_why(gpu):
@@ -242,7 +243,7 @@ def test_a_broken_package_does_not_take_the_others_down(gpu):
     gpu((9, 0), {"flash_attn": ALL["flash_attn"]})
     report = {name: reason for name, _, reason in attention_backends(CUDA)}
     assert "No module named 'flash_attn_interface'" in report["flash3"]
-    assert kernels.choose("auto", CUDA, torch.float16, 64, False) == "flash2"
+    assert choose_attention_backend("auto", CUDA, torch.float16, 64, False) == "flash2"
 
 
 @pytest.mark.parametrize("name", ["flash3", "flash2", "flash4", "torch_varlen"])
@@ -277,7 +278,7 @@ def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding)
     function = native if name == "torch_varlen" else flash
     accepted = frozenset(kernels.inspect.signature(function).parameters)
     monkeypatch.setattr(kernels, "_LOADED", {name: (function, accepted)})
-    monkeypatch.setattr(attention, "choose", lambda *_: name)
+    monkeypatch.setattr(kernels, "choose_attention_backend", lambda *_: name)
     with torch.no_grad():
         for x in qkv:
             x[total:] = float("nan")
@@ -298,7 +299,7 @@ def test_the_installed_torch_takes_our_arguments(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.empty(10, 2, 64, dtype=torch.bfloat16, device="meta")
         cu = torch.empty(3, dtype=torch.int32, device="meta")
-        out = kernels.run("torch_varlen", q, q, q, cu, 6, True)
+        out = kernels.run_kernel("torch_varlen", q, q, q, cu, 6, True)
     assert out.shape == q.shape and out.dtype == q.dtype
 
 
