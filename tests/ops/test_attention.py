@@ -1,11 +1,11 @@
 """Varlen attention against the float64 definition, and the choice of its kernel."""
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inputs import randn, random_cu_seqlens
 
 from dcdit.ops import attention_kernels as kernels
 from dcdit.ops import backend as backends
@@ -24,15 +24,11 @@ LENGTHS = {
 }
 
 
-def cu_of(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
 def inputs(lengths, dtype=torch.float64, heads=3, head_dim=8, padding=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (sum(lengths) + padding, heads, head_dim)
     qkv = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
-    return qkv, cu_of(lengths), max(lengths, default=0)
+    return qkv, random_cu_seqlens(*lengths), max(lengths, default=0)
 
 
 def value_and_grads(function, qkv, grad):
@@ -44,7 +40,7 @@ def value_and_grads(function, qkv, grad):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_matches_the_definition_in_float64(lengths, causal):
     qkv, cu, longest = inputs(lengths)
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, causal), qkv, grad)
     want = (
         value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, causal), qkv, grad) if lengths else got
@@ -58,7 +54,7 @@ def test_matches_the_definition_in_float64(lengths, causal):
 def test_error_is_at_most_twice_that_of_the_plain_formula(lengths, dtype):
     qkv, cu, longest = inputs(lengths, dtype, head_dim=32)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
 
     def plain(q, k, v):
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
@@ -74,8 +70,8 @@ def test_error_is_at_most_twice_that_of_the_plain_formula(lengths, dtype):
     peer = value_and_grads(plain, qkv, grad)
     for a, b, c in zip(got, peer, truth, strict=True):
         assert a.dtype == dtype
-        # One ulp of the largest entry on top, as in FlashAttention's own tests: at float32 the maximum of a few hundred
-        # roundings is luck.
+        # One ulp of the largest entry more, as in FlashAttention's own tests: the maximum of a few hundred roundings in
+        # float32 is luck.
         floor = torch.finfo(dtype).eps * c.abs().max()
         assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + floor
 
@@ -96,16 +92,16 @@ def test_equal_lengths_run_as_one_call_without_copies(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     qkv = torch.randn(12, 3, 2, 8)
     q, k, v = qkv.unbind(1)
-    varlen_attention(q, k, v, cu_of([4, 4, 4]), 4)
+    varlen_attention(q, k, v, random_cu_seqlens(4, 4, 4), 4)
     assert seen == [((3, 2, 4, 8), q.data_ptr())]
-    varlen_attention(q, k, v, cu_of([4, 3, 5]), 5)
+    varlen_attention(q, k, v, random_cu_seqlens(4, 3, 5), 5)
     assert len(seen) == 4
 
 
 def test_a_sequence_does_not_depend_on_the_others():
     qkv, cu, longest = inputs([4, 9, 2], torch.float32)
     together = varlen_attention(*qkv, cu, longest)
-    alone = varlen_attention(*(x[4:13] for x in qkv), cu_of([9]), 9)
+    alone = varlen_attention(*(x[4:13] for x in qkv), random_cu_seqlens(9), 9)
     torch.testing.assert_close(together[4:13], alone, rtol=0, atol=0)
 
 
@@ -113,14 +109,14 @@ def test_a_sequence_does_not_depend_on_the_others():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_padding_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
     monkeypatch.setattr(backends, "_forced", forced)
-    # With ragged_square the buffer has B * max_seqlen rows, which without padding would mean equal lengths.
+    # The buffer of ragged_square has B * max_seqlen rows. Without padding that would mean equal lengths.
     qkv, cu, longest = inputs(lengths, padding=7)
     total = sum(lengths)
     poisoned = [x.detach().clone() for x in qkv]
     for x in poisoned:
         x[total:] = float("nan")
         x.requires_grad_()
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     grad[total:] = float("nan")
     got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, padding=True), poisoned, grad)
     clean = [x.detach()[:total].requires_grad_() for x in qkv]
@@ -139,7 +135,7 @@ def test_compiles_to_one_graph_on_the_cpu(lengths, padding, causal):
     def attend(q, k, v, cu_seqlens):
         return varlen_attention(q, k, v, cu_seqlens, longest, causal, padding=padding > 0)
 
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     got = value_and_grads(lambda *x: compiled(*x, cu), qkv, grad)
     want = value_and_grads(lambda *x: attend(*x, cu), qkv, grad)
@@ -157,7 +153,7 @@ def test_compiles_when_the_number_of_tokens_depends_on_data(dynamic):
     def compiled(q, cu):
         return varlen_attention(q, q, q, cu, 5)
 
-    cu = cu_of([4, 5])
+    cu = random_cu_seqlens(4, 5)
     torch.testing.assert_close(compiled(q, cu), varlen_attention(q, q, q, cu, 5))
 
 
@@ -166,12 +162,12 @@ def test_the_registered_op_passes_opcheck():
     torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, True))
 
 
-# --- choosing a kernel: the machine is simulated, the kernels are stand-ins ----------------------------------------
+# --- choosing a kernel: the machine is simulated, the kernels are replaced -----------------------------------------
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend to be on a GPU with these packages installed; what a package returns is written by the test."""
+    """Pretend to be on a GPU with these packages installed. The test says what a package returns."""
 
     def pretend(capability, packages, hip=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -249,7 +245,7 @@ def test_a_broken_package_does_not_take_the_others_down(gpu):
 @pytest.mark.parametrize("name", ["flash3", "flash2", "flash4", "torch_varlen"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding):
-    """A stand-in with the kernels' contract: NaN in every row that belongs to no sequence, forward and backward."""
+    """A replacement that returns NaN in rows of no sequence, forward and backward, as the kernels may."""
     lengths = [4, 0, 7]
     qkv, cu, longest = inputs(lengths, padding=padding)
     total = sum(lengths)
@@ -282,7 +278,7 @@ def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding)
     with torch.no_grad():
         for x in qkv:
             x[total:] = float("nan")
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, padding=padding > 0), qkv, grad)
     want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, True), qkv, grad)
     for a, b in zip(got, want, strict=True):
@@ -290,7 +286,7 @@ def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding)
 
 
 def test_the_installed_torch_takes_our_arguments(monkeypatch):
-    """The signature of torch's own varlen op, on fake tensors: no GPU needed, no kernel run."""
+    """Call torch's own varlen op on fake tensors: that checks the signature without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     module = pytest.importorskip("torch.nn.attention.varlen")

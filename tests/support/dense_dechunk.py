@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.helpers import randn, random_probs
+from support.inputs import randn, random_probs
 from torch import Tensor
 
 from dcdit import ops
