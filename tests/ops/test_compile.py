@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import cases
 from support.accuracy import differentiate
-from support.inputs import randn, random_probs
+from support.inputs import randn, random_probs, ste_coefficient
 from torch import Tensor
 
 from dcdit import ops
@@ -28,7 +27,7 @@ def route(x: Tensor, q: Tensor, k: Tensor, weight: Tensor, mode: dict[str, Any])
     p = (ops.boundary_prob_cosine2d(q, k, weight, (H, W)) + ops.boundary_prob_cosine(q, k)) / 2
     sel = ops.select_tokens(p, **mode)
     tokens = ops.gather_tokens(x, sel, x[0])
-    gate = cases.ste_coefficient(p)
+    gate = ste_coefficient(p)
     spatial = ops.dechunk_spatial(tokens, p, sel, (H, W), 1.0, gate, x)
     ema = ops.dechunk_ema(tokens, p, sel, gate, x)
     return spatial, ema, ops.scatter_tokens(tokens, sel, 1.0), ops.ratio_loss(p, sel.natural_mask, 4.0)

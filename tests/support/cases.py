@@ -10,7 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from support.inputs import ODD_PATTERNS, PATTERNS, randn, random_cu_seqlens, random_probs, random_selection
+from support.inputs import (
+    ODD_PATTERNS,
+    PATTERNS,
+    randn,
+    random_cu_seqlens,
+    random_probs,
+    random_selection,
+    ste_coefficient,
+)
 from torch import Tensor
 
 from dcdit import ops
@@ -25,11 +33,6 @@ def moved(value: Any, device: Device) -> Any:
     if isinstance(value, TokenSelection):
         return TokenSelection(*(moved(field, device) for field in value))
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-def ste_coefficient(p: Tensor) -> Tensor:
-    """c of the straight-through gate: p where the natural mask keeps a position, 1 - p elsewhere."""
-    return torch.where(p > 0.5, p, 1 - p)
 
 
 # --- boundary probabilities ---------------------------------------------------------------------------------------

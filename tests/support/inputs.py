@@ -85,3 +85,8 @@ def packed_selection(
     """The same of packed sequences of these lengths."""
     p = random_probs(max(1, sum(lengths)), pattern=pattern, seed=seed)[: sum(lengths)]
     return p, reference.select_tokens(p, random_cu_seqlens(*lengths), **mode)
+
+
+def ste_coefficient(p: Tensor) -> Tensor:
+    """c of the straight-through gate: p where the natural mask keeps a position, 1 - p elsewhere."""
+    return torch.where(p > 0.5, p, 1 - p)
