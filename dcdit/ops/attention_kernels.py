@@ -100,7 +100,7 @@ def choose_attention_backend(
     if requested == "auto":
         supported = (name for name in KERNELS if not _why_unsupported(name, device, dtype, head_dim, compiling))
         return next(supported, "sdpa")
-    # Whoever asks for a kernel by name gets it under torch.compile too, even if it breaks the graph.
+    # A kernel that is asked for by name also runs under torch.compile, even if it breaks the graph.
     reason = _why_unsupported(requested, device, dtype, head_dim, compiling=False)
     if reason:
         others = [name for name in KERNELS if not _why_unsupported(name, device, dtype, head_dim, compiling=False)]

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("host_reads")
 def brute_force(kept: Tensor) -> Tensor:
     images, height, width = kept.shape
     rows, cols = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    apart = (rows[:, None] - rows) ** 2 + (cols[:, None] - cols) ** 2
-    apart = apart.expand(images, -1, -1).masked_fill(~kept.view(images, 1, -1), height**2 + width**2)
+    distance = (rows[:, None] - rows) ** 2 + (cols[:, None] - cols) ** 2
+    distance = distance.expand(images, -1, -1).masked_fill(~kept.view(images, 1, -1), height**2 + width**2)
     # argmin returns the first of equals, which has the lowest raster index.
-    nearest = torch.where(kept.flatten(1).any(1)[:, None], apart.argmin(-1), -1)
+    nearest = torch.where(kept.flatten(1).any(1)[:, None], distance.argmin(-1), -1)
     return nearest.view(kept.shape)
 
 

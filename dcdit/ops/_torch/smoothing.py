@@ -22,8 +22,10 @@ from dcdit.ops.numerics import ROW_EPS
 
 
 def smooth(h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-    """``q_i h_i + (1 - q_i) s_i``, (T, D), with ``s_i = sum_j W_ij h_j`` and W normalised along j from
-    ``W_ij = K_ij q_j``, ``K_ij = exp(-|u_i - u_j|^2 / (2 sigma^2))``.
+    """``q_i h_i + (1 - q_i) s_i``, (T, D), where s is the smoothed h.
+
+    ``s_i = sum_j K_ij q_j h_j / (sum_j K_ij q_j + 1e-8)`` and ``K_ij = exp(-|u_i - u_j|^2 / (2 sigma^2))``; u is the
+    grid coordinate of a kept token.
 
     Args:
         h: (T, D) packed tokens, upcast.
