@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 import dcdit
-from dcdit.ops.attention import attention_backends
-from dcdit.ops.attention_kernels import choose
+from dcdit.ops.attention_kernels import attention_backends, choose_attention_backend
 from dcdit.ops.backend import backend_name
 from dcdit.utils.environment import cpu_name, device_name, package_versions, resolve_device
 
@@ -61,7 +60,9 @@ def _describe(device: torch.device) -> dict[str, Any]:
         **found,
         "ops_backend": kernels,
         "attention": [{"name": n, "available": available, "reason": reason} for n, available, reason in attention],
-        "auto": {str(d).removeprefix("torch."): choose("auto", device, d, HEAD_DIM, False) for d in dtypes},
+        "auto": {
+            str(d).removeprefix("torch."): choose_attention_backend("auto", device, d, HEAD_DIM, False) for d in dtypes
+        },
     }
 
 

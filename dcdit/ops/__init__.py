@@ -1,29 +1,33 @@
-"""Fused operations for dynamic tokens: drop-in, differentiable, one meaning on every backend."""
+"""Fused operations for dynamic tokens: drop-in, differentiable, one meaning on every backend.
 
-from dcdit.ops.attention import varlen_attention
+One file per family, in the order of a model; the ``__all__`` of a file lists its operations:
+
+- boundary: boundary probabilities, how hard each position is to predict
+- selection: which tokens to keep, as a :class:`TokenSelection`
+- packing: move tokens between the grid and the packed buffer
+- modulation: adaLN on packed tokens
+- attention: attention inside each packed sequence
+- dechunk: spread the packed tokens over the grid or the sequence again
+- loss: the loss that steers how many tokens are kept
+"""
+# ruff: noqa: F403
+
+from dcdit.ops import attention, boundary, dechunk, loss, modulation, packing, selection
+from dcdit.ops.attention import *
 from dcdit.ops.backend import use_backend
-from dcdit.ops.boundary import boundary_prob_cosine, boundary_prob_cosine2d, boundary_prob_predictability
-from dcdit.ops.dechunk import dechunk_ema, dechunk_spatial
-from dcdit.ops.loss import ratio_loss
-from dcdit.ops.modulation import gated_add, gated_add_modulated_layer_norm, modulated_layer_norm
-from dcdit.ops.packing import gather_tokens, scatter_tokens
-from dcdit.ops.selection import select_tokens
+from dcdit.ops.boundary import *
+from dcdit.ops.dechunk import *
+from dcdit.ops.loss import *
+from dcdit.ops.modulation import *
+from dcdit.ops.packing import *
+from dcdit.ops.selection import *
 from dcdit.ops.token_selection import TokenSelection
 
-__all__ = [
-    "TokenSelection",
-    "boundary_prob_cosine",
-    "boundary_prob_cosine2d",
-    "boundary_prob_predictability",
-    "dechunk_ema",
-    "dechunk_spatial",
-    "gated_add",
-    "gated_add_modulated_layer_norm",
-    "gather_tokens",
-    "modulated_layer_norm",
-    "ratio_loss",
-    "scatter_tokens",
-    "select_tokens",
-    "use_backend",
-    "varlen_attention",
-]
+__all__ = ["TokenSelection", "use_backend"]
+__all__ += attention.__all__
+__all__ += boundary.__all__
+__all__ += dechunk.__all__
+__all__ += loss.__all__
+__all__ += modulation.__all__
+__all__ += packing.__all__
+__all__ += selection.__all__

@@ -1,18 +1,17 @@
-"""Attention inside each sequence of a packed batch, on the fastest kernel this machine has."""
+"""Attention inside each sequence of a packed batch, on the fastest kernel of this machine."""
 
 from operator import index
 
 import torch
 from torch import Tensor
 
-from dcdit.ops import checks, reference
-from dcdit.ops.attention_kernels import NAMES, attention_backends, choose, run
-from dcdit.ops.attention_sdpa import known, sdpa_varlen
-from dcdit.ops.backend import backend_name
+from dcdit.ops import attention_kernels, checks
+from dcdit.ops.attention_sdpa import known_true, sdpa_varlen
+from dcdit.ops.backend import backend_for, backend_name
 from dcdit.utils.deprecation import warn_renamed
 from dcdit.utils.text import shape_of
 
-__all__ = ["attention_backends", "varlen_attention"]
+__all__ = ["varlen_attention"]
 
 
 def varlen_attention(
@@ -28,28 +27,29 @@ def varlen_attention(
 ) -> Tensor:
     """``softmax(q k^T / sqrt(d_h)) v`` inside each sequence, never across sequences.
 
-    ``"auto"`` takes the first that can run of ``"flash3"`` (Hopper), ``"flash4"`` (Blackwell, Hopper), ``"flash2"``,
-    ``"torch_varlen"`` (torch >= 2.10) and ``"sdpa"``. The first four need a GPU and float16 or bfloat16; float32 runs
-    on ``"sdpa"``, never silently rounded. Under ``torch.compile`` auto skips kernels that the compiler cannot trace.
-    For FlashAttention 3 or 4 without that restriction, call ``torch.nn.attention.activate_flash_attention_impl`` and
-    use ``"torch_varlen"``.
+    ``"auto"`` takes the first of these that can run: ``"flash3"`` (Hopper), ``"flash4"`` (Blackwell, Hopper),
+    ``"flash2"``, ``"torch_varlen"`` (torch >= 2.10), ``"sdpa"``. The first four need a GPU and float16 or bfloat16.
+    float32 runs on ``"sdpa"`` and is never rounded. Under ``torch.compile``, ``"auto"`` skips kernels that the compiler
+    cannot trace. To run FlashAttention 3 or 4 there, call ``torch.nn.attention.activate_flash_attention_impl`` and use
+    ``"torch_varlen"``.
 
-    ``"sdpa"`` runs one batched call when the lengths are equal (``T == B * max_seqlen`` and no padding); otherwise one
-    call per sequence, for which it reads ``cu_seqlens`` on the host: on a GPU that is a synchronisation.
+    ``"sdpa"`` is one batched call where all lengths are equal (``T == B * max_seqlen`` and no padding). Otherwise it is
+    one call per sequence and reads ``cu_seqlens`` on the host, which on a GPU is a synchronisation.
 
     Args:
         q, k, v: (T, heads, d_h) packed tokens of one dtype.
-        cu_seqlens: int32 (B+1,), starts of the sequences; empty sequences are fine. It ends at T unless ``padding``.
-        max_seqlen: the longest sequence, or an upper bound (a loose one costs the kernels empty blocks).
+        cu_seqlens: int32 (B+1,), the row at which each sequence starts. It ends at T unless ``padding``. Sequences may
+            be empty.
+        max_seqlen: length of the longest sequence, or an upper bound (the kernels then also start empty blocks).
         causal: position i sees positions up to i.
         backend: one of the names above.
-        padding: rows past ``cu_seqlens[-1]`` are padding: they come back zero, get zero gradients, and whatever they
-            hold (NaN too) reaches nothing. On the GPU kernels this costs a masked copy of q, k, v and the result.
+        padding: rows past ``cu_seqlens[-1]`` are padding. They come back as zeros and get zero gradients; what they
+            hold, NaN included, reaches nothing. On the GPU kernels this costs a masked copy of q, k, v and the result.
         slack: the former name of ``padding``.
 
     Returns:
-        (T, heads, d_h) in q's dtype. Differentiable in q, k and v. The backward of the flash kernels is only repeatable
-        bit for bit under ``torch.use_deterministic_algorithms(True)``.
+        (T, heads, d_h) in q's dtype. Differentiable in q, k and v. The backward of the flash kernels repeats to the
+        bit only under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; max_seqlen below the longest sequence (on a GPU
@@ -59,22 +59,24 @@ def varlen_attention(
         warn_renamed("slack=", "padding=")
         padding = slack
     _check(q, k, v, cu_seqlens, max_seqlen, backend, padding)
-    if known(q.shape[0] == 0) or cu_seqlens.shape[0] == 1:
-        # No sequence: zeros that stay in the autograd graph without reading the rows.
+    if known_true(q.shape[0] == 0) or cu_seqlens.shape[0] == 1:
+        # There is no sequence: return zeros that depend on q, k and v for autograd, whatever the rows hold.
         return (q + k + v).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
     if backend_name(q) == "reference":
-        return reference.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, padding)
-    # index() makes a constant of a head dimension that torch.compile(dynamic=True) holds as a symbol.
-    name = choose(backend, q.device, q.dtype, index(q.shape[2]), torch.compiler.is_compiling())
+        return backend_for(q).varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, padding)
+    # Under torch.compile(dynamic=True) the head dimension is a symbol; index() makes it a constant.
+    head_dim, compiling = index(q.shape[2]), torch.compiler.is_compiling()
+    name = attention_kernels.choose_attention_backend(backend, q.device, q.dtype, head_dim, compiling)
     if name == "sdpa":
         return sdpa_varlen(q, k, v, cu_seqlens, max_seqlen, causal, padding)
     if not padding:
-        return run(name, q, k, v, cu_seqlens, max_seqlen, causal)
-    # The kernels leave padding rows of outputs and gradients unwritten, and may read V past the end of a sequence,
-    # where a weight of 0 does not stop a NaN.
-    used = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
-    q, k, v = (torch.where(used, x, 0.0) for x in (q, k, v))
-    return torch.where(used, run(name, q, k, v, cu_seqlens, max_seqlen, causal), 0.0)
+        return attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
+    # The kernels do not write padding rows of outputs and gradients. They may read v past the end of a sequence with
+    # weight 0, and 0 times NaN is NaN.
+    is_token = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
+    q, k, v = (torch.where(is_token, x, 0.0) for x in (q, k, v))
+    out = attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
+    return torch.where(is_token, out, 0.0)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, padding: bool) -> None:
@@ -88,8 +90,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     checks.check_cu_seqlens(cu_seqlens, q.shape[0], exact=not padding)
     if not isinstance(max_seqlen, int | torch.SymInt):
         raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
-    if backend not in (*NAMES, "auto"):
-        raise ValueError(f"unknown attention backend {backend!r}; accepted: {', '.join(NAMES)}, auto")
+    accepted = (*attention_kernels.ATTENTION_BACKENDS, "auto")
+    if backend not in accepted:
+        raise ValueError(f"unknown attention backend {backend!r}; accepted: {', '.join(accepted)}")
     if checks.value_checks_enabled(cu_seqlens) and cu_seqlens.shape[0] > 1:
         longest = int(cu_seqlens.diff().max())
         if max_seqlen < longest:

@@ -1,4 +1,7 @@
-"""Which attention kernels this machine can run: looked up on first use, never at import."""
+"""The attention kernels of other packages, and which of them this machine can run.
+
+Packages are imported when a kernel is first looked up, never when this module is imported.
+"""
 
 import importlib
 import inspect
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 
 
-class _Kernel(NamedTuple):
+class AttentionKernel(NamedTuple):
+    """A varlen attention function and what it needs."""
+
     module: str
     function: str
     package: str
@@ -18,16 +23,17 @@ class _Kernel(NamedTuple):
     capabilities: tuple[int, ...]
     """Major compute capabilities of the NVIDIA GPUs it runs on."""
     rocm: bool
+    """Whether it runs on AMD GPUs."""
     max_head_dim: int
     registered_op: str | None
-    """The torch.library op that lets torch.compile see through it; None: it can never be traced."""
+    """The torch.library op that torch.compile can trace. None: the function cannot be traced."""
 
 
-# In order of preference. FlashAttention 3 is written for Hopper's asynchronous units and tuned there; FlashAttention 4
-# is the only one written for Blackwell and still works on Hopper. FlashAttention 2 and PyTorch's own varlen op are the
-# same kernels (PyTorch vendors them), the package first because its op allocates no random state per call.
+# In order of preference. FlashAttention 3 is written and tuned for Hopper. FlashAttention 4 is the only one written for
+# Blackwell, and also runs on Hopper. FlashAttention 2 and PyTorch's own varlen op are the same kernels, which PyTorch
+# copied. The package comes first because its op allocates no random state per call.
 KERNELS = {
-    "flash3": _Kernel(
+    "flash3": AttentionKernel(
         "flash_attn_interface",
         "flash_attn_varlen_func",
         "FlashAttention 3 (module flash_attn_interface)",
@@ -36,7 +42,7 @@ KERNELS = {
         max_head_dim=256,
         registered_op="flash_attn_3::_flash_attn_forward",
     ),
-    "flash4": _Kernel(
+    "flash4": AttentionKernel(
         "flash_attn.cute",
         "flash_attn_varlen_func",
         "FlashAttention 4 (module flash_attn.cute)",
@@ -45,7 +51,7 @@ KERNELS = {
         max_head_dim=128,
         registered_op=None,
     ),
-    "flash2": _Kernel(
+    "flash2": AttentionKernel(
         "flash_attn",
         "flash_attn_varlen_func",
         "FlashAttention 2 (module flash_attn)",
@@ -54,7 +60,7 @@ KERNELS = {
         max_head_dim=256,
         registered_op="flash_attn::_flash_attn_varlen_forward",
     ),
-    "torch_varlen": _Kernel(
+    "torch_varlen": AttentionKernel(
         "torch.nn.attention.varlen",
         "varlen_attn",
         "torch 2.10 or newer",
@@ -64,50 +70,56 @@ KERNELS = {
         registered_op="torch_attn::_varlen_attn",
     ),
 }
-NAMES = (*KERNELS, "sdpa")
+ATTENTION_BACKENDS = (*KERNELS, "sdpa")
 HALF = (torch.float16, torch.bfloat16)
 
 
 def attention_backends(device: torch.device | str) -> list[tuple[str, bool, str]]:
     """The attention backends in order of preference, for a report: (name, available on this device, reason).
 
-    The reason says why a backend is unavailable, or what it is good for. Importing the packages happens here.
+    The reason says why a backend is unavailable, or what it is good for. The call imports the packages.
     """
     device = torch.device(device)
     listed = []
     for name, kernel in KERNELS.items():
-        reason = _missing(name, device.type, device.index)
+        reason = _why_unavailable(name, device.type, device.index)
         listed.append((name, not reason, reason or f"{kernel.package}, float16 and bfloat16"))
     return [*listed, ("sdpa", True, "part of torch, every dtype; ragged batches run one call per sequence")]
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool) -> str:
-    """The backend to run: the requested one, or for "auto" the first that fits. ValueError where it cannot run."""
+def choose_attention_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool
+) -> str:
+    """The backend to run: the requested one, or for "auto" the first that supports such tensors.
+
+    Raises:
+        ValueError: the requested backend cannot run.
+    """
     if requested == "sdpa":
         return requested
     if requested == "auto":
-        fitting = (name for name in KERNELS if not _misfit(name, device, dtype, head_dim, compiling))
-        return next(fitting, "sdpa")
-    # A kernel asked for by name is the caller's choice: the compiler may still break the graph there.
-    reason = _misfit(requested, device, dtype, head_dim, compiling=False)
+        supported = (name for name in KERNELS if not _why_unsupported(name, device, dtype, head_dim, compiling))
+        return next(supported, "sdpa")
+    # A kernel that is asked for by name also runs under torch.compile, even if it breaks the graph.
+    reason = _why_unsupported(requested, device, dtype, head_dim, compiling=False)
     if reason:
-        others = [name for name in KERNELS if not _misfit(name, device, dtype, head_dim, compiling=False)]
+        others = [name for name in KERNELS if not _why_unsupported(name, device, dtype, head_dim, compiling=False)]
         raise ValueError(f"attention backend {requested!r} {reason}; available: {', '.join([*others, 'sdpa', 'auto'])}")
     return requested
 
 
-# Constant for the compiler: the choice depends on the machine and on static properties of the tensors only. This is
-# what torch.compiler.assume_constant_result sets; calling it would import the whole compiler with `import dcdit`.
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# The choice depends only on the machine and on static properties of the tensors, so it is a constant for the compiler.
+# torch.compiler.assume_constant_result would set the same attribute, but calling it imports the whole compiler.
+choose_attention_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
-    """Call one of :data:`KERNELS`; every row of q must belong to a sequence or be masked by the caller."""
+def run_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+    """Call one of :data:`KERNELS` after it was chosen. What it returns in padding rows is undefined."""
     function, accepted = _LOADED[name]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if name == "torch_varlen":
         args = (q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        # torch 2.10 spells causal as a flag, later versions as a window.
+        # torch 2.10 takes causal as a flag, later versions as a window.
         if "window_size" in accepted:
             return function(*args, window_size=(-1, 0) if causal else (-1, -1))
         return function(*args, is_causal=causal)
@@ -117,21 +129,22 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
         "causal": causal,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    # Early releases of FlashAttention 4 take neither the lengths nor the flag; early ones of 3 and 4 return a tuple.
+    # Early releases of FlashAttention 4 lack some of these options. Early releases of 3 and 4 return a tuple.
     options = {option: value for option, value in options.items() if option in accepted}
     out = function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
 _LOADED: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {}
+"""Of each available kernel, the function and the names of its parameters."""
 
 
-def _misfit(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool) -> str:
+def _why_unsupported(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool) -> str:
     """Why this kernel cannot run on such tensors; empty if it can."""
     kernel = KERNELS[name]
-    missing = _missing(name, device.type, device.index)
-    if missing:
-        return missing
+    unavailable = _why_unavailable(name, device.type, device.index)
+    if unavailable:
+        return unavailable
     if dtype not in HALF:
         return f"needs float16 or bfloat16, not {dtype}"
     if head_dim > kernel.max_head_dim or head_dim % 8:
@@ -142,8 +155,8 @@ def _misfit(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, 
 
 
 @cache
-def _missing(name: str, device_type: str, device_index: int | None) -> str:
-    """Why this kernel cannot run on the device at all; empty if it can. Leaves the function in ``_LOADED``."""
+def _why_unavailable(name: str, device_type: str, device_index: int | None) -> str:
+    """Why this kernel cannot run on this device at all; empty if it can. Then the function is in ``_LOADED``."""
     kernel = KERNELS[name]
     if device_type != "cuda":
         return f"needs a GPU, not {device_type}"
@@ -159,7 +172,7 @@ def _missing(name: str, device_type: str, device_index: int | None) -> str:
             return f"needs compute capability {accepted}, not {major}.{minor}"
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.function)
-    except Exception as error:  # A binary built for another torch fails in many ways; it must not take the others down.
+    except Exception as error:  # A binary built for another torch fails in many ways; the other kernels must still run.
         return f"needs {kernel.package}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     _LOADED[name] = (function, frozenset(inspect.signature(function).parameters))
     return ""

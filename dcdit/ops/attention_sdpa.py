@@ -1,4 +1,4 @@
-"""Varlen attention on ``scaled_dot_product_attention``: every device and dtype, no extra package."""
+"""Varlen attention on ``scaled_dot_product_attention``: for every device and dtype, without an extra package."""
 
 from itertools import pairwise
 
@@ -6,27 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcdit.ops.numerics import upcast
+
 
 def sdpa_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, padding: bool
 ) -> Tensor:
-    """One batched call where all lengths are equal, else one call per sequence.
+    """One batched call where all lengths are equal, else one call per sequence; arguments of ``varlen_attention``.
 
-    Without padding, ``T == B * max_seqlen`` proves equal lengths on the host. Otherwise the lengths are read from
-    ``cu_seqlens``: free on a CPU, one synchronisation on a GPU.
+    Without padding, ``T == B * max_seqlen`` proves that the lengths are equal. Otherwise the lengths are read from
+    ``cu_seqlens`` on the host: free on a CPU, one synchronisation on a GPU.
     """
     images = cu_seqlens.shape[0] - 1
-    if not padding and known(q.shape[0] == images * max_seqlen):
+    if not padding and known_true(q.shape[0] == images * max_seqlen):
         q, k, v = (x.unflatten(0, (images, max_seqlen)).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1)
     if torch.compiler.is_compiling():
-        # Lengths are data: the compiler sees one opaque op instead of the loop.
+        # The loop runs over lengths, which are data: the compiler sees one custom op instead of it.
         return torch.ops.dcdit.varlen_sdpa(q, k, v, cu_seqlens, causal)
-    return _ragged(q, k, v, cu_seqlens, causal)
+    return _call_per_sequence(q, k, v, cu_seqlens, causal)
 
 
-def known(condition: bool | torch.SymBool) -> bool:
-    """Whether it holds; False where the compiler cannot tell, because T is a size that depends on data."""
+def known_true(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; False where the compiler cannot tell because a size depends on data."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -34,7 +36,8 @@ def known(condition: bool | torch.SymBool) -> bool:
     return bool(condition)
 
 
-def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+def _call_per_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+    """(T, heads, d_h), zeros in padding rows."""
     starts = cu_seqlens.tolist()
     out = []
     for lo, hi in pairwise(starts):
@@ -45,20 +48,19 @@ def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -
 
 @torch.library.custom_op("dcdit::varlen_sdpa", mutates_args=())
 def _varlen_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
-    return _ragged(q, k, v, cu_seqlens, causal)
+    return _call_per_sequence(q, k, v, cu_seqlens, causal)
 
 
 @torch.library.custom_op("dcdit::varlen_sdpa_backward", mutates_args=())
 def _varlen_sdpa_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Autograd is switched off inside a custom op, so the gradient is written out. It recomputes the scores of one
+    # Autograd is switched off inside a custom op, so the gradient is written out. The scores are computed again, one
     # sequence at a time.
-    wide = torch.promote_types(q.dtype, torch.float32)
     grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     starts = cu_seqlens.tolist()
     for lo, hi in pairwise(starts):
-        grad_i, q_i, k_i, v_i = (x[lo:hi].transpose(0, 1).to(wide) for x in (grad, q, k, v))  # [H, M, d_h]
+        grad_i, q_i, k_i, v_i = (upcast(x[lo:hi]).transpose(0, 1) for x in (grad, q, k, v))  # [H, M, d_h]
         scale = q.shape[-1] ** -0.5
         scores = q_i @ k_i.mT * scale  # [H, M, M]
         if causal:

@@ -1,4 +1,4 @@
-"""What both fast backends say where their gradients end."""
+"""The error of the fast backends where a gradient of a gradient is asked for."""
 
 import functools
 from collections.abc import Callable
@@ -8,18 +8,18 @@ import torch
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward of an ``autograd.Function`` that refuses to be differentiated again.
+    """Wrap the backward of an ``autograd.Function`` so that it cannot be differentiated again.
 
-    torch's own ``once_differentiable`` fails only where a second gradient reaches it, and ``torch.autograd.grad`` with
-    given inputs walks around it: what is missing would be left out of the result without a word.
+    torch's own ``once_differentiable`` raises only where a second gradient reaches it. ``torch.autograd.grad`` with
+    given inputs does not reach it, and would silently return an incomplete result.
 
     Raises:
-        RuntimeError: gradients of gradients were asked for (``create_graph=True``).
+        RuntimeError: the backward runs with ``create_graph=True``.
     """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # in a backward: with create_graph=True alone
+        if torch.is_grad_enabled():  # in a backward this means create_graph=True
             raise RuntimeError(
                 "this dcdit operation has no second derivative (create_graph=True) on the triton and torch backends; "
                 "dcdit.ops.use_backend('reference') has one"

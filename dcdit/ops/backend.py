@@ -7,13 +7,16 @@ import torch
 BACKENDS = ("triton", "torch", "reference")
 
 _forced: str | None = None
+"""The backend that :class:`use_backend` asks for."""
 
 
 class use_backend:
-    """Force one backend for every operation inside the ``with`` block (process-wide, not per thread).
+    """Run every operation inside the ``with`` block on one backend. It holds for all threads of the process.
+
+    Outside of such a block, GPU tensors run on ``"triton"`` and all others on ``"torch"``.
 
     Args:
-        name: ``"triton"``, ``"torch"`` or ``"reference"``. Without it, GPU tensors run on Triton and others on torch.
+        name: ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Raises:
         ValueError: unknown backend name.
@@ -37,13 +40,13 @@ class use_backend:
 
 
 def backend_name(tensor: torch.Tensor) -> str:
-    """Name of the backend that would run an operation on this tensor."""
+    """The name of the backend that an operation on this tensor runs on."""
     return _forced or ("triton" if tensor.is_cuda else "torch")
 
 
 def backend_for(tensor: torch.Tensor) -> ModuleType:
-    """The module that implements the operations for this tensor, imported when it is first needed."""
-    # Import statements rather than importlib: the compiler can trace them.
+    """The backend that an operation on this tensor runs on, imported when it is first needed."""
+    # The compiler can trace import statements, but not importlib.
     name = backend_name(tensor)
     if name == "triton":
         from dcdit.ops import _triton

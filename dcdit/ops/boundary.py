@@ -6,6 +6,8 @@ from dcdit.ops import checks
 from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
+__all__ = ["boundary_prob_cosine", "boundary_prob_cosine2d", "boundary_prob_predictability"]
+
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Cosine dissimilarity of neighbours in a sequence (H-Net, arXiv 2507.07955, section 2.2, equation 4).
@@ -34,14 +36,14 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cosine dissimilarity to the filtered neighbourhood on a grid (DC-DiT v1 router).
+    """Cosine dissimilarity to the filtered neighbourhood on a grid (DC-DiT, arXiv 2603.06351, router v1).
 
-    q and k are l2-normalised over D; kbar is the depthwise 3x3 convolution of k (zero padding); ``p = (1 - q.kbar)/2``,
-    clamped to [0, 1].
+    q and k are divided by their l2 norm over D. kbar is the depthwise 3x3 convolution of k with zero padding. Then
+    ``p = (1 - q.kbar) / 2``, clamped to [0, 1].
 
     Args:
         q, k: (B, L, D), same dtype.
-        weight: (D, 3, 3), rows by columns; the mean filter is 1/9 everywhere.
+        weight: (D, 3, 3), rows by columns. The mean filter, at the start of training, is 1/9 everywhere.
         grid: (H, W) with H * W = L.
 
     Returns:
@@ -70,10 +72,10 @@ def boundary_prob_predictability(
     num_groups: int = 8,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Tail of the predictability router (DC-DiT, arXiv 2603.06351, the default router).
+    """Tail of the predictability router (DC-DiT, arXiv 2603.06351, router v2, the default).
 
-    ``p = sigmoid(out_weight . SiLU(GroupNorm(features)) + out_bias)``; the first and the last raster position are
-    forced to 1 and pass no gradient.
+    ``p = sigmoid(out_weight . SiLU(GroupNorm(features)) + out_bias)``. The first and the last position in raster order
+    have p = 1 and pass no gradient.
 
     Args:
         features: (B, C, H, W), contiguous or channels-last.

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public operations. Every message names the value and what is accepted."""
+"""Argument checks of the public operations. Every message names the value and what is accepted."""
 
 import os
 from itertools import pairwise
@@ -12,7 +12,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_float(**tensors: Tensor | None) -> None:
-    """Every tensor must be floating point."""
+    """Every tensor must have one of the float dtypes."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float32, bfloat16, float16, float64")
@@ -38,18 +38,19 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """The tensor must have exactly this shape; ``meaning`` says it in letters, e.g. "(B, D)"."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {expected} = {meaning}")
 
 
 def check_grid(grid: tuple[int, int], length: int) -> None:
-    """The grid (H, W) must cover the L positions of a row."""
+    """The grid (H, W) must have L positions."""
     if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:
         raise ValueError(f"grid {tuple(grid)} does not multiply to L = {length}; accepted: (H, W) with H * W = L")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", exact: bool = True) -> None:
-    """int32 (B+1,), starts at 0, never descends, ends at ``total`` (at most ``total`` when not exact)."""
+    """int32 (B+1,) that starts at 0, never descends, and ends at ``total`` (not exact: at or below it)."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; accepted: int32")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -66,18 +67,19 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", e
 
 
 def check_count(name: str, value: int) -> None:
-    """A number of tokens: an int that is not a bool."""
+    """A number of tokens must be an int, and no bool."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; accepted: an int")
 
 
 def check_no_nan(name: str, tensor: Tensor) -> None:
+    """Probabilities must not be NaN."""
     if value_checks_enabled(tensor) and bool(tensor.isnan().any()):
         raise ValueError(f"{name} holds {int(tensor.isnan().sum())} NaN; accepted: probabilities in [0, 1]")
 
 
-def value_checks_enabled(tensor: torch.Tensor) -> bool:
-    """Checks that read tensor values cost a sync on a GPU: there they need ``DCDIT_CHECK=1``."""
+def value_checks_enabled(tensor: Tensor) -> bool:
+    """Whether to check the values of a tensor. On a GPU that costs a sync, so there it needs ``DCDIT_CHECK=1``."""
     if torch.compiler.is_compiling():
         return False
     return not tensor.is_cuda or os.environ.get("DCDIT_CHECK") == "1"

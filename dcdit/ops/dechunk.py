@@ -1,4 +1,4 @@
-"""De-chunking: spread packed tokens back over the grid or the sequence, smoothed by the router's confidence."""
+"""De-chunking: smooth the packed tokens by the router's probability, then spread them over the grid or sequence."""
 
 from torch import Tensor
 
@@ -7,7 +7,10 @@ from dcdit.ops.backend import backend_for
 from dcdit.ops.packing import check_packed
 from dcdit.ops.token_selection import TokenSelection
 
+__all__ = ["dechunk_ema", "dechunk_spatial"]
+
 MAX_SIGMA = 16.0
+"""In grid cells. The cost of smoothing grows with sigma."""
 
 
 def dechunk_spatial(
@@ -19,13 +22,16 @@ def dechunk_spatial(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Gaussian smoothing over the kept tokens, then nearest-token plug-back (DC-DiT, arXiv 2603.06351, de-chunking).
+    """Smooth the kept tokens, then each position takes its nearest one (DC-DiT, arXiv 2603.06351, de-chunking).
 
-    With ``q = clamp(p, 1e-4, 1 - 1e-4)`` and ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j`` over the kept tokens of
-    the same image, rows normalised with 1e-8 in the denominator: ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j``; each
-    position takes h' of its nearest kept token (Euclidean, ties to the lowest raster index). Linear cost in L.
+    Smoothing is Gaussian over the kept tokens i, j of the same image, at the grid coordinates u. With the clamped
+    probability ``q = clamp(p, 1e-4, 1 - 1e-4)``:
 
-    An image that keeps no token (a hand-made selection can say so) de-chunks to zeros.
+    - ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j``, then each row is divided by (its sum + 1e-8);
+    - ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j``.
+
+    Each position takes h' of its nearest kept token (Euclidean, ties to the lowest raster index). An image that keeps
+    no token, which only a hand-made selection can have, de-chunks to zeros. The cost is linear in L.
 
     Args:
         h: (T, D) packed tokens.
@@ -33,8 +39,8 @@ def dechunk_spatial(
         sel: the selection.
         grid: (H, W) with H * W = L.
         sigma: standard deviation in grid cells, in (0, 16]; 1 at 256 px, 2 at 512 px.
-        gate: (B, L) confidence c of the straight-through gate: leaves the value as it is, and gets the gradient
-            ``<g_l, dechunked_l>``.
+        gate: (B, L) ste_coefficient c of the straight-through gate. It does not change the value, and gets the
+            gradient ``<g_l, dechunked_l>``.
         residual: (B, L, D) in h's dtype, added to the result.
 
     Returns:
@@ -59,16 +65,17 @@ def dechunk_ema(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Exponential moving average over the kept tokens, held until the next one (H-Net, arXiv 2507.07955, section 2.2).
+    """Exponential moving average over the kept tokens, then each position takes the last one so far.
 
-    ``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}`` from 0 inside each sequence, with ``q = clamp(p, 1e-4, 1 - 1e-4)``;
-    position t takes hbar of the last kept token at or before it (0 where there is none).
+    H-Net (arXiv 2507.07955), section 2.2, equations 5 to 9. Inside each sequence, from 0 and with the clamped
+    probability ``q = clamp(p, 1e-4, 1 - 1e-4)``, ``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}``. Position t takes hbar of
+    the last kept token at or before it, 0 where there is none.
 
     Args:
         h: (T, D) packed tokens.
         p: (B, L) or (S,), the probabilities the selection was made from.
         sel: the selection, over a grid batch or packed sequences.
-        gate: shape of p; straight-through gate as in :func:`dechunk_spatial`.
+        gate: shape of p, ste_coefficient as in :func:`dechunk_spatial`.
         residual: (B, L, D) or (S, D) in h's dtype, added to the result.
 
     Returns:

@@ -6,16 +6,18 @@ from dcdit.ops import checks
 from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
+__all__ = ["ratio_loss"]
+
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
     """``N/(N-1) * ((1-F)(1-G) + (N-1) F G)`` (H-Net, arXiv 2507.07955, section 2.3, equation 10).
 
-    F is the mean of the mask (no gradient), G the mean of p, over groups of ``group_size`` images, then averaged. It
-    is 1 where F = G = 1/N. DC-DiT weighs it by 0.03.
+    F is the mean of the mask (no gradient) and G the mean of p over a group of ``group_size`` images. The loss is the
+    average over the groups. It is 1 where F = G = 1/N. DC-DiT weights it by 0.03.
 
     Args:
         p: (B, L) or (S,).
-        natural_mask: bool, shape of p: the mask before any dropping.
+        natural_mask: bool, shape of p: p above the threshold, before any token is dropped.
         target: N > 1, positions per kept token.
         group_size: images per group, a divisor of B; None takes the whole batch.
 

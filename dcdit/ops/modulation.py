@@ -1,4 +1,4 @@
-"""adaLN modulation on packed tokens: per-image shift, scale and gate, looked up by segment, never expanded."""
+"""adaLN modulation on packed tokens. Each token looks up shift, scale and gate of its image; they are not expanded."""
 
 from torch import Tensor
 
@@ -6,14 +6,18 @@ from dcdit.ops import checks
 from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
+__all__ = ["gated_add", "gated_add_modulated_layer_norm", "modulated_layer_norm"]
+
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
-    """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]`` without affine (adaLN of DiT, arXiv 2212.09748, section 3.2).
+    """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]`` (adaLN of DiT, arXiv 2212.09748, section 3.2).
+
+    seg is the image of a token. The norm has no weight and bias of its own.
 
     Args:
         t: (T, D) packed tokens.
         shift, scale: (B, D), one row per image (column slices of a (B, 6D) tensor are fine).
-        cu_seqlens: int32 (B+1,); rows past ``cu_seqlens[-1]`` are padding and come back zero.
+        cu_seqlens: int32 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as zeros.
         eps: added to the variance.
 
     Returns:
@@ -28,12 +32,12 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """``x + gate[seg] * y`` (adaLN-Zero residual of DiT, arXiv 2212.09748, section 3.2).
+    """``x + gate[seg] * y``, seg the image of a token (adaLN-Zero of DiT, arXiv 2212.09748, section 3.2).
 
     Args:
         x, y: (T, D) packed tokens of one dtype.
         gate: (B, D), one row per image.
-        cu_seqlens: int32 (B+1,); padding rows return x unchanged.
+        cu_seqlens: int32 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as they are in x.
 
     Returns:
         (T, D) in x's dtype. Differentiable in x, y and gate.
@@ -53,8 +57,8 @@ def gated_add_modulated_layer_norm(
 
     Args:
         x, y: (T, D) packed tokens of one dtype.
-        gate, shift, scale: (B, D).
-        cu_seqlens: int32 (B+1,).
+        gate, shift, scale: (B, D), one row per image.
+        cu_seqlens: int32 (B+1,). Padding rows come back as in the two operations.
         eps: added to the variance.
 
     Returns:

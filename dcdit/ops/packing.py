@@ -7,15 +7,17 @@ from dcdit.ops.backend import backend_for
 from dcdit.ops.token_selection import TokenSelection
 from dcdit.utils.text import shape_of
 
+__all__ = ["gather_tokens", "scatter_tokens"]
+
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) -> Tensor:
-    """Pack the kept tokens: ``(B, L, D) -> (T, D)``, adding ``bias`` on the way.
+    """Pack the kept tokens, ``(B, L, D) -> (T, D)``, and add ``bias`` on the way.
 
     Args:
         x: (B, L, D), or (S, D) for a packed source.
         sel: what :func:`dcdit.ops.select_tokens` returned.
-        bias: (L, D) added to each token by its position (e.g. the position embedding), grid sources only; it is rounded
-            to x's dtype after the addition.
+        bias: (L, D), e.g. the position embedding; each token gets the row of its position. Grid sources only. The sum
+            is rounded to x's dtype.
 
     Returns:
         (T, D) in x's dtype; padding rows are zero. Differentiable in x and bias.
@@ -34,7 +36,7 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
-    """Unpack tokens to their positions: ``(T, D) -> (B, L, D)``; the other positions get ``fill``.
+    """Put packed tokens back to their positions, ``(T, D) -> (B, L, D)``; the other positions get ``fill``.
 
     Args:
         t: (T, D) packed tokens; padding rows are ignored.

@@ -1,13 +1,18 @@
-"""The definitions that every kernel is tested against: plain PyTorch, any device, any float dtype.
+"""The definitions that every backend is tested against: plain PyTorch, any device, any float dtype.
 
-Written to be read beside the papers, not to be fast: dense distances, explicit loops over images. float64 inputs are
+They are written to be read beside the papers, not to be fast: dense distances and loops over images. float64 inputs are
 computed in float64, everything else in float32.
+
+Letters: B images of L positions on a grid (H, W), or S positions of packed sequences; T kept tokens; D channels.
+Papers: DC-DiT is arXiv 2603.06351, H-Net arXiv 2507.07955, DiT arXiv 2212.09748.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
 from dcdit.ops.numerics import PROB_EPS, ROW_EPS, upcast
@@ -17,23 +22,34 @@ from dcdit.ops.token_selection import TokenSelection
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    if cu_seqlens is None:
-        if q.shape[1] == 0:
-            return upcast(q).sum(-1)
-        q_hat, k_hat = F.normalize(upcast(q[:, :-1]), dim=-1), F.normalize(upcast(k[:, 1:]), dim=-1)
-        p = ((1 - (q_hat * k_hat).sum(-1)) / 2).clamp(0, 1)
-        return F.pad(p, (1, 0), value=1.0)
-    sequences = zip(_split(q, cu_seqlens), _split(k, cu_seqlens), strict=True)
-    rows = [boundary_prob_cosine(a[None], b[None], None)[0] for a, b in sequences]
-    return torch.cat(rows) if rows else upcast(q).sum(-1)
+    """``p_t = (1 - cos(q_{t-1}, k_t)) / 2``, and p = 1 at the first position of a sequence.
+
+    H-Net, section 2.2, equation 4. The paper writes q_t and k_{t-1}; its code computes what stands here.
+
+    q, k (B, L, D) or (S, D) -> p (B, L) or (S,).
+    """
+    if cu_seqlens is not None:
+        sequences = zip(_split(q, cu_seqlens), _split(k, cu_seqlens), strict=True)
+        parts = [boundary_prob_cosine(q_i[None], k_i[None])[0] for q_i, k_i in sequences]
+        return torch.cat(parts) if parts else upcast(q).sum(-1)
+    if q.shape[1] == 0:
+        return upcast(q).sum(-1)
+    q_hat, k_hat = F.normalize(upcast(q[:, :-1]), dim=-1), F.normalize(upcast(k[:, 1:]), dim=-1)
+    p = _dissimilarity(reduce(q_hat * k_hat, "b l d -> b l", "sum"))
+    return F.pad(p, (1, 0), value=1.0)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
-    b, _, d = q.shape
+    """``p = (1 - q_hat . kbar) / 2`` with kbar the depthwise 3x3 convolution of k_hat (DC-DiT, router v1).
+
+    q, k (B, L, D), weight (D, 3, 3) -> p (B, L).
+    """
+    height, width = grid
     q_hat, k_hat = F.normalize(upcast(q), dim=-1), F.normalize(upcast(k), dim=-1)
-    k_grid = k_hat.transpose(1, 2).reshape(b, d, *grid)
-    k_bar = F.conv2d(k_grid, weight.to(k_grid.dtype)[:, None], padding=1, groups=d).flatten(2).transpose(1, 2)
-    return ((1 - (q_hat * k_bar).sum(-1)) / 2).clamp(0, 1)
+    k_grid = rearrange(k_hat, "b (h w) d -> b d h w", h=height, w=width)
+    kernel = rearrange(weight.to(k_grid.dtype), "d y x -> d 1 y x")
+    k_bar = rearrange(F.conv2d(k_grid, kernel, padding=1, groups=k.shape[-1]), "b d h w -> b (h w) d")
+    return _dissimilarity(reduce(q_hat * k_bar, "b l d -> b l", "sum"))
 
 
 def boundary_prob_predictability(
@@ -45,12 +61,22 @@ def boundary_prob_predictability(
     num_groups: int = 8,
     eps: float = 1e-5,
 ) -> Tensor:
+    """``p = sigmoid(out_weight . SiLU(GroupNorm(features)) + out_bias)`` (DC-DiT, router v2, its last layers).
+
+    features (B, C, H, W), norm_weight, norm_bias, out_weight (C,), out_bias () -> p (B, L). p = 1 at both ends.
+    """
     x = upcast(features)
     x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
-    logit = torch.einsum("bchw,c->bhw", x, out_weight.to(x.dtype)).flatten(1) + out_bias.to(x.dtype)
-    forced = torch.zeros(logit.shape[1], dtype=torch.bool, device=logit.device)
-    forced[:1] = forced[-1:] = True
-    return torch.where(forced, torch.ones_like(logit), torch.sigmoid(logit))
+    logit = einsum(x, out_weight.to(x.dtype), "b c h w, c -> b h w") + out_bias.to(x.dtype)
+    p = rearrange(torch.sigmoid(logit), "b h w -> b (h w)")
+    at_end = torch.zeros(p.shape[1], dtype=torch.bool, device=p.device)
+    at_end[:1] = at_end[-1:] = True
+    return torch.where(at_end, torch.ones_like(p), p)
+
+
+def _dissimilarity(cosine: Tensor) -> Tensor:
+    """``(1 - cosine) / 2`` in [0, 1]; rounding can take a cosine past 1."""
+    return ((1 - cosine) / 2).clamp(0, 1)
 
 
 # --- selection ----------------------------------------------------------------------------------------------------
@@ -64,43 +90,46 @@ def select_tokens(
     budget: int | None = None,
     capacity: int | None = None,
 ) -> TokenSelection:
+    """Keep p > threshold, then drop the lowest p of each image (DC-DiT, routing and elastic inference).
+
+    ``budget`` keeps the highest p of each image instead. ``capacity`` then drops the lowest p of the batch. The best
+    token of an image always stays. Of equal p, the lower index is dropped first. p (B, L) or (S,), drop_fraction () or
+    (B,).
+    """
     flat = p.flatten()
-    starts = _image_starts(p, cu_seqlens)
+    starts = _image_starts(p, cu_seqlens).tolist()
     images = len(starts) - 1
     natural = upcast(flat) > threshold
     mask = natural.clone()
     rho = torch.as_tensor(drop_fraction, dtype=torch.float32).expand(images)
-    survivors: list[int] = []
-    for image in range(images):
-        lo, hi = starts[image], starts[image + 1]
+    best: list[int] = []
+    for image, (lo, hi) in enumerate(pairwise(starts)):
         if lo == hi:
             continue
-        # Ascending p, ties by ascending raster index: the order in which tokens are dropped.
-        order = sorted(range(lo, hi), key=lambda i: (flat[i].item(), i))
-        survivors.append(order[-1])
+        drop_order = _drop_order(flat, range(lo, hi))
+        best.append(drop_order[-1])
         if budget is not None:
             mask[lo:hi] = False
-            mask[order[hi - lo - budget :]] = True
+            mask[drop_order[-budget:]] = True
             continue
-        kept = [i for i in order if natural[i]]
+        kept = [i for i in drop_order if natural[i]]
         n_drop = int(torch.tensor(len(kept), dtype=torch.float32) * rho[image].cpu())
         mask[kept[:n_drop]] = False
-        mask[order[-1]] = True
+        mask[drop_order[-1]] = True
     overflow = 0
     if capacity is not None:
         overflow = max(0, int(mask.sum()) - capacity)
-        candidates = [i for i in mask.nonzero().flatten().tolist() if i not in survivors]
-        candidates.sort(key=lambda i: (flat[i].item(), i))
-        mask[candidates[:overflow]] = False
+        spare = set(mask.nonzero().flatten().tolist()) - set(best)
+        mask[_drop_order(flat, spare)[:overflow]] = False
     lengths = [int(mask[lo:hi].sum()) for lo, hi in pairwise(starts)]
     indices = mask.nonzero().flatten()
-    if capacity is not None:
-        indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
-    lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=p.device)
+    max_seqlen = max(lengths, default=0)
     if budget is not None:
         max_seqlen = budget
-    else:
-        max_seqlen = p.shape[-1] if capacity is not None else max(lengths, default=0)
+    if capacity is not None:
+        max_seqlen = p.shape[-1]
+        indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
+    lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=p.device)
     return TokenSelection(
         indices=indices,
         cu_seqlens=F.pad(lengths_tensor.cumsum(0), (1, 0)).to(torch.int32),
@@ -115,28 +144,39 @@ def select_tokens(
     )
 
 
-def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    if cu_seqlens is not None:
-        return cu_seqlens.tolist()
-    b, length = p.shape
-    return [image * length for image in range(b + 1)]
+def _drop_order(p: Tensor, positions: Iterable[int]) -> list[int]:
+    """The positions by ascending p, among equals by ascending index: the order in which they are dropped."""
+    return sorted(positions, key=lambda i: (p[i].item(), i))
+
+
+def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B+1,): where each image starts in the flattened p, and where the last one ends."""
+    return torch.arange(p.shape[0] + 1) * p.shape[1] if cu_seqlens is None else cu_seqlens
 
 
 # --- packing ------------------------------------------------------------------------------------------------------
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) -> Tensor:
+    """``t_m = x[indices_m] + bias[indices_m mod L]`` (DC-DiT, routing).
+
+    x (B, L, D) or (S, D), bias (L, D) -> t (T, D), zeros in padding rows.
+    """
     kept = sel.indices[sel.indices >= 0]
-    tokens = x.reshape(-1, x.shape[-1])[kept]
+    tokens = rearrange(x, "... d -> (...) d")[kept]
     if bias is not None:
         tokens = (upcast(tokens) + upcast(bias)[kept % bias.shape[0]]).to(x.dtype)
     return F.pad(tokens, (0, 0, 0, sel.indices.numel() - kept.numel()))
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
-    real = sel.indices >= 0
+    """``x[indices_m] = t_m``, ``fill`` elsewhere: the inverse of :func:`gather_tokens`.
+
+    t (T, D) -> x (B, L, D) or (S, D).
+    """
+    is_token = sel.indices >= 0
     out = t.new_full((sel.mask.numel(), t.shape[-1]), fill)
-    return out.index_put((sel.indices[real],), t[real]).view(*sel.mask.shape, t.shape[-1])
+    return out.index_put((sel.indices[is_token],), t[is_token]).view(*sel.mask.shape, t.shape[-1])
 
 
 # --- de-chunking --------------------------------------------------------------------------------------------------
@@ -151,100 +191,131 @@ def dechunk_spatial(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
+    """Smooth the kept tokens, then each position takes its nearest one (DC-DiT, de-chunking).
+
+    ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j`` with ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j``, each row of W
+    divided by its sum; u is the grid coordinate of a token and q its clamped probability.
+
+    h (T, D), p and gate (B, L), residual (B, L, D) -> (B, L, D).
+    """
     height, width = grid
-    rows = torch.arange(height, device=h.device).repeat_interleave(width)
-    cols = torch.arange(width, device=h.device).repeat(height)
-    confidence = upcast(p).clamp(PROB_EPS, 1 - PROB_EPS)
+    row = repeat(torch.arange(height, device=h.device), "h -> (h w)", w=width)
+    column = repeat(torch.arange(width, device=h.device), "w -> (h w)", h=height)
     images = []
-    for image, tokens in enumerate(_split(upcast(h), sel.cu_seqlens)):
-        kept = sel.mask[image].nonzero().flatten()
+    for tokens, mask, q in zip(_split(upcast(h), sel.cu_seqlens), sel.mask, _clamped_prob(p, h), strict=True):
+        (kept,) = mask.nonzero(as_tuple=True)
         if kept.numel() == 0:
             images.append(tokens.new_zeros(height * width, tokens.shape[1]))
             continue
-        q = confidence[image, kept].to(tokens.dtype)
-        apart = (rows[kept, None] - rows[kept]) ** 2 + (cols[kept, None] - cols[kept]) ** 2
-        weight = torch.exp(-apart.to(tokens.dtype) / (2 * sigma**2)) * q
-        weight = weight / (weight.sum(-1, keepdim=True) + ROW_EPS)
-        smoothed = q[:, None] * tokens + (1 - q[:, None]) * (weight @ tokens)
-        distance = (rows[:, None] - rows[kept]) ** 2 + (cols[:, None] - cols[kept]) ** 2
+        # |u_l - u_j|^2 of every position l and every kept token j.
+        distance = (row[:, None] - row[kept]) ** 2 + (column[:, None] - column[kept]) ** 2
+        q = q[kept]
+        weight = torch.exp(-distance[kept].to(tokens.dtype) / (2 * sigma**2)) * q
+        weight = weight / (reduce(weight, "i j -> i 1", "sum") + ROW_EPS)
+        q = rearrange(q, "i -> i 1")
+        smoothed = q * tokens + (1 - q) * (weight @ tokens)
         # The key orders by distance, then by raster index, so its minimum settles ties.
         nearest = (distance * (height * width) + kept).argmin(-1)
         images.append(smoothed[nearest])
-    grown = torch.stack(images) if images else upcast(h).new_zeros(*p.shape, h.shape[-1])
-    return _gate_and_residual(grown, gate, residual, h.dtype)
+    dechunked = torch.stack(images) if images else upcast(h).new_zeros(*p.shape, h.shape[-1])
+    return _gate_and_residual(dechunked, gate, residual, h.dtype)
 
 
 def dechunk_ema(
     h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    confidence = upcast(p).flatten().clamp(PROB_EPS, 1 - PROB_EPS)
-    mask = sel.mask.flatten()
-    starts = _image_starts(p, sel.source_cu_seqlens)
-    held = []
-    for tokens, lo, hi in zip(_split(upcast(h), sel.cu_seqlens), starts[:-1], starts[1:], strict=True):
+    """``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}``, then each position takes the last hbar so far, 0 before the first.
+
+    H-Net, section 2.2, equations 5 (the average) and 8 (the last one so far).
+
+    h (T, D), p and gate (B, L) or (S,), residual (B, L, D) or (S, D) -> the shape of residual.
+    """
+    source_starts = _image_starts(p, sel.source_cu_seqlens)
+    sequences = zip(
+        _split(upcast(h), sel.cu_seqlens),
+        _split(sel.mask.flatten(), source_starts),
+        _split(_clamped_prob(p, h).flatten(), source_starts),
+        strict=True,
+    )
+    states = []
+    for tokens, mask, q in sequences:
         state = tokens.new_zeros(h.shape[-1])
-        position = 0
-        for index in range(lo, hi):
-            if mask[index]:
-                q = confidence[index].to(tokens.dtype)
-                state = q * tokens[position] + (1 - q) * state
-                position += 1
-            held.append(state)
-    grown = torch.stack(held) if held else upcast(h).new_zeros(0, h.shape[-1])
-    return _gate_and_residual(grown.view(*p.shape, h.shape[-1]), gate, residual, h.dtype)
+        kept_tokens = zip(tokens, q[mask], strict=True)
+        for is_kept in mask.tolist():
+            if is_kept:
+                h_m, q_m = next(kept_tokens)
+                state = q_m * h_m + (1 - q_m) * state
+            states.append(state)
+    dechunked = torch.stack(states) if states else upcast(h).new_zeros(0, h.shape[-1])
+    return _gate_and_residual(dechunked.view(*p.shape, h.shape[-1]), gate, residual, h.dtype)
 
 
-def _gate_and_residual(grown: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _clamped_prob(p: Tensor, h: Tensor) -> Tensor:
+    """``q = clamp(p, 1e-4, 1 - 1e-4)`` in the dtype in which h is computed; shape of p."""
+    return upcast(p).clamp(PROB_EPS, 1 - PROB_EPS).to(upcast(h).dtype)
+
+
+def _gate_and_residual(dechunked: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``ste(c) * dechunked + residual`` (H-Net, section 2.2, equations 7 and 9); c is ``gate``.
+
+    The straight-through estimator ``ste(c)`` has the value 1 and passes its gradient on to c, which thus gets
+    ``<g, dechunked>``. dechunked, residual (..., D), gate (...) -> (..., D).
+    """
     if gate is not None:
-        # Straight through: adds an exact zero forward, and <g, grown> to the gate's gradient.
-        grown = grown + grown.detach() * (gate - gate.detach())[..., None]
+        c = rearrange(gate, "... -> ... 1")
+        dechunked = dechunked + dechunked.detach() * (c - c.detach())
     if residual is not None:
-        grown = grown + residual
-    return grown.to(dtype)
+        dechunked = dechunked + residual
+    return dechunked.to(dtype)
 
 
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None = None) -> Tensor:
+    """``N/(N-1) * ((1-F)(1-G) + (N-1) F G)``, the mean over groups of images (H-Net, section 2.3, equation 10).
+
+    F is the mean of natural_mask and G the mean of p in a group. p, natural_mask (B, L) or (S,) -> ().
+    """
+    p = upcast(p)
     groups = 1 if group_size is None else p.shape[0] // group_size
-    kept = natural_mask.reshape(groups, -1).to(upcast(p).dtype).mean(-1)
-    mean_p = upcast(p).reshape(groups, -1).mean(-1)
-    loss = target / (target - 1) * ((1 - kept) * (1 - mean_p) + (target - 1) * kept * mean_p)
-    return loss.mean()
+    kept_fraction = reduce(natural_mask.to(p.dtype), "(group n) ... -> group", "mean", group=groups)
+    mean_p = reduce(p, "(group n) ... -> group", "mean", group=groups)
+    loss = (1 - kept_fraction) * (1 - mean_p) + (target - 1) * kept_fraction * mean_p
+    return (target / (target - 1) * loss).mean()
 
 
 # --- modulation ---------------------------------------------------------------------------------------------------
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
-    normed = [
-        F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + upcast(scale)[i]) + upcast(shift)[i]
-        for i, tokens in enumerate(_split(upcast(t), cu_seqlens))
-    ]
-    return _with_padding(normed, t.new_zeros(t.shape), cu_seqlens)
+    """``LayerNorm(t) * (1 + scale[image]) + shift[image]`` (DiT, section 3.2, adaLN).
+
+    t (T, D), shift and scale (B, D) -> (T, D), zeros in padding rows.
+    """
+    images = zip(_split(upcast(t), cu_seqlens), upcast(shift), upcast(scale), strict=True)
+    normed = [F.layer_norm(t_i, t_i.shape[-1:], eps=eps) * (1 + scale_i) + shift_i for t_i, shift_i, scale_i in images]
+    return _join(normed, t.new_zeros(t.shape), cu_seqlens)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    pairs = zip(_split(upcast(x), cu_seqlens), _split(upcast(y), cu_seqlens), strict=True)
-    added = [a + upcast(gate)[i] * b for i, (a, b) in enumerate(pairs)]
-    return _with_padding(added, x, cu_seqlens)
+    """``x + gate[image] * y`` (DiT, section 3.2, adaLN-Zero).
+
+    x, y (T, D), gate (B, D) -> (T, D), x in padding rows.
+    """
+    images = zip(_split(upcast(x), cu_seqlens), _split(upcast(y), cu_seqlens), upcast(gate), strict=True)
+    return _join([x_i + gate_i * y_i for x_i, y_i, gate_i in images], x, cu_seqlens)
 
 
 def gated_add_modulated_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
+    """:func:`gated_add`, and :func:`modulated_layer_norm` of its result as it is stored (DiT, section 3.2).
+
+    x, y (T, D), gate, shift, scale (B, D) -> two tensors (T, D).
+    """
     added = gated_add(x, y, gate, cu_seqlens)
     return added, modulated_layer_norm(added, shift, scale, cu_seqlens, eps)
-
-
-def _split(t: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    starts = cu_seqlens.tolist()
-    return [t[lo:hi] for lo, hi in pairwise(starts)]
-
-
-def _with_padding(segments: list[Tensor], padding: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.cat([segment.to(padding.dtype) for segment in segments] + [padding[int(cu_seqlens[-1]) :]])
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -253,12 +324,28 @@ def _with_padding(segments: list[Tensor], padding: Tensor, cu_seqlens: Tensor) -
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = False, padding: bool = False
 ) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` inside each sequence (Attention Is All You Need, arXiv 1706.03762, equation 1).
+
+    q, k, v (T, heads, d) -> (T, heads, d), zeros in padding rows. max_seqlen and padding change nothing here.
+    """
     out = []
     for q_i, k_i, v_i in zip(*(_split(upcast(x), cu_seqlens) for x in (q, k, v)), strict=True):
-        scores = torch.einsum("qhd,khd->hqk", q_i, k_i) * q.shape[-1] ** -0.5
+        scores = einsum(q_i, k_i, "query head d, key head d -> head query key") * q.shape[-1] ** -0.5
         if causal:
-            n = scores.shape[-1]
-            above = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(above, float("-inf"))
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_i))
-    return _with_padding(out, q.new_zeros(q.shape), cu_seqlens)
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        out.append(einsum(scores.softmax(-1), v_i, "head query key, key head d -> query head d"))
+    return _join(out, q.new_zeros(q.shape), cu_seqlens)
+
+
+# --- segments -----------------------------------------------------------------------------------------------------
+
+
+def _split(t: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+    """The rows of each segment, without padding rows."""
+    return [t[lo:hi] for lo, hi in pairwise(cu_seqlens.tolist())]
+
+
+def _join(segments: list[Tensor], padding: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The segments one after another in the dtype of ``padding``, then its padding rows."""
+    return torch.cat([segment.to(padding.dtype) for segment in segments] + [padding[int(cu_seqlens[-1]) :]])

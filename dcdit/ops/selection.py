@@ -1,4 +1,4 @@
-"""Token selection: from boundary probabilities to the packed order that every later operation follows."""
+"""Token selection: from boundary probabilities to the kept tokens, in the packed order that later operations use."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,8 @@ from dcdit.ops import checks
 from dcdit.ops.backend import backend_for
 from dcdit.ops.token_selection import TokenSelection
 from dcdit.utils.text import shape_of
+
+__all__ = ["select_tokens"]
 
 
 def select_tokens(
@@ -19,19 +21,22 @@ def select_tokens(
 ) -> TokenSelection:
     """Choose the tokens to keep (DC-DiT, arXiv 2603.06351: routing and elastic inference).
 
-    Keeps p > threshold, then drops the ``floor(float32(n) * float32(drop_fraction))`` lowest p of each image (among
-    equal p the lower raster index goes first). A non-empty image always keeps its best token: the highest p, the last
-    of equals. Not differentiable.
+    The natural mask keeps p > threshold. Of the n tokens that an image keeps so, the
+    ``floor(float32(n) * float32(drop_fraction))`` with the lowest p are dropped; among equal p the lower raster index
+    is dropped first. A non-empty image always keeps its best token: the highest p, the last of equals. Not
+    differentiable.
 
     Args:
         p: (B, L), or (S,) with ``cu_seqlens``; probabilities in [0, 1].
         cu_seqlens: int32 (B+1,), sequence starts of a packed source.
-        threshold: strict lower bound of the natural mask, compared in float32 (float64 p in float64): half-precision p
-            meets the number itself, not its rounding.
+        threshold: strict lower bound of the natural mask. The comparison is in float32 (for float64 p in float64), so
+            the threshold is never rounded to half precision.
         drop_fraction: rho in [0, 1), one number or a (B,) tensor.
-        budget: keep exactly this many per image, the highest p (every shape is static; excludes the other two).
+        budget: keep exactly this many tokens per image, those with the highest p. Every shape is then static. Excludes
+            ``drop_fraction`` and ``capacity``.
         capacity: static size T of the packed buffer. If more tokens are kept, the lowest p of the batch are dropped and
-            counted in ``overflow``; unused entries are padding. Without it one size is read back from the device.
+            counted in ``overflow``. Unused rows are padding. Without budget and capacity, T is read back from the
+            device.
 
     Raises:
         ValueError: NaN in p (on a GPU only with ``DCDIT_CHECK=1``), a fraction outside [0, 1), a budget above L, a

@@ -8,33 +8,34 @@ from dcdit.utils.deprecation import warn_renamed
 
 
 class TokenSelection(NamedTuple):
-    """The kept tokens of a batch, packed image after image in raster order.
+    """The kept tokens of a batch, packed image after image, in raster order inside an image.
 
-    The source is a grid batch (B, L) or packed sequences (S,). In capacity mode the packed buffer has padding: entries
-    past ``cu_seqlens[-1]`` have index -1, and the operations write zeros there. :func:`select_tokens` keeps at least
-    one token of every non-empty image; the operations also take a hand-made selection with images that keep none.
+    The source is a grid batch (B, L) or packed sequences (S,). A packed buffer of a given capacity ends in padding
+    rows, past ``cu_seqlens[-1]``: their index is -1, and the operations write zeros there. :func:`select_tokens` keeps
+    at least one token of every non-empty image. The operations also accept a hand-made selection in which an image
+    keeps none.
     """
 
     indices: Tensor
-    """(T,) int64: position of each kept token in the flattened source; -1 in padding entries."""
+    """(T,) int64: position of each packed row in the flattened source, -1 for padding rows."""
     cu_seqlens: Tensor
-    """(B+1,) int32: where each image starts in the packed buffer."""
+    """(B+1,) int32: packed row at which each image starts."""
     lengths: Tensor
-    """(B,) int32: kept tokens per image."""
+    """(B,) int32: kept tokens of each image."""
     max_seqlen: int
-    """Upper bound of ``lengths`` (exact where the buffer is sized exactly)."""
+    """Upper bound of ``lengths``; equal to the largest where no capacity was given."""
     mask: Tensor
-    """bool, shape of p: the kept tokens."""
+    """bool, shape of p: the kept positions."""
     natural_mask: Tensor
-    """bool, shape of p: p above the threshold, before any dropping; the ratio loss reads this."""
+    """bool, shape of p: p above the threshold, before any token is dropped. The ratio loss reads it."""
     packed_rows: Tensor
     """int32, shape of p: packed row of each kept position, -1 elsewhere (the inverse of ``indices``)."""
     overflow: Tensor
-    """() int32: tokens that a capacity forced out."""
+    """() int32: how many tokens were dropped because the capacity was too small."""
     source_cu_seqlens: Tensor | None
-    """(B+1,) int32 for a packed source, None for a grid batch."""
+    """(B+1,) int32: where each sequence of a packed source starts; None for a grid batch."""
     prob_floor: float
-    """Lower bound on the p of a kept token that has company (0 for a fixed budget)."""
+    """Lower bound on the p of each kept token of an image that keeps several; 0 for a budget."""
 
     @property
     def slots(self) -> Tensor:

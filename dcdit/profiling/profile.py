@@ -14,7 +14,7 @@ from torch import Tensor
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops
 from dcdit.nn import STAGES
 from dcdit.nn.stages import collect_stages
-from dcdit.ops.attention import attention_backends
+from dcdit.ops.attention_kernels import attention_backends
 from dcdit.profiling.timing import Call, time_stages, time_variants
 from dcdit.utils.environment import device_name
 from dcdit.utils.tables import markdown_table

@@ -1,4 +1,4 @@
-"""Old names that still work for one version, with a warning that says the new one."""
+"""Old names: they still work for one version, with a warning that gives the new name."""
 
 import importlib
 import warnings
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Say that ``old`` is now called ``new`` and goes away in the next version."""
+    """Warn that ``old`` is now called ``new`` and goes away in the next version."""
     warnings.warn(f"{old} is now {new}; the old name goes away in the next version", DeprecationWarning, stacklevel)
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module in which names have changed.
+    """The ``__getattr__`` for a module in which names have changed.
 
     Args:
         module: its ``__name__``.
-        names: old name to new name, both in this module. No old name may be in use for something else.
+        names: old name to new name, both in this module. An old name must not be in use for something else.
     """
 
     def __getattr__(name: str) -> Any:

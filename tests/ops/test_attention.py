@@ -1,16 +1,17 @@
 """Varlen attention against the float64 definition, and the choice of its kernel."""
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inputs import randn, random_cu_seqlens
 
-from dcdit.ops import attention, reference
 from dcdit.ops import attention_kernels as kernels
 from dcdit.ops import backend as backends
-from dcdit.ops.attention import attention_backends, varlen_attention
+from dcdit.ops import reference
+from dcdit.ops.attention import varlen_attention
+from dcdit.ops.attention_kernels import attention_backends, choose_attention_backend
 
 LENGTHS = {
     "equal": [5, 5, 5],
@@ -23,15 +24,11 @@ LENGTHS = {
 }
 
 
-def cu_of(lengths):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
 def inputs(lengths, dtype=torch.float64, heads=3, head_dim=8, padding=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (sum(lengths) + padding, heads, head_dim)
     qkv = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
-    return qkv, cu_of(lengths), max(lengths, default=0)
+    return qkv, random_cu_seqlens(*lengths), max(lengths, default=0)
 
 
 def value_and_grads(function, qkv, grad):
@@ -43,7 +40,7 @@ def value_and_grads(function, qkv, grad):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_matches_the_definition_in_float64(lengths, causal):
     qkv, cu, longest = inputs(lengths)
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, causal), qkv, grad)
     want = (
         value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, causal), qkv, grad) if lengths else got
@@ -57,7 +54,7 @@ def test_matches_the_definition_in_float64(lengths, causal):
 def test_error_is_at_most_twice_that_of_the_plain_formula(lengths, dtype):
     qkv, cu, longest = inputs(lengths, dtype, head_dim=32)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
 
     def plain(q, k, v):
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
@@ -73,8 +70,8 @@ def test_error_is_at_most_twice_that_of_the_plain_formula(lengths, dtype):
     peer = value_and_grads(plain, qkv, grad)
     for a, b, c in zip(got, peer, truth, strict=True):
         assert a.dtype == dtype
-        # One ulp of the largest entry on top, as in FlashAttention's own tests: at float32 the maximum of a few hundred
-        # roundings is luck.
+        # One ulp of the largest entry more, as in FlashAttention's own tests: the maximum of a few hundred roundings in
+        # float32 is luck.
         floor = torch.finfo(dtype).eps * c.abs().max()
         assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + floor
 
@@ -95,16 +92,16 @@ def test_equal_lengths_run_as_one_call_without_copies(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     qkv = torch.randn(12, 3, 2, 8)
     q, k, v = qkv.unbind(1)
-    varlen_attention(q, k, v, cu_of([4, 4, 4]), 4)
+    varlen_attention(q, k, v, random_cu_seqlens(4, 4, 4), 4)
     assert seen == [((3, 2, 4, 8), q.data_ptr())]
-    varlen_attention(q, k, v, cu_of([4, 3, 5]), 5)
+    varlen_attention(q, k, v, random_cu_seqlens(4, 3, 5), 5)
     assert len(seen) == 4
 
 
 def test_a_sequence_does_not_depend_on_the_others():
     qkv, cu, longest = inputs([4, 9, 2], torch.float32)
     together = varlen_attention(*qkv, cu, longest)
-    alone = varlen_attention(*(x[4:13] for x in qkv), cu_of([9]), 9)
+    alone = varlen_attention(*(x[4:13] for x in qkv), random_cu_seqlens(9), 9)
     torch.testing.assert_close(together[4:13], alone, rtol=0, atol=0)
 
 
@@ -112,14 +109,14 @@ def test_a_sequence_does_not_depend_on_the_others():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_padding_rows_are_zero_and_leak_nothing(lengths, forced, monkeypatch):
     monkeypatch.setattr(backends, "_forced", forced)
-    # With ragged_square the buffer has B * max_seqlen rows, which without padding would mean equal lengths.
+    # The buffer of ragged_square has B * max_seqlen rows. Without padding that would mean equal lengths.
     qkv, cu, longest = inputs(lengths, padding=7)
     total = sum(lengths)
     poisoned = [x.detach().clone() for x in qkv]
     for x in poisoned:
         x[total:] = float("nan")
         x.requires_grad_()
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     grad[total:] = float("nan")
     got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, padding=True), poisoned, grad)
     clean = [x.detach()[:total].requires_grad_() for x in qkv]
@@ -138,7 +135,7 @@ def test_compiles_to_one_graph_on_the_cpu(lengths, padding, causal):
     def attend(q, k, v, cu_seqlens):
         return varlen_attention(q, k, v, cu_seqlens, longest, causal, padding=padding > 0)
 
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     got = value_and_grads(lambda *x: compiled(*x, cu), qkv, grad)
     want = value_and_grads(lambda *x: attend(*x, cu), qkv, grad)
@@ -156,7 +153,7 @@ def test_compiles_when_the_number_of_tokens_depends_on_data(dynamic):
     def compiled(q, cu):
         return varlen_attention(q, q, q, cu, 5)
 
-    cu = cu_of([4, 5])
+    cu = random_cu_seqlens(4, 5)
     torch.testing.assert_close(compiled(q, cu), varlen_attention(q, q, q, cu, 5))
 
 
@@ -165,12 +162,12 @@ def test_the_registered_op_passes_opcheck():
     torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, True))
 
 
-# --- choosing a kernel: the machine is simulated, the kernels are stand-ins ----------------------------------------
+# --- choosing a kernel: the machine is simulated, the kernels are replaced -----------------------------------------
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretend to be on a GPU with these packages installed; what a package returns is written by the test."""
+    """Pretend to be on a GPU with these packages installed. The test says what a package returns."""
 
     def pretend(capability, packages, hip=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -189,9 +186,9 @@ def gpu(monkeypatch):
 
         monkeypatch.setattr(kernels, "importlib", SimpleNamespace(import_module=import_module))
 
-    kernels._missing.cache_clear()
+    kernels._why_unavailable.cache_clear()
     yield pretend
-    kernels._missing.cache_clear()
+    kernels._why_unavailable.cache_clear()
 
 
 ALL = {name: lambda q, k, v, **_: q for name in ("flash_attn_interface", "flash_attn.cute", "flash_attn")}
@@ -212,18 +209,18 @@ CUDA = torch.device("cuda", 0)
 )
 def test_auto_takes_the_best_kernel(gpu, capability, packages, compiling, expected):
     gpu(capability, packages)
-    assert kernels.choose("auto", CUDA, torch.bfloat16, 64, compiling) == expected
+    assert choose_attention_backend("auto", CUDA, torch.bfloat16, 64, compiling) == expected
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.float64, 64), (torch.float16, 68)])
 def test_auto_never_rounds_or_pads(gpu, dtype, head_dim):
     gpu((9, 0), ALL)
-    assert kernels.choose("auto", CUDA, dtype, head_dim, False) == "sdpa"
+    assert choose_attention_backend("auto", CUDA, dtype, head_dim, False) == "sdpa"
 
 
 def test_rocm_reports_hopper_numbers_but_is_not_hopper(gpu):
     gpu((9, 4), ALL, hip="6.4")
-    assert kernels.choose("auto", CUDA, torch.bfloat16, 64, False) == "flash2"
+    assert choose_attention_backend("auto", CUDA, torch.bfloat16, 64, False) == "flash2"
 
 
 def test_report_says_why(gpu):
@@ -242,13 +239,13 @@ def test_a_broken_package_does_not_take_the_others_down(gpu):
     gpu((9, 0), {"flash_attn": ALL["flash_attn"]})
     report = {name: reason for name, _, reason in attention_backends(CUDA)}
     assert "No module named 'flash_attn_interface'" in report["flash3"]
-    assert kernels.choose("auto", CUDA, torch.float16, 64, False) == "flash2"
+    assert choose_attention_backend("auto", CUDA, torch.float16, 64, False) == "flash2"
 
 
 @pytest.mark.parametrize("name", ["flash3", "flash2", "flash4", "torch_varlen"])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding):
-    """A stand-in with the kernels' contract: NaN in every row that belongs to no sequence, forward and backward."""
+    """A replacement that returns NaN in rows of no sequence, forward and backward, as the kernels may."""
     lengths = [4, 0, 7]
     qkv, cu, longest = inputs(lengths, padding=padding)
     total = sum(lengths)
@@ -277,11 +274,11 @@ def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding)
     function = native if name == "torch_varlen" else flash
     accepted = frozenset(kernels.inspect.signature(function).parameters)
     monkeypatch.setattr(kernels, "_LOADED", {name: (function, accepted)})
-    monkeypatch.setattr(attention, "choose", lambda *_: name)
+    monkeypatch.setattr(kernels, "choose_attention_backend", lambda *_: name)
     with torch.no_grad():
         for x in qkv:
             x[total:] = float("nan")
-    grad = torch.randn(qkv[0].shape, dtype=torch.float64)
+    grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
     got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, padding=padding > 0), qkv, grad)
     want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, True), qkv, grad)
     for a, b in zip(got, want, strict=True):
@@ -289,7 +286,7 @@ def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding)
 
 
 def test_the_installed_torch_takes_our_arguments(monkeypatch):
-    """The signature of torch's own varlen op, on fake tensors: no GPU needed, no kernel run."""
+    """Call torch's own varlen op on fake tensors: that checks the signature without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     module = pytest.importorskip("torch.nn.attention.varlen")
@@ -298,7 +295,7 @@ def test_the_installed_torch_takes_our_arguments(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.empty(10, 2, 64, dtype=torch.bfloat16, device="meta")
         cu = torch.empty(3, dtype=torch.int32, device="meta")
-        out = kernels.run("torch_varlen", q, q, q, cu, 6, True)
+        out = kernels.run_kernel("torch_varlen", q, q, q, cu, 6, True)
     assert out.shape == q.shape and out.dtype == q.dtype
 
 

@@ -1,14 +1,17 @@
-"""Which backend runs."""
+"""Which backend runs, and what it implements."""
 
+import importlib
+import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.ops import _torch, reference
+from dcdit.ops import _torch, _triton, operations, reference
 from dcdit.ops.backend import backend_for, backend_name
 
 
@@ -34,9 +37,44 @@ def test_a_forced_backend_ends_with_an_error() -> None:
 
 
 def test_every_backend_has_every_operation() -> None:
-    names = set(ops.__all__) - {"TokenSelection", "use_backend", "varlen_attention"}
-    assert names == set(_torch.__all__)
-    assert all(callable(getattr(module, name)) for module in (_torch, reference) for name in names)
+    assert set(ops.__all__) - {"TokenSelection", "use_backend"} == operations.OPERATIONS
+    names = operations.OPERATIONS - {"varlen_attention"}
+    assert len(names) >= 12
+    for name in names:
+        arguments = list(inspect.signature(getattr(ops, name)).parameters)
+        for module in (_torch, _triton, reference):
+            assert list(inspect.signature(getattr(module, name)).parameters) == arguments, (module, name)
+
+
+def test_a_missing_or_doubled_operation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "some_backend"
+    package.mkdir()
+    imported = "from dcdit.ops.operations import collect_operations\nglobals().update(collect_operations({}))\n"
+    (package / "__init__.py").write_text(imported.format("__name__, __path__"))
+    names = sorted(operations.OPERATIONS - {"ratio_loss", "varlen_attention"})
+    (package / "most.py").write_text("".join(f"def {name}(): pass\n" for name in names))
+    with pytest.raises(ImportError, match="some_backend does not define ratio_loss"):
+        importlib.import_module("some_backend")
+    (package / "rest.py").write_text("from some_backend.most import *\ndef ratio_loss(): pass\ndef helper(): pass\n")
+    module = importlib.import_module("some_backend")
+    assert module.ratio_loss.__module__ == "some_backend.rest"
+    assert not hasattr(module, "helper")
+    (package / "twice.py").write_text("def ratio_loss(): pass\n")
+    with pytest.raises(ImportError, match=r"ratio_loss is defined by some_backend\.rest and by some_backend\.twice"):
+        importlib.reload(module)
+
+
+def test_the_compiler_traces_a_backend_that_was_never_imported() -> None:
+    code = """
+import sys, torch
+from dcdit import ops
+p = torch.full((1, 4), 0.75)
+assert "dcdit.ops._torch" not in sys.modules
+print(torch.compile(ops.ratio_loss, fullgraph=True, backend="eager")(p, p > 0.5, 4.0))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("tensor("), done.stderr
 
 
 def test_a_forced_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +94,7 @@ def test_a_forced_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_import_is_light() -> None:
-    heavy = ("triton", "diffusers", "accelerate", "matplotlib", "dcdit.ops._torch", "dcdit.ops._triton")
+    heavy = ("triton", "einops", "diffusers", "accelerate", "matplotlib", "dcdit.ops._torch", "dcdit.ops._triton")
     code = f"import sys, dcdit, dcdit.ops; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

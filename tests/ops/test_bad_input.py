@@ -1,10 +1,11 @@
-"""Bad calls fail at once, with a message that names the value and what is accepted."""
+"""A bad call raises at once, with a message that names the value and what is accepted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support import cases
 from torch import Tensor
 
 from dcdit import ops
@@ -32,7 +33,7 @@ class Bad(NamedTuple):
     call: Callable[[], Any]
     error: type[Exception]
     says: tuple[str, ...]
-    """The offending value, and what is accepted."""
+    """Parts of the message: the bad value, and what is accepted."""
 
 
 def nan_at(x: Tensor, index: int) -> Tensor:
@@ -353,8 +354,8 @@ def test_bad_call(bad: Bad) -> None:
         assert part in message, f"{message!r} does not say {part!r}"
 
 
-def test_every_table_entry_is_a_bad_call_for_its_own_reason() -> None:
-    """The good call next to the bad ones works."""
+def test_the_good_calls_beside_the_bad_ones_work() -> None:
+    """So a bad call fails for the reason in the table, not for another one."""
     ops.select_tokens(P[0], PACKED_CU, budget=5)
     ops.dechunk_spatial(TOKENS, P, SEL, (H, W), 16.0, P, X)
     ops.dechunk_ema(TOKENS[:L], P[0], PACKED_SEL, P[0], X[0])
@@ -366,14 +367,7 @@ def test_every_table_entry_is_a_bad_call_for_its_own_reason() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_a_selection_whose_images_keep_nothing_is_accepted(backend: str) -> None:
-    nothing = torch.zeros(B, L, dtype=torch.bool)
-    sel = SEL._replace(
-        indices=SEL.indices[:0],
-        cu_seqlens=torch.zeros_like(CU),
-        lengths=torch.zeros_like(SEL.lengths),
-        mask=nothing,
-        packed_rows=torch.full_like(SEL.packed_rows, -1),
-    )
+    sel = cases.selection_of_mask(torch.zeros(B, L, dtype=torch.bool))
     with ops.use_backend(backend):
         assert ops.gather_tokens(X, sel).shape == (0, D)
         assert not ops.dechunk_spatial(TOKENS[:0], P, sel, (H, W)).any()

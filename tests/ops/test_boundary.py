@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from support.helpers import (
+from support import cases
+from support.accuracy import (
     assert_close_to_reference,
     check_against_reference,
     check_predictability,
     check_rms_against_reference,
-    randn,
-    random_cu_seqlens,
 )
-from torch import Tensor
+from support.inputs import randn, random_cu_seqlens
 
 from dcdit import ops
 from dcdit.ops import reference
@@ -20,12 +19,12 @@ SHAPES = [(0, 5, 8), (2, 1, 8), (3, 37, 16), (1, 64, 1152), (2, 30, 384)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cosine(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check_against_reference(ops.boundary_prob_cosine, randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1))
+    check_against_reference(ops.boundary_prob_cosine, *cases.boundary_prob_cosine(*shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("lengths", [(0,), (1, 1), (0, 12, 1, 0, 7), (40, 2)])
 def test_cosine_packed(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    q, k = (randn(sum(lengths), 24, dtype=dtype, seed=seed) for seed in (0, 1))
+    q, k = cases.boundary_prob_cosine(sum(lengths), 24, dtype=dtype)
     cu_seqlens = random_cu_seqlens(*lengths)
     check_against_reference(ops.boundary_prob_cosine, q, k, cu_seqlens)
     packed = ops.boundary_prob_cosine(q, k, cu_seqlens)
@@ -55,8 +54,8 @@ def test_cosine_of_extreme_rows(scale: float) -> None:
 
 
 @pytest.mark.parametrize("op", [ops.boundary_prob_cosine, ops.boundary_prob_cosine2d], ids=["1d", "2d"])
-def test_rows_shorter_than_the_norm_may_be(op: object) -> None:
-    # Below 1e-12 the norm is a constant, and the gradient no longer at right angles to the row.
+def test_rows_shorter_than_the_smallest_norm(op: object) -> None:
+    # Below 1e-12 the norm is a constant, so the gradient is no longer at right angles to the row.
     q, k = randn(1, 12, 8), randn(1, 12, 8, seed=1)
     q[0, ::2] *= 1e-14
     k[0, 1::3] *= 1e-14
@@ -78,10 +77,11 @@ def test_cosine_strided_and_broadcast() -> None:
     check_against_reference(ops.boundary_prob_cosine, q, randn(20, 24).expand(3, 20, 24))
 
 
-@pytest.mark.parametrize(("shape", "grid"), [((0, 6, 8), (2, 3)), ((2, 1, 8), (1, 1)), ((3, 35, 24), (5, 7))])
-def test_cosine2d(shape: tuple[int, int, int], grid: tuple[int, int], dtype: torch.dtype) -> None:
-    q, k = (randn(*shape, dtype=dtype, seed=seed) for seed in (0, 1))
-    check_against_reference(ops.boundary_prob_cosine2d, q, k, randn(shape[2], 3, 3, dtype=dtype) / 9, grid)
+@pytest.mark.parametrize(("images", "grid", "width"), [(0, (2, 3), 8), (2, (1, 1), 8), (3, (5, 7), 24)])
+def test_cosine2d(images: int, grid: tuple[int, int], width: int, dtype: torch.dtype) -> None:
+    check_against_reference(
+        ops.boundary_prob_cosine2d, *cases.boundary_prob_cosine2d(images, grid, width, dtype, dtype)
+    )
 
 
 def test_cosine2d_wide_and_strided() -> None:
@@ -99,41 +99,41 @@ def test_cosine2d_zero_rows() -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(p.sum(), (q, k)))
 
 
-def predictability_args(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
-    parameters = [randn(shape[1], seed=seed + i) for i in (1, 2, 3)]
-    return randn(*shape, dtype=dtype, seed=seed), *parameters, randn(1, seed=seed + 4)
-
-
 @pytest.mark.parametrize("shape", [(0, 8, 2, 3), (2, 8, 1, 1), (2, 96, 5, 7), (1, 288, 16, 16)])
-def test_predictability(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    args = predictability_args(*shape, dtype=dtype)
-    check_predictability(*args)
+@pytest.mark.parametrize("order", ["planes", "rows"])
+def test_predictability(order: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    features = cases.predictability_features(order, *shape, dtype=dtype)
+    check_predictability(features, *cases.predictability_parameters(shape[1]))
 
 
 def test_predictability_gradient_of_the_bias() -> None:
     check_rms_against_reference(
-        ops.boundary_prob_predictability, lambda seed: predictability_args(2, 96, 5, 7, seed=seed)
+        ops.boundary_prob_predictability,
+        lambda seed: (
+            cases.predictability_features("planes", 2, 96, 5, 7, seed=seed),
+            *cases.predictability_parameters(96, seed=seed),
+        ),
     )
 
 
-def test_predictability_layouts_and_groups() -> None:
-    features, *rest = predictability_args(2, 24, 5, 7)
+def test_predictability_memory_orders_and_groups() -> None:
+    features = cases.predictability_features("planes", 2, 24, 5, 7)
+    norm_weight, norm_bias, out_weight, out_bias = rest = cases.predictability_parameters(24)
     expected = reference.boundary_prob_predictability(features.double(), *(x.double() for x in rest), 4, 1e-3)
     same = reference.boundary_prob_predictability(features, *rest, 4, 1e-3)
-    for layout in (
+    for same_features in (
         features,
         features.contiguous(memory_format=torch.channels_last),
         features.transpose(2, 3).contiguous().transpose(2, 3),
     ):
-        rest[2] = rest[2].view(1, 24, 1, 1)
-        actual = ops.boundary_prob_predictability(layout, *rest, num_groups=4, eps=1e-3)
+        parameters = norm_weight, norm_bias, out_weight.view(1, 24, 1, 1), out_bias.view(1)
+        actual = ops.boundary_prob_predictability(same_features, *parameters, num_groups=4, eps=1e-3)
         assert_close_to_reference(actual, expected, same)
-        rest[2] = rest[2].view(24)
 
 
 def test_predictability_forces_the_ends() -> None:
-    features, *rest = predictability_args(2, 8, 3, 3)
-    features.requires_grad_()
+    features = cases.predictability_features("planes", 2, 8, 3, 3).requires_grad_()
+    rest = cases.predictability_parameters(8)
     p = ops.boundary_prob_predictability(features, *rest)
     assert (p[:, [0, -1]] == 1).all()
     assert ((p[:, 1:-1] > 0) & (p[:, 1:-1] < 1)).all()

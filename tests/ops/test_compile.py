@@ -1,11 +1,12 @@
-"""With static shapes the operators trace into one graph, and compute the same."""
+"""With static shapes the operations trace into one graph, and the graph computes the same."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.helpers import differentiate, randn, random_probs
+from support.accuracy import differentiate
+from support.inputs import randn, random_probs, ste_coefficient
 from torch import Tensor
 
 from dcdit import ops
@@ -26,10 +27,10 @@ def route(x: Tensor, q: Tensor, k: Tensor, weight: Tensor, mode: dict[str, Any])
     p = (ops.boundary_prob_cosine2d(q, k, weight, (H, W)) + ops.boundary_prob_cosine(q, k)) / 2
     sel = ops.select_tokens(p, **mode)
     tokens = ops.gather_tokens(x, sel, x[0])
-    confidence = torch.where(p > 0.5, p, 1 - p)
-    spatial = ops.dechunk_spatial(tokens, p, sel, (H, W), 1.0, confidence, x)
-    held = ops.dechunk_ema(tokens, p, sel, confidence, x)
-    return spatial, held, ops.scatter_tokens(tokens, sel, 1.0), ops.ratio_loss(p, sel.natural_mask, 4.0)
+    gate = ste_coefficient(p)
+    spatial = ops.dechunk_spatial(tokens, p, sel, (H, W), 1.0, gate, x)
+    ema = ops.dechunk_ema(tokens, p, sel, gate, x)
+    return spatial, ema, ops.scatter_tokens(tokens, sel, 1.0), ops.ratio_loss(p, sel.natural_mask, 4.0)
 
 
 def block(t: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
@@ -71,17 +72,17 @@ def test_changed_masks_do_not_recompile() -> None:
 
 
 def test_custom_operators_are_well_formed() -> None:
-    from dcdit.ops._torch import dechunk_ema, nearest, smoothing, spread  # noqa: F401
+    from dcdit.ops._torch import dechunk_ema, nearest, smoothing, upsample  # noqa: F401
 
     p = random_probs(B, L)
     sel = ops.select_tokens(p)
     h, q = randn(sel.indices.numel(), D), p.flatten()[sel.indices]
-    packed_rows, owner = sel.packed_rows.view(B, H, W), sel.packed_rows.flatten().long()
+    packed_rows, row_of = sel.packed_rows.view(B, H, W), sel.packed_rows.flatten().long()
     registered = torch.ops.dcdit_torch
     calls = {
         registered.nearest_kept: (packed_rows >= 0,),
-        registered.spread: (h, owner, randn(B * L, D), torch.float32),
-        registered.row_dots: (randn(B * L, D), h, owner),
+        registered.upsample: (h, row_of, randn(B * L, D), torch.float32),
+        registered.row_dots: (randn(B * L, D), h, row_of),
         registered.smooth_forward: (h, q, packed_rows, sel.indices, 6, 1.0),
         registered.smooth_backward: (h, h, q, h, q[:, None], packed_rows, sel.indices, 6, 1.0),
         registered.scan: (h, q, 1 - q),

@@ -1,41 +1,23 @@
 """Spatial de-chunking against the float64 definition."""
 
-from typing import Any
-
 import pytest
 import torch
-from support.helpers import check_against_reference, differentiate, randn, random_probs
-from torch import Tensor
+from support import cases
+from support.accuracy import check_against_reference, differentiate, to_float64
+from support.inputs import PATTERNS, randn
 
 from dcdit import ops
-from dcdit.ops import TokenSelection, reference
+from dcdit.ops import reference
 from dcdit.ops.numerics import window_radius
 
-PATTERNS = ["random", "ties", "one", "all", "none", "extreme", "long"]
 NAMES = ["h", "p", "gate", "residual"]
-
-
-def arguments(
-    images: int,
-    grid: tuple[int, int],
-    width: int,
-    dtype: torch.dtype = torch.float32,
-    pattern: str = "random",
-    sigma: float = 1.0,
-    **mode: Any,
-) -> tuple[Tensor, Tensor, TokenSelection, tuple[int, int], float, Tensor, Tensor]:
-    length = grid[0] * grid[1]
-    p = random_probs(images, length, pattern=pattern)
-    sel = ops.select_tokens(p, **mode)
-    h = randn(sel.indices.numel(), width, dtype=dtype)
-    return h, p, sel, grid, sigma, torch.where(p > 0.5, p, 1 - p), randn(images, length, width, dtype=dtype, seed=1)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("grid", [(1, 1), (1, 13), (9, 1), (5, 7), (16, 16)], ids=str)
 @pytest.mark.usefixtures("host_reads")
 def test_patterns_and_grids(pattern: str, grid: tuple[int, int]) -> None:
-    check_against_reference(ops.dechunk_spatial, *arguments(3, grid, 24, pattern=pattern))
+    check_against_reference(ops.dechunk_spatial, *cases.dechunk_spatial(3, grid, 24, pattern=pattern))
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
@@ -43,35 +25,36 @@ def test_patterns_and_grids(pattern: str, grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mode", [{}, {"budget": 40}], ids=["threshold", "budget"])
 @pytest.mark.usefixtures("host_reads")
 def test_sigmas(sigma: float, pattern: str, mode: dict[str, int]) -> None:
-    check_against_reference(ops.dechunk_spatial, *arguments(2, (24, 20), 16, pattern=pattern, sigma=sigma, **mode))
+    args = cases.dechunk_spatial(2, (24, 20), 16, pattern=pattern, sigma=sigma, **mode)
+    check_against_reference(ops.dechunk_spatial, *args)
 
 
 @pytest.mark.parametrize("width", [8, 100, 1152])
 def test_widths(width: int, dtype: torch.dtype) -> None:
-    check_against_reference(ops.dechunk_spatial, *arguments(2, (7, 11), width, dtype=dtype))
+    check_against_reference(ops.dechunk_spatial, *cases.dechunk_spatial(2, (7, 11), width, dtype=dtype))
 
 
 @pytest.mark.usefixtures("host_reads")
-def test_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dcdit.ops._torch import rows
+def test_many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcdit.ops._torch import row_slices
 
-    monkeypatch.setattr(rows, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1)
-    # Chunks of several images, of several lines of one image, and of one line that is longer than a chunk.
+    monkeypatch.setattr(row_slices, "SLICE_ROWS", 10)
+    monkeypatch.setattr(row_slices, "SLICE_ELEMENTS", 1)
+    # Slices of several images, of several grid rows of one image, and of one grid row that is longer than a slice.
     for grid in ((2, 2), (5, 4), (3, 17)):
-        check_against_reference(ops.dechunk_spatial, *arguments(5, grid, 8))
+        check_against_reference(ops.dechunk_spatial, *cases.dechunk_spatial(5, grid, 8))
 
 
 @pytest.mark.parametrize("missing", [("gate",), ("residual",), ("gate", "residual")], ids=str)
 def test_optional_arguments(missing: tuple[str, ...], dtype: torch.dtype) -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(2, (5, 7), 24, dtype=dtype)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(2, (5, 7), 24, dtype=dtype)
     gate = None if "gate" in missing else gate
     residual = None if "residual" in missing else residual
     check_against_reference(ops.dechunk_spatial, h, p, sel, grid, sigma, gate, residual)
 
 
-def test_lone_token_without_confidence() -> None:
-    # Its weight is 1e-4, so the 1e-8 of the normaliser shows.
+def test_lone_token_of_probability_0() -> None:
+    # Its weight is only 1e-4, so the 1e-8 that is added to the normaliser shows.
     p = torch.zeros(2, 35)
     sel = ops.select_tokens(p)
     check_against_reference(ops.dechunk_spatial, randn(2, 8), p, sel, (5, 7), 1.0, p, randn(2, 35, 8))
@@ -84,17 +67,11 @@ def test_no_images() -> None:
 
 @pytest.mark.usefixtures("host_reads")
 def test_image_without_kept_tokens_is_zero() -> None:
-    h, p, sel, grid, *_ = arguments(3, (5, 7), 8)
+    h, p, sel, grid, *_ = cases.dechunk_spatial(3, (5, 7), 8)
     first, last = sel.cu_seqlens[1:3].tolist()
-    mask, gone = sel.mask.clone(), last - first
+    mask = sel.mask.clone()
     mask[1] = False
-    sel = sel._replace(
-        indices=torch.cat([sel.indices[:first], sel.indices[last:]]),
-        cu_seqlens=sel.cu_seqlens - torch.tensor([0, 0, gone, gone], dtype=torch.int32),
-        mask=mask,
-        packed_rows=torch.where(mask.flatten(), mask.flatten().cumsum(0) - 1, -1).int().view(p.shape),
-    )
-    h = torch.cat([h[:first], h[last:]])
+    sel, h = cases.selection_of_mask(mask), torch.cat([h[:first], h[last:]])
     check_against_reference(ops.dechunk_spatial, h, p, sel, grid, 1.0)
     assert not ops.dechunk_spatial(h, p, sel, grid)[1].any()
     residual = randn(3, 35, 8)
@@ -103,7 +80,7 @@ def test_image_without_kept_tokens_is_zero() -> None:
 
 @pytest.mark.usefixtures("host_reads")
 def test_garbage_in_padding_stays_there(dtype: torch.dtype) -> None:
-    h, p, sel, *rest = arguments(2, (5, 7), 8, dtype=dtype, capacity=60)
+    h, p, sel, *rest = cases.dechunk_spatial(2, (5, 7), 8, dtype=dtype, capacity=60)
     padding = (sel.indices < 0)[:, None]
     check_against_reference(ops.dechunk_spatial, h, p, sel, *rest)
     results = [
@@ -116,7 +93,7 @@ def test_garbage_in_padding_stays_there(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("host_reads")
 def test_images_are_independent() -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(3, (5, 7), 24)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(3, (5, 7), 24)
     together = ops.dechunk_spatial(h, p, sel, grid, sigma, gate, residual)
     for b, rows in enumerate(h.split(sel.lengths.tolist())):
         one = slice(b, b + 1)
@@ -125,21 +102,21 @@ def test_images_are_independent() -> None:
 
 
 def test_strided_input() -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(2, (5, 7), 24)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(2, (5, 7), 24)
     h = randn(24, h.shape[0]).t()
     residual = randn(35, 2, 48).transpose(0, 1)[..., ::2]
-    wide_p, wide_gate = (x[..., None].expand(-1, -1, 3).contiguous()[..., 1] for x in (p, gate))
-    check_against_reference(ops.dechunk_spatial, h, wide_p, sel, grid, sigma, wide_gate, residual)
+    p, gate = (x[..., None].expand(-1, -1, 3).contiguous()[..., 1] for x in (p, gate))
+    check_against_reference(ops.dechunk_spatial, h, p, sel, grid, sigma, gate, residual)
 
 
 def test_repeatable() -> None:
-    args = arguments(2, (16, 16), 24)
+    args = cases.dechunk_spatial(2, (16, 16), 24)
     first, second = differentiate(ops.dechunk_spatial, args), differentiate(ops.dechunk_spatial, args)
     assert all(torch.equal(a, b) for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True))
 
 
 def test_only_the_wanted_gradients() -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(2, (5, 7), 8)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(2, (5, 7), 8)
     full = dict(
         zip(NAMES, differentiate(ops.dechunk_spatial, (h, p, sel, grid, sigma, gate, residual))[1], strict=True)
     )
@@ -152,7 +129,7 @@ def test_only_the_wanted_gradients() -> None:
 
 
 def test_broadcast_gradient() -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(2, (5, 7), 24)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(2, (5, 7), 24)
     leaves = [x.requires_grad_() for x in (h, p, gate, residual)]
     out = ops.dechunk_spatial(h, p, sel, grid, sigma, gate, residual)
     broadcast = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
@@ -162,7 +139,7 @@ def test_broadcast_gradient() -> None:
 
 
 def test_gradcheck() -> None:
-    h, p, sel, grid, sigma, _, residual = arguments(2, (3, 4), 3, sigma=1.5)
+    h, p, sel, grid, sigma, _, residual = cases.dechunk_spatial(2, (3, 4), 3, sigma=1.5)
     h, p, residual = (x.double().requires_grad_() for x in (h, p, residual))
     assert torch.autograd.gradcheck(
         lambda h, p, r: ops.dechunk_spatial(h, p, sel, grid, sigma, None, r), (h, p, residual)
@@ -172,8 +149,8 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("mode", [{}, {"budget": 40}], ids=["threshold", "budget"])
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 def test_float64_truncates_below_float64_rounding(mode: dict[str, int], sigma: float) -> None:
-    args = [x.double() if isinstance(x, Tensor) else x for x in arguments(1, (24, 20), 8, sigma=sigma, **mode)]
-    results = [differentiate(fn, tuple(args)) for fn in (ops.dechunk_spatial, reference.dechunk_spatial)]
+    args = tuple(to_float64(x) for x in cases.dechunk_spatial(1, (24, 20), sigma=sigma, **mode))
+    results = [differentiate(fn, args) for fn in (ops.dechunk_spatial, reference.dechunk_spatial)]
     for actual, exact in zip(*(outputs + grads for outputs, grads in results), strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
 
@@ -181,7 +158,7 @@ def test_float64_truncates_below_float64_rounding(mode: dict[str, int], sigma: f
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("own", [0.5001, 1e-4], ids=["threshold", "budget"])
 def test_window_is_wide_enough_for_a_lone_token(sigma: float, own: float) -> None:
-    """The worst case of the truncation: a token of least confidence in a hole as wide as the window, the rest full."""
+    """The worst case of the truncation: a token of low probability, alone in its window, with all kept outside."""
     radius = window_radius(sigma, own, torch.float32)
     side = 4 * radius + 1
     row = torch.arange(side) - side // 2
@@ -196,5 +173,5 @@ def test_window_is_wide_enough_for_a_lone_token(sigma: float, own: float) -> Non
     out = ops.dechunk_spatial(h, p, sel, (side, side), sigma).view(side, side, 8)[side // 2, side // 2]
     exact = reference.dechunk_spatial(h.double(), p.double(), sel, (side, side), sigma)
     error = (out.double() - exact.view(side, side, 8)[side // 2, side // 2]).abs().max()
-    # Of the far rows' 1000, at most half a unit in the last place comes through.
+    # At most half a unit in the last place of the far tokens' 1000 may arrive.
     assert error <= 1000 * torch.finfo(torch.float32).eps / 2

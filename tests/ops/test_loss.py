@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import check_against_reference, random_probs
+from support.accuracy import check_against_reference
+from support.inputs import random_probs
 
 from dcdit import ops
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.helpers import generator
+from support.inputs import generator
 from torch import Tensor
 
 from dcdit.ops._torch.nearest import nearest_kept
@@ -15,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("host_reads")
 def brute_force(kept: Tensor) -> Tensor:
     images, height, width = kept.shape
     rows, cols = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    apart = (rows[:, None] - rows) ** 2 + (cols[:, None] - cols) ** 2
-    apart = apart.expand(images, -1, -1).masked_fill(~kept.view(images, 1, -1), height**2 + width**2)
-    # argmin returns the first of equals, which is the lowest raster index.
-    nearest = torch.where(kept.flatten(1).any(1)[:, None], apart.argmin(-1), -1)
+    distance = (rows[:, None] - rows) ** 2 + (cols[:, None] - cols) ** 2
+    distance = distance.expand(images, -1, -1).masked_fill(~kept.view(images, 1, -1), height**2 + width**2)
+    # argmin returns the first of equals, which has the lowest raster index.
+    nearest = torch.where(kept.flatten(1).any(1)[:, None], distance.argmin(-1), -1)
     return nearest.view(kept.shape)
 
 

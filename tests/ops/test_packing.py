@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import check_against_reference, differentiate, randn, random_cu_seqlens, random_probs
-from torch import Tensor
+from support.accuracy import check_against_reference, differentiate
+from support.inputs import randn, random_cu_seqlens, random_probs
 
 from dcdit import ops
 from dcdit.ops import reference
@@ -53,8 +53,7 @@ def test_no_images() -> None:
 
 def test_strided_input() -> None:
     sel = ops.select_tokens(random_probs(2, 20))
-    wide = randn(20, 2, 24).transpose(0, 1)[..., ::3]
-    assert_exact(ops.gather_tokens, wide, sel)
+    assert_exact(ops.gather_tokens, randn(20, 2, 24).transpose(0, 1)[..., ::3], sel)
     tokens = randn(8, sel.indices.numel()).t()
     assert_exact(ops.scatter_tokens, tokens, sel)
     assert_exact(ops.gather_tokens, randn(20, 8).expand(2, 20, 8), sel)
@@ -69,13 +68,9 @@ def test_round_trip() -> None:
     assert back.masked_select(~kept).isnan().all()
 
 
-def with_padding() -> tuple[Any, Tensor]:
-    sel = ops.select_tokens(random_probs(2, 20), capacity=30)
-    return sel, sel.indices < 0
-
-
 def test_gather_padding_is_zero() -> None:
-    sel, padding = with_padding()
+    sel = ops.select_tokens(random_probs(2, 20), capacity=30)
+    # Position 0 is what a clamped index of a padding row reads: its NaN must not get out.
     x = randn(2, 20, 8)
     x[0, 0] = float("nan")
     sel = sel._replace(indices=sel.indices.masked_fill(sel.indices == 0, -1))
@@ -85,7 +80,8 @@ def test_gather_padding_is_zero() -> None:
 
 
 def test_garbage_in_padding_stays_there() -> None:
-    sel, padding = with_padding()
+    sel = ops.select_tokens(random_probs(2, 20), capacity=30)
+    padding = sel.indices < 0
     tokens = randn(30, 8).masked_fill(padding[:, None], float("nan")).requires_grad_()
     out = ops.scatter_tokens(tokens, sel)
     assert out.isfinite().all()

@@ -1,6 +1,6 @@
 """De-chunking costs less than the dense formulation, and no operation costs more per position on a larger grid.
 
-Times are processor time of one thread, the best of several runs; only ratios of the same run are judged.
+A time is processor time of one thread, the best of several runs. Only ratios within one run are compared.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.dense_dechunk import IMPLEMENTATIONS, arguments, dense_dechunk_spatial, forward_backward
-from support.helpers import randn, random_probs
+from support.inputs import randn, random_probs
 
 from dcdit import ops
 
@@ -62,7 +62,7 @@ def test_a_tenth_of_the_memory_of_dense() -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]),
-        # Large blocks go back to the system when they are freed, so that the resident size follows the live tensors.
+        # Then the allocator returns large blocks to the system, and the resident size is that of the live tensors.
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
     peaks = {}
@@ -107,6 +107,6 @@ def operations(side: int, width: int) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("name", operations(1, 8))
 def test_cost_is_linear(name: str) -> None:
-    # Quadratic cost would show as a ratio of 16; leaving the caches shows as well, within the bound.
+    # A quadratic cost gives a ratio of 16. Data that no longer fit the caches raise it too, but less than the bound.
     small, large = (best_time(operations(side, 64)[name], 10) / side**2 for side in (64, 256))
     assert large <= 4 * small, f"{large / small:.2f} times the cost per position"

@@ -1,10 +1,10 @@
-"""The definitions themselves: gradcheck in float64, and values worked out by hand."""
+"""The definitions: gradcheck in float64, and values computed by hand."""
 
 import math
 
 import pytest
 import torch
-from support.helpers import generator, random_cu_seqlens, random_probs
+from support.inputs import generator, random_cu_seqlens, random_probs
 from torch.autograd import gradcheck
 
 from dcdit.ops import TokenSelection, reference
@@ -71,7 +71,7 @@ def test_cosine_by_hand() -> None:
     east, north = [1.0, 0.0], [0.0, 2.0]
     q = torch.tensor([[east, east, north, north]])
     k = torch.tensor([[east, east, [-1.0, 0.0], east]])
-    # First forced; equal; opposite; at right angles.
+    # The first one; equal rows; opposite rows; rows at right angles.
     assert reference.boundary_prob_cosine(q, k).tolist() == [[1.0, 0.0, 1.0, 0.5]]
     starts = random_cu_seqlens(2, 2)
     assert reference.boundary_prob_cosine(q[0], k[0], starts).tolist() == [1.0, 0.0, 1.0, 0.5]
@@ -126,6 +126,6 @@ def test_spatial_tie_goes_to_the_lowest_raster_index() -> None:
     p = torch.tensor([[0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.1]])
     sel = select(p)
     h = torch.arange(4.0)[:, None]
-    # Far apart in value, almost unsmoothed: which token a position took can be read off.
-    owner = reference.dechunk_spatial(h, p, sel, (3, 3), 0.1)[0, :, 0].round()
-    assert owner.tolist() == [0, 0, 0, 1, 0, 2, 1, 3, 2]
+    # The values are far apart and almost not smoothed, so they tell which token a position took.
+    taken = reference.dechunk_spatial(h, p, sel, (3, 3), 0.1)[0, :, 0].round()
+    assert taken.tolist() == [0, 0, 0, 1, 0, 2, 1, 3, 2]

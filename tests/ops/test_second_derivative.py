@@ -1,4 +1,4 @@
-"""A gradient of a gradient is right, or refused: never a number in which something is missing."""
+"""A gradient of a gradient is either right or an error; it never lacks a part."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dcdit.profiling.workloads import WORKLOADS, Shape, Workload, create_workloa
 
 SHAPE = Shape(2, (3, 4), 32, 0.4, torch.float32, torch.device("cpu"))
 NAMES = [name for name in WORKLOADS if create_workload(name, SHAPE).differentiable]
-HAVE_ONE = {
+HAVE_SECOND_DERIVATIVE = {
     ("torch", "boundary_prob_predictability"),
     ("torch", "gather_tokens"),
     ("torch", "scatter_tokens"),
@@ -33,7 +33,7 @@ def test_right_or_refused(name: str, backend: str) -> None:
         expected = second_gradients(create_workload(name, SHAPE))
     workload = create_workload(name, SHAPE)
     with ops.use_backend(backend):
-        if (backend, name) not in HAVE_ONE:
+        if (backend, name) not in HAVE_SECOND_DERIVATIVE:
             with pytest.raises(RuntimeError, match="no second derivative"):
                 second_gradients(workload)
             return

@@ -6,73 +6,31 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.helpers import generator, random_cu_seqlens, random_probs
+from support import cases
+from support.accuracy import assert_same_selection
+from support.inputs import random_cu_seqlens, random_probs
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.ops import TokenSelection, reference
+from dcdit.ops import reference
 
-PATTERNS = ["random", "ties", "one", "none", "all", "extreme"]
 examples = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-def assert_same(actual: TokenSelection, expected: TokenSelection) -> None:
-    for name, got, wanted in zip(TokenSelection._fields, actual, expected, strict=True):
-        if isinstance(wanted, Tensor):
-            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
-            assert torch.equal(got, wanted), f"{name}: {got.tolist()}, expected {wanted.tolist()}"
-        else:
-            assert got == wanted, f"{name}: {got}, expected {wanted}"
-
-
-def check(p: Tensor, cu_seqlens: Tensor | None = None, **mode: Any) -> TokenSelection:
-    actual = ops.select_tokens(p, cu_seqlens, **mode)
-    assert_same(actual, reference.select_tokens(p, cu_seqlens, **mode))
-    return actual
-
-
-@st.composite
-def sources(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, int, int]:
-    """p, cu_seqlens or None, number of images, length of the shortest."""
-    pattern, seed = draw(st.sampled_from(PATTERNS)), draw(st.integers(0, 1000))
-    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]))
-    if draw(st.booleans()):
-        images, length = draw(st.integers(0, 5)), draw(st.integers(1, 40))
-        return random_probs(images, length, pattern=pattern, keep=0.5, seed=seed).to(dtype), None, images, length
-    lengths = draw(st.lists(st.integers(0, 30), min_size=0, max_size=6))
-    p = random_probs(max(1, sum(lengths)), pattern=pattern, keep=0.5, seed=seed).to(dtype)[: sum(lengths)]
-    return p, random_cu_seqlens(*lengths), len(lengths), min(lengths, default=0)
-
-
 @examples
-@given(source=sources(), data=st.data())
-def test_drop(host_reads: None, source: Any, data: st.DataObject) -> None:
-    p, cu_seqlens, images, _ = source
-    fraction = data.draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 0.9999999]))
-    if data.draw(st.booleans()):
-        fraction = torch.rand(images, generator=generator(data.draw(st.integers(0, 99))))
-    check(p, cu_seqlens, drop_fraction=fraction, threshold=data.draw(st.sampled_from([0.5, 0.5, 0.25, 0.3, 1.0])))
-
-
-@examples
-@given(source=sources(), data=st.data())
-def test_capacity(host_reads: None, source: Any, data: st.DataObject) -> None:
-    p, cu_seqlens, images, _ = source
-    capacity = data.draw(st.integers(images, max(images, p.numel()) + 3))
-    sel = check(p, cu_seqlens, capacity=capacity, drop_fraction=data.draw(st.sampled_from([0.0, 0.4])))
-    assert sel.indices.shape[0] == capacity
-    assert int(sel.cu_seqlens[-1]) <= capacity
-
-
-@examples
-@given(source=sources(), data=st.data())
-def test_budget(host_reads: None, source: Any, data: st.DataObject) -> None:
-    p, cu_seqlens, images, shortest = source
-    if shortest and images:
-        sel = check(p, cu_seqlens, budget=data.draw(st.integers(1, shortest)))
-        assert sel.indices.shape[0] == images * sel.max_seqlen
+@pytest.mark.parametrize("mode", cases.SELECTION_MODES)
+@given(data=st.data())
+def test_matches_the_definition(host_reads: None, mode: str, data: st.DataObject) -> None:
+    p, cu_seqlens, arguments = data.draw(cases.select_tokens(mode, [*cases.DTYPES, torch.float64]))
+    sel = ops.select_tokens(p, cu_seqlens, **arguments)
+    assert_same_selection(sel, reference.select_tokens(p, cu_seqlens, **arguments))
+    if "capacity" in arguments:
+        assert sel.indices.shape[0] == arguments["capacity"]
+        assert int(sel.cu_seqlens[-1]) <= arguments["capacity"]
+    if "budget" in arguments:
+        assert sel.indices.shape[0] == sel.lengths.shape[0] * sel.max_seqlen
 
 
 def test_fields_by_hand() -> None:

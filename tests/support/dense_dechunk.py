@@ -1,6 +1,6 @@
-"""The dense formulation of spatial de-chunking, as a baseline of time and memory.
+"""The dense formulation of spatial de-chunking: the baseline for time and memory.
 
-Run as a script, it prints by how many bytes one forward and backward pass raises the peak of the process:
+As a script, it prints by how many bytes one forward and backward pass raises the peak memory of the process:
 ``PYTHONPATH=.:tests python -m support.dense_dechunk dense|linear SIDE WIDTH``.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.helpers import randn, random_probs
+from support.inputs import randn, random_probs, ste_coefficient
 from torch import Tensor
 
 from dcdit import ops
@@ -27,21 +27,21 @@ def dense_dechunk_spatial(
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """One image: M x M weights and L x M distances, with no larger temporary than those."""
+    """For one image: M x M weights and L x M distances, and no larger temporary."""
     height, width = grid
     row, column = (
         (torch.div(sel.indices, width, rounding_mode="floor")).to(h.dtype),
         (sel.indices % width).to(h.dtype),
     )
     q = p.flatten()[sel.indices].clamp(1e-4, 1 - 1e-4)
-    apart = (row[:, None] - row).square_().add_((column[:, None] - column).square_())
-    weight = apart.mul_(-1 / (2 * sigma**2)).exp_() * q
+    distance = (row[:, None] - row).square_().add_((column[:, None] - column).square_())
+    weight = distance.mul_(-1 / (2 * sigma**2)).exp_() * q
     weight = weight / (weight.sum(-1, keepdim=True) + 1e-8)
     rows = q[:, None] * h + (1 - q[:, None]) * (weight @ h)
-    del apart, weight
+    del distance, weight
     down = (torch.arange(height, dtype=h.dtype)[:, None] - row).square_()
     across = (torch.arange(width, dtype=h.dtype)[:, None] - column).square_()
-    # argmin takes the first of equals: the lowest raster index.
+    # argmin returns the first of equals, which has the lowest raster index.
     nearest = (down[:, None] + across).flatten(0, 1).argmin(-1)
     out = rows[nearest]
     if gate is not None:
@@ -61,7 +61,7 @@ def arguments(side: int, width: int, keep: float = 0.25) -> tuple[Any, ...]:
     p = random_probs(1, side * side, keep=keep)
     sel = ops.select_tokens(p)
     h = randn(sel.indices.numel(), width)
-    return h, p, sel, (side, side), 1.0, torch.where(p > 0.5, p, 1 - p), randn(1, side * side, width, seed=1)
+    return h, p, sel, (side, side), 1.0, ste_coefficient(p), randn(1, side * side, width, seed=1)
 
 
 def forward_backward(fn: Callable[..., Tensor], args: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +77,7 @@ def _resident(field: str) -> int:
 
 
 def peak_bytes(fn: Callable[..., Tensor], side: int, width: int) -> int:
-    """Growth of the peak resident size over what the inputs already hold (Linux)."""
+    """By how much the peak resident size exceeds what the inputs hold (Linux)."""
     forward_backward(fn, arguments(16, width), torch.ones(1, 256, width))
     args, grad = arguments(side, width), torch.ones(1, side * side, width)
     Path("/proc/self/clear_refs").write_text("5")

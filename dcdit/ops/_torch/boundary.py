@@ -1,4 +1,4 @@
-"""Boundary probabilities."""
+"""Boundary probabilities, with gradients that save little."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Ten
     if q.shape[-2] == 0:
         return upcast(q).sum(-1)
     cosine = _Cosine.apply(upcast(q)[..., :-1, :], upcast(k)[..., 1:, :])
-    p = F.pad(_half_angle(cosine), (1, 0), value=1.0)
+    p = F.pad(_dissimilarity(cosine), (1, 0), value=1.0)
     if cu_seqlens is None:
         return p
     first = torch.zeros(q.shape[0] + 1, dtype=torch.bool, device=q.device).index_fill(0, cu_seqlens.long(), True)
@@ -24,10 +24,10 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Ten
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, d = q.shape
     k_hat = _Unit.apply(upcast(k))
-    # (B, L, D) is a channels-last image already: nothing is transposed in memory.
+    # (B, L, D) is a channels-last image already, so nothing moves in memory.
     k_grid = k_hat.reshape(b, *grid, d).permute(0, 3, 1, 2)
     k_bar = F.conv2d(k_grid, upcast(weight)[:, None], padding=1, groups=d).permute(0, 2, 3, 1).reshape(q.shape)
-    return _half_angle((_Unit.apply(upcast(q)) * k_bar).sum(-1))
+    return _dissimilarity((_Unit.apply(upcast(q)) * k_bar).sum(-1))
 
 
 def boundary_prob_predictability(
@@ -47,7 +47,7 @@ def boundary_prob_predictability(
 
 
 class _Cosine(torch.autograd.Function):
-    """Cosine of row pairs. Its gradient is a combination of the two rows: nothing else of their size is saved."""
+    """Cosine of pairs of rows. Its gradient is a combination of the two rows, so only the rows themselves are saved."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -60,17 +60,17 @@ class _Cosine(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b, norm_a, norm_b, cosine = ctx.saved_tensors
-        across = (grad / norm_a / norm_b)[..., None]
+        of_product = (grad / norm_a / norm_b)[..., None]
 
-        def along(norm: Tensor) -> Tensor:
-            # A clamped norm is a constant: no gradient runs through it.
+        def of_norm(norm: Tensor) -> Tensor:
+            # A clamped norm is a constant: it passes no gradient.
             return torch.where(norm > NORM_EPS, -grad * cosine / norm / norm, 0)[..., None]
 
-        return torch.addcmul(across * b, along(norm_a), a), torch.addcmul(across * a, along(norm_b), b)
+        return torch.addcmul(of_product * b, of_norm(norm_a), a), torch.addcmul(of_product * a, of_norm(norm_b), b)
 
 
 class _Unit(torch.autograd.Function):
-    """Rows of length 1."""
+    """Rows divided by their norm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -83,9 +83,11 @@ class _Unit(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         unit, norm = ctx.saved_tensors
-        along = torch.where(norm > NORM_EPS, (grad * unit).sum(-1, keepdim=True), 0)
-        return torch.addcmul(grad, along, unit, value=-1).div_(norm)
+        # A clamped norm is a constant: it passes no gradient.
+        g_dot_unit = torch.where(norm > NORM_EPS, (grad * unit).sum(-1, keepdim=True), 0)
+        return torch.addcmul(grad, g_dot_unit, unit, value=-1).div_(norm)
 
 
-def _half_angle(cosine: Tensor) -> Tensor:
+def _dissimilarity(cosine: Tensor) -> Tensor:
+    """``(1 - cosine) / 2`` in [0, 1]; rounding can take a cosine past 1."""
     return ((1 - cosine) / 2).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""EMA de-chunking: a scan over the kept tokens that restarts at every sequence, held until the next kept token."""
+"""EMA de-chunking: a scan over the kept tokens of each sequence, then each position takes the last state so far."""
 
 from typing import Any
 
@@ -6,23 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._torch.confidence import packed_confidence
-from dcdit.ops._torch.rows import as_custom_op, may_have_padding
-from dcdit.ops._torch.spread import spread_rows
+from dcdit.ops._torch.clamped_prob import packed_clamped_prob
+from dcdit.ops._torch.custom_op import as_custom_op
+from dcdit.ops._torch.segments import may_have_padding
+from dcdit.ops._torch.upsample import upsample_rows
 from dcdit.ops.autograd import first_derivative_only
 from dcdit.ops.numerics import upcast
 from dcdit.ops.token_selection import TokenSelection
 
 BLOCK = 16
+"""Rows that one triangular product scans."""
 
 
 def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> Tensor:
     tokens = upcast(h)
     if may_have_padding(sel.cu_seqlens, tokens.shape[0]):
         tokens = torch.where((sel.indices >= 0)[:, None], tokens, 0)
-    q = packed_confidence(p, sel, tokens.dtype)
-    out = spread_rows(
-        _Scan.apply(tokens, q, (1 - q).masked_fill(_starts(sel.cu_seqlens, tokens.shape[0]), 0)),
+    q = packed_clamped_prob(p, sel, tokens.dtype)
+    decay = (1 - q).masked_fill(_first_rows(sel.cu_seqlens, tokens.shape[0]), 0)
+    out = upsample_rows(
+        _Scan.apply(tokens, q, decay),
         _last_kept(sel),
         None if gate is None else gate.reshape(-1),
         None if residual is None else residual.reshape(-1, h.shape[1]),
@@ -31,8 +34,8 @@ def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, 
     return out.view(*p.shape, h.shape[1])
 
 
-def _starts(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(total,) bool: the first row of each segment."""
+def _first_rows(cu_seqlens: Tensor, total: int) -> Tensor:
+    """(total,) bool: whether a packed row is the first of its segment."""
     flags = torch.zeros(total + 1, dtype=torch.bool, device=cu_seqlens.device)
     return flags.index_fill(0, cu_seqlens.long(), True)[:total]
 
@@ -49,7 +52,7 @@ def _last_kept(sel: TokenSelection) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """``s_m = decay_m s_{m-1} + q_m h_m`` from 0."""
+    """``s_m = decay_m s_{m-1} + q_m h_m``, starting from 0; h (T, D), q and decay (T,)."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, q: Tensor, decay: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ class _Scan(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, q, decay, state = ctx.saved_tensors
-        # The adjoint runs backwards: a_m = g_m + decay_{m+1} a_{m+1}.
+        # The adjoint is the same scan from the end: a_m = g_m + decay_{m+1} a_{m+1}.
         adjoint = _scan(grad.flip(0), torch.ones_like(q), decay.roll(-1).flip(0)).flip(0)
         grad_decay = torch.zeros_like(decay)
         grad_decay[1:] = (adjoint[1:] * state[:-1]).sum(-1)
@@ -74,9 +77,9 @@ def _scan_fake(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
 
 @as_custom_op(_scan_fake)
 def _scan(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
-    """``s_m = decay_m s_{m-1} + scale_m x_m``: blocks are lower-triangular products, their ends are scanned in turn.
+    """``s_m = decay_m s_{m-1} + scale_m x_m``: one lower-triangular product per block, then a scan of the block ends.
 
-    Only products of decays are formed, each from its own start, so nothing under- or overflows by subtraction.
+    Weights are products of decays. No ratio of two long products is taken, which could underflow or overflow.
     """
     total, width = x.shape
     if total == 0:

@@ -1,20 +1,22 @@
-"""adaLN modulation of packed rows by a (B, D) table.
+"""adaLN modulation of packed rows by (B, D) tables.
 
-Where segment bounds can be read for free, one pass per segment with its row of the table held in cache. Elsewhere the
-rows look up a table that has one zero row more, for padding rows: they come out as 0 (norm) or unchanged (gated add).
+Where the bounds of the segments can be read for free, each segment is one pass with its row of the table. Elsewhere
+each packed row looks up its row of the table. The table then gets one zero row more, for the padding rows: they come
+out as 0 (norm) or unchanged (gated add).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._torch.rows import reads_are_free, segment_of_rows
-from dcdit.ops._torch.segments import SegmentGatedAdd, SegmentLayerNorm
+from dcdit.ops._torch import host_reads
+from dcdit.ops._torch.segment_modulation import SegmentGatedAdd, SegmentLayerNorm
+from dcdit.ops._torch.segments import segment_of_rows
 from dcdit.ops.numerics import upcast
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
-    if reads_are_free(t):
+    if host_reads.reads_are_free(t):
         return SegmentLayerNorm.apply(t, shift, scale, cu_seqlens.tolist(), eps)
     segment = segment_of_rows(cu_seqlens, t.shape[0])
     normed = F.layer_norm(_without_padding(t, segment, cu_seqlens), t.shape[-1:], eps=eps)
@@ -22,7 +24,7 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    if reads_are_free(x):
+    if host_reads.reads_are_free(x):
         return SegmentGatedAdd.apply(x, y, gate, cu_seqlens.tolist())
     segment = segment_of_rows(cu_seqlens, x.shape[0])
     return torch.addcmul(upcast(x), _rows(gate, segment), _without_padding(y, segment, cu_seqlens)).to(x.dtype)
@@ -36,8 +38,10 @@ def gated_add_modulated_layer_norm(
 
 
 def _rows(table: Tensor, segment: Tensor) -> Tensor:
+    """(T, D) upcast: the row of the table (B, D) for each packed row, 0 for padding rows."""
     return F.pad(upcast(table), (0, 0, 0, 1)).index_select(0, segment)
 
 
 def _without_padding(t: Tensor, segment: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(T, D) upcast: t with zeros in its padding rows, which may hold anything."""
     return torch.where((segment < cu_seqlens.shape[0] - 1)[:, None], upcast(t), 0)

@@ -1,11 +1,13 @@
-"""Nearest kept position on a grid: exact Euclidean distance, ties to the lowest raster index, two passes."""
+"""The nearest kept position on a grid, in two passes: exact Euclidean distance, ties to the lowest raster index."""
 
 import torch
 from torch import Tensor
 
-from dcdit.ops._torch.rows import as_custom_op, reads_are_free
+from dcdit.ops._torch import host_reads
+from dcdit.ops._torch.custom_op import as_custom_op
 
 FAR = torch.iinfo(torch.int64).max // 2
+"""A key above that of every kept position; row offsets may still be added to it."""
 
 
 def _nearest_fake(kept: Tensor) -> Tensor:
@@ -17,8 +19,8 @@ def nearest_kept(kept: Tensor) -> Tensor:
     """(B, H, W) bool -> (B, H, W) int64: raster index of the nearest kept position, -1 in an image that keeps none.
 
     The key ``distance^2 * L + index`` orders by distance, then by index, so its minimum settles ties. The first pass
-    finds the key along each row by running maxima, the second takes the minimum over growing row offsets; once an
-    offset alone exceeds every distance found, the rest cannot win.
+    finds the smallest key within each row, by running maxima. The second pass takes the minimum over the rows below and
+    above, nearest rows first. It stops when the distance between rows alone exceeds every distance found.
     """
     _, height, width = kept.shape
     length = height * width
@@ -26,7 +28,7 @@ def nearest_kept(kept: Tensor) -> Tensor:
     best = key.clone()
     for step in range(1, height):
         offset = step * step * length
-        if reads_are_free(kept) and not bool((best >= offset).any()):
+        if host_reads.reads_are_free(kept) and not bool((best >= offset).any()):
             break
         below, above = best[:, step:], best[:, :-step]
         torch.minimum(below, key[:, :-step] + offset, out=below)
@@ -35,14 +37,14 @@ def nearest_kept(kept: Tensor) -> Tensor:
 
 
 def _nearest_in_row(kept: Tensor) -> Tensor:
-    """Key of the nearest kept position of the same row, ``FAR`` in a row without one."""
+    """(B, H, W) int64: key of the nearest kept position in the same row, ``FAR`` where the row keeps none."""
     _, height, width = kept.shape
     column = torch.arange(width, device=kept.device)
     absent = 2 * width
     left = torch.where(kept, column, -absent).cummax(2).values
     right = torch.where(kept, column, absent).flip(2).cummin(2).values.flip(2)
-    # Equal distances go left, which is the lower raster index.
-    apart = torch.minimum(column - left, right - column)
-    owner = torch.where(column - left == apart, left, right)
+    # Of two equal distances the left one wins: it has the lower raster index.
+    distance = torch.minimum(column - left, right - column)
+    nearest = torch.where(column - left == distance, left, right)
     row_start = torch.arange(height, device=kept.device)[:, None] * width
-    return torch.where(apart < width, apart * apart * (height * width) + row_start + owner, FAR)
+    return torch.where(distance < width, distance * distance * (height * width) + row_start + nearest, FAR)

@@ -1,11 +1,11 @@
-"""Gather and scatter of token rows, each the other's gradient."""
+"""Gather and scatter of rows. Each is the gradient of the other."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcdit.ops._torch.rows import reads_are_free
+from dcdit.ops._torch import host_reads
 from dcdit.ops.numerics import upcast
 from dcdit.ops.token_selection import TokenSelection
 
@@ -25,21 +25,21 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
 
 
 def take_rows(source: Tensor, indices: Tensor) -> Tensor:
-    """Rows of ``source`` at ``indices``; zeros where the index is negative."""
+    """Rows of ``source`` (n, D) at ``indices`` (m,): (m, D), zeros where the index is negative."""
     if source.shape[0] == 0:
         return source.new_zeros(indices.shape[0], source.shape[1])
     rows = source.index_select(0, indices.clamp(min=0))
     absent = indices < 0
-    if reads_are_free(source) and not absent.any():
+    if host_reads.reads_are_free(source) and not absent.any():
         return rows
     if torch.compiler.is_compiling():
-        # In place, torch 2.11 would trace wrong gradients (PyTorch issue 180642).
+        # torch 2.11 traces wrong gradients for the in-place fill (PyTorch issue 180642).
         return rows.masked_fill(absent[:, None], 0)
     return rows.masked_fill_(absent[:, None], 0)
 
 
 def put_rows(rows: Tensor, indices: Tensor, total: int, fill: float = 0.0) -> Tensor:
-    """(total, D) with ``rows`` at their distinct indices; rows with a negative index go nowhere."""
+    """(total, D): each row at its index, ``fill`` elsewhere. Indices are distinct; negative ones drop their row."""
     out = rows.new_full((total + 1, rows.shape[1]), fill)
     out.index_put_((torch.where(indices < 0, total, indices),), rows)
     return out[:total]
@@ -71,7 +71,7 @@ class _ScatterRows(torch.autograd.Function):
 
 
 class _GatherShared(torch.autograd.Function):
-    """Rows of a table that every image shares; the gradient sums over the images in a fixed order."""
+    """Rows of a table (L, D) that all images share. Its gradient sums over the images in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, position: Tensor, indices: Tensor, images: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""Token selection without loops over images; at most one size is read on the host."""
+"""Token selection without a loop over images. It reads at most one size on the host."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops._torch.rows import segment_of_rows
+from dcdit.ops._torch.segments import segment_of_rows
 from dcdit.ops.numerics import upcast
 from dcdit.ops.token_selection import TokenSelection
 
@@ -21,16 +21,17 @@ def select_tokens(
     natural = upcast(p.flatten()) > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
     if budget is not None:
-        mask = images.rank() >= images.to_rows(images.starts.diff() - budget)
+        mask = images.drop_order() >= images.to_positions(images.starts.diff() - budget)
     else:
         best = images.best()
         mask = natural | best
         if isinstance(drop_fraction, Tensor) or drop_fraction > 0:
             mask = images.drop(natural, drop_fraction) | best
         if capacity is not None:
-            mask, overflow = _fit(images.p, mask, best, capacity)
-    kept_before = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
-    kept_starts = kept_before[images.starts]
+            mask, overflow = _fit_capacity(images.p, mask, best, capacity)
+    # (S + 1,): number of kept positions before each position.
+    prefix_count = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
+    kept_starts = prefix_count[images.starts]
     lengths = kept_starts.diff()
     if budget is not None:
         total, max_seqlen = budget * images.count, budget
@@ -40,13 +41,13 @@ def select_tokens(
         longest = lengths.max() if images.count else kept_starts[0]
         total, max_seqlen = torch.stack([kept_starts[-1], longest]).tolist()
     return TokenSelection(
-        indices=_positions(mask, kept_before, total),
+        indices=_kept_positions(mask, prefix_count, total),
         cu_seqlens=kept_starts,
         lengths=lengths,
         max_seqlen=max_seqlen,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
-        packed_rows=torch.where(mask, kept_before[:-1], -1).view(p.shape),
+        packed_rows=torch.where(mask, prefix_count[:-1], -1).view(p.shape),
         overflow=overflow,
         source_cu_seqlens=cu_seqlens,
         prob_floor=0.0 if budget is not None else threshold,
@@ -54,7 +55,7 @@ def select_tokens(
 
 
 class _Images:
-    """The flattened probabilities and where each image lies in them."""
+    """The flattened probabilities (S,), and where each image lies in them."""
 
     def __init__(self, p: Tensor, cu_seqlens: Tensor | None) -> None:
         self.p = p.flatten()
@@ -63,51 +64,58 @@ class _Images:
         if cu_seqlens is None:
             self.count, length = p.shape
             image = torch.arange(self.count + 1, device=p.device)
-            self.starts, self.of_rows = image * length, image[:-1, None].expand(p.shape).reshape(-1)
+            self.starts, self.image_of = image * length, image[:-1, None].expand(p.shape).reshape(-1)
         else:
             self.count = cu_seqlens.shape[0] - 1
             self.starts = cu_seqlens.long()
-            self.of_rows = segment_of_rows(self.starts, self.p.shape[0])
+            self.image_of = segment_of_rows(self.starts, self.p.shape[0])
 
-    def to_rows(self, per_image: Tensor) -> Tensor:
-        return per_image.index_select(0, self.of_rows)
+    def to_positions(self, per_image: Tensor) -> Tensor:
+        """(S,): at each position, the value of its image."""
+        return per_image.index_select(0, self.image_of)
 
     def best(self) -> Tensor:
-        """The highest p of each image, the last of equals."""
+        """(S,) bool: the position of the highest p in each image; of equals the last."""
         if self.p.shape[0] == 0:
             return torch.zeros_like(self.p, dtype=torch.bool)
-        top = self.p.new_full((self.count,), -torch.inf).scatter_reduce(0, self.of_rows, self.p, "amax")
-        last = torch.where(self.p == self.to_rows(top), self.position, -1)
-        last = self.position.new_full((self.count,), -1).scatter_reduce(0, self.of_rows, last, "amax")
-        return self.position == self.to_rows(last)
+        top = self.p.new_full((self.count,), -torch.inf).scatter_reduce(0, self.image_of, self.p, "amax")
+        last = torch.where(self.p == self.to_positions(top), self.position, -1)
+        last = self.position.new_full((self.count,), -1).scatter_reduce(0, self.image_of, last, "amax")
+        return self.position == self.to_positions(last)
 
-    def rank(self, kept: Tensor | None = None) -> Tensor:
-        """Place of each position in its image by ascending p, then ascending index; what is not kept comes last."""
+    def drop_order(self, kept: Tensor | None = None) -> Tensor:
+        """(S,) int64: how many positions of the same image are dropped before each position.
+
+        The lowest p is dropped first; among equals, the lowest index. Positions that are not kept come last.
+        """
         key = self.p if kept is None else torch.where(kept, self.p, torch.inf)
         if self.grid_shape is not None:
             order = (key.view(self.grid_shape).argsort(dim=1, stable=True) + self.starts[:-1, None]).flatten()
         else:
             order = key.argsort(stable=True)
-            order = order.index_select(0, self.of_rows.index_select(0, order).argsort(stable=True))
-        return torch.empty_like(order).scatter(0, order, self.position - self.to_rows(self.starts[:-1]))
+            order = order.index_select(0, self.image_of.index_select(0, order).argsort(stable=True))
+        return torch.empty_like(order).scatter(0, order, self.position - self.to_positions(self.starts[:-1]))
 
     def drop(self, natural: Tensor, fraction: float | Tensor) -> Tensor:
-        """natural without the given fraction of lowest p per image."""
+        """(S,) bool: ``natural`` without the given fraction of lowest p in each image."""
         counts = F.pad(natural.cumsum(0), (1, 0)).index_select(0, self.starts).diff().float()
         n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
-        return natural & (self.rank(natural) >= self.to_rows(n_drop))
+        return natural & (self.drop_order(natural) >= self.to_positions(n_drop))
 
 
-def _fit(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Drop the lowest p of the whole batch until at most ``capacity`` are kept, never the best of an image."""
+def _fit_capacity(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Drop the lowest p of the batch until at most ``capacity`` are kept, never the best of an image.
+
+    Returns the new mask and how many were dropped.
+    """
     overflow = (mask.sum() - capacity).clamp(min=0)
     order = torch.where(mask & ~best, p, torch.inf).argsort(stable=True)
-    rank = torch.empty_like(order).scatter(0, order, torch.arange(p.shape[0], device=p.device))
-    return mask & (rank >= overflow), overflow.to(torch.int32)
+    drop_order = torch.empty_like(order).scatter(0, order, torch.arange(p.shape[0], device=p.device))
+    return mask & (drop_order >= overflow), overflow.to(torch.int32)
 
 
-def _positions(mask: Tensor, kept_before: Tensor, total: int) -> Tensor:
-    """Positions of the kept tokens in a buffer of static size, -1 in its padding."""
-    packed_rows = torch.where(mask, kept_before[:-1], total).long()
+def _kept_positions(mask: Tensor, prefix_count: Tensor, total: int) -> Tensor:
+    """(total,) int64: the position of each packed row, -1 for padding rows."""
+    packed_rows = torch.where(mask, prefix_count[:-1], total).long()
     out = torch.full((total + 1,), -1, dtype=torch.int64, device=mask.device)
     return out.scatter(0, packed_rows, torch.arange(mask.shape[0], device=mask.device))[:total]

@@ -1,8 +1,8 @@
-"""Gaussian smoothing of kept tokens: a separable window over the grid, evaluated on kept tokens only.
+"""Gaussian smoothing of the kept tokens over a window of the grid.
 
-Both axes are weighted sums over rows ("bags"): first down the columns, where the bag of a position lists the kept
-tokens of its window, then along the rows, for kept positions only. The cost of a position depends on the window, not
-on the grid.
+The window is separable. First each position sums the kept tokens of its column, then each kept position sums these
+column sums along its row. Both sums are weighted ``embedding_bag`` calls. The cost of a position depends on the window,
+not on the grid.
 """
 
 import math
@@ -13,17 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcdit.ops._torch import host_reads
+from dcdit.ops._torch.custom_op import as_custom_op
 from dcdit.ops._torch.packing import take_rows
-from dcdit.ops._torch.rows import as_custom_op, chunk_rows, chunks, reads_are_free
+from dcdit.ops._torch.row_slices import row_slices, rows_per_slice
 from dcdit.ops.autograd import first_derivative_only
 from dcdit.ops.numerics import ROW_EPS
 
 
 def smooth(h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-    """``q_i h_i + (1 - q_i) sum_j W_ij h_j`` with normalised ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j``.
+    """``q_i h_i + (1 - q_i) s_i``, (T, D), where s is the smoothed h.
 
-    h (T, D), upcast; q (T,), 0 in padding rows; packed_rows (B, H, W) int32, packed row of each kept position, else -1;
-    indices (T,) int64, position of each packed row.
+    ``s_i = sum_j K_ij q_j h_j / (sum_j K_ij q_j + 1e-8)`` and ``K_ij = exp(-|u_i - u_j|^2 / (2 sigma^2))``; u is the
+    grid coordinate of a kept token.
+
+    Args:
+        h: (T, D) packed tokens, upcast.
+        q: (T,) clamped_prob, 0 in padding rows.
+        packed_rows: (B, H, W) int32, packed row of each kept position, -1 elsewhere.
+        indices: (T,) int64, position of each packed row, negative in padding rows.
+        radius: reach of the window in grid cells.
+        sigma: standard deviation in grid cells.
     """
     return _Smooth.apply(h, q, packed_rows, indices, radius, sigma)
 
@@ -55,7 +65,7 @@ def _forward_fake(
 def _smooth_forward(
     h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The smoothed rows; ``sum_j K_ij q_j h_j``, (T, D); ``sum_j K_ij q_j``, (T, 1)."""
+    """The smoothed rows (T, D); ``sum_j K_ij q_j h_j`` (T, D); the normaliser ``z_i = sum_j K_ij q_j`` (T, 1)."""
     sums = _window_sums(h, q, packed_rows, indices, radius, sigma)
     z = _window_totals(q, packed_rows, indices, radius, sigma)[:, None]
     rows = sums / (z + ROW_EPS)
@@ -88,35 +98,37 @@ def _smooth_backward(
     radius: int,
     sigma: float,
 ) -> tuple[Tensor, Tensor]:
-    """With s the smoothed rows, Z their normaliser, c = (1 - q) / Z and K the kernel, symmetric with unit diagonal:
+    """Gradients of h (T, D) and q (T,).
+
+    With Z = z + 1e-8, s = sums / Z and c = (1 - q) / Z, and because K is symmetric with unit diagonal:
 
     ``dh_j = q_j (g_j + sum_i K_ij c_i g_i)`` and ``dq_j = <g_j, h_j - s_j> + sum_i K_ij c_i <g_i, h_j - s_i>``.
 
-    A token without company has s = h, and dq = 0 up to the 1e-8 in Z: the row's own term is taken out of each sum and
-    added in closed form, because it would cancel only up to rounding.
+    A token that is alone in its window has s = h, so its dq must be 0 up to the 1e-8 in Z. Its own term would cancel
+    only up to rounding. Therefore the term i = j is left out of each sum and added in closed form.
     """
     own = q[:, None]
     norm = z + ROW_EPS
     c = (1 - own) / norm
-    g_apart, g_smoothed, others_h = (torch.empty_like(q) for _ in range(3))
-    for part in chunks(h):
+    g_dot_h_minus_s, g_dot_s, others_dot_h = (torch.empty_like(q) for _ in range(3))
+    for part in row_slices(h):
         others = sums[part] - own[part] * h[part]
-        apart = (h[part] * (z[part] - own[part] + ROW_EPS)).sub_(others).div_(norm[part])  # h - s
-        torch.sum(apart.mul_(grad[part]), -1, out=g_apart[part])
-        torch.sum(h[part] * grad[part], -1, out=g_smoothed[part])
-    g_smoothed -= g_apart
+        h_minus_s = (h[part] * (z[part] - own[part] + ROW_EPS)).sub_(others).div_(norm[part])
+        torch.sum(h_minus_s.mul_(grad[part]), -1, out=g_dot_h_minus_s[part])
+        torch.sum(h[part] * grad[part], -1, out=g_dot_s[part])
+    g_dot_s -= g_dot_h_minus_s
     c_flat = c.squeeze(1)
-    pulled = _window_sums(grad, c_flat, packed_rows, indices, radius, sigma)
-    others_smoothed = _window_totals(c_flat * g_smoothed, packed_rows, indices, radius, sigma) - c_flat * g_smoothed
-    for part in chunks(h):
-        others = pulled[part] - c[part] * grad[part]
-        torch.sum(others.mul_(h[part]), -1, out=others_h[part])
-        pulled[part].add_(grad[part]).mul_(own[part])
-    return pulled, (1 + c_flat) * g_apart + others_h - others_smoothed
+    weighted_grad = _window_sums(grad, c_flat, packed_rows, indices, radius, sigma)
+    others_dot_s = _window_totals(c_flat * g_dot_s, packed_rows, indices, radius, sigma) - c_flat * g_dot_s
+    for part in row_slices(h):
+        others = weighted_grad[part] - c[part] * grad[part]
+        torch.sum(others.mul_(h[part]), -1, out=others_dot_h[part])
+        weighted_grad[part].add_(grad[part]).mul_(own[part])
+    return weighted_grad, (1 + c_flat) * g_dot_h_minus_s + others_dot_h - others_dot_s
 
 
 def _window_totals(scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float) -> Tensor:
-    """(T,): ``sum_j K_ij scale_j``; 0 in padding rows."""
+    """(T,): ``sum_j K_ij scale_j`` over the window; 0 in padding rows."""
     image = take_rows(scale[:, None], packed_rows.flatten()).view(packed_rows.shape)
     for axis in (1, 2):
         size = packed_rows.shape[axis]
@@ -131,61 +143,74 @@ def _window_totals(scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: 
 def _window_sums(
     rows: Tensor, scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
 ) -> Tensor:
-    """(T, D): ``sum_j K_ij scale_j rows_j``, ``K_ij = exp(-|u_i - u_j|^2 / (2 sigma^2))`` in a square window."""
+    """(T, D): ``sum_j K_ij scale_j rows_j`` over the window; 0 in padding rows."""
     _, height, width = packed_rows.shape
     out = torch.zeros_like(rows)
     down, across = min(radius, height - 1), min(radius, width - 1)
     windows = F.pad(packed_rows, (0, 0, down, down), value=-1).unfold(1, 2 * down + 1, 1)
-    for image, line, tokens in _slabs(packed_rows, rows):
-        window = windows[image, line].flatten(0, 2)
-        column_sums = _column_sums(rows, scale, window, _taps(down, sigma, rows))
-        first = (image.start * height + line.start) * width
-        taps = _taps(across, sigma, rows)
-        out[tokens] = _row_sums(column_sums, indices[tokens] - first, width, taps)
+    for images, grid_rows, tokens in _pieces(packed_rows, rows):
+        window = windows[images, grid_rows].flatten(0, 2)
+        column_sums = _column_sums(rows, scale, window, _gaussian(down, sigma, rows))
+        first_position = (images.start * height + grid_rows.start) * width
+        weights = _gaussian(across, sigma, rows)
+        out[tokens] = _row_sums(column_sums, indices[tokens] - first_position, width, weights)
     return out
 
 
-def _slabs(packed_rows: Tensor, rows: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Images, grid rows and packed rows of the pieces that keep the intermediate small: all at once on a GPU."""
+def _pieces(packed_rows: Tensor, rows: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Images, grid rows and packed rows of each piece of the work. Pieces keep the column sums small.
+
+    Where host reads cost something (on a GPU), everything is one piece.
+    """
     images, height, width = packed_rows.shape
     if rows.shape[0] == 0:
         return
-    if not reads_are_free(rows):
+    if not host_reads.reads_are_free(rows):
         yield slice(0, images), slice(0, height), slice(0, rows.shape[0])
         return
-    positions = chunk_rows(rows.shape[1])
-    group, lines = max(1, positions // (height * width)), min(height, max(1, positions // width))
+    positions = rows_per_slice(rows.shape[1])
+    images_per_piece = max(1, positions // (height * width))
+    grid_rows_per_piece = min(height, max(1, positions // width))
+    # Packed row at which each grid row starts.
     starts = F.pad((packed_rows >= 0).sum(-1).flatten().cumsum(0), (1, 0)).tolist()
-    for b in range(0, images, group):
-        for y in range(0, height, lines):
-            b_end, y_end = min(b + group, images), min(y + lines, height)
+    for b in range(0, images, images_per_piece):
+        for y in range(0, height, grid_rows_per_piece):
+            b_end, y_end = min(b + images_per_piece, images), min(y + grid_rows_per_piece, height)
             yield slice(b, b_end), slice(y, y_end), slice(starts[b * height + y], starts[(b_end - 1) * height + y_end])
 
 
-def _taps(radius: int, sigma: float, like: Tensor) -> Tensor:
+def _gaussian(radius: int, sigma: float, like: Tensor) -> Tensor:
+    """(2 radius + 1,): ``exp(-offset^2 / (2 sigma^2))`` for the offsets -radius to radius."""
     offset = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
     return torch.exp(-(offset**2) / (2 * sigma**2))
 
 
-def _column_sums(rows: Tensor, scale: Tensor, window: Tensor, taps: Tensor) -> Tensor:
-    """(n, D): weighted sum of the kept tokens among the (n, K) packed_rows of each position's window."""
+def _column_sums(rows: Tensor, scale: Tensor, window: Tensor, weights: Tensor) -> Tensor:
+    """(n, D): for n positions, the weighted sum of the kept tokens in the window of their column.
+
+    window (n, K): packed rows of the K positions of the window, -1 where not kept; weights (K,).
+    """
     kept = window >= 0
-    if not reads_are_free(rows):
+    if not host_reads.reads_are_free(rows):
         token = window.clamp(min=0)
-        return F.embedding_bag(token, rows, mode="sum", per_sample_weights=torch.where(kept, taps * scale[token], 0))
+        weight = torch.where(kept, weights * scale[token], 0)
+        return F.embedding_bag(token, rows, mode="sum", per_sample_weights=weight)
     entry = kept.flatten().nonzero().squeeze(1)
     token = window.flatten().index_select(0, entry)
-    weight = taps.index_select(0, entry % taps.shape[0]) * scale.index_select(0, token)
+    weight = weights.index_select(0, entry % weights.shape[0]) * scale.index_select(0, token)
     count = kept.sum(1)
     offsets = (count.cumsum(0) - count).to(token.dtype)
     return F.embedding_bag(token, rows, offsets, mode="sum", per_sample_weights=weight)
 
 
-def _row_sums(column_sums: Tensor, position: Tensor, width: int, taps: Tensor) -> Tensor:
-    """(m, D): weighted sum of the columns around each kept position; zeros for a negative position (padding)."""
-    step = torch.arange(taps.shape[0], device=position.device) - taps.shape[0] // 2
-    column = position[:, None] % width + step
+def _row_sums(column_sums: Tensor, position: Tensor, width: int, weights: Tensor) -> Tensor:
+    """(m, D): weighted sum of the column sums along the row around each of m positions.
+
+    A negative position belongs to a padding row and gives zeros. weights (K,).
+    """
+    offset = torch.arange(weights.shape[0], device=position.device) - weights.shape[0] // 2
+    column = position[:, None] % width + offset
     inside = (column >= 0) & (column < width) & (position >= 0)[:, None]
-    neighbour = (position[:, None] + step).clamp(0, column_sums.shape[0] - 1)
-    weight = torch.where(inside, taps, 0)
+    neighbour = (position[:, None] + offset).clamp(0, column_sums.shape[0] - 1)
+    weight = torch.where(inside, weights, 0)
     return F.embedding_bag(neighbour, column_sums, mode="sum", per_sample_weights=weight)

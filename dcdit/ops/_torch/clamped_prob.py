@@ -1,4 +1,4 @@
-"""The router's confidence in each kept token."""
+"""The clamped probability of each kept token."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from dcdit.ops.numerics import PROB_EPS, upcast
 from dcdit.ops.token_selection import TokenSelection
 
 
-def packed_confidence(p: Tensor, sel: TokenSelection, dtype: torch.dtype) -> Tensor:
+def packed_clamped_prob(p: Tensor, sel: TokenSelection, dtype: torch.dtype) -> Tensor:
     """(T,): ``clamp(p, 1e-4, 1 - 1e-4)`` of the kept tokens, 0 in padding rows."""
-    confidence = upcast(p).clamp(PROB_EPS, 1 - PROB_EPS).to(dtype)
-    return gather_tokens(confidence[..., None], sel, None).squeeze(1)
+    clamped = upcast(p).clamp(PROB_EPS, 1 - PROB_EPS).to(dtype)
+    return gather_tokens(clamped[..., None], sel, None).squeeze(1)

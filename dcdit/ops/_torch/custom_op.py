@@ -1,0 +1,27 @@
+"""Functions that the compiler must not look into."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def as_custom_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function one operator under ``torch.compile``; in eager mode it stays a plain call.
+
+    For functions that loop over slices or leave a loop early: tracing would unroll the loop or break the graph.
+
+    Args:
+        fake: same signature; returns empty tensors of the right shape and dtype.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"dcdit_torch::{fn.__name__.lstrip('_')}", fn, mutates_args=())
+        op.register_fake(fake)
+
+        def call(*args: Any) -> Any:
+            return op(*args) if torch.compiler.is_compiling() else fn(*args)
+
+        return call
+
+    return decorate

@@ -1,0 +1,223 @@
+"""Arguments of the operations, for the tests of every backend.
+
+Each function returns the arguments of the operation of its name, in order. Tensors are strided as a model strides them
+(slices of wider rows), and padding rows hold NaN.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from support.inputs import (
+    ODD_PATTERNS,
+    PATTERNS,
+    randn,
+    random_cu_seqlens,
+    random_probs,
+    random_selection,
+    ste_coefficient,
+)
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.ops import TokenSelection, reference
+
+Device = torch.device | str
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def moved(value: Any, device: Device) -> Any:
+    """A tensor, or the tensors of a selection, on a device; everything else as it is."""
+    if isinstance(value, TokenSelection):
+        return TokenSelection(*(moved(field, device) for field in value))
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+# --- boundary probabilities ---------------------------------------------------------------------------------------
+
+
+def boundary_prob_cosine(
+    *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: Device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """q and k of (B, L, D) or (S, D), slices of one wider tensor, as a joint projection gives them.
+
+    k is parallel to q at position 1 and opposite at position 2: p is 0 and 1 there, and the gradients are 0.
+    """
+    joint = randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=seed).to(device)
+    q, k = joint.chunk(2, dim=-1)
+    if shape[-2] > 3:  # At least one more row has a gradient: it sets the size of an ulp.
+        k[..., 1, :], k[..., 2, :] = 2 * q[..., 0, :], -q[..., 1, :]
+    return q, k
+
+
+def boundary_prob_cosine2d(
+    images: int,
+    grid: tuple[int, int],
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype = torch.float32,
+    spread: float = 0.3,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """q and k are slices of one wider tensor. A large ``spread`` of the weights takes p to both ends of the clamp."""
+    joint = randn(images, grid[0] * grid[1], 2 * width, dtype=dtype, seed=seed).to(device)
+    weight = (spread * randn(width, 3, 3, seed=seed + 1) + 1 / 9).to(device, weight_dtype)
+    q, k = joint.chunk(2, dim=-1)
+    return q, k, weight, grid
+
+
+MEMORY_ORDERS = ["planes", "rows", "sliced planes", "sliced rows", "neither"]
+"""Positions side by side, channels side by side, each cut from more channels too, or strided both ways."""
+
+
+def predictability_features(
+    order: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: Device = "cpu"
+) -> Tensor:
+    """(B, C, H, W) in one of :data:`MEMORY_ORDERS`."""
+    b, c, h, w = shape
+    if order == "neither":
+        return randn(b, h, w, 2 * c, dtype=dtype, seed=seed).to(device).permute(0, 3, 1, 2)[:, ::2]
+    x = randn(b, 2 * c, h, w, dtype=dtype, seed=seed).to(device)
+    if "rows" in order:
+        x = x.contiguous(memory_format=torch.channels_last)
+    memory = torch.channels_last if order == "rows" else torch.contiguous_format
+    return x[:, c:] if "sliced" in order else x[:, c:].contiguous(memory_format=memory)
+
+
+def predictability_parameters(
+    channels: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: Device = "cpu"
+) -> list[Tensor]:
+    """norm_weight, norm_bias and out_weight (C,), out_bias ()."""
+    norm_weight, norm_bias, out_weight = (randn(channels, seed=seed + i) for i in range(1, 4))
+    made = (1 + 0.3 * norm_weight, 0.3 * norm_bias, out_weight / channels**0.5, randn(seed=seed + 4))
+    return [value.to(device, dtype) for value in made]
+
+
+# --- selection ----------------------------------------------------------------------------------------------------
+
+
+def selection_of_mask(mask: Tensor) -> TokenSelection:
+    """The selection that keeps exactly the mask (B, L), also one in which an image keeps nothing."""
+    lengths = mask.sum(1).to(torch.int32)
+    return TokenSelection(
+        indices=mask.flatten().nonzero().squeeze(1),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        lengths=lengths,
+        max_seqlen=max(lengths.tolist(), default=0),
+        mask=mask,
+        natural_mask=mask,
+        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
+        overflow=torch.zeros((), dtype=torch.int32),
+        source_cu_seqlens=None,
+        prob_floor=0.5,
+    )
+
+
+SELECTION_MODES = ["drop", "budget", "capacity"]
+
+
+@st.composite
+def select_tokens(
+    draw: st.DrawFn, mode: str, dtypes: list[torch.dtype] = DTYPES
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """p, cu_seqlens (None for a grid batch), and the other arguments by name."""
+    probs = {
+        "pattern": draw(st.sampled_from(sorted({*PATTERNS, *ODD_PATTERNS} - {"long"}))),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "seed": draw(st.integers(0, 99)),
+        "keep": 0.5,
+    }
+    if draw(st.booleans()):
+        images, length = draw(st.integers(0, 4)), draw(st.integers(1, 40))
+        p, cu_seqlens, shortest = random_probs(images, length, **probs), None, length
+    else:
+        lengths = draw(st.lists(st.integers(1 if mode == "budget" else 0, 25), max_size=6))
+        p = random_probs(max(1, sum(lengths)), **probs)[: sum(lengths)]
+        images, cu_seqlens, shortest = len(lengths), random_cu_seqlens(*lengths), min(lengths, default=1)
+    if mode == "budget":
+        return p, cu_seqlens, {"budget": draw(st.integers(1, shortest))} if images else {}
+    fractions = st.floats(0, 1, exclude_max=True, width=32) | st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 0.9999999])
+    arguments: dict[str, Any] = {"threshold": draw(st.sampled_from([0.5, 0.5, 0.25, 0.3, 0.0, 0.75, 1.0]))}
+    if draw(st.booleans()):
+        arguments["drop_fraction"] = draw(fractions)
+    else:
+        per_image = draw(st.lists(fractions, min_size=images, max_size=images))
+        arguments["drop_fraction"] = torch.tensor(per_image, dtype=torch.float32)
+    if mode == "capacity":
+        kept = reference.select_tokens(p, cu_seqlens, **arguments).indices.shape[0]
+        near = st.integers(kept - 3, kept + 1)
+        arguments["capacity"] = max(images, draw(near | st.integers(0, kept) | st.just(2 * p.numel() + 40)))
+    return p, cu_seqlens, arguments
+
+
+# --- de-chunking --------------------------------------------------------------------------------------------------
+
+
+def packed_tokens(sel: TokenSelection, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """h (T, D), a slice of wider rows; NaN in padding rows."""
+    h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed)[:, width:]
+    h[int(sel.cu_seqlens[-1]) :] = float("nan")
+    return h
+
+
+def dechunk_ema(
+    p: Tensor,
+    sel: TokenSelection,
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    gate: bool = True,
+    residual: bool = True,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> tuple[Any, ...]:
+    h = packed_tokens(sel, width, dtype, seed + 1)
+    c = ste_coefficient(p) if gate else None
+    added = randn(*p.shape, 2 * width, dtype=dtype, seed=seed + 2)[..., :width] if residual else None
+    return tuple(moved(value, device) for value in (h, p, sel, c, added))
+
+
+def dechunk_spatial(
+    images: int,
+    grid: tuple[int, int],
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    sigma: float = 1.0,
+    pattern: str = "random",
+    gate: bool = True,
+    residual: bool = True,
+    seed: int = 0,
+    device: Device = "cpu",
+    **mode: Any,
+) -> tuple[Any, ...]:
+    """``mode`` is how ``select_tokens`` chooses."""
+    selection = random_selection(images, grid[0] * grid[1], pattern=pattern, seed=seed, **mode)
+    h, p, sel, c, added = dechunk_ema(*selection, width, dtype, gate, residual, seed, device)
+    return h, p, sel, grid, sigma, c, added
+
+
+# --- modulation ---------------------------------------------------------------------------------------------------
+
+
+def modulation(
+    op: Callable[..., Any],
+    lengths: Sequence[int],
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    table_dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> tuple[Any, ...]:
+    """Arguments of one of the three operations: the modulation is columns of one (B, 6D) tensor, y a slice of rows."""
+    rows = sum(lengths) + padding
+    x = randn(rows, width, dtype=dtype, seed=seed).to(device)
+    y = randn(rows, 2 * width, dtype=dtype, seed=seed + 1).to(device)[:, width:]
+    table = randn(len(lengths), 6 * width, dtype=table_dtype, seed=seed + 2).to(device)
+    gate, shift, scale = table.chunk(6, dim=1)[1:4]
+    cu_seqlens = random_cu_seqlens(*lengths).to(device)
+    if op is ops.modulated_layer_norm:
+        return x, shift, scale, cu_seqlens, 1e-6
+    return (x, y, gate, cu_seqlens) if op is ops.gated_add else (x, y, gate, shift, scale, cu_seqlens, 1e-6)
