@@ -200,7 +200,9 @@ def main() -> int:
     reports: list[Report] = []
     with ProcessPoolExecutor(args.jobs) as pool:
         futures = [
-            pool.submit(compile_operation, op, target, args.dtype, args.width) for op in args.op for target in args.target
+            pool.submit(compile_operation, op, target, args.dtype, args.width)
+            for op in args.op
+            for target in args.target
         ]
         for future in tqdm(as_completed(futures), total=len(futures), unit="op", desc="aot", leave=False):
             reports += future.result()

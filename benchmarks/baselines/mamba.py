@@ -1,4 +1,4 @@
-"""H-Net's EMA through the chunk scan of mamba_ssm (arXiv 2507.07955, section 2.2), where that package is installed.
+"""H-Net's moving average through the chunk scan of mamba_ssm (arXiv 2507.07955, section 2.2), where it is installed.
 
 The scan computes ``s_m = exp(-dt_m) s_{m-1} + dt_m b_m x_m``: with ``dt = -log(1 - q)``, ``b = q`` and ``x = h / dt``
 it is the moving average.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcdit.ops import TokenSelection
 from dcdit.ops.numerics import PROB_EPS
-from dcdit.profiling.workloads.core import Call
+from dcdit.profiling.workloads import Call
 from dcdit.profiling.workloads.dechunk import plug_back_last
 from dcdit.profiling.workloads.packing import padded_positions
 

@@ -1,4 +1,4 @@
-"""Every operation of :mod:`dcdit.ops`, described once: how it is called, its plain formulation, what it reads and writes.
+"""Every operation of :mod:`dcdit.ops`, described once: its arguments, its plain formulation, what it reads and writes.
 
 Each module of this package describes one family in a tuple ``OPERATIONS``; a new module is found without a line here.
 Benchmarks, ``dcdit tune``, the ahead-of-time check and one test of all operations run what they find here.
@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 
 from dcdit.profiling.workloads.core import (
+    Call,
     Case,
     Inputs,
     Operation,
@@ -15,18 +16,21 @@ from dcdit.profiling.workloads.core import (
     Workload,
     run_forward,
     run_forward_backward,
+    tensors_of,
 )
 
 __all__ = [
     "CASES",
     "OPERATIONS",
     "WORKLOADS",
+    "Call",
     "Operation",
     "Shape",
     "Workload",
     "create_workload",
     "run_forward",
     "run_forward_backward",
+    "tensors_of",
 ]
 
 

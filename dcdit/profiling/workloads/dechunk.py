@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -57,8 +57,8 @@ def _plain_spatial(
         weight = torch.exp(-squared / (2 * sigma**2)) * q[:, None]
         weight = weight * (real[:, None] & real[:, :, None]).float()
         weight = weight / (weight.sum(-1, keepdim=True) + ROW_EPS)
-        average = einsum(weight, tokens, "b i j, b j d -> b i d")
-        smoothed = q[:, :, None] * tokens + (1 - q[:, :, None]) * average
+        own = rearrange(q, "b m -> b m 1")
+        smoothed = own * tokens + (1 - own) * torch.bmm(weight, tokens)
         position = torch.arange(length, device=h.device)
         down, across = (position // grid[1]).float()[:, None], (position % grid[1]).float()[:, None]
         distance = (down - row[:, None]) ** 2 + (across - col[:, None]) ** 2
@@ -79,7 +79,7 @@ def _plain_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residual
         decay = torch.log1p(-q).double().cumsum(1)
         earlier = torch.ones(order.shape[1], order.shape[1], dtype=torch.bool, device=h.device).tril()
         log_weight = (decay[:, :, None] - decay[:, None]).float().masked_fill(~earlier, -torch.inf)
-        states = einsum(log_weight.exp() * q[:, None], tokens, "b i j, b j d -> b i d")
+        states = torch.bmm(log_weight.exp() * q[:, None], tokens)
         return plug_back_last(states, sel, gate, residual)
 
     return call
@@ -116,9 +116,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad
 
 
-def _smoothing_flops(
-    h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float, **_: Any
-) -> int:
+def _smoothing_flops(h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float, **_: Any) -> int:
     """2 D for each pair of kept tokens whose weight float32 can tell from zero (6 sigma)."""
     reach = int(6 * sigma)
     kept = rearrange(sel.mask.float(), "b (h w) -> b 1 h w", h=grid[0])
