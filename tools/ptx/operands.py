@@ -66,8 +66,8 @@ _PACKED = {
     "f16x2": (np.uint32, np.uint16, *HALVES["f16"]),
     "f32x2": (np.uint64, np.float32, np.asarray, np.asarray),
 }
-"""Registers that hold several numbers, or numbers that numpy does not have: the type of the register, the type of a part,
-how to read a part and how to write it. Arithmetic runs in float32, which holds a product of two 16-bit floats exactly,
+"""Registers that hold several numbers, or numbers that numpy does not have: type of the register, type of a part, how
+to read a part and how to write it. Arithmetic runs in float32, which holds a product of two 16-bit floats exactly,
 so results are rounded once."""
 
 
