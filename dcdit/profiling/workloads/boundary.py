@@ -1,5 +1,7 @@
 """Boundary probabilities: the three routers as DC-DiT (arXiv 2603.06351) and H-Net (arXiv 2507.07955) write them."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -33,10 +35,6 @@ def _cosine2d(inputs: Inputs, weight_dtype: torch.dtype | None = None) -> Argume
     return {"q": q, "k": k, "weight": weight, "grid": inputs.shape.grid}
 
 
-def _float32_cosine2d(inputs: Inputs) -> Arguments:
-    return _cosine2d(inputs, torch.float32)
-
-
 def _plain_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Call:
     def call() -> Tensor:
         query, key = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
@@ -63,14 +61,6 @@ def _predictability(
         "out_weight": inputs.normal(channels, dtype=parameter_dtype),
         "out_bias": inputs.normal(1, dtype=parameter_dtype),
     }
-
-
-def _float32_predictability(inputs: Inputs) -> Arguments:
-    return _predictability(inputs, parameter_dtype=torch.float32)
-
-
-def _contiguous_predictability(inputs: Inputs) -> Arguments:
-    return _predictability(inputs, channels_last=False, parameter_dtype=torch.float32)
 
 
 def _plain_predictability(
@@ -104,8 +94,8 @@ OPERATIONS = (
         cases={
             "default": Case(_cosine2d),
             "frozen": Case(_cosine2d, gradients=("q", "k")),
-            "float32": Case(_float32_cosine2d),
-            "float32_frozen": Case(_float32_cosine2d, gradients=("q", "k")),
+            "float32": Case(partial(_cosine2d, weight_dtype=torch.float32)),
+            "float32_frozen": Case(partial(_cosine2d, weight_dtype=torch.float32), gradients=("q", "k")),
         },
         forward_reads=("q", "k", "weight"),
         backward_reads=("q", "k", "weight"),
@@ -116,8 +106,8 @@ OPERATIONS = (
         plain=_plain_predictability,
         cases={
             "default": Case(_predictability),
-            "float32": Case(_float32_predictability),
-            "contiguous": Case(_contiguous_predictability),
+            "float32": Case(partial(_predictability, parameter_dtype=torch.float32)),
+            "contiguous": Case(partial(_predictability, channels_last=False, parameter_dtype=torch.float32)),
         },
         forward_reads=_TENSORS,
         backward_reads=("features", "norm_weight", "norm_bias", "out_weight"),

@@ -104,26 +104,26 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of :mod:`dcdit.ops`: everything that benchmarks, tuning, checks and tests need to know of it."""
+    """What benchmarks, tuning, checks and tests know of one operation of :mod:`dcdit.ops`."""
 
     op: Callable[..., Any]
     plain: Callable[..., Call]
     """The published formulation in plain PyTorch: takes the arguments of a timed case, prepares what an implementation
     would have at hand by then, and returns the call to time."""
     cases: Mapping[str, Case]
-    """Name -> case. ``default`` is what a DC-DiT calls; all are tested, and compiled for every GPU."""
+    """Cases by name. ``default`` is how a DC-DiT calls it. All are tested, and compiled for every GPU."""
     forward_reads: tuple[str, ...]
-    """Arguments that a forward must read. Outputs and the indices of a selection are counted in any case."""
+    """Arguments that a forward must read. Outputs and the indices of a selection always count and are not named."""
     forward_reads_kept: tuple[str, ...] = ()
-    """Arguments of which a forward must read the rows of the kept positions alone."""
+    """Arguments of which a forward must read only the rows at kept positions."""
     backward_reads: tuple[str, ...] = ()
     """Arguments that a backward must read, beside the gradients of the outputs."""
     backward_writes: tuple[str, ...] = ()
-    """Arguments whose gradients a backward must write. The gradient of a summand is that of the sum: it is not."""
+    """Arguments whose gradients a backward must write. A summand is not among them: its gradient is that of the sum."""
     flops: Callable[..., int] | None = None
-    """FLOPs of the forward, from the arguments, where arithmetic and not memory could be the limit."""
+    """FLOPs of the forward, from the arguments; None where memory is the limit and not arithmetic."""
     comparable: Callable[[Any], tuple[Tensor, ...]] | None = None
-    """Results of the operation or of its plain formulation as tensors to compare; None where they are tensors."""
+    """Turns results of the operation and of its plain formulation into tensors to compare; None: they are tensors."""
 
     @property
     def name(self) -> str:
@@ -131,10 +131,11 @@ class Operation:
 
     @property
     def differentiable(self) -> bool:
+        """Whether it has a backward."""
         return bool(self.backward_writes)
 
     def workload_name(self, case: str) -> str:
-        """Under which name :func:`create_workload` knows a case."""
+        """The name of a case for :func:`dcdit.profiling.workloads.create_workload`."""
         return self.name if case == DEFAULT else f"{self.name}_{case}"
 
 
@@ -158,7 +159,7 @@ class Workload:
 
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
-        """The arguments whose gradients are wanted; empty where there is no backward."""
+        """The arguments whose gradients are wanted; empty without a backward."""
         return tuple(a for a in self.arguments.values() if isinstance(a, Tensor) and a.requires_grad)
 
     def call(self) -> Tensor | tuple[Any, ...]:

@@ -20,28 +20,20 @@ from dcdit.profiling.workloads.packing import padded_positions
 SIGMA = 1.0
 
 
-def _ema(inputs: Inputs, gated: bool = True, padded: bool = False) -> Arguments:
-    p = inputs.probabilities()
-    sel = ops.select_tokens(p, capacity=p.numel() if padded else None)
+def _ema(inputs: Inputs, packed: bool = False, gated: bool = True, padded: bool = False) -> Arguments:
+    """A grid batch or a packed source, with gate and residual or without, with padding rows or without."""
+    p = inputs.packed_probabilities() if packed else inputs.probabilities()
+    starts, capacity = inputs.source_cu_seqlens() if packed else None, p.numel() if padded else None
+    sel = ops.select_tokens(p, starts, capacity=capacity)
     arguments: Arguments = {"h": inputs.packed(sel), "p": p, "sel": sel}
     if gated:
-        gate = torch.maximum(p, 1 - p).detach().requires_grad_()
-        arguments |= {"gate": gate, "residual": inputs.tokens()}
-    return arguments
-
-
-def _packed_ema(inputs: Inputs, gated: bool = True) -> Arguments:
-    p = inputs.packed_probabilities()
-    sel = ops.select_tokens(p, inputs.source_cu_seqlens())
-    arguments: Arguments = {"h": inputs.packed(sel), "p": p, "sel": sel}
-    if gated:
-        gate = torch.maximum(p, 1 - p).detach().requires_grad_()
-        arguments |= {"gate": gate, "residual": inputs.source_rows()}
+        arguments["gate"] = torch.maximum(p, 1 - p).detach().requires_grad_()
+        arguments["residual"] = inputs.source_rows() if packed else inputs.tokens()
     return arguments
 
 
 def _spatial(inputs: Inputs, gated: bool = True, padded: bool = False) -> Arguments:
-    return {**_ema(inputs, gated, padded), "grid": inputs.shape.grid, "sigma": SIGMA}
+    return {**_ema(inputs, gated=gated, padded=padded), "grid": inputs.shape.grid, "sigma": SIGMA}
 
 
 def _plain_spatial(
@@ -51,20 +43,20 @@ def _plain_spatial(
     length = p.shape[1]
 
     def call() -> Tensor:
-        tokens, q = pad_tokens(h, real), p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
+        tokens = pad_tokens(h, real)
+        q = p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
         row, col = (order // grid[1]).float(), (order % grid[1]).float()
         squared = (row[:, :, None] - row[:, None]) ** 2 + (col[:, :, None] - col[:, None]) ** 2
         weight = torch.exp(-squared / (2 * sigma**2)) * q[:, None]
         weight = weight * (real[:, None] & real[:, :, None]).float()
         weight = weight / (weight.sum(-1, keepdim=True) + ROW_EPS)
-        own = rearrange(q, "b m -> b m 1")
+        own = q[:, :, None]
         smoothed = own * tokens + (1 - own) * torch.bmm(weight, tokens)
         position = torch.arange(length, device=h.device)
         down, across = (position // grid[1]).float()[:, None], (position % grid[1]).float()[:, None]
         distance = (down - row[:, None]) ** 2 + (across - col[:, None]) ** 2
         nearest = distance.masked_fill(~real[:, None], torch.inf).argmin(2)
-        out = smoothed.gather(1, repeat(nearest, "b l -> b l d", d=h.shape[1]))
-        return _gate_and_add(out, gate, residual)
+        return _plug_back_nearest(smoothed, nearest, gate, residual)
 
     return call
 
@@ -74,7 +66,8 @@ def _plain_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residual
     order, real = padded_positions(sel)
 
     def call() -> Tensor:
-        tokens, q = pad_tokens(h, real), p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
+        tokens = pad_tokens(h, real)
+        q = p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
         # Differences of float32 sums are off by 1e-4 after a thousand tokens.
         decay = torch.log1p(-q).double().cumsum(1)
         earlier = torch.ones(order.shape[1], order.shape[1], dtype=torch.bool, device=h.device).tril()
@@ -90,6 +83,11 @@ def pad_tokens(h: Tensor, real: Tensor) -> Tensor:
     out = h.new_zeros((*real.shape, h.shape[1]), dtype=torch.float32)
     out[real] = h.float()
     return out
+
+
+def _plug_back_nearest(states: Tensor, nearest: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    """Every position takes the state (B, M, D) of its nearest kept token. One function, so that it is one graph."""
+    return _gate_and_add(states.gather(1, repeat(nearest, "b l -> b l d", d=states.shape[2])), gate, residual)
 
 
 def plug_back_last(states: Tensor, sel: TokenSelection, gate: Tensor, residual: Tensor) -> Tensor:
@@ -150,10 +148,10 @@ OPERATIONS = (
             "tokens_only": Case(_ema, gradients=("h",)),
             "gate_only": Case(_ema, gradients=("gate",)),
             "padded": Case(partial(_ema, padded=True)),
-            "packed": Case(_packed_ema),
-            "packed_ungated": Case(partial(_packed_ema, gated=False)),
-            "packed_tokens_only": Case(_packed_ema, gradients=("h",)),
-            "packed_gate_only": Case(_packed_ema, gradients=("gate",)),
+            "packed": Case(partial(_ema, packed=True)),
+            "packed_ungated": Case(partial(_ema, packed=True, gated=False)),
+            "packed_tokens_only": Case(partial(_ema, packed=True), gradients=("h",)),
+            "packed_gate_only": Case(partial(_ema, packed=True), gradients=("gate",)),
         },
         forward_reads=("h", "p", "residual"),
         backward_reads=("h", "p"),

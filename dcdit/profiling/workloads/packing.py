@@ -31,8 +31,8 @@ def _plain_gather(x: Tensor, sel: TokenSelection, bias: Tensor) -> Call:
 
     def call() -> Tensor:
         index = repeat(order, "b m -> b m d", d=x.shape[2])
-        table = repeat(bias, "l d -> b l d", b=x.shape[0])
-        tokens, added = x.gather(1, index)[real], table.gather(1, index)[real]
+        tokens = x.gather(1, index)[real]
+        added = repeat(bias, "l d -> b l d", b=x.shape[0]).gather(1, index)[real]
         return (tokens.float() + added).to(x.dtype)
 
     return call
