@@ -61,7 +61,7 @@ def test_least_bytes_of_a_gather_are_the_kept_rows() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_moves_less_than_the_least(name: str) -> None:
-    """The outputs alone are less, and a backward adds to it."""
+    """The outputs alone are fewer bytes, and a backward adds bytes."""
     workload = create_workload(name, SHAPE)
     outputs = run_forward(workload.call)
     forward = least_bytes(workload, outputs, backward=False)
