@@ -11,6 +11,25 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import NORM_EPS, cdiv
 
+launch.set_default_configs(
+    "cosine_fwd",
+    D={
+        64: {"ROWS": 32, "num_warps": 4},
+        256: {"ROWS": 8, "num_warps": 4},
+        1024: {"ROWS": 4, "num_warps": 4},
+        2048: {"ROWS": 4, "num_warps": 8},
+    },
+)
+launch.set_default_configs(
+    "cosine_bwd",
+    D={
+        64: {"ROWS": 16, "num_warps": 4},
+        256: {"ROWS": 8, "num_warps": 4},
+        1024: {"ROWS": 2, "num_warps": 4},
+        2048: {"ROWS": 2, "num_warps": 8},
+    },
+)
+
 _NORM_EPS = tl.constexpr(NORM_EPS)
 
 

@@ -14,6 +14,10 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import NORM_EPS, cdiv
 
+launch.set_default_configs("cosine2d_fwd", D={1024: {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}})
+launch.set_default_configs("cosine2d_bwd", D={1024: {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}})
+launch.set_default_configs("cosine2d_scalars", {"BLOCK": 128, "num_warps": 4})
+
 PLANES = 12
 MAX_STRIPS = 128
 """Partial sums of the weight's gradient, at most: enough programs for a GPU, little to write beside dq and dk."""

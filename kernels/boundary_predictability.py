@@ -16,6 +16,10 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import cdiv
 
+launch.set_default_configs("predictability_statistics", C={256: {"TILE": 8192, "num_warps": 8}})
+launch.set_default_configs("predictability_rows", C={256: {"BLOCK_P": 16, "BLOCK_C": 128, "num_warps": 4}})
+launch.set_default_configs("predictability_planes", C={256: {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4}})
+
 MAX_SPLITS = 128
 """Partial statistics of one image, at most: one image alone still fills a GPU, and combining them stays small."""
 

@@ -11,7 +11,25 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import cdiv, next_power_of_2
-from dcdit.kernels.segments import chunk_slots, find_chunk, segment_bounds
+from dcdit.kernels.segments import find_chunk, max_chunks, segment_bounds
+
+launch.set_default_configs(
+    "modulation_fwd",
+    D={
+        64: {"ROWS": 8, "num_warps": 4},
+        384: {"ROWS": 4, "num_warps": 4},
+        1024: {"ROWS": 4, "num_warps": 8},
+    },
+)
+launch.set_default_configs(
+    "modulation_bwd",
+    D={
+        64: {"CHUNK": 16, "ROWS": 8, "num_warps": 2},
+        1024: {"CHUNK": 16, "ROWS": 1, "num_warps": 4},
+        1152: {"CHUNK": 16, "ROWS": 1, "num_warps": 8},
+    },
+)
+launch.set_default_configs("modulation_sum", D={1024: {"CHUNKS": 8, "BLOCK": 128, "num_warps": 4}})
 
 
 @triton.jit(do_not_specialize=["rows", "images"])
@@ -161,7 +179,7 @@ def _forward(
     (rows, d), images = x.shape, cu_seqlens.shape[0] - 1
     config = launch.config_for("modulation_fwd", x.device, D=d)
     launch.launch(
-        _modulation_fwd_kernel, (chunk_slots(rows, images, config["ROWS"]),),
+        _modulation_fwd_kernel, (max_chunks(rows, images, config["ROWS"]),),
         x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images,
         *(_row_stride(tensor) for tensor in (x, y, gate, shift, scale)), eps,
         D=d, BLOCK_D=next_power_of_2(d), **config,
@@ -190,7 +208,7 @@ def modulation_bwd(
     (rows, d), images, device = added.shape, cu_seqlens.shape[0] - 1, added.device
     parts = 2 * want_norm + (y is not None)
     config = launch.config_for("modulation_bwd", device, D=d)
-    slots = chunk_slots(rows, images, config["CHUNK"])
+    slots = max_chunks(rows, images, config["CHUNK"])
     grad_x = launch.empty((rows, d) if want_x else (0,), added.dtype, device)
     grad_y = launch.empty((rows, d) if want_y else (0,), added.dtype, device)
     partial = launch.empty((slots, parts, d), torch.float32, device) if parts else None

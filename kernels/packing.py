@@ -8,6 +8,21 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import cdiv
 
+launch.set_default_configs(
+    "gather",
+    D={
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+    },
+)
+launch.set_default_configs(
+    "scatter",
+    D={
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+    },
+)
+
 
 @triton.jit
 def _tile(D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):

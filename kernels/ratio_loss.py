@@ -8,6 +8,8 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import cdiv
 
+launch.set_default_configs("ratio_loss", {"BLOCK": 8192, "num_warps": 8})
+
 
 @triton.jit(do_not_specialize=["size", "splits"])
 def _sums_kernel(p_ptr, mask_ptr, partial_ptr, size, splits, UNIT: tl.constexpr, BLOCK: tl.constexpr):

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 
+launch.set_default_configs("select", {"BLOCK": 1024, "num_warps": 8})
+launch.set_default_configs("select_limit", {"BLOCK": 8192, "num_warps": 16})
+
 # Beyond every rank: keys and positions both stay below 2^31 in size.
 _LOWEST = tl.constexpr(-(1 << 62))
 _HIGHEST = tl.constexpr(1 << 62)

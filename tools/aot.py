@@ -9,7 +9,6 @@ kernel that spills (stack or local memory) fails the run.
 
 import argparse
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def launches(family: str, dtype: str, width: int) -> list[Any]:
 
 def widths(family: str) -> list[int]:
     """The widths of every shipped configuration of a family, and the fixed ones."""
-    from dcdit.kernels.launch import CONFIG_FOLDER, observe_configs
+    from dcdit.kernels.launch import observe_configs, shipped_configs
 
     used = set()
     for dtype in DTYPES:
@@ -89,9 +88,8 @@ def widths(family: str) -> list[int]:
             launches(family, dtype, 1152)
         used |= {kernel for kernel, *_ in observed}
     found = set(WIDTHS)
-    for path in CONFIG_FOLDER.glob("*.json"):
-        for kernel, entries in json.loads(path.read_text()).items():
-            found |= {entry["shape"]["D"] for entry in entries if kernel in used and "D" in entry["shape"]}
+    for kernel, entries in shipped_configs().items():
+        found |= {entry["shape"]["D"] for entry in entries if kernel in used and "D" in entry["shape"]}
     return sorted(found)
 
 
