@@ -15,7 +15,18 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import PROB_EPS, cdiv
-from dcdit.kernels.segments import chunk_slots, find_chunk, segment_bounds
+from dcdit.kernels.segments import find_chunk, max_chunks, segment_bounds
+
+launch.set_default_configs(
+    "dechunk_ema",
+    D={
+        32: {"CHUNK": 32, "BLOCK_D": 32, "num_warps": 1},
+        1024: {"CHUNK": 32, "BLOCK_D": 64, "num_warps": 1},
+    },
+)
+launch.set_default_configs("dechunk_ema_bwd", D={1024: {"BLOCK_D": 32, "num_warps": 1}})
+launch.set_default_configs("dechunk_ema_carry", D={1024: {"CHUNKS": 64, "BLOCK_D": 32, "num_warps": 4}})
+launch.set_default_configs("dechunk_ema_sum", {"BLOCK": 256, "num_warps": 4})
 
 _LEAST = tl.constexpr(PROB_EPS)
 _MOST = tl.constexpr(1.0 - PROB_EPS)
@@ -287,7 +298,7 @@ def _cut(p: Tensor, source_cu_seqlens: Tensor | None, chunk: int) -> tuple[int, 
     if source_cu_seqlens is None:
         return p.shape[0], max(p.shape[1], 1), p.shape[0] * cdiv(p.shape[1], chunk)
     sequences = source_cu_seqlens.shape[0] - 1
-    return sequences, 1, chunk_slots(p.shape[0], sequences, chunk)
+    return sequences, 1, max_chunks(p.shape[0], sequences, chunk)
 
 
 def _enter(

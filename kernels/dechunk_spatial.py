@@ -22,6 +22,8 @@ from dcdit.kernels.numerics import PROB_EPS, cdiv
 from dcdit.kernels.plug_back import plug_back_bwd, plug_back_fwd
 from dcdit.kernels.smooth import smooth_bwd, smooth_fwd
 
+launch.set_default_configs("dechunk_scalar_gradients", {"BLOCK": 256, "num_warps": 4})
+
 _PROB_EPS = tl.constexpr(PROB_EPS)
 
 

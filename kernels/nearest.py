@@ -16,6 +16,9 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import PROB_EPS, cdiv
 
+launch.set_default_configs("survey", {"LINES": 4, "BLOCK": 64, "num_warps": 2})
+launch.set_default_configs("nearest", {"BLOCK": 128, "num_warps": 4})
+
 _PROB_EPS = tl.constexpr(PROB_EPS)
 _FAR = tl.constexpr(2**31 - 1)
 

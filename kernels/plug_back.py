@@ -21,6 +21,22 @@ from dcdit.kernels import launch
 from dcdit.kernels.nearest import Survey
 from dcdit.kernels.numerics import cdiv
 
+launch.set_default_configs(
+    "plug_back_fwd",
+    D={
+        32: {"ROWS": 16, "BLOCK_D": 32, "num_warps": 4},
+        1024: {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4},
+    },
+)
+launch.set_default_configs("plug_back_box", {"BLOCK": 256, "num_warps": 4})
+launch.set_default_configs(
+    "plug_back_bwd",
+    D={
+        32: {"BLOCK_D": 32, "num_warps": 1},
+        1024: {"BLOCK_D": 256, "num_warps": 1},
+    },
+)
+
 TILE = 4
 _TILE = tl.constexpr(TILE)
 

@@ -32,6 +32,23 @@ from dcdit.kernels import launch
 from dcdit.kernels.nearest import Survey
 from dcdit.kernels.numerics import ROW_EPS, cdiv
 
+_GRID_BLOCK = {"BAND_H": 8, "STRIP_W": 32, "num_stages": 1}
+launch.set_default_configs(
+    "smooth_bf16",
+    D={
+        32: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 32, "num_warps": 4},
+        256: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 128, "num_warps": 8},
+        1024: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 256, "num_warps": 8},
+    },
+)
+launch.set_default_configs(
+    "smooth_float32",
+    D={
+        32: {**_GRID_BLOCK, "BM": 16, "LINES": 16, "BJ": 16, "BLOCK_D": 32, "num_warps": 4, "maxnreg": 128},
+        1024: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 16, "BLOCK_D": 256, "num_warps": 8},
+    },
+)
+
 _ROW_EPS = tl.constexpr(ROW_EPS)
 _FAR = tl.constexpr(2**31 - 1)
 # The interpreter keeps bfloat16 as integers and would multiply those: there, the same three parts are float32 numbers.

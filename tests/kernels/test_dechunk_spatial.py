@@ -44,7 +44,7 @@ SMALL_BLOCKS = {
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configurations whose blocks, windows and slices even a small grid overflows."""
-    monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
+    monkeypatch.setattr(launch, "config_for", lambda kernel, *_, **__: SMALL_BLOCKS[kernel])
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         "plug_back_fwd": {"ROWS": 4096, "BLOCK_D": 16},
     }
     if triton.knobs.runtime.interpret:
-        monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: large[kernel])
+        monkeypatch.setattr(launch, "config_for", lambda kernel, *_, **__: large[kernel])
 
 
 def moved(value: Any, device: torch.device) -> Any:
