@@ -56,6 +56,7 @@ def _plug_back_fwd_kernel(
     positions, h_stride, residual_stride,  # positions: S = B * H * W
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A program writes ROWS positions."""
     position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     inside = (position < positions)[:, None] & (channel < D)[None, :]  # [ROWS, BLOCK_D]
@@ -94,6 +95,7 @@ def _bounding_box_kernel(
     positions, width,  # S, W
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program grows the bounding boxes by BLOCK positions."""
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], and so is all below
     inside = position < positions
     row, col = (position // width).to(tl.int32), (position % width).to(tl.int32)

@@ -173,6 +173,7 @@ def _smooth_fwd_kernel(
     D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A program writes ``h - s`` and c of the kept tokens of one block, for one slice of the channels."""
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     top, packed_row, kept = _load_block_tokens(prefix_ptr, 0, height, width, bands, strips, BM, BAND_H, STRIP_W)
     for begin in tl.range(0, kept, BM, disable_licm=True):
@@ -214,6 +215,7 @@ def _smooth_bwd_kernel(
     D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A program writes the gradients of h and q of the kept tokens of one block, for one slice of the channels."""
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     top, packed_row, kept = _load_block_tokens(prefix_ptr, 0, height, width, bands, strips, BM, BAND_H, STRIP_W)
     for begin in tl.range(0, kept, BM, disable_licm=True):

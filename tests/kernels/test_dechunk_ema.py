@@ -191,7 +191,7 @@ def test_wide_rows(small_chunks: ExitStack, device: torch.device) -> None:
 
 
 def test_sequences_of_65536(device: torch.device) -> None:
-    """One long sequence among short ones, cut into chunks whose states are carried; few kept tokens hold far."""
+    """One long sequence among short ones, cut into chunks whose states are carried. Few tokens are kept."""
     p, sel = packed_case([3, 65_536, 2])
     h, p, sel, *_ = arguments((p, sel), gate=False, residual=False, device=device)
     with force_config("dechunk_ema", {"CHUNK": 1024, "BLOCK_D": 8, "num_warps": 4}):

@@ -45,7 +45,7 @@ SMALL_BLOCKS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configurations whose blocks, windows and slices even a small grid overflows."""
+    """Blocks, windows and slices that are smaller than a small grid."""
     monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
 
 
