@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcdit.ops._triton.nested import leaf_types, leaves, nest, save, saved
+from dcdit.ops._triton.nested import builder, leaf_types, leaves, save, saved
 
 
 class Inner(NamedTuple):
@@ -24,7 +24,7 @@ def test_leaves_make_the_value_again() -> None:
     assert [name for name, _ in leaf_types(Outer, "")] == ["first", "x", "count", "grid_0", "grid_1"]
     flat = leaves(value)
     assert flat[:1] + flat[2:] == [None, 3, 4, 5]
-    again = nest(Outer, iter(flat))
+    again = builder(Outer)(iter(flat))
     assert isinstance(again, Outer) and isinstance(again.inner, Inner)
     assert again == value
 

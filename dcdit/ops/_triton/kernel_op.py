@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from dcdit.ops._triton.nested import leaf_types, leaves, nest, parts
+from dcdit.ops._triton.nested import builder, leaf_types, leaves, parts
 from dcdit.ops.autograd import first_derivative_only
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -36,6 +36,7 @@ class KernelOp:
         self.launcher = launcher
         self._arguments = get_type_hints(launcher)
         self._result = self._arguments.pop("return")
+        self._argument_builders = [builder(kind) for kind in self._arguments.values()]
         self.op = torch.library.custom_op(f"dcdit::{name}", self._on_leaves(launcher), mutates_args=())
         self.op.register_fake(self._on_leaves(fake))
         self._function: type[torch.autograd.Function] | None = None
@@ -69,7 +70,10 @@ class KernelOp:
         return self.launcher(*args)
 
     def _on_leaves(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The launcher or its fake with the signature that ``torch.library`` can read."""
+        """The launcher or its fake with a signature that ``torch.library`` accepts."""
+        flat = not any(parts(kind) for kind in self._arguments.values())
+        if flat and all(kind is Tensor for _, kind in parts(self._result)):
+            return function
 
         def call(*values: Any) -> Any:
             result = function(*self._nest_arguments(values))
@@ -87,9 +91,13 @@ class KernelOp:
         return call
 
     def _register_autograd(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        build_result = builder(self._result)
+        many = bool(parts(self._result))
+        counts = [len(leaf_types(kind, "")) for kind in self._arguments.values()]
+
         def setup_on_leaves(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if parts(self._result):
-                output = nest(self._result, iter(output))
+            if many:
+                output = build_result(iter(output))
                 without_gradient = leaves(tuple(part for part in output if isinstance(part, tuple)))
                 if without_gradient:
                     ctx.mark_non_differentiable(*without_gradient)
@@ -98,16 +106,14 @@ class KernelOp:
             setup_context(ctx, self._nest_arguments(inputs), output)
 
         def backward_on_leaves(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            nested = nest(self._result, iter(grads)) if parts(self._result) else grads
-            counts = [len(leaf_types(kind, "")) for kind in self._arguments.values()]
-            results = zip(backward(ctx, *nested), counts, strict=True)
-            return tuple(grad for grad, count in results for _ in range(count))
+            results = backward(ctx, *(build_result(iter(grads)) if many else grads))
+            return tuple(grad for grad, count in zip(results, counts, strict=True) for _ in range(count))
 
         self.op.register_autograd(backward_on_leaves, setup_context=setup_on_leaves)
 
     def _nest_arguments(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         rest = iter(values)
-        return tuple(nest(kind, rest) for kind in self._arguments.values())
+        return tuple([build(rest) for build in self._argument_builders])
 
 
 def _holds_float64(args: tuple[Any, ...]) -> bool:

@@ -4,8 +4,7 @@
 tensors is written once, as the fields of a NamedTuple.
 """
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -14,7 +13,6 @@ _TENSOR = object()
 """Marks where a tensor was taken out."""
 
 
-@functools.cache
 def parts(kind: Any) -> tuple[tuple[str, Any], ...]:
     """Name and type of each part of a NamedTuple class or of a ``tuple[A, B]``; nothing for any other type."""
     if hasattr(kind, "_fields"):
@@ -39,11 +37,12 @@ def leaves(value: Any) -> list[Any]:
     return [leaf for part in value for leaf in leaves(part)]
 
 
-def nest(kind: Any, values: Iterator[Any]) -> Any:
-    """A value of the given type, made of the next leaves."""
+def builder(kind: Any) -> Callable[[Iterator[Any]], Any]:
+    """A function that makes a value of the given type from the next leaves of an iterator."""
     if not parts(kind):
-        return next(values)
-    return _tuple_like(kind, [nest(part, values) for _, part in parts(kind)])
+        return next
+    builders = [builder(part) for _, part in parts(kind)]
+    return lambda values: _tuple_like(kind, [build(values) for build in builders])
 
 
 def save(ctx: Any, *values: Any) -> None:
