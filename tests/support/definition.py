@@ -4,7 +4,8 @@ import copy
 from typing import Any
 
 import torch
-from support.helpers import args_dtype, assert_close_to_reference, randn, to_float64
+from support.accuracy import args_dtype, assert_close_to_reference, to_float64
+from support.inputs import randn
 from torch import Tensor
 
 from dcdit import ops
@@ -12,7 +13,7 @@ from dcdit.profiling.workloads import Workload, tensors_of
 
 
 def check_workload(workload: Workload, backend: str) -> None:
-    """Outputs and gradients on a backend, by the rule of :func:`support.helpers.assert_close_to_reference`.
+    """Outputs and gradients on a backend, by the rule of :func:`support.accuracy.assert_close_to_reference`.
 
     A selection has no gradients, and all of it must be equal.
     """
