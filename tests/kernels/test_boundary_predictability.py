@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import cases
-from support.accuracy import check_predictability, check_rms_against_reference, differentiate
+from support.accuracy import check_against_reference, check_rms_against_reference, differentiate
 from support.inputs import randn
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def check(
     channels, groups = width
     x = cases.predictability_features(memory_format, images, channels, *grid, dtype=dtype, seed=seed, device=device)
     args = (x, *cases.predictability_parameters(channels, parameter_dtype, seed, device=device), groups, 1e-5)
-    check_predictability(*args, backend="triton")
+    check_against_reference(OP, *args, backend="triton")
 
 
 @case
@@ -97,7 +97,9 @@ def test_more_groups_than_one_program_can_sort(
     memory_format: str, channels: int, groups: int, device: torch.device
 ) -> None:
     x = cases.predictability_features(memory_format, 1, channels, 2, 2, device=device)
-    check_predictability(x, *cases.predictability_parameters(channels, device=device), groups, 1e-5, backend="triton")
+    check_against_reference(
+        OP, x, *cases.predictability_parameters(channels, device=device), groups, 1e-5, backend="triton"
+    )
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -115,7 +117,7 @@ def test_statistics_far_from_zero(memory_format: str, device: torch.device) -> N
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_constant_features(memory_format: str, device: torch.device) -> None:
     x = torch.full_like(cases.predictability_features(memory_format, 2, 16, 3, 3, device=device), 0.3)
-    check_predictability(x, *cases.predictability_parameters(16, device=device), 4, 1e-5, backend="triton")
+    check_against_reference(OP, x, *cases.predictability_parameters(16, device=device), 4, 1e-5, backend="triton")
 
 
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
@@ -171,9 +173,7 @@ def test_each_gradient_alone(memory_format: str, wanted: int, device: torch.devi
     inputs = [x, *cases.predictability_parameters(16, device=device)]
     with ops.use_backend("triton"):
         _, together = differentiate(OP, (*inputs, 4, 1e-5))
-        args = [value.detach().requires_grad_(i == wanted) for i, value in enumerate(inputs)]
-        p = OP(*args, 4, 1e-5)
-    (alone,) = torch.autograd.grad(p, args[wanted], randn(2, 15, seed=7).to(device))
+        _, (alone,) = differentiate(OP, (*inputs, 4, 1e-5), wanted=[wanted])
     torch.testing.assert_close(alone, together[wanted], rtol=0, atol=0)
 
 

@@ -15,6 +15,7 @@ from support.accuracy import (
     assert_close_to_reference,
     check_against_reference,
     check_rms_against_reference,
+    cotangent,
     differentiate,
 )
 from support.inputs import packed_selection, randn, random_cu_seqlens, random_selection
@@ -45,19 +46,18 @@ def small_chunks() -> Iterator[ExitStack]:
 def check(*args: Any) -> None:
     """Output and gradients against the definition; those of p and the gate are sums of terms that cancel."""
     of_p, of_gate = magnitudes(*args[:3])
-    terms = {1: of_p} if args[3] is None else {1: of_p, 2: of_gate}
-    check_against_reference(dechunk_ema, *args, backend="triton", terms=terms)
+    check_against_reference(dechunk_ema, *args, backend="triton", terms={"p": of_p, "gate": of_gate})
 
 
 def magnitudes(h: Tensor, p: Tensor, sel: TokenSelection) -> tuple[float, float]:
-    """The largest gradients of p and the gate under the cotangent of :func:`run`, if all their terms had one sign."""
+    """The largest gradients of p and the gate, if all their terms had one sign."""
     if p.numel() == 0:
         return 0.0, 0.0
+    given = (h, p)
     h, p = h.nan_to_num().double().abs().requires_grad_(), p.double()
     gate = torch.ones_like(p).requires_grad_()
     held = reference.dechunk_ema(h, p, sel, gate)
-    cotangent = randn(*held.shape, seed=7).to(held).abs()
-    grad_h, grad_gate = torch.autograd.grad(held, (h, gate), cotangent)
+    grad_h, grad_gate = torch.autograd.grad(held, (h, gate), cotangent(held, given).abs())
     kept = sel.packed_rows >= 0
     packed_row, q = sel.packed_rows[kept].long(), p[kept].clamp(1e-4, 1 - 1e-4)[:, None]
     own = h.detach()[packed_row]
@@ -214,13 +214,11 @@ def test_grid_equals_packed(device: torch.device) -> None:
 
 @pytest.mark.parametrize("wanted", [0, 1, 3, 4])
 def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
-    args = list(cases.dechunk_ema(*random_selection(2, 19), device=device))
+    args = cases.dechunk_ema(*random_selection(2, 19), device=device)
     together = dict(zip((0, 1, 3, 4), run(dechunk_ema, *args)[1:], strict=True))
-    leaf = args[wanted] = args[wanted].detach().requires_grad_()
     with ops.use_backend("triton"):
-        out = dechunk_ema(*args)
-    grad = torch.autograd.grad(out, leaf, randn(*out.shape, seed=7).to(device))[0]
-    torch.testing.assert_close(grad, together[wanted], rtol=0, atol=0)
+        _, (alone,) = differentiate(dechunk_ema, args, wanted=[wanted])
+    torch.testing.assert_close(alone, together[wanted], rtol=0, atol=0)
 
 
 def test_float64_is_refused() -> None:

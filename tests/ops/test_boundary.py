@@ -6,7 +6,6 @@ from support import cases
 from support.accuracy import (
     assert_close_to_reference,
     check_against_reference,
-    check_predictability,
     check_rms_against_reference,
 )
 from support.inputs import randn, random_cu_seqlens
@@ -103,7 +102,7 @@ def test_cosine2d_zero_rows() -> None:
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_predictability(memory_format: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     features = cases.predictability_features(memory_format, *shape, dtype=dtype)
-    check_predictability(features, *cases.predictability_parameters(shape[1]))
+    check_against_reference(ops.boundary_prob_predictability, features, *cases.predictability_parameters(shape[1]))
 
 
 def test_predictability_gradient_of_the_bias() -> None:

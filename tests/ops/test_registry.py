@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from support import interpreter_launch, interpreter_rounding, interpreter_scan
-from support.definition import check_workload
+from support.accuracy import check_workload
 
 from benchmarks.harness.equality import check_equal
 from dcdit import ops
