@@ -6,22 +6,14 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import interpreter_launch, interpreter_scan
+from support import interpreter_launch, interpreter_rounding, interpreter_scan, poison
 
-from dcdit.kernels import launch
 from tools.ptx.launch import Launcher
 
 _COMMON = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=15, **_COMMON)
 settings.register_profile("full", max_examples=200, **_COMMON)
 settings.load_profile("full" if os.environ.get("DCDIT_FULL") == "1" else "default")
-
-
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory filled with a value that shows where no kernel wrote."""
-    value = float("nan") if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).min + 7
-    return torch.full(shape, value, dtype=dtype, device=device)
-
 
 PTX_TARGET = os.environ.get("DCDIT_PTX")
 """A compute capability (80, 90 or 100): kernels run as the PTX compiled for it (`make ptx-test`)."""
@@ -39,11 +31,12 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         interpreter_launch.install(monkeypatch)
         interpreter_scan.install(monkeypatch)
+        interpreter_rounding.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "empty", poisoned)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison.install(monkeypatch)
 
 
 @pytest.fixture

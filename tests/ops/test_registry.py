@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from support import interpreter_launch, interpreter_rounding, interpreter_scan
+from support import interpreter_launch, interpreter_rounding, interpreter_scan, poison
 from support.accuracy import check_workload
 
 from benchmarks.harness.equality import check_equal
@@ -29,6 +29,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreter_launch.install(monkeypatch)
     interpreter_scan.install(monkeypatch)
     interpreter_rounding.install(monkeypatch)
+    poison.install(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
