@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import randn, random_cu_seqlens
+from support.inputs import randn, random_cu_seqlens
 from torch import Tensor, nn
 
 from dcdit import ops
