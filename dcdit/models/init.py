@@ -7,6 +7,18 @@ from torch import Tensor, nn
 from dcdit.nn import LabelEmbedder, PackedFinalLayer, StackedModulation, TimestepEmbedder
 
 
+def reset_submodules(module: nn.Module) -> None:
+    """Call ``reset_parameters`` of every submodule, in the order in which a constructor calls them.
+
+    So it draws the same random numbers as the constructor.
+    """
+    for child in module.children():
+        reset_submodules(child)
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
 def xavier(linears: Iterable[nn.Module]) -> None:
     """Xavier-uniform weights and zero biases for every Linear among the modules."""
     for module in linears:

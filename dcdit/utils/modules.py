@@ -31,10 +31,13 @@ def name_of(model: Callable[..., Any]) -> str:
 
 
 def dtype_of(model: Callable[..., Any]) -> torch.dtype:
-    """The dtype of the weights; float32 for a model without weights."""
+    """The dtype that the weights compute in; float32 for a model without such weights.
+
+    Integers and 8-bit floats are skipped: they only store a weight, and its module computes in another dtype.
+    """
     model = unwrap_model(model)
     weights = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((weight.dtype for weight in weights), torch.float32)
+    return next((w.dtype for w in weights if w.is_floating_point() and w.itemsize > 1), torch.float32)
 
 
 @contextmanager
