@@ -4,8 +4,8 @@ Calling a module can do more than its class says: hooks run, a parametrisation c
 takes the module's place, ``fully_shard`` gathers the weight. A path that only reads weights would ignore all of these,
 or fail. So it is taken only where the submodule is plain, and otherwise the submodule is called.
 
-Under ``torch.compile`` the decision is made while tracing. Like all hooks there, one that is registered after the
-compilation is seen only after ``torch._dynamo.reset()``.
+Under ``torch.compile`` the decision is made while tracing. A hook that is registered after that is not seen before
+``torch._dynamo.reset()``, as on every compiled module.
 """
 
 import sys
@@ -30,7 +30,7 @@ def is_plain(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
 
     Args:
         module: what the fused path would bypass. Its children are not looked at.
-        cls: the class whose arithmetic the fused path does, e.g. ``nn.Linear``.
+        cls: the class whose arithmetic the fused path does, e.g. ``nn.Linear``. It defines ``forward`` itself.
     """
     return (
         type(module) is cls
