@@ -16,9 +16,6 @@ from torch.nn.modules import module as torch_module
 
 Module = TypeVar("Module", bound=nn.Module)
 
-OVERRIDES = ("forward", "_conv_forward", "_compiled_call_impl")
-"""Attributes of an instance that change what a call of it does."""
-
 
 def is_plain(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
     """Whether calling the module runs ``cls.forward`` on the module's own weights and nothing else.
@@ -32,12 +29,13 @@ def is_plain(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
         module: what the fused path would bypass. Its children are not looked at.
         cls: the class whose arithmetic the fused path does, e.g. ``nn.Linear``. It defines ``forward`` itself.
     """
+    own = module.__dict__
     return (
         type(module) is cls
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not torch_module._has_any_global_hook()
-        and not any(name in module.__dict__ for name in OVERRIDES)
+        and not ("forward" in own or "_conv_forward" in own or "_compiled_call_impl" in own)
         and cls.forward.__globals__ is vars(sys.modules[cls.__module__])
     )
 
