@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcdit.evaluate.distances import Gaussian
 from dcdit.evaluate.images import ImageSource, npz_arrays, open_images
-from dcdit.utils.files import atomically
+from dcdit.utils.files import atomically, recover
 from dcdit.utils.images import Pixels
 from dcdit.utils.modules import evaluating
 
@@ -154,6 +154,8 @@ def extract_features(
     identity = getattr(extractor, "identity", None)
     if cache is not None and identity is None:
         raise ValueError(f"{type(extractor).__name__} has no identity, so its features cannot be cached; give it one")
+    if cache is not None:
+        recover(Path(cache))
     with evaluating(extractor), tqdm(total=source.count, desc="features", unit="image", disable=not progress) as bar:
         batches, image_size = [], None
         for pixels in source.batches(batch_size):
@@ -177,7 +179,7 @@ def _cached(pixels: Pixels, extractor: nn.Module, identity: str | None, cache: s
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; delete it") from None
     features = _forward(pixels, extractor)
-    atomically(file, lambda target: save_file(features, target))
+    atomically(file, lambda target: save_file(features, target), clean=False)
     return features
 
 

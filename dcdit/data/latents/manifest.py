@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dcdit.utils.files import atomically
+from dcdit.utils.files import write_text
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dcdit-latents-1"
@@ -72,8 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``. It appears complete or not at all."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    atomically(folder / MANIFEST_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1))
 
 
 def size_problem(folder: Path, shard: ShardEntry) -> str | None:
