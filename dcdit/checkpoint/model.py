@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically
+from dcdit.utils.tensors import save_tensors
 
 Model = DCDiT | DiT
 """What this package trains, saves and loads."""
@@ -121,12 +121,8 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. OSError if that fails."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path.name} cannot be written: {' '.join(str(error).split())}") from None
+    """Write a safetensors file from tensors of any device and memory format. OSError if that fails."""
+    save_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcdit.evaluate.distances import Gaussian
@@ -19,6 +19,7 @@ from dcdit.evaluate.images import ImageSource, npz_arrays, open_images
 from dcdit.utils.files import atomically, recover
 from dcdit.utils.images import Pixels
 from dcdit.utils.modules import evaluating
+from dcdit.utils.tensors import save_tensors
 
 KINDS = ("pooled", "logits", "spatial")
 SPATIAL_CHANNELS = 7
@@ -179,7 +180,7 @@ def _cached(pixels: Pixels, extractor: nn.Module, identity: str | None, cache: s
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; delete it") from None
     features = _forward(pixels, extractor)
-    atomically(file, lambda target: save_file(features, target), clean=False)
+    atomically(file, lambda target: save_tensors(target, features), clean=False)
     return features
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcdit.utils.files import atomically
+
 if TYPE_CHECKING:
     from dcdit.profiling.profile import Profile, Variant
 
@@ -47,7 +49,7 @@ def plot_profile(result: "Profile", path: Path) -> None:
     right.set_ylim(0, 1.1 * max(1.0, right.get_ylim()[1]))
     right.legend(fontsize=7)
     figure.suptitle(f"{result.model} on {result.device}, {result.dtype}", fontsize=10)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
@@ -83,7 +85,7 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
     right.set(xlabel="step", ylabel="compression (before dropping)", ylim=(1, None))
     right.legend(fontsize=7)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
@@ -108,7 +110,7 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[1, -1], fraction=0.046)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -140,4 +142,4 @@ def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axis.invert_xaxis()
     kept[0].plot([], [], "--", color="black", lw=1, label="before dropping")
     kept[0].legend(fontsize=7)
-    figure.savefig(path)
+    atomically(path, figure.savefig)

@@ -17,6 +17,7 @@ from dcdit.nn.stages import collect_stages
 from dcdit.ops.attention_kernels import attention_backends
 from dcdit.profiling.timing import Call, time_stages, time_variants
 from dcdit.utils.environment import device_name
+from dcdit.utils.files import atomically
 from dcdit.utils.tables import markdown_table
 
 STATIC_PATCHES = (1, 2)
@@ -212,5 +213,4 @@ def write_trace(forward: Call, path: str | Path) -> None:
     profiler = torch.profiler.profile(activities=activities)
     with torch.inference_mode(), profiler as recorded, collect_stages(torch.profiler.record_function):
         forward()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(path))
+    atomically(Path(path), lambda file: recorded.export_chrome_trace(str(file)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcdit.utils.files import write_text
+from dcdit.utils.inside import is_inside
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dcdit-latents-1"
@@ -67,6 +68,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path} is not readable: {' '.join(str(error).split())}") from None
     if manifest.format != FORMAT:
         raise ValueError(f"{path} has the format {manifest.format!r}; accepted: {FORMAT}")
+    outside = next((shard.file for shard in manifest.shards if not is_inside(shard.file)), None)
+    if outside is not None:
+        raise ValueError(f"{path} lists {outside!r}; accepted: files inside the folder")
     return manifest
 
 
