@@ -78,7 +78,7 @@ def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
     """The configuration of a checkpoint, except for the places, which are those of the run's config.yaml.
 
     Raises:
-        ValueError: another --out than the run's folder, or a place that the checkpoint alone names.
+        ValueError: another --out than the run's folder, or no config.yaml and a place that is not given.
     """
     folder = checkpoint.run_folder(resume)
     out = str(overrides.get("run.out", folder))
@@ -92,13 +92,13 @@ def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
         raise ValueError(f"{resume}: {checkpoint.TRAINER_FILE} has the config {stored!r}; accepted: an object")
     file = folder / CONFIG_FILE
     own = config.given_keys(file) if file.is_file() else {}
-    places = {key: _value(own, key) for key in PLACES}
     for key in PLACES:
-        if places[key] is None and key not in overrides and _value(stored, key) is not None:
+        if not own and key not in overrides and _value(stored, key) is not None:
             raise ValueError(
-                f"{file} does not say {key}, and the checkpoint's {_value(stored, key)!r} is not taken from it; "
+                f"{folder} has no {CONFIG_FILE}, and {key} is not taken from a checkpoint ({_value(stored, key)!r}); "
                 f"give --set {key}=..."
             )
+    places = {key: _value(own, key) for key in PLACES}
     return config.override(stored, {**places, **overrides, "run.out": str(folder)})
 
 

@@ -20,7 +20,7 @@ from dcdit.models import DCDiT, DiT
 from dcdit.sample.drawing import Decoder, draw
 from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
-from dcdit.utils.files import atomically, write_text
+from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
@@ -224,5 +224,7 @@ def _remove_batches(out: Path, settings: SampleSettings) -> None:
         with contextlib.suppress(ValueError):  # a file of the user, or of other settings
             if _is_drawn(file, settings):
                 file.unlink()
+    for folder in (out, out / BATCHES):
+        recover(folder)
     with contextlib.suppress(OSError):  # it holds files of the user, is a link, or is gone
         (out / BATCHES).rmdir()
