@@ -127,7 +127,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Nothing that is read, and nothing of somebody else, is replaced."""
     out = Path(args.out)
     images = {"--images": args.images, "--reference": args.reference}
-    check_output_folder(Path(args.cache))
+    if args.extractor is not None:
+        check_output_folder(Path(args.cache))
     check_own(out, METRICS, METRICS_KEYS, (REPORT, PICTURE))
     check_not_read(out, images)
     if args.checkpoint is not None:
