@@ -8,6 +8,7 @@ from dcdit.checkpoint.foreign import read_state_dict
 from dcdit.checkpoint.model import Model, load_weights, save_model
 from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
+    CHECKPOINTS,
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -15,16 +16,19 @@ from dcdit.checkpoint.run import (
     Checkpoint,
     checkpoint_path,
     find_checkpoint,
+    is_checkpoint,
     keep_newest,
     list_checkpoints,
     load_checkpoint,
     load_optimizer,
     model_file,
     read_trainer,
+    run_folder,
     save_checkpoint,
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "EMA_FILE",
     "MODEL_FILE",
     "OPTIMIZER_FILE",
@@ -33,6 +37,7 @@ __all__ = [
     "Model",
     "checkpoint_path",
     "find_checkpoint",
+    "is_checkpoint",
     "keep_newest",
     "list_checkpoints",
     "load_checkpoint",
@@ -45,6 +50,7 @@ __all__ = [
     "read_objective",
     "read_state_dict",
     "read_trainer",
+    "run_folder",
     "save_checkpoint",
     "save_model",
 ]

@@ -20,11 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.checkpoint.model import FORMAT, Model, Tensors, read_model_file, read_tensors, save_model, write_tensors
-from dcdit.utils.files import atomically, interrupted_replacements, remove
+from dcdit.checkpoint.model import (
+    FORMAT,
+    Model,
+    Tensors,
+    is_written_here,
+    read_model_file,
+    read_tensors,
+    write_model,
+    write_tensors,
+)
+from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
+CHECKPOINT_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE, TRAINER_FILE)
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +71,27 @@ def save_checkpoint(
     """Write a checkpoint folder. It appears under its name only when it is complete.
 
     Args:
-        folder: its name; an older checkpoint of that name is replaced.
+        folder: its name. An older checkpoint of that name is replaced, and a link is followed.
         ema: averaged weights, with the names of ``model.state_dict()``.
         optimizer: over ``model.parameters()`` in one group.
         trainer: JSON values, e.g. the step.
         notes: as in :func:`dcdit.checkpoint.save_model`.
+
+    Raises:
+        ValueError: ``folder`` exists and is no checkpoint (:func:`is_checkpoint`).
     """
 
     def write(target: Path) -> None:
         target.mkdir()
-        save_model(target / MODEL_FILE, model, None, notes)
-        save_model(target / EMA_FILE, model, ema, notes)
+        write_model(target / MODEL_FILE, model, None, notes)
+        write_model(target / EMA_FILE, model, ema, notes)
         write_tensors(target / OPTIMIZER_FILE, _optimizer_tensors(model, optimizer), {"format": FORMAT})
-        atomically(target / TRAINER_FILE, lambda file: file.write_text(json.dumps(trainer, indent=2)))
+        (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
 
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    atomically(folder, write)
+    if folder.exists() and not is_checkpoint(folder):
+        raise ValueError(f"{folder} is no checkpoint of dcdit; accepted: a checkpoint, or a name that is free")
+    replace_folder(folder, write)
     return folder
 
 
@@ -158,18 +174,50 @@ def _naming_the_previous(folder: Path) -> Iterator[None]:
 # --- the folders of a run -----------------------------------------------------------------------------------------
 
 
+def run_folder(path: str | Path) -> Path:
+    """The run that a path names: a run itself, or the one whose ``checkpoints/`` holds this checkpoint.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a checkpoint that is in no run.
+    """
+    path = Path(path)
+    find_checkpoint(path)
+    if list_checkpoints(path):
+        return path
+    # As named, before any link is followed: a checkpoint that is a link belongs to the run that has the link.
+    for folder in (path, path.absolute(), path.resolve()):
+        if folder.parent.name == CHECKPOINTS:
+            return folder.parents[1]
+    raise ValueError(f"{path} is in no run, so there is no folder to go on in; accepted: RUN, or RUN/{CHECKPOINTS}/...")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder may be replaced or deleted as a checkpoint: all of its files are of this package.
+
+    The files may be damaged or missing, but a folder with anything else in it, or with a link, is no checkpoint.
+    """
+    if not folder.is_dir():
+        return False
+    files = list(folder.iterdir())
+    if not all(file.name in CHECKPOINT_FILES and file.is_file() and not file.is_symlink() for file in files):
+        return False
+    tensors = [file for file in files if file.name != TRAINER_FILE]
+    return all(map(is_written_here, tensors)) and bool(tensors or not files)
+
+
 def checkpoint_path(run: str | Path, step: int) -> Path:
     """Where a run keeps the checkpoint of a step."""
-    return Path(run) / "checkpoints" / f"step_{step:08d}"
+    return Path(run) / CHECKPOINTS / f"step_{step:08d}"
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first.
 
     A process may have been killed while it replaced a checkpoint, between moving the old one away and naming the new
-    one. Then the old one is listed, under the temporary name that it has.
+    one. Then the old one is listed, where it is.
     """
-    parent = Path(run) / "checkpoints"
+    parent = Path(run) / CHECKPOINTS
     folders = {path.name: path for path in parent.glob("step_*")} | interrupted_replacements(parent)
     return [folder for _, folder in sorted(folders.items()) if (folder / MODEL_FILE).is_file()]
 
@@ -183,7 +231,9 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MODEL_FILE).is_file():
         return path
-    found = list_checkpoints(path)
+    found = list_checkpoints(path) or [
+        old for name, old in interrupted_replacements(path.parent).items() if name == path.name
+    ]
     if not found:
         raise FileNotFoundError(f"no checkpoint in {str(path)!r}: no {MODEL_FILE}, no checkpoints/step_*/{MODEL_FILE}")
     return found[-1]
@@ -206,8 +256,9 @@ def keep_newest(newest: Path, count: int | None) -> None:
     """Delete all but the last ``count`` of a run's checkpoints up to ``newest`` (None: delete none).
 
     Checkpoints after ``newest`` stay and do not count. A run that was resumed from an earlier checkpoint has them; it
-    replaces them when it gets there.
+    replaces them when it gets there. A link stays, and so does a folder with files that are not of this package.
     """
     folders = [folder for folder in list_checkpoints(newest.parents[1]) if folder.name <= newest.name]
     for folder in folders[: -count if count else 0]:
-        remove(folder)
+        if not folder.is_symlink() and is_checkpoint(folder):
+            remove_folder(folder)

@@ -1,21 +1,27 @@
 """``dcdit evaluate``: metrics of a checkpoint's samples, or of any images, against real images."""
 
 import argparse
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dcdit.checkpoint import model_file
 from dcdit.cli.options import add_device_option, check_counts
 from dcdit.cli.sampling_options import add_sampling_options, check_fit, sampling_options
 from dcdit.evaluate.extractors import RESIZES, load_extractor
 from dcdit.evaluate.features import extract_features
-from dcdit.evaluate.generate import SAMPLES, SampleSettings, SamplingCost, generate, weights_hash
+from dcdit.evaluate.generate import SAMPLES, SAMPLING, SampleSettings, SamplingCost, generate, weights_hash
 from dcdit.evaluate.images import npz_arrays, open_images
 from dcdit.evaluate.measure import evaluate_images
-from dcdit.evaluate.report import write_report
+from dcdit.evaluate.report import METRICS, METRICS_KEYS, PICTURE, REPORT, write_report
 from dcdit.sample.drawing import load_for_sampling
 from dcdit.sample.plan import make_plans
 from dcdit.utils.environment import resolve_device
+from dcdit.utils.files import claimed
+from dcdit.utils.outputs import check_not_read, check_output_file, check_output_folder, check_own
+from dcdit.utils.processes import on_main_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,15 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     _check(args)
     device = resolve_device(args.device)
+    state = PartialState(cpu=device.type == "cpu")
+    with on_main_process(state.is_main_process, lambda: claimed(Path(args.out))):
+        _evaluate(args, device, state)
+
+
+def _evaluate(args: argparse.Namespace, device: torch.device, state: Any) -> None:
     out = Path(args.out)
     extractor = None if args.extractor is None else load_extractor(args.extractor, args.resize)
-    sampling = None
-    if args.checkpoint is not None:
-        sampling = _sample(args, out, device)
-        if sampling is None:
-            return
+    sampling = None if args.checkpoint is None else _sample(args, out, device, state)
+    if not state.is_main_process:
+        return
     images = open_images(args.images if sampling is None else out / SAMPLES, args.size)
     evaluation = None
     if extractor is not None:
@@ -78,12 +90,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{out / 'report.md'}")
 
 
-def _sample(args: argparse.Namespace, out: Path, device: torch.device) -> tuple[SampleSettings, SamplingCost] | None:
-    """Draw the images with all processes of accelerate. Returns None on those that have nothing more to do."""
-    from accelerate import PartialState
-
+def _sample(
+    args: argparse.Namespace, out: Path, device: torch.device, state: Any
+) -> tuple[SampleSettings, SamplingCost] | None:
+    """Draw the images with all processes of accelerate. Returns None on all but the main one."""
     options = sampling_options(args)
-    state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
         device = state.device
     model, decode = load_for_sampling(options, device)
@@ -109,3 +120,24 @@ def _check(args: argparse.Namespace) -> None:
         reference = Path(args.reference)
         if reference.suffix != ".npz" or "mu" not in npz_arrays(reference):
             open_images(reference, args.size)
+    _check_outputs(args)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Nothing that is read, and nothing of somebody else, is replaced."""
+    out = Path(args.out)
+    images = {"--images": args.images, "--reference": args.reference}
+    if args.extractor is not None:
+        check_output_folder(Path(args.cache))
+    check_own(out, METRICS, METRICS_KEYS, (REPORT, PICTURE))
+    check_not_read(out, images)
+    if args.checkpoint is not None:
+        check_not_read(out / SAMPLES, images)
+    if args.write_statistics is not None:
+        statistics = Path(args.write_statistics)
+        weights = None if args.checkpoint is None else model_file(args.checkpoint, not args.no_ema)
+        check_output_file(statistics)
+        check_not_read(statistics, {**images, "--extractor": args.extractor, "--checkpoint": weights})
+        written = (SAMPLES, SAMPLING, METRICS, REPORT, PICTURE)
+        if os.path.realpath(statistics) in {os.path.realpath(out / name) for name in written}:
+            raise ValueError(f"--write-statistics is {statistics}, which --out also writes; accepted: another file")

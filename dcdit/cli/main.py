@@ -5,6 +5,7 @@ Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``. It
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code is 0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character of a result is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = create_parser(arguments).parse_args(arguments)
         importlib.import_module(COMMANDS[args.command][0]).run(args)

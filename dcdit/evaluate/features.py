@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcdit.evaluate.distances import Gaussian
 from dcdit.evaluate.images import ImageSource, npz_arrays, open_images
-from dcdit.utils.files import atomically
+from dcdit.utils.files import atomically, recover
 from dcdit.utils.images import Pixels
 from dcdit.utils.modules import evaluating
+from dcdit.utils.tensors import save_tensors
 
 KINDS = ("pooled", "logits", "spatial")
 SPATIAL_CHANNELS = 7
@@ -154,6 +155,8 @@ def extract_features(
     identity = getattr(extractor, "identity", None)
     if cache is not None and identity is None:
         raise ValueError(f"{type(extractor).__name__} has no identity, so its features cannot be cached; give it one")
+    if cache is not None:
+        recover(Path(cache))
     with evaluating(extractor), tqdm(total=source.count, desc="features", unit="image", disable=not progress) as bar:
         batches, image_size = [], None
         for pixels in source.batches(batch_size):
@@ -177,7 +180,7 @@ def _cached(pixels: Pixels, extractor: nn.Module, identity: str | None, cache: s
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; delete it") from None
     features = _forward(pixels, extractor)
-    atomically(file, lambda target: save_file(features, target))
+    atomically(file, lambda target: save_tensors(target, features), clean=False)
     return features
 
 

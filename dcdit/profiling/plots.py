@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcdit.utils.files import atomically
+
 if TYPE_CHECKING:
     from dcdit.profiling.profile import Profile, Variant
 
@@ -58,7 +60,7 @@ def plot_profile(result: "Profile", path: Path) -> None:
     if not result.reliable:
         title, color = f"UNRELIABLE TIMINGS: {result.warnings[0]}\n{title}", "red"
     figure.suptitle(title, color=color, fontsize=10)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
@@ -94,7 +96,7 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
     right.set(xlabel="step", ylabel="compression (before dropping)", ylim=(1, None))
     right.legend(fontsize=7)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
@@ -119,7 +121,7 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[1, -1], fraction=0.046)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -151,4 +153,4 @@ def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axis.invert_xaxis()
     kept[0].plot([], [], "--", color="black", lw=1, label="before dropping")
     kept[0].legend(fontsize=7)
-    figure.savefig(path)
+    atomically(path, figure.savefig)

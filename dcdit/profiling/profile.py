@@ -23,6 +23,7 @@ from dcdit.profiling.reliability import NARROW, doubts, is_crowded, is_narrow
 from dcdit.profiling.rounds import WHOLE, Rounds, spread
 from dcdit.profiling.timing import Call, time_rounds
 from dcdit.utils.environment import device_name
+from dcdit.utils.files import atomically
 from dcdit.utils.tables import markdown_table
 
 STATIC_PATCHES = (1, 2)
@@ -299,5 +300,4 @@ def write_trace(forward: Call, path: str | Path) -> None:
     profiler = torch.profiler.profile(activities=activities)
     with torch.inference_mode(), profiler as recorded, collect_stages(torch.profiler.record_function):
         forward()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(path))
+    atomically(Path(path), lambda file: recorded.export_chrome_trace(str(file)))

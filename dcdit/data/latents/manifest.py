@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dcdit.utils.files import atomically
+from dcdit.utils.files import write_text
+from dcdit.utils.inside import is_inside
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dcdit-latents-1"
@@ -67,13 +68,15 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path} is not readable: {' '.join(str(error).split())}") from None
     if manifest.format != FORMAT:
         raise ValueError(f"{path} has the format {manifest.format!r}; accepted: {FORMAT}")
+    outside = next((shard.file for shard in manifest.shards if not is_inside(shard.file)), None)
+    if outside is not None:
+        raise ValueError(f"{path} lists {outside!r}; accepted: files inside the folder")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``. It appears complete or not at all."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    atomically(folder / MANIFEST_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1))
 
 
 def size_problem(folder: Path, shard: ShardEntry) -> str | None:

@@ -13,6 +13,7 @@ from dcdit.data.autoencoder import SD_VAE_SCALE
 from dcdit.data.latents.files import Files, FolderFiles, ZipFiles, read_npy
 from dcdit.data.latents.store import LatentStore, as_latent, finite, first_readable
 from dcdit.data.samples import DamagedFile
+from dcdit.utils.inside import is_inside
 
 INDEX = "dataset.json"
 FOLDER = "vae-sd"
@@ -95,6 +96,8 @@ def _parse_index(path: Path, data: bytes, present: Iterable[str]) -> tuple[list[
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {INDEX} is not readable: {type(error).__name__} {error}") from None
     for name, label in pairs.items():
+        if not is_inside(name):
+            raise ValueError(f"{path}: {INDEX} lists {name!r}; accepted: files inside the folder")
         if not isinstance(label, int) or label < 0 or not name.endswith(".npy"):
             raise ValueError(f"{path}: {INDEX} lists {name!r} with label {label!r}; accepted: .npy, integers from 0")
     if not pairs:
