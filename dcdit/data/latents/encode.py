@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dcdit.data.autoencoder import load_autoencoder, shift_and_scale
-from dcdit.data.folder import image_files, read_centre
+from dcdit.data.decode import RULES
+from dcdit.data.folder import check_size, image_files, read_centre
 from dcdit.data.latents.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -66,9 +67,10 @@ def encode_images(
         FileNotFoundError, ValueError: no images, an unreadable one (named), no autoencoder, a size that is no multiple
             of its stride, or ``out`` holds something else.
     """
-    for name, value in {"batch_size": batch_size, "shard_size": shard_size, "size": size}.items():
+    for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; accepted: at least 1")
+    check_size(size)
     out = Path(out)
     files, labels, class_names = image_files(Path(images))
     encoder = _Encoder(vae, resolve_device(device), size, seed, precision)
@@ -78,6 +80,7 @@ def encode_images(
         "seed": seed,
         "precision": precision,
         "shard_size": shard_size,
+        "decoding": RULES,
         "image_list": hashlib.sha256(image_list.encode(errors="surrogateescape")).hexdigest(),
         **encoder.identity(vae),
     }
