@@ -61,7 +61,10 @@ def read_image(path: Path, draft: tuple[int, int] | None = None) -> "Image.Image
     with open_image(path) as image:
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
-            raise DamagedFile(f"image {str(path)!r} has {width}x{height} pixels; accepted: up to 1:{LONGEST}")
+            raise DamagedFile(
+                f"cannot read image {str(path)!r}: it has {width}x{height} pixels; accepted: one side at most "
+                f"{LONGEST} times the other"
+            )
         if draft is not None:
             image.draft("RGB", draft)
         turn = None if image.format == "TIFF" else TURNS.get(_orientation(image))  # Pillow turns TIFF when it loads
@@ -102,7 +105,7 @@ def _to_rgb(image: "Image.Image", path: Path) -> "Image.Image":
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _upper_bits(image)
     if image.mode in ("I", "F"):
-        raise DamagedFile(f"image {str(path)!r} has 32 bits per channel; accepted: 8 or 16")
+        raise DamagedFile(f"cannot read image {str(path)!r}: it has 32 bits per channel; accepted: 8 or 16")
     if image.mode not in TRANSPARENT and "transparency" not in image.info:
         return image.convert("RGB")
     key = image.info.get("transparency")

@@ -99,7 +99,10 @@ def read_centre(path: Path, size: int) -> np.ndarray:
     scale = size / min(rgb.size)
     width, height = round(rgb.width * scale), round(rgb.height * scale)
     if width * height > MAX_PIXELS:
-        raise DamagedFile(f"image {str(path)!r} has {width}x{height} pixels at size {size}; accepted: {MAX_PIXELS:,}")
+        raise DamagedFile(
+            f"cannot read image {str(path)!r}: it has {width}x{height} pixels when it is resized for size {size}; "
+            f"accepted: at most {MAX_PIXELS}"
+        )
     rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
     return np.asarray(rgb.crop((left, top, left + size, top + size)))

@@ -122,10 +122,10 @@ def _refuse_doubtful_classes(path: Path, classes: dict[str, _Listing], nested: d
             continue
         images = sum(nested[folder] for folder in inside.folders)
         if images:
-            folders = _names(inside.folders, path)
             raise ValueError(
-                f"{str(path / name)!r} holds {images} images in folders of its own ({folders}) and none itself; "
-                "accepted: images directly in class folders, so it may be the path that is meant"
+                f"{str(path / name)!r} holds no image itself, but {images} in folders such as "
+                f"{str(inside.folders[0])!r}; accepted: images directly in class folders, so it may be the path that "
+                "is meant"
             )
         raise ValueError(
             f"{str(path / name)!r} holds no image ({_kinds([inside]) or 'folders'}), so it may be no class; accepted: "

@@ -13,12 +13,15 @@ are checked.
 """
 
 import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+from dcdit.utils.reading import open_regular
 
 SIDE = 299
 """Pixels per side of Inception's input."""
@@ -75,16 +78,14 @@ class TorchScriptInception(nn.Module):
 
     def __init__(self, path: str | Path, resize: str = "adm") -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded")
+        data = _read(path)  # once, so that the identity is that of the network
         try:
-            self.script = torch.jit.load(str(path), map_location="cpu").eval()
+            self.script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} is no TorchScript file: {reason}") from None
         self.resize = resize
-        self.identity = f"sha256:{_sha256(path)[:16]} resize={resize}"
+        self.identity = f"sha256:{_sha256(data)} resize={resize}"
         self.layers = self._layers()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -118,13 +119,12 @@ class TorchFidelityInception(nn.Module):
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: torch-fidelity is missing or does not import.
+        ValueError: the file is replaced meanwhile.
     """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded")
+        digest = _sha256(_read(path))
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (
@@ -137,7 +137,9 @@ class TorchFidelityInception(nn.Module):
                 "accepted without it: a TorchScript Inception (.pt)"
             ) from None
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
-        self.identity = f"torch-fidelity sha256:{_sha256(path)[:16]} resize=adm"
+        if _sha256(_read(path)) != digest:
+            raise ValueError(f"{path} has changed while it was read")
+        self.identity = f"torch-fidelity sha256:{digest} resize=adm"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pooled, logits = self.net(images)
@@ -160,5 +162,14 @@ def load_extractor(path: str | Path, resize: str = "adm") -> nn.Module:
     return TorchFidelityInception(path)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read(path: str | Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded") from None
+
+
+def _sha256(data: bytes) -> str:
+    """16 digits of the hash, enough to tell files apart."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,6 +1,5 @@
 """Many samples of a checkpoint: drawn by several processes, continued after a stop, with the FLOPs that they took."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically
 from dcdit.utils.images import to_pixels
+from dcdit.utils.reading import sha256
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
@@ -144,7 +144,7 @@ def generate(
 
 def weights_hash(checkpoint: str | Path, ema: bool) -> str:
     """SHA-256 of the file that :func:`dcdit.checkpoint.load_model` reads."""
-    return hashlib.sha256(model_file(checkpoint, ema).read_bytes()).hexdigest()
+    return sha256(model_file(checkpoint, ema))
 
 
 def _batch_file(out: Path, k: int) -> Path:

@@ -143,7 +143,10 @@ def _from_npz(path: Path) -> ImageSet:
                 raise ValueError(f"{path} has changed while it was read")
             for start in range(0, header.shape[0], size):
                 block = (min(size, header.shape[0] - start), *header.shape[1:])
-                yield np.frombuffer(file.read(math.prod(block)), np.uint8).reshape(block)
+                data = file.read(math.prod(block))
+                if len(data) < math.prod(block):
+                    raise ValueError(f"{path} ends before image {start + block[0]} of {header.shape[0]}")
+                yield np.frombuffer(data, np.uint8).reshape(block)
 
     return ImageSet(str(path), header.shape[0], batches)
 

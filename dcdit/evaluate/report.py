@@ -57,11 +57,12 @@ def write_report(
     if sampling:
         results.append(_cost_line(*sampling))
     text = "\n\n".join(results)
-    pictures = f"The first {min(SHOWN, images.count)} images:\n\n![images](images.png)\n"
+    shown = next(images.batches(SHOWN))
+    pictures = f"The first {len(shown)} images:\n\n![images](images.png)\n"
     page = "\n\n".join(["# Evaluation", text, *method, pictures])
     atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8"))
     atomically(out / "report.md", lambda file: file.write_text(page, encoding="utf-8"))
-    grid(next(images.batches(SHOWN)), COLUMNS).save(out / "images.png")
+    grid(shown, COLUMNS).save(out / "images.png")
     return text
 
 

@@ -20,7 +20,6 @@ from dcdit.data.latents.manifest import (
     ShardEntry,
     content_problem,
     read_manifest,
-    sha256,
     size_problem,
     write_manifest,
 )
@@ -28,6 +27,7 @@ from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
 from dcdit.data.samples import sample_rng, to_sample
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import atomically
+from dcdit.utils.reading import sha256
 
 VAE_WEIGHTS = "diffusion_pytorch_model*"
 STORED_DTYPE = {"fp32": torch.float32, "bf16": torch.float16}
