@@ -42,7 +42,7 @@ class _Listing:
     folders: list[Path] = field(default_factory=list)
     clutter: list[Path] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
-    """Files of other kinds: suffix to their number."""
+    """Other files: suffix to their number."""
 
 
 def image_files(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
@@ -93,7 +93,7 @@ def _list(folder: Path) -> _Listing:
         elif file.suffix.lower() in SUFFIXES:
             found.images.append(file)
         else:
-            found.others[file.suffix.lower() or "without a suffix"] += 1
+            found.others[file.suffix.lower()] += 1
     return found
 
 
@@ -160,11 +160,12 @@ def _turned(files: Sequence[Path]) -> str:
 
 
 def _kinds(listings: Sequence[_Listing]) -> str:
-    """Files of other kinds in words, the most frequent first."""
+    """Other files in words, the most frequent suffixes first."""
     counts = sum((inside.others for inside in listings), Counter[str]())
     shown = counts.most_common(NAMED)
     rest = counts.total() - sum(count for _, count in shown)
-    return ", ".join([*(f"{count} {kind!r}" for kind, count in shown), *([f"{rest} others"] if rest else [])])
+    parts = [f"{count} {repr(kind) if kind else 'without a suffix'}" for kind, count in shown]
+    return ", ".join([*parts, f"{rest} others"] if rest else parts)
 
 
 def _names(files: Sequence[Path], path: Path) -> str:
