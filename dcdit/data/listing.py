@@ -31,7 +31,7 @@ CLUTTER = (
 LOOKED_AT = 1000
 """Images whose header is read for an EXIF orientation. With millions of files, reading them all would take minutes."""
 NAMED = 3
-"""So many names stand in a message; the others are counted."""
+"""Names in a message; it counts all of them."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ def _notes(
     clutter = [file for inside in listings for file in inside.clutter]
     empty = [path / name for name, inside in classes.items() if not inside.images]
     found = {
-        "left out, no images": _kinds(listings),
+        "left out, of other kinds": _kinds(listings),
         "left out, hidden or of the system": _names(clutter, path),
         f"left out, folders in a class, with {sum(nested.values())} images": _names(list(nested), path),
         "classes without images, which keep their number": _names(empty, path),

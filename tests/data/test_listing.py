@@ -116,7 +116,7 @@ def test_everything_left_out_is_counted(tmp_path):
     (files, labels, _), message = warned(tmp_path)
     assert len(files) == 2 and labels == [0, 1]
     assert message == (
-        "left out, no images: 3 '.heic', 1 without a suffix, 1 '.txt', 2 others; "
+        "left out, of other kinds: 3 '.heic', 1 without a suffix, 1 '.txt', 2 others; "
         "left out, hidden or of the system: 1 ('.x'); "
         "left out, folders in a class, with 3 images: 2 ('a/more', 'b/thumbs')"
     )
