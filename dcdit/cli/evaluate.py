@@ -10,7 +10,7 @@ from dcdit.cli.options import add_device_option, check_counts
 from dcdit.cli.sampling_options import add_sampling_options, check_fit, sampling_options
 from dcdit.evaluate.extractors import RESIZES, load_extractor
 from dcdit.evaluate.features import Statistics, extract_features
-from dcdit.evaluate.generate import SAMPLES, SampleSettings, SamplingCost, generate
+from dcdit.evaluate.generate import SAMPLES, SAMPLING, SampleSettings, SamplingCost, generate
 from dcdit.evaluate.images import holds_images, npz_arrays, open_images
 from dcdit.evaluate.measure import evaluate_images
 from dcdit.evaluate.report import write_report
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
         if sampling is None:
             return
     images = open_images(args.images if sampling is None else out / SAMPLES, args.size)
+    if sampling is not None and images.count != args.num:
+        raise ValueError(f"{images.name} holds {images.count} images; accepted: {args.num}, as {SAMPLING} says")
     evaluation = None
     if extractor is not None:
         features = extract_features(images, extractor.to(device), cache=args.cache)

@@ -9,6 +9,7 @@ What a file holds becomes 8-bit RGB by these rules:
 - EXIF orientation: applied, so that an image is upright as in any viewer. (ADM and most FID code ignore it.)
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """The formats of Pillow that are tried, whatever the name of a file. Others may start programs such as Ghostscript."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm")
 """Of image files, in small or capital letters."""
+FREE_PIXELS, PIXELS_PER_BYTE = 1 << 24, 10_000
+"""A file that claims more pixels than the first, and more per byte than the second, is refused before it is decoded."""
 LONGEST = 100
 """An image may be so many times longer than wide, or wider than long."""
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -88,6 +91,9 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
 
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            pixels, size = image.width * image.height, os.fstat(file.fileno()).st_size
+            if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * size):
+                raise DamagedFile(f"cannot read image {str(path)!r}: {size} bytes cannot hold its {pixels} pixels")
             yield image
     except DamagedFile:
         raise

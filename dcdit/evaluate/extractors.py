@@ -12,9 +12,10 @@ module has an ``identity`` (text that changes whenever its features do), feature
 are checked.
 """
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -73,11 +74,12 @@ class TorchScriptInception(nn.Module):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TorchScript file.
+        ValueError: it is no TorchScript file. When it is called: it does not take images.
     """
 
     def __init__(self, path: str | Path, resize: str = "adm") -> None:
         super().__init__()
+        self.path = Path(path)
         data = _read(path)  # once, so that the identity is that of the network
         try:
             self.script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
@@ -90,6 +92,10 @@ class TorchScriptInception(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = (RESIZES[self.resize](images.float()) - 128) / 128
+        with self._naming_the_file():
+            return self._features(x)
+
+    def _features(self, x: Tensor) -> dict[str, Tensor]:
         if self.layers is None:
             return {"pooled": self.script(x)}
         for name, layer in self.layers.named_children():
@@ -98,6 +104,15 @@ class TorchScriptInception(nn.Module):
             x = layer(x)
         return {"pooled": x.flatten(1), "spatial": spatial}
 
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Errors of the script as ValueError in one line."""
+        try:
+            yield
+        except Exception as error:  # whatever somebody else's network raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after the traceback of the script
+            raise ValueError(f"{self.path} fails on images (N, 3, {SIDE}, {SIDE}): {reason}") from error
+
     @torch.no_grad()
     def _layers(self) -> nn.Module | None:
         """The script's layers, if calling them one after another is the same as calling the script."""
@@ -105,9 +120,10 @@ class TorchScriptInception(nn.Module):
         if not isinstance(layers, nn.Module) or not hasattr(getattr(layers, "mixed_6", None), "conv"):
             return None
         x = probe = torch.linspace(-1, 1, 3 * SIDE**2).view(1, 3, SIDE, SIDE)
-        for layer in layers.children():
-            x = layer(x)
-        return layers if torch.allclose(x.flatten(1), self.script(probe), rtol=1e-4) else None
+        with self._naming_the_file():
+            for layer in layers.children():
+                x = layer(x)
+            return layers if torch.allclose(x.flatten(1), self.script(probe), rtol=1e-4) else None
 
 
 class TorchFidelityInception(nn.Module):

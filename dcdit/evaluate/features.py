@@ -84,6 +84,9 @@ class Features:
         spatial: (N, h * w * 7), or None; positions first, then channels, as in ADM's stored statistics.
         extractor: identity of the network, if it has one.
         size: (H, W) of the images, if known.
+
+    Raises:
+        ValueError: the kinds of features are not of as many images.
     """
 
     pooled: Tensor
@@ -91,6 +94,11 @@ class Features:
     spatial: Tensor | None = None
     extractor: str | None = None
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        counts = {kind: len(rows) for kind in KINDS if (rows := getattr(self, kind)) is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"features of {counts} images; accepted: of the same images")
 
     def __len__(self) -> int:
         return len(self.pooled)

@@ -170,6 +170,14 @@ def test_weights_that_are_replaced_while_they_are_read(evaluate, tmp_path, monke
     assert not (tmp_path / "one" / "samples.npz").exists()
 
 
+def test_samples_that_are_fewer_than_were_drawn(evaluate, tmp_path):
+    command = "--checkpoint {files}/model.safetensors " + SAMPLING
+    assert evaluate(command)[0] == 0
+    np.savez(tmp_path / "run" / "samples.npz", arr_0=images(11))
+    code, _, err = evaluate(command)
+    assert code == 2 and err[-1].endswith("samples.npz holds 11 images; accepted: 12, as sampling.json says")
+
+
 def test_no_ema_takes_the_last_weights(evaluate, tmp_path):
     write_checkpoint(tmp_path / "a", 1, seed=1)
     assert evaluate("--checkpoint {out}/a --no-ema --num 2 --steps 1 --out {out}/one")[0] == 0

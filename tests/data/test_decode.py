@@ -282,6 +282,11 @@ def test_shapes_that_take_all_memory_are_refused(tmp_path):
     (tmp_path / "bomb.png").write_bytes(small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:])
     with pytest.raises(DamagedFile, match=r"bomb\.png': .*400000000 pixels"):
         read_rgb(tmp_path / "bomb.png")
+    for side, message in ((13_000, "bytes cannot hold its 169000000 pixels"), (4_000, "")):  # less costs little
+        header = small[12:16] + struct.pack(">II", side, side) + small[24:29]
+        (tmp_path / "cut.png").write_bytes(small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:])
+        with pytest.raises(DamagedFile, match=rf"cut\.png': .*{message}"):
+            read_rgb(tmp_path / "cut.png")
     Image.new("L", (5, 500)).save(tmp_path / "long.png")
     assert read_centre(tmp_path / "long.png", 64).shape == (64, 64, 3)
     with pytest.raises(DamagedFile, match=r"long\.png': it has 8192x819200 pixels when it is resized for size 8192"):

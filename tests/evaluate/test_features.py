@@ -123,6 +123,13 @@ def test_an_interrupted_extraction_goes_on(tmp_path):
     assert extractor.images_seen == 2
 
 
+def test_features_are_of_the_same_images():
+    with pytest.raises(
+        ValueError, match=r"features of \{'pooled': 3, 'logits': 2\} images; accepted: of the same images"
+    ):
+        Features(torch.ones(3, 4), torch.ones(2, 5))
+
+
 def test_a_cache_needs_an_identity(tmp_path):
     with pytest.raises(ValueError, match="has no identity, so its features cannot be cached"):
         extract_features(images(3), TinyExtractor(identity=None), cache=tmp_path, progress=False)
