@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(add)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
     add("--compile", action="store_true", help="torch.compile the static models and the convolutions")
-    add("--seconds", type=float, default=2.0, help="timing budget per variant (default: %(default)s)")
+    add("--seconds", type=float, default=2.0, help="longest timing per variant (default: %(default)s)")
     add("--trace", help="also write a Chrome trace of one dynamic forward to this file")
     add("--out", default="out/profile", help="folder for profile.json and profile.png")
 
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "profile.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
     plot_profile(result, out / "profile.png")
-    print(result.table(), result.stage_table(), *advice(result), sep="\n\n")
+    parts = [result.caution(), result.conditions(), result.table(), result.stage_table(), *advice(result)]
+    print(*filter(None, parts), sep="\n\n")
     if args.trace:
         write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
         print(f"\nwrote {args.trace}: open it in ui.perfetto.dev or chrome://tracing")

@@ -120,6 +120,8 @@ def _target(args: argparse.Namespace) -> CostTarget | None:
 
 def _print_choice(plan: Plan) -> None:
     choice = plan.summary["target"]
+    for warning in choice["warnings"]:
+        print(f"warning: the target may be missed: {warning}")
     print(
         f"target {choice['target']:g} {choice['unit']} per image: drop fraction {plan.summary['drop_fraction']:.3f}, "
         f"which should take {choice['expected']:.4g} ({choice['source']})"
