@@ -137,7 +137,6 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
     from torchmetrics.image.inception import InceptionScore
 
     logits = _checked(logits, at_least=IS_SPLITS)
-
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         metric = InceptionScore(nn.Identity(), splits=IS_SPLITS)
@@ -187,7 +186,7 @@ def _check_finite(tensor: Tensor, name: str) -> None:
     """ValueError for numbers that are not finite, or so large that the sum of their squares is not."""
     if not tensor.square().sum().isfinite():
         wrong = int((~tensor.isfinite()).sum())
-        raise ValueError(f"{name}: {f'{wrong} numbers are not finite' if wrong else 'numbers are too large'}")
+        raise ValueError(f"{name}: {f'not finite in {wrong} of {tensor.numel()} places' if wrong else 'too large'}")
 
 
 def _finite(value: float, name: str) -> float:
