@@ -4,12 +4,14 @@ Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``. It
 """
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from dcdit import __version__
 
@@ -47,6 +49,23 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print the warnings of this package without a place in its code."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category.__module__.partition(".")[0] == "dcdit":
+                print(f"dcdit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@_warnings_in_one_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code is 0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,7 +1,6 @@
 """Many samples of a checkpoint: drawn by several processes, continued after a stop, with the FLOPs that they took."""
 
 import contextlib
-import hashlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
+from dcdit.utils.reading import sha256
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
@@ -147,7 +147,7 @@ def generate(
 
 def weights_hash(checkpoint: str | Path, ema: bool) -> str:
     """SHA-256 of the file that :func:`dcdit.checkpoint.load_model` reads."""
-    return hashlib.sha256(model_file(checkpoint, ema).read_bytes()).hexdigest()
+    return sha256(model_file(checkpoint, ema))
 
 
 def _batch_files(out: Path, settings: SampleSettings) -> list[Path]:

@@ -60,11 +60,12 @@ def write_report(
     if sampling:
         results.append(_cost_line(*sampling))
     text = "\n\n".join(results)
-    pictures = f"The first {min(SHOWN, images.count)} images:\n\n![images]({PICTURE})\n"
+    shown = next(images.batches(SHOWN))
+    pictures = f"The first {len(shown)} images:\n\n![images]({PICTURE})\n"
     page = "\n\n".join(["# Evaluation", text, *method, pictures])
     write_text(out / METRICS, json.dumps(facts, indent=2) + "\n")
     write_text(out / REPORT, page)
-    atomically(out / PICTURE, grid(next(images.batches(SHOWN)), COLUMNS).save)
+    atomically(out / PICTURE, grid(shown, COLUMNS).save)
     return text
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dcdit.data.autoencoder import load_autoencoder, shift_and_scale
-from dcdit.data.folder import image_files, read_centre
+from dcdit.data.decode import RULES
+from dcdit.data.folder import check_size, image_files, read_centre
 from dcdit.data.latents.manifest import (
     MANIFEST_FILE,
     Manifest,
     ShardEntry,
     content_problem,
     read_manifest,
-    sha256,
     size_problem,
     write_manifest,
 )
@@ -27,6 +27,7 @@ from dcdit.data.samples import sample_rng, to_sample
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import atomically
 from dcdit.utils.outputs import check_not_read
+from dcdit.utils.reading import sha256
 from dcdit.utils.tensors import save_tensors
 
 VAE_WEIGHTS = "diffusion_pytorch_model*"
@@ -67,9 +68,10 @@ def encode_images(
         FileNotFoundError, ValueError: no images, an unreadable one (named), no autoencoder, a size that is no multiple
             of its stride, or ``out`` holds something else or is in ``images``.
     """
-    for name, value in {"batch_size": batch_size, "shard_size": shard_size, "size": size}.items():
+    for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; accepted: at least 1")
+    check_size(size)
     out = Path(out)
     files, labels, class_names = image_files(Path(images))
     check_not_read(out, {"images": images})
@@ -80,6 +82,7 @@ def encode_images(
         "seed": seed,
         "precision": precision,
         "shard_size": shard_size,
+        "decoding": RULES,
         "image_list": hashlib.sha256(image_list.encode(errors="surrogateescape")).hexdigest(),
         **encoder.identity(vae),
     }

@@ -1,7 +1,6 @@
 """``manifest.json`` beside shards of latents: what they were made from and how, and the checksum of every file."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +9,10 @@ from typing import Any
 
 from dcdit.utils.files import write_text
 from dcdit.utils.inside import is_inside
+from dcdit.utils.reading import sha256
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dcdit-latents-1"
-BLOCK = 1 << 20
-"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,3 @@ def content_problem(folder: Path, shard: ShardEntry, progress: Callable[[int], A
     if found is None and sha256(folder / shard.file, progress) != shard.sha256:
         found = f"{folder / shard.file} has another SHA-256 than the manifest says"
     return found
-
-
-def sha256(path: Path, progress: Callable[[int], Any] = lambda count: None) -> str:
-    """Of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            progress(len(block))
-    return digest.hexdigest()
