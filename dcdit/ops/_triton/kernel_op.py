@@ -98,11 +98,9 @@ class KernelOp:
         def setup_on_leaves(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if many:
                 output = build_result(iter(output))
-                without_gradient = leaves(tuple(part for part in output if isinstance(part, tuple)))
-                if without_gradient:
-                    ctx.mark_non_differentiable(*without_gradient)
-                    # Spares the zeros that would stand for their gradients.
-                    ctx.set_materialize_grads(False)
+                for_backward = leaves(tuple(part for part in output if isinstance(part, tuple)))
+                if for_backward:
+                    without_gradient(ctx, *for_backward)
             setup_context(ctx, self._nest_arguments(inputs), output)
 
         def backward_on_leaves(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -127,6 +125,16 @@ def _traced(args: tuple[Any, ...]) -> bool:
 
 def _wants_grad(args: tuple[Any, ...]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def without_gradient(ctx: Any, *outputs: Tensor) -> None:
+    """Outputs that only the backward reads, such as statistics, have no gradient.
+
+    Autograd must not allocate zeros for one either, nor for an output that nothing reads, such as the sum of the last
+    block.
+    """
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
 
 
 def unit_stride(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import modulation
-from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, without_gradient
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
@@ -31,7 +31,7 @@ def _norm_fake(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps:
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     t, _, scale, cu_seqlens, _ = inputs
-    _without_gradient(ctx, output[1])
+    without_gradient(ctx, output[1])
     ctx.save_for_backward(t, scale, output[1], cu_seqlens)
 
 
@@ -67,7 +67,7 @@ def _add_norm_fake(
 def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, y, gate, _, scale, cu_seqlens, _ = inputs
     added, _, stats = output
-    _without_gradient(ctx, stats)
+    without_gradient(ctx, stats)
     ctx.save_for_backward(added, y if ctx.needs_input_grad[2] else None, gate, scale, stats, cu_seqlens)
 
 
@@ -77,13 +77,6 @@ def _add_norm_backward(
     want_x, want_y, want_gate, want_shift, want_scale = ctx.needs_input_grad[:5]
     wanted = (want_x, want_y, want_gate, want_shift or want_scale)
     return *_gradients(wanted, grad_added, grad_normed, *ctx.saved_tensors), None, None
-
-
-def _without_gradient(ctx: Any, stats: Tensor) -> None:
-    """Statistics have no gradient. Autograd must not allocate zeros for one either, nor for an output that nothing
-    reads, such as the sum of the last block."""
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
 
 
 def _gradients(
