@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -93,6 +94,8 @@ FAULTS = COLUMNS[4:]
 def run(kills: int = KILLS, settings: tuple[Setting, ...] = SETTINGS) -> Part:
     """Kill each setting so often."""
     torch.set_num_threads(1)
+    # By default all forked processes share the lock of the progress bars, and a killed one may hold it for ever.
+    tqdm.set_lock(threading.RLock())
     rows, faults = [], 0
     with tempfile.TemporaryDirectory(prefix="dcdit-soak-") as name:
         for setting in settings:
