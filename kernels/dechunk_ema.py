@@ -360,7 +360,9 @@ def dechunk_ema_bwd(
 def _count_chunks(p: Tensor, token_map: TokenMap, chunk: int) -> tuple[int, int, int]:
     """Sequences, positions of each (unused for a packed source), and chunk indices of all."""
     if token_map.source_cu_seqlens is None:
-        return p.shape[0], max(p.shape[1], 1), p.shape[0] * cdiv(p.shape[1], chunk)
+        sequences, length = p.shape
+        # Without a position there is nothing to visit. The length is a divisor.
+        return (sequences, length, sequences * cdiv(length, chunk)) if length else (0, 1, 0)
     sequences = token_map.source_cu_seqlens.shape[0] - 1
     return sequences, 1, max_chunks(p.shape[0], sequences, chunk)
 

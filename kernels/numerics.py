@@ -14,11 +14,11 @@ ROW_EPS = 1e-8
 NORM_EPS = 1e-12
 """Smallest norm that a vector is divided by when a cosine is taken."""
 
-LARGE_NORM = 2.0**60
-"""A row of a larger norm is shrunk before a cosine is taken: its squares and products overflow float32, or nearly."""
+LARGE = 2.0**50
+"""A row with a larger norm (or entry) is shrunk before a cosine is taken. Products of other rows cannot overflow."""
 
 SHRINKING_FACTOR = 2.0**-80
-"""What it is multiplied with. A power of two rounds nothing."""
+"""What such a row is multiplied with. A power of two rounds nothing."""
 
 
 def widest(*tensors: Tensor | None) -> torch.dtype:

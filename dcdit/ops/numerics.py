@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dcdit.kernels.numerics import LARGE_NORM as LARGE_NORM_FLOAT32
-from dcdit.kernels.numerics import NORM_EPS, PROB_EPS, ROW_EPS, SHRINKING_FACTOR, widest
+from dcdit.kernels.numerics import LARGE, NORM_EPS, PROB_EPS, ROW_EPS, SHRINKING_FACTOR, widest
 
 __all__ = [
     "NORM_EPS",
@@ -20,7 +19,7 @@ __all__ = [
     "window_radius",
 ]
 
-LARGE_NORM = {torch.float32: (LARGE_NORM_FLOAT32, SHRINKING_FACTOR), torch.float64: (2.0**500, 2.0**-600)}
+_SHRINKING = {torch.float32: (LARGE, SHRINKING_FACTOR), torch.float64: (2.0**450, 2.0**-600)}
 """By dtype: the norm above which rows are shrunk, and the factor."""
 
 
@@ -46,7 +45,7 @@ def shrinking_factor(norm: Tensor) -> Tensor:
     The square of an entry overflows from about 1e19 on in float32, so the norm may be infinite. The factor is a power
     of two, so it rounds nothing, and a cosine does not depend on it.
     """
-    large, factor = LARGE_NORM[norm.dtype]
+    large, factor = _SHRINKING[norm.dtype]
     return torch.where(norm > large, factor, 1.0).to(norm.dtype)
 
 

@@ -344,7 +344,7 @@ def varlen_attention(
 
     q, k, v (T, heads, d) -> (T, heads, d), zeros in padding rows. max_seqlen and padding change nothing here.
     """
-    out, padding = [], q.new_zeros(q.shape, dtype=widest(q, k, v))
+    out, zeros = [], q.new_zeros(q.shape, dtype=widest(q, k, v))
     for q_i, k_i, v_i in zip(*(_split(x, cu_seqlens) for x in upcast_all(q, k, v)), strict=True):
         q_i, k_i, v_i = (rearrange(x, "token head d -> head token d") for x in (q_i, k_i, v_i))
         scores = matmul(q_i, k_i.mT) * q.shape[-1] ** -0.5
