@@ -94,6 +94,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     checks.check_float(q=q, k=k, v=v)
     if q.dim() != 3:
         raise ValueError(f"q has shape {shape_of(q)}; accepted: packed heads (T, heads, d_h)")
+    checks.check_not_empty("q", q, 1, "head")
+    checks.check_not_empty("q", q, 2, "channel")
     checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     checks.check_shape("v", v, tuple(q.shape), "the shape of q")
     checks.check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)

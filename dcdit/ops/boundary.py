@@ -29,6 +29,7 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
     checks.check_device(q=q, k=k)
     if q.dim() != (3 if cu_seqlens is None else 2):
         raise ValueError(f"q has shape {shape_of(q)}; accepted: (B, L, D), or (S, D) with cu_seqlens")
+    checks.check_not_empty("q", q, -1, "channel")
     checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     if cu_seqlens is not None:
         checks.check_device(q=q, cu_seqlens=cu_seqlens)
@@ -57,6 +58,7 @@ def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int
     checks.check_float(q=q, k=k, weight=weight)
     if q.dim() != 3:
         raise ValueError(f"q has shape {shape_of(q)}; accepted: (B, L, D)")
+    checks.check_not_empty("q", q, -1, "channel")
     checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     checks.check_shape("weight", weight, (q.shape[2], 3, 3), "(D, 3, 3)")
     checks.check_device(q=q, k=k, weight=weight)
@@ -99,6 +101,7 @@ def boundary_prob_predictability(
     )
     if features.dim() != 4:
         raise ValueError(f"features has shape {shape_of(features)}; accepted: (B, C, H, W)")
+    checks.check_not_empty("features", features, 1, "channel")
     channels = features.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")

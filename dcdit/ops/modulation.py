@@ -83,6 +83,7 @@ def _check_tokens(cu_seqlens: Tensor, **tokens: Tensor) -> None:
     (first_name, first), *others = tokens.items()
     if first.dim() != 2:
         raise ValueError(f"{first_name} has shape {shape_of(first)}; accepted: packed tokens (T, D)")
+    checks.check_not_empty(first_name, first, -1, "channel")
     for name, tensor in others:
         checks.check_shape(name, tensor, tuple(first.shape), f"the shape of {first_name}")
     checks.check_device(**tokens, cu_seqlens=cu_seqlens)

@@ -28,6 +28,7 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
     """
     checks.check_float(x=x, bias=bias)
     _check_source("x", x, sel)
+    checks.check_not_empty("x", x, -1, "channel")
     checks.check_device(x=x, indices=sel.indices, bias=bias)
     if bias is not None:
         if sel.source_cu_seqlens is not None:
@@ -63,6 +64,7 @@ def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
         raise ValueError(
             f"{name} has shape {shape_of(t)}; accepted: (T, D) with T = {sel.indices.shape[0]} selected tokens"
         )
+    checks.check_not_empty(name, t, -1, "channel")
     checks.check_device(**{name: t, "sel.indices": sel.indices})
 
 

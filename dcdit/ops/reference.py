@@ -33,7 +33,7 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
     if cu_seqlens is not None:
         sequences = zip(_split(q, cu_seqlens), _split(k, cu_seqlens), strict=True)
         parts = [boundary_prob_cosine(q_i[None], k_i[None])[0] for q_i, k_i in sequences]
-        return torch.cat(parts) if parts else (q + k).sum(-1)
+        return torch.cat([q.new_zeros(0), *parts]) + _zero(q, k)
     length = q.shape[1]
     cosine = reduce(_normalize(q[:, : length - 1]) * _normalize(k[:, 1:]), "b l d -> b l", "sum")
     return F.pad(_dissimilarity(cosine), (min(length, 1), 0), value=1.0)
@@ -68,9 +68,11 @@ def boundary_prob_predictability(
     x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
         features, norm_weight, norm_bias, out_weight, out_bias
     )  # fmt: skip
-    x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
+    # Without a position there is nothing to norm, and group_norm has NaN as gradients.
+    if x.numel():
+        x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
     logit = matmul(repeat(out_weight, "c -> b 1 c", b=x.shape[0]), x.flatten(2)).squeeze(1) + out_bias
-    p = torch.sigmoid(logit)
+    p = torch.sigmoid(logit) + _zero(norm_weight, norm_bias)
     at_end = torch.zeros(p.shape[1], dtype=torch.bool, device=p.device)
     at_end[:1] = at_end[-1:] = True
     return torch.where(at_end, torch.ones_like(p), p)
@@ -227,7 +229,7 @@ def dechunk_spatial(
         # The key orders by distance, then by raster index, so its minimum settles ties.
         nearest = (distance * (height * width) + kept).argmin(-1)
         images.append(smoothed[nearest])
-    dechunked = torch.stack(images) if images else h.new_zeros(*p.shape, h.shape[-1])
+    dechunked = torch.cat([h.new_zeros(0, h.shape[-1]), *images]).view(*p.shape, h.shape[-1]) + _zero(h, p)
     return _gate_and_residual(dechunked, gate, residual, dtype)
 
 
@@ -259,7 +261,7 @@ def dechunk_ema(
                 state = q_m * h_m + (1 - q_m) * state
             states.append(state)
     dechunked = torch.stack(states) if states else h.new_zeros(0, h.shape[-1])
-    return _gate_and_residual(dechunked.view(*p.shape, h.shape[-1]), gate, residual, dtype)
+    return _gate_and_residual(dechunked.view(*p.shape, h.shape[-1]) + _zero(h, p), gate, residual, dtype)
 
 
 def _clamped_prob(p: Tensor, h: Tensor) -> Tensor:
@@ -309,7 +311,7 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
     t, shift, scale = upcast_all(t, shift, scale)
     images = zip(_split(t, cu_seqlens), shift, scale, strict=True)
     normed = [F.layer_norm(t_i, t_i.shape[-1:], eps=eps) * (1 + scale_i) + shift_i for t_i, shift_i, scale_i in images]
-    return _join(normed, padding, cu_seqlens)
+    return _join(normed, padding, cu_seqlens) + _zero(t, shift, scale)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -320,7 +322,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     padding = x.to(widest(x, y))
     x, y, gate = upcast_all(x, y, gate)
     images = zip(_split(x, cu_seqlens), _split(y, cu_seqlens), gate, strict=True)
-    return _join([x_i + gate_i * y_i for x_i, y_i, gate_i in images], padding, cu_seqlens)
+    return _join([x_i + gate_i * y_i for x_i, y_i, gate_i in images], padding, cu_seqlens) + _zero(y, gate)
 
 
 def gated_add_modulated_layer_norm(
@@ -352,7 +354,7 @@ def varlen_attention(
             later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
         out.append(rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d"))
-    return _join(out, zeros, cu_seqlens)
+    return _join(out, zeros, cu_seqlens) + _zero(q, k, v)
 
 
 # --- segments -----------------------------------------------------------------------------------------------------
@@ -361,6 +363,11 @@ def varlen_attention(
 def _split(t: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     """The rows of each segment, without padding rows."""
     return [t[lo:hi] for lo, hi in pairwise(cu_seqlens.tolist())]
+
+
+def _zero(*tensors: Tensor) -> Tensor:
+    """() 0, as a function of the tensors: an argument of which nothing is read has a gradient all the same, zeros."""
+    return torch.stack([x[:0].sum() for x in tensors]).sum()
 
 
 def _join(segments: list[Tensor], padding: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int
     b, _, d = q.shape
     q, k, weight = upcast_all(q, k, weight)
     k_hat = apply(_Unit, *_rows_and_norms(k))
-    if k.numel() == 0:  # a convolution needs a channel and a position
+    if k.numel() == 0:  # a convolution needs a position
         k_bar = k_hat * weight.sum()
     else:
         # (B, L, D) is a channels-last image already, so nothing moves in memory.
@@ -47,7 +47,11 @@ def boundary_prob_predictability(
     x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
         features, norm_weight, norm_bias, out_weight, out_bias
     )  # fmt: skip
-    x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps)).flatten(2)
+    if x.numel() == 0:  # the norm of no position would be NaN, and so would its gradients
+        x = x * (norm_weight + norm_bias)[:, None, None]
+    else:
+        x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
+    x = x.flatten(2)
     p = torch.sigmoid(matmul(out_weight.expand(x.shape[0], 1, -1), x).squeeze(1) + out_bias)
     position = torch.arange(p.shape[1], device=p.device)
     return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)

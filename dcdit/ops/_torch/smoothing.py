@@ -138,7 +138,7 @@ def _window_totals(scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: 
     image = take_rows(scale[:, None], packed_rows.flatten()).view(packed_rows.shape)
     for axis in (1, 2):
         size = packed_rows.shape[axis]
-        reach = min(radius, size - 1)
+        reach = min(radius, max(size - 1, 0))
         padded = F.pad(image, (0, 0, reach, reach) if axis == 1 else (reach, reach))
         image = torch.zeros_like(image)
         for step in range(2 * reach + 1):
@@ -152,6 +152,8 @@ def _window_sums(
     """(T, D): ``sum_j K_ij scale_j rows_j`` over the window; 0 in padding rows."""
     _, height, width = packed_rows.shape
     out = rows.new_zeros(rows.shape)
+    if packed_rows.numel() == 0:
+        return out
     down, across = min(radius, height - 1), min(radius, width - 1)
     windows = F.pad(packed_rows, (0, 0, down, down), value=-1).unfold(1, 2 * down + 1, 1)
     for images, grid_rows, tokens in _pieces(packed_rows, rows):
