@@ -35,9 +35,10 @@ def save_model(
 
     Args:
         state: weights to write instead of the model's own, e.g. averaged ones.
-        notes: further metadata; ``dcdit sample`` takes its method from ``objective`` ("dit" or "flow").
+        notes: further metadata. ``objective`` is ``model.objective`` unless the notes say another one.
     """
     metadata = {
+        **({} if model.objective is None else {"objective": model.objective}),
         **(notes or {}),
         "format": FORMAT,
         "architecture": type(model).__name__,
@@ -57,6 +58,7 @@ def load_model_file(path: Path) -> Model:
     with torch.device("meta"):
         model = _build(architecture, config, path)
     load_weights(model, weights, path, assign=True)
+    model.objective = read_file_metadata(path).get("objective")
     return (channels_last(model) if isinstance(model, DCDiT) else model).eval()
 
 

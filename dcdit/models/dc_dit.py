@@ -63,6 +63,9 @@ class DCDiT(nn.Module):
         config: see :class:`DCDiTConfig`.
     """
 
+    objective: str | None = None
+    """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
+
     def __init__(self, config: DCDiTConfig) -> None:
         super().__init__()
         self.config = config

@@ -80,6 +80,7 @@ def train(
     model = create_model(preset.name, preset.image_size, preset.num_classes, **preset.overrides).to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.
     model.y_embedder.dropout_prob = 0.0
+    model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
     local_batch = local_batch_size(config, processes, isinstance(model, DCDiT))
     dataset = create_dataset(config.data, "train", optim.seed)

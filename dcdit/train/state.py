@@ -28,8 +28,7 @@ class TrainState:
         flops = self.flops.read(accelerator)
         if accelerator.is_main_process:
             trainer = {"step": step, "flops": flops, "config": to_dict(config)}
-            notes = {"objective": config.diffusion.objective, **data.notes}
-            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
+            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, data.notes)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support.killing import dies_before
 
 from dcdit import checkpoint as ckpt
-from dcdit.models import create_model, presets, to_official
+from dcdit.models import create_model, load_official, presets, to_official
 from dcdit.utils.files import recover
 
 TINY = {"hidden_size": 128, "depth": 1, "num_heads": 2, "grid": (8, 8), "num_classes": 3}
@@ -65,6 +65,19 @@ def test_model_round_trip(tmp_path, name):
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), torch.tensor([0, 3])
     with torch.no_grad():
         assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+def test_a_model_says_what_trained_it(tmp_path):
+    """Through files and back, and of a file of the reference implementation, which predicts noise."""
+    model = tiny()
+    ckpt.save_model(tmp_path / "a.safetensors", model)
+    assert ckpt.load_model(tmp_path / "a.safetensors").objective is None
+    model.objective = "flow"
+    for _ in range(2):
+        ckpt.save_model(tmp_path / "a.safetensors", model)
+        model = ckpt.load_model(tmp_path / "a.safetensors")
+        assert model.objective == "flow" == ckpt.read_metadata(tmp_path / "a.safetensors")["objective"]
+    assert load_official(to_official(tiny()), num_heads=2).objective == "dit"
 
 
 def test_dtype_is_kept(tmp_path):

@@ -33,7 +33,7 @@ def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     save_model(path / "model.safetensors", small_dc_dit(**PIXELS))
-    save_model(path / "static.safetensors", small_dit(**PIXELS, patch_size=2))
+    save_model(path / "static.safetensors", small_dit(**PIXELS, patch_size=2), notes={"objective": "flow"})
     save_model(path / "latents.safetensors", small_dc_dit(**{**PIXELS, "in_channels": 4}))
     torch.jit.script(Net()).save(str(path / "net.pt"))
     np.savez(path / "real.npz", arr_0=images(40))
@@ -126,6 +126,7 @@ def test_two_processes_draw_the_images_of_one(files, evaluate, tmp_path):
         ("--checkpoint {files}/a.safetensors", "no file"),
         ("--checkpoint {files}/latents.safetensors", "makes latents of 4 channels; --vae decodes them"),
         ("--checkpoint {files}/static.safetensors --drop-fraction 0.5", "drops no tokens"),
+        ("--checkpoint {files}/static.safetensors --method ddpm", "trained with the objective 'flow', which"),
         ("--checkpoint {files}/model.safetensors --drop-fraction 1", "accepted: a number in [0, 1)"),
         ("--checkpoint {files}/model.safetensors --reference {files}/b --extractor {files}/net.pt", "no images at"),
     ],

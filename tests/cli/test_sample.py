@@ -273,6 +273,24 @@ def test_a_static_model_has_no_budget(static, fails, flags):
     fails(static, flags, f"holds a static DiT, which drops no tokens; leave {flags.split()[0]} out")
 
 
+@pytest.mark.parametrize(
+    ("objective", "method"), [("flow", "ddim"), ("flow", "ddpm"), ("dit", "euler"), ("dit", "heun")]
+)
+def test_a_method_that_does_not_fit_the_objective(tmp_path, fails, objective, method):
+    model = small_dit(**GRID)
+    model.objective = objective
+    ckpt.save_model(tmp_path / "a.safetensors", model)
+    match = f"a.safetensors was trained with the objective '{objective}', which the method '{method}' does not fit; acc"
+    fails(tmp_path / "a.safetensors", f"--method {method} --out {tmp_path / 'out'}", match)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_of_another_version(tmp_path, fails):
+    ckpt.save_model(tmp_path / "a.safetensors", small_dit(**GRID), notes={"objective": "edm"})
+    for flags in ("", "--method ddim"):
+        fails(tmp_path / "a.safetensors", flags, "was trained with the objective 'edm'; accepted: dit, flow")
+
+
 # --- the documentation ------------------------------------------------------------------------------------------------
 
 
