@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically
+from dcdit.utils.finite import first_not_finite
 
 Model = DCDiT | DiT
 """What this package trains, saves and loads."""
@@ -36,7 +37,12 @@ def save_model(
     Args:
         state: weights to write instead of the model's own, e.g. averaged ones.
         notes: further metadata. ``objective`` is ``model.objective`` unless the notes say another one.
+
+    Raises:
+        FloatingPointError: a weight is not finite. Nothing is written.
     """
+    weights = model.state_dict() if state is None else state
+    check_finite(weights, f"the weights for {path}")
     metadata = {
         **({} if model.objective is None else {"objective": model.objective}),
         **(notes or {}),
@@ -44,7 +50,7 @@ def save_model(
         "architecture": type(model).__name__,
         "config": json.dumps(model.config.to_dict()),
     }
-    write_tensors(Path(path), model.state_dict() if state is None else state, metadata)
+    write_tensors(Path(path), weights, metadata)
 
 
 def load_model_file(path: Path) -> Model:
@@ -110,6 +116,28 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
     model.load_state_dict(state, assign=assign)
 
 
+def check_finite(tensors: Tensors, what: str) -> None:
+    """Raise FloatingPointError if one of the tensors to be written is not finite.
+
+    Args:
+        what: they are, in the plural, for the message.
+    """
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise FloatingPointError(f"{what} are not written, because {name!r} is not finite")
+
+
+def refuse_not_finite(tensors: Tensors, source: str | Path) -> None:
+    """Raise ValueError if one of the tensors that were read is not finite.
+
+    Args:
+        source: where they come from, for the message.
+    """
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise ValueError(f"{source} holds numbers that are not finite, in {name!r} for one; its training diverged")
+
+
 # --- any safetensors file -----------------------------------------------------------------------------------------
 
 
@@ -128,6 +156,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def holds_finite(path: Path) -> bool:
+    """Whether a safetensors file can be read and all its numbers are finite."""
+    try:
+        with _opened(path) as file:
+            return all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def read_file_metadata(path: Path) -> dict[str, str]:

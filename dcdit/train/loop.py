@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dcdit.nn.embedding import drop_labels
 from dcdit.train.checks import check_fit, local_batch_size
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
+from dcdit.train.divergence import router_errors_explained
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.losses import training_losses
@@ -64,7 +66,7 @@ def train(
     Raises:
         ModuleNotFoundError: the extra ``dcdit[train]`` is missing.
         ValueError, FileNotFoundError: the data, the model and the configuration do not fit one another.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss, the gradient norm or the weights are no longer finite. Such weights are not saved.
     """
     optim, run = config.optim, config.run
     out, log = Path(run.out), Path(run.out) / "log.jsonl"
@@ -125,8 +127,10 @@ def train(
                 t, noise, dropped = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
+                read = {"weights": model.parameters(), "images": [x]}
                 with contextlib.nullcontext() if number == optim.accumulate - 1 else accelerator.no_sync(net):
-                    metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
+                    with router_errors_explained(partial(means.check, step), read, step + 1, device):
+                        metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
@@ -151,11 +155,15 @@ def train(
             # Whether to stop; validation; the checkpoint.
             if not done:
                 reason = stop_check.reason(at_record, signals.caught, (time.monotonic() - began) / 60)
+            validates = held_out is not None and step % run.eval_every == 0
+            saves = done or reason != "steps" or step % run.checkpoint_every == 0
             with means.paused():
-                if held_out is not None and main_process and step % run.eval_every == 0:
+                if validates or saves:
+                    state.check_finite(step, means, accelerator)
+                if held_out is not None and validates and main_process:
                     losses = validation_losses(model, ema.state, objective, held_out, config, local_batch, device)
                     records.write({"step": step, **losses})
-                if done or reason != "steps" or step % run.checkpoint_every == 0:
+                if saves:
                     saved = state.save(step, config, dataset, accelerator)
     return TrainResult(step, reason, saved or state.save(step, config, dataset, accelerator), log, main_process)
 

@@ -10,7 +10,9 @@ from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, to_dict
 from dcdit.data import Samples
 from dcdit.train.compute import SpentFlops
+from dcdit.train.divergence import check_tensors
 from dcdit.train.ema import EMA
+from dcdit.train.records import MetricMeans
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,19 @@ class TrainState:
     ema: EMA
     optimizer: torch.optim.Optimizer
     flops: SpentFlops
+
+    def check_finite(self, step: int, means: MetricMeans, accelerator: Any) -> None:
+        """Raise FloatingPointError, on every process, if the run has diverged. Every process has to call this.
+
+        Args:
+            step: steps done.
+            means: of the steps since the last record.
+        """
+        if means.values:
+            means.read(step, accelerator)
+        moments = [torch.as_tensor(entry) for entries in self.optimizer.state.values() for entry in entries.values()]
+        parts = {"weights": self.model.parameters(), "averaged weights": self.ema.state.values()}
+        check_tensors({**parts, "moments of the optimiser": moments}, step, accelerator)
 
     def save(self, step: int, config: TrainConfig, data: Samples, accelerator: Any) -> Path:
         """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.small import small_dc_dit, small_dit
+from support.small import save_diverged, small_dc_dit, small_dit
 from support.tiny import images
 from torch import nn
 
@@ -34,6 +34,7 @@ def files(tmp_path_factory):
     torch.manual_seed(0)
     save_model(path / "model.safetensors", small_dc_dit(**PIXELS))
     save_model(path / "static.safetensors", small_dit(**PIXELS, patch_size=2), notes={"objective": "flow"})
+    save_diverged(path / "diverged.safetensors", small_dc_dit(**PIXELS))
     save_model(path / "latents.safetensors", small_dc_dit(**{**PIXELS, "in_channels": 4}))
     torch.jit.script(Net()).save(str(path / "net.pt"))
     np.savez(path / "real.npz", arr_0=images(40))
@@ -124,6 +125,7 @@ def test_two_processes_draw_the_images_of_one(files, evaluate, tmp_path):
         ("--images {files}/real.npz --extractor {files}/net.pt --reference {files}/b", "no images at"),
         ("--checkpoint {files}/model.safetensors --num 0", "--num is 0; accepted: at least 1"),
         ("--checkpoint {files}/a.safetensors", "no file"),
+        ("--checkpoint {files}/diverged.safetensors", "diverged.safetensors holds numbers that are not finite"),
         ("--checkpoint {files}/latents.safetensors", "makes latents of 4 channels; --vae decodes them"),
         ("--checkpoint {files}/static.safetensors --drop-fraction 0.5", "drops no tokens"),
         ("--checkpoint {files}/static.safetensors --method ddpm", "trained with the objective 'flow', which"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.small import small_dc_dit, small_dit
+from support.small import save_diverged, small_dc_dit, small_dit
 
 from dcdit import checkpoint as ckpt
 from dcdit.cli.main import main
@@ -289,6 +289,14 @@ def test_an_objective_of_another_version(tmp_path, fails):
     ckpt.save_model(tmp_path / "a.safetensors", small_dit(**GRID), notes={"objective": "edm"})
     for flags in ("", "--method ddim"):
         fails(tmp_path / "a.safetensors", flags, "was trained with the objective 'edm'; accepted: dit, flow")
+
+
+@pytest.mark.parametrize("make", [small_dc_dit, small_dit])
+def test_a_diverged_model_draws_nothing(tmp_path, fails, make):
+    save_diverged(tmp_path / "a.safetensors", make(**GRID))
+    match = r"a\.safetensors holds numbers that are not finite, in 'x_embedder\.bias' for one; its training diverged$"
+    fails(tmp_path / "a.safetensors", f"--out {tmp_path / 'out'}", match)
+    assert not (tmp_path / "out").exists()
 
 
 # --- the documentation ------------------------------------------------------------------------------------------------
