@@ -25,22 +25,22 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## the benchmarks of this machine -> benchmarks/results/
+bench: $(VENV)/.installed ## all benchmarks on this machine -> benchmarks/results/
 	$(BIN)/python -m benchmarks.harness.suite
 
-gpu-bench: $(VENV)/.installed ## the same where there is a CUDA device, within 9 minutes; says so and stops elsewhere
+gpu-bench: $(VENV)/.installed ## the same on a CUDA device, within 9 minutes; without one it says so and stops
 	$(BIN)/python -m benchmarks.harness.suite --gpu --minutes 9
 
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
 	$(BIN)/python -m tools.aot --jobs 2
 
-ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, run as PTX without a GPU (see tools/ptx)
+ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, whose PTX runs without a GPU (see tools/ptx)
 	for target in $(PTX_TARGETS); do DCDIT_PTX=$$target $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels || exit 1; done
 
-ptx-report: $(VENV)/.installed ## what the compiled kernels do, counted: bytes, instructions, bank conflicts
+ptx-report: $(VENV)/.installed ## counts of what compiled kernels do: bytes, instructions, bank conflicts
 	$(BIN)/python -m tools.ptx.report
 
-gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; says so and stops where there is none
+gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; without one it says so and stops
 	$(BIN)/python -m tools.gpu_suite
 
 clean:

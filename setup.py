@@ -11,5 +11,5 @@ setup(
     version=version,
     packages=[*find_packages(include=["dcdit", "dcdit.*"]), "dcdit.kernels", "dcdit.kernels.configs"],
     package_dir={"dcdit.kernels": "kernels"},
-    package_data={"dcdit": ["py.typed", "config/recipes/*.yaml"], "dcdit.kernels.configs": ["*.json"]},
+    package_data={"dcdit": ["py.typed", "config/recipes/*.yaml"], "dcdit.kernels.configs": ["*.json", "README.md"]},
 )

@@ -1,12 +1,11 @@
 """Whole models: DC-DiT at several budgets against the static DiT of the same transformer, inference and training step.
 
-The router of an untrained model is calibrated: its output bias is shifted so that it keeps a quarter of the positions
-of latents whose roughness differs from image to image, which spreads the kept share over the batch. The reference
-implementation is a side where DCDIT_OFFICIAL names its checkout.
+The router of an untrained model is calibrated: its output bias is shifted until it keeps a quarter of the positions.
+The roughness of the latents differs from image to image, and so does the kept fraction. The reference implementation
+is one of the variants where DCDIT_OFFICIAL names its checkout.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines import official
-from benchmarks.bench_ops import time_side
+from benchmarks.bench_ops import TimedCall, time_variant
 from benchmarks.harness import sets
 from benchmarks.harness.counting import count_work
 from benchmarks.harness.equality import TOLERANCE, check_equal
@@ -27,10 +26,10 @@ from dcdit.profiling.timing import time_stages, time_variants
 
 KEEP = 0.25
 DROPS = (0.0, 0.2, 0.4, 0.6)
-SIDES = ("static patch 1", "static patch 2", *(f"drop {rho:g}" for rho in DROPS), "budget", "official drop 0.2")
+VARIANTS = ("static patch 1", "static patch 2", *(f"drop {rho:g}" for rho in DROPS), "budget", "official drop 0.2")
 RATIO_WEIGHT = 0.03
 SECONDS, LEAST_ROUNDS = (0.02, 3) if sets.chosen_set() == "tiny" else (3.0, 5)
-"""More rounds than an operation gets: a ratio of two sides carries the noise of both."""
+"""More rounds than for an operation: a ratio of two times carries the noise of both."""
 
 
 class Batch(NamedTuple):
@@ -46,23 +45,23 @@ class Group:
         device, dtype = sets.device(), sets.dtype()
         torch.manual_seed(0)
         self.dynamic = _create(scale, size)
-        official.stir(self.dynamic)
+        official.randomize_zeros(self.dynamic)
         self.dynamic = self.dynamic.to(device=device, dtype=dtype).eval()
         self.batch = _batch(self.dynamic, batch)
         calibrate_router(self.dynamic, *self.batch, KEEP)
-        if device.type == "cuda":  # every side in its fastest form
+        if device.type == "cuda":  # every variant in its fastest form
             for part in (self.dynamic.encoder, self.dynamic.router, self.dynamic.decoder):
                 part.compile()
         self.budget = max(1, int(KEEP * (1 - 0.2) * self.dynamic.pos_embed.shape[0]))
         configs = static_counterparts(self.dynamic.config).values()
         self.statics = {f"static patch {c.patch_size}": c for c in configs}
 
-    def options(self, side: str) -> dict[str, Any]:
-        return {"budget": self.budget} if side == "budget" else {"drop_fraction": float(side.split()[-1])}
+    def options(self, variant: str) -> dict[str, Any]:
+        return {"budget": self.budget} if variant == "budget" else {"drop_fraction": float(variant.split()[-1])}
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one group lives at a time)
-    def side(self, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, int], float | None]:
-        """The module of a side, how it is called, its FLOPs by stage and the share of tokens it keeps."""
+    def variant(self, name: str) -> tuple[nn.Module, dict[str, Any], dict[str, int], float | None]:
+        """The module of a variant, the options of its call, its FLOPs by stage and the fraction of tokens it keeps."""
         if name in self.statics:
             config = self.statics[name]
             static = DiT(config).to(device=self.batch.x.device, dtype=self.batch.x.dtype).eval()
@@ -74,11 +73,11 @@ class Group:
             _, routing = self.dynamic(*self.batch, **options, return_routing=True)
         lengths = routing.selection.lengths.tolist()
         flops = count_flops(self.dynamic.config, lengths)
-        share = sum(lengths) / routing.mask.numel()
+        kept = sum(lengths) / routing.mask.numel()
         if not name.startswith("official"):
-            return self.dynamic, options, flops, share
+            return self.dynamic, options, flops, kept
         module = official.build_verified(self.dynamic, *self.batch, options["drop_fraction"])
-        return module, {"tail_dropping_fraction": options["drop_fraction"]}, flops, share
+        return module, {"tail_dropping_fraction": options["drop_fraction"]}, flops, kept
 
     def check(self) -> None:
         """The dynamic model computes what the plain definitions say."""
@@ -111,55 +110,55 @@ def _batch(model: DCDiT, size: int) -> Batch:
 
 def parameters() -> list[Any]:
     return [
-        pytest.param(*case, side, id=f"{case.scale}-{case.size}px-b{case.batch}-{case.direction}-{side}")
-        for case in sets.model_cases(sets.chosen_set())
-        for side in SIDES
+        pytest.param(*run, variant, id=f"{run.scale}-{run.size}px-b{run.batch}-{run.direction}-{variant}")
+        for run in sets.model_runs(sets.chosen_set())
+        for variant in VARIANTS
     ]
 
 
-@pytest.mark.parametrize(("scale", "size", "batch", "direction", "side"), parameters())
-def test_model(scale: str, size: int, batch: int, direction: str, side: str, benchmark: Any, leave_out: Any) -> None:
-    if side.startswith("official") and (reason := official.why_not()):
+@pytest.mark.parametrize(("scale", "size", "batch", "direction", "variant"), parameters())
+def test_model(scale: str, size: int, batch: int, direction: str, variant: str, benchmark: Any, leave_out: Any) -> None:
+    if variant.startswith("official") and (reason := official.reason_unavailable()):
         leave_out("official", reason)
     group = group_of(scale, size, batch)
-    module, options, flops, share = group.side(side)
+    module, options, flops, kept = group.variant(variant)
     device = group.batch.x.device
     training = direction == "training"
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True) if training else None
-    work = (
+    call = (
         training_step(module, optimizer, group.batch, options) if optimizer else inference(module, group.batch, options)
     )
     benchmark.group = f"{scale} {size}px batch {batch} {direction}"
-    time_side(benchmark, work, device, SECONDS, LEAST_ROUNDS)
+    time_variant(benchmark, call, device, SECONDS, LEAST_ROUNDS)
     seconds = benchmark.stats.stats.median
     passes = 3 if training else 1
-    dynamic = share is not None and not side.startswith("official")
+    dynamic = kept is not None and not variant.startswith("official")
     benchmark.extra_info.update(
-        kind="model", scale=scale, size=size, batch=batch, direction=direction, side=side, ms=1e3 * seconds,
-        images_per_s=batch / seconds, kept_share=share, gflops=passes * flops["total"] / batch / 1e9,
+        kind="model", scale=scale, size=size, batch=batch, direction=direction, variant=variant, ms=1e3 * seconds,
+        images_per_s=batch / seconds, kept_fraction=kept, gflops=passes * flops["total"] / batch / 1e9,
         stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
-        stage_ms=time_stages(work, device, 3) if dynamic and direction == "inference" else None,
+        stage_ms=time_stages(call, device, 3) if dynamic and direction == "inference" else None,
         optimizer_ms=time_optimizer(optimizer, device) if optimizer else None,
-        peak_bytes=peak_bytes(work, device),
+        peak_bytes=peak_bytes(call, device),
     )  # fmt: skip
 
 
-def inference(module: nn.Module, batch: Batch, options: dict[str, Any]) -> Callable[[], tuple[Tensor, ...]]:
-    def work() -> tuple[Tensor, ...]:
+def inference(module: nn.Module, batch: Batch, options: dict[str, Any]) -> TimedCall:
+    def call() -> tuple[Tensor, ...]:
         with torch.inference_mode():
             return (_first(module(*batch, **options)),)
 
-    return work
+    return call
 
 
 def training_step(
     module: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: dict[str, Any]
-) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward, loss, backward and the optimiser; dynamic sides also train the router."""
+) -> TimedCall:
+    """Forward, loss, backward and the optimiser; dynamic models also train the router."""
     noise = torch.zeros_like(batch.x)
     ours = isinstance(module, DCDiT)
 
-    def work() -> tuple[Tensor, ...]:
+    def call() -> tuple[Tensor, ...]:
         result = module(*batch, **options, **({"return_routing": True} if ours else {}))
         loss = F.mse_loss(_first(result).chunk(2, dim=1)[0], noise)
         if ours:
@@ -170,11 +169,11 @@ def training_step(
         optimizer.zero_grad()
         return (loss.detach(),)
 
-    return work
+    return call
 
 
 def time_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Milliseconds of the optimiser alone: it reads every weight, however few tokens there were."""
+    """Milliseconds of the optimiser alone. It reads every weight, whatever the number of tokens."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -187,13 +186,13 @@ def _first(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """The most memory that a call takes beyond what was there before it."""
+def peak_bytes(call: TimedCall, device: torch.device) -> int:
+    """The most memory that a call takes beyond what was in use before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
+        call()
         return torch.cuda.max_memory_allocated() - before
-    with count_work() as done:
-        work()
-    return done.peak_bytes
+    with count_work() as work:
+        call()
+    return work.peak_bytes

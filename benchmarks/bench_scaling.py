@@ -1,7 +1,7 @@
-"""Time per position of every operation as the grid grows: `python -m benchmarks.bench_scaling --out growth.json`.
+"""Time per position of every operation as the grid grows: `python -m benchmarks.bench_scaling --out scaling.json`.
 
-Every grid gets as many images as make up the same number of positions, so that caches and fixed costs weigh the same
-and what is left is how the cost of one image grows: flat means linear in L.
+A batch of small grids has as many images as make the same number of positions as one large grid, so that caches and
+fixed costs weigh the same. What differs is the cost of one image: a constant time per position is a cost linear in L.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def measure(name: str, sides: Sequence[int], width: int, keep: float, seconds: f
         name: of the workload.
         sides: of square grids.
         width: D.
-        keep: share of the tokens that is kept.
+        keep: fraction of the tokens that is kept.
         seconds: timing budget per point.
 
     Raises:
@@ -36,15 +36,15 @@ def measure(name: str, sides: Sequence[int], width: int, keep: float, seconds: f
     if not sides or min(sides) < 1:
         raise ValueError(f"sides is {list(sides)}; accepted: one or more positive grid sides")
     rows = []
-    for direction in sets.DIRECTIONS[:1] if name.startswith("select") else sets.DIRECTIONS:
-        works, positions = {}, {}
+    for direction in sets.directions(WORKLOADS[name]):
+        calls, positions = {}, {}
         for side in sides:
             images = max(sides) ** 2 // side**2
             shape = Shape(images, (side, side), width, keep, sets.dtype(), sets.device())
             workload = create_workload(name, shape)
-            works[str(side)] = workload.forward if direction == "forward" else workload.forward_backward
+            calls[str(side)] = workload.forward if direction == "forward" else workload.forward_backward
             positions[str(side)] = images * side**2
-        times = time_variants(works, sets.device(), seconds, warmup=1, least=3)
+        times = time_variants(calls, sets.device(), seconds, warmup=1, least=3)
         ns = {side: 1e6 * ms / positions[side] for side, ms in times.items()}
         rows.append({"op": name, "direction": direction, "width": width, "keep": keep, "ns_per_position": ns})
         print(f"{name} {direction}: " + ", ".join(f"{side}: {n:.1f} ns" for side, n in ns.items()), flush=True)
@@ -56,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--side", nargs="+", type=int, default=list(SIDES), help="grid sides (default: %(default)s)")
     parser.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
-    parser.add_argument("--keep", type=float, default=0.25, help="kept share (default: %(default)s)")
+    parser.add_argument("--keep", type=float, default=0.25, help="kept fraction (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.0, help="timing budget per point (default: %(default)s)")
-    parser.add_argument("--out", default="out/bench/growth.json", help="file to write (default: %(default)s)")
+    parser.add_argument("--out", default="out/bench/scaling.json", help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name in args.op:  # written after each, so that nothing measured is lost
+    for name in args.op:  # written after each, so that no measurement is lost
         rows += measure(name, args.side, args.width, args.keep, args.seconds)
-        out.write_text(json.dumps({"dcdit": {**machine(), "left_out": {}}, "growth": rows}, indent=1) + "\n")
+        out.write_text(json.dumps({"dcdit": {**machine(), "left_out": {}}, "scaling": rows}, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run writes down beside its times: the machine, the copy bandwidth, who was left out and why."""
+"""What a run writes beside its times: the machine, the copy bandwidth, which variants were left out and why."""
 
 import os
 import time
@@ -9,24 +9,24 @@ import pytest
 from benchmarks.harness.machine import machine
 
 LEFT_OUT: dict[str, str] = {}
-"""Peers that did not run, and why."""
+"""What did not run, and why."""
 _started = time.monotonic()
 
 
 @pytest.fixture
 def leave_out() -> Any:
-    """Skip a side, by name and with its reason in the results."""
+    """Skip a variant; the results name it and the reason."""
 
-    def leave(side: str, reason: str) -> None:
-        LEFT_OUT[side] = reason
-        pytest.skip(f"{side} is left out: {reason}")
+    def leave(variant: str, reason: str) -> None:
+        LEFT_OUT[variant] = reason
+        pytest.skip(f"{variant} is left out: {reason}")
 
     return leave
 
 
 @pytest.fixture(autouse=True)
 def deadline() -> None:
-    """Past DCDIT_BENCH_SECONDS the rest is skipped, so that what was measured gets written."""
+    """Skip what starts after DCDIT_BENCH_SECONDS, so that the results so far are written."""
     limit = os.environ.get("DCDIT_BENCH_SECONDS")
     if limit and time.monotonic() - _started > float(limit):
         LEFT_OUT["cases past the time limit"] = f"DCDIT_BENCH_SECONDS is {limit}"
@@ -44,5 +44,5 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for side, reason in LEFT_OUT.items():
-        terminalreporter.write_line(f"left out: {side} ({reason})")
+    for variant, reason in LEFT_OUT.items():
+        terminalreporter.write_line(f"left out: {variant} ({reason})")

@@ -2,6 +2,6 @@
 
 import sys
 
-from dcdit.cli.main import main
+from dcdit.cli import main
 
 sys.exit(main())

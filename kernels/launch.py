@@ -1,8 +1,17 @@
-"""How every kernel gets its output memory, its launch configuration and its start: one small door for each."""
+"""Output memory, launch configurations and starts of all kernels.
+
+Kernel files call ``launch.empty``, ``launch.config_for`` and ``launch.launch`` by these qualified names. A test that
+replaces one of them here reaches every kernel.
+
+The default configurations of a kernel are in its own file (``set_default_configs``). Those tuned for one device are in
+``configs/<device>.json``; ``dcdit tune`` writes such a file, and its entries win over the defaults.
+"""
 
 import functools
+import importlib
 import json
 import math
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +22,15 @@ from torch import Tensor
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
+Config = dict[str, int]
+"""Tile sizes, ``num_warps`` and the other compile-time numbers of one launch."""
+
+Entry = dict[str, Any]
+"""``{"shape": sizes the kernel is tuned for, "config": Config}``, in memory as in the JSON files."""
+
 
 class Launch(NamedTuple):
-    """One recorded kernel start: what the checks without a GPU look at."""
+    """One recorded kernel start. The checks that need no GPU read it."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -24,8 +39,9 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
-_forced: dict[str, dict[str, int]] = {}
-_observed: list[tuple[str, dict[str, int], dict[str, int]]] | None = None
+_defaults: dict[str, list[Entry]] = {}
+_forced: dict[str, Config] = {}
+_observed: list[tuple[str, dict[str, int], Config]] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -37,13 +53,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if 0 in grid:
         return
     if torch.version.hip is not None:
-        meta.pop("maxnreg", None)  # ptxas alone takes it
+        meta.pop("maxnreg", None)  # an option of ptxas, which AMD does not use
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
     device = next(argument.device for argument in args if isinstance(argument, Tensor))
     try:
-        # Triton starts on the current device, which need not be the tensors'.
+        # Triton starts kernels on the current device, which can differ from the device of the tensors.
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 kernel[grid](*args, **meta)
@@ -60,7 +76,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Collect the launches of the block instead of starting them (outputs stay unwritten)."""
+    """Collect the launches inside the block instead of starting them. Outputs stay unwritten."""
     global _recorded
     outer, _recorded = _recorded, []
     try:
@@ -70,51 +86,71 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that a kernel is about to write. Tests replace this to poison every output first."""
+    """Uninitialised memory for the output of a kernel. Tests replace this function to fill every output with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def set_default_configs(kernel: str, config: Config | None = None, **by_size: dict[int, Config]) -> None:
+    """Register the default configurations of a kernel. Its file calls this once, when it is imported.
+
+    Args:
+        kernel: the name that ``config_for`` looks up; unique among all kernel files.
+        config: the only configuration, for a kernel that is not tuned by a size.
+        by_size: otherwise one configuration for each of a few sizes, e.g. ``D={32: {...}, 1024: {...}}``.
+
+    Raises:
+        ValueError: another kernel has this name.
+    """
+    entries: list[Entry] = [] if config is None else [{"shape": {}, "config": config}]
+    for key, configs in by_size.items():
+        entries += [{"shape": {key: size}, "config": config} for size, config in configs.items()]
+    if _defaults.setdefault(kernel, entries) != entries:
+        raise ValueError(f"kernel name {kernel!r} is taken; accepted is a name without default configurations")
+
+
 @functools.cache
-def _table(device_name: str) -> dict[str, list[dict[str, Any]]]:
+def _tuned_configs(device_name: str) -> dict[str, list[Entry]]:
     path = CONFIG_FOLDER / f"{device_name}.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def shipped_configs() -> dict[str, list[dict[str, Any]]]:
-    """Every configuration that comes with the package, the defaults and those of tuned devices, by kernel name."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in CONFIG_FOLDER.glob("*.json"):
-        for kernel, entries in _table(path.stem).items():
+def shipped_configs() -> dict[str, list[Entry]]:
+    """Every configuration in the package by kernel name: the defaults of all kernels, then those of tuned devices."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
+    found = {kernel: list(entries) for kernel, entries in _defaults.items()}
+    for path in sorted(CONFIG_FOLDER.glob("*.json")):
+        for kernel, entries in _tuned_configs(path.stem).items():
             found.setdefault(kernel, []).extend(entries)
     return found
 
 
 @functools.cache
 def device_slug(device: torch.device) -> str:
-    """File name under which a device's tuned configurations are kept."""
+    """File name, without ``.json``, of the configurations tuned for a device."""
     if device.type != "cuda":
-        return "default"
+        return device.type
     return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
 
 
 @functools.cache
-def _lookup(kernel: str, device: torch.device, shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    entries = _table(device_slug(device)).get(kernel) or _table("default")[kernel]
-    wanted = dict(shape)
+def _lookup(kernel: str, device: torch.device, shape: tuple[tuple[str, int], ...]) -> Config:
+    entries = _tuned_configs(device_slug(device)).get(kernel) or _defaults[kernel]
+    sizes = dict(shape)
 
-    def distance(entry: dict[str, Any]) -> float:
-        return sum(abs(math.log2(wanted[key] / value)) for key, value in entry["shape"].items())
+    def distance(entry: Entry) -> float:
+        return sum(abs(math.log2(sizes[key] / size)) for key, size in entry["shape"].items())
 
     return min(entries, key=distance)["config"]
 
 
-def config_for(kernel: str, device: torch.device, **shape: int) -> dict[str, int]:
-    """Launch configuration for a kernel: the device's tuned entry of the nearest shape, else the shipped default.
+def config_for(kernel: str, device: torch.device, **shape: int) -> Config:
+    """Launch configuration of a kernel: the device's tuned entry of the nearest shape, else the nearest default.
 
     Args:
-        kernel: name in the JSON tables.
-        device: where it runs.
-        shape: what the entries are keyed by (never a sequence length), e.g. ``D=1152``.
+        kernel: name in ``set_default_configs`` and in the JSON files.
+        device: the device of the tensors.
+        shape: the sizes that entries are tuned for, e.g. ``D=1152``. A sequence length is never among them.
     """
     config = _forced.get(kernel) or _lookup(kernel, device, tuple(shape.items()))
     if _observed is not None:
@@ -123,8 +159,8 @@ def config_for(kernel: str, device: torch.device, **shape: int) -> dict[str, int
 
 
 @contextmanager
-def force_config(kernel: str, config: dict[str, int]) -> Iterator[None]:
-    """Launch one kernel with this configuration inside the block (tuning)."""
+def force_config(kernel: str, config: Config) -> Iterator[None]:
+    """Launch one kernel with this configuration inside the block. For tuning."""
     outer = dict(_forced)
     _forced[kernel] = config
     try:
@@ -135,8 +171,8 @@ def force_config(kernel: str, config: dict[str, int]) -> Iterator[None]:
 
 
 @contextmanager
-def observe_configs() -> Iterator[list[tuple[str, dict[str, int], dict[str, int]]]]:
-    """Collect (kernel, shape key, configuration) of every look-up of the block (tuning)."""
+def observe_configs() -> Iterator[list[tuple[str, dict[str, int], Config]]]:
+    """Collect (kernel, shape, configuration) of every look-up inside the block. For tuning."""
     global _observed
     outer, _observed = _observed, []
     try:

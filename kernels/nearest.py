@@ -1,9 +1,16 @@
-"""Where the kept tokens of a grid are, and which of them is nearest to every position.
+"""Index of the kept tokens of a grid, and the nearest kept token of every position.
 
-One pass over the grid rows writes ``rank``, the packed row at which a column would be inserted: the kept tokens of any
-piece of a grid row are then ``rank[left]`` to ``rank[right]``, and the two next to a column are ``rank`` and the one
-before it. A second pass walks outwards over grid rows and stops once a row is farther away than everything found, so a
-position costs as many rows as its token is away: at most the height of the grid, whatever the mask.
+``nearest[i] = argmin_t (row_i - row_t)^2 + (col_i - col_t)^2`` over the kept tokens t of the image of position i; ties
+go to the lowest raster index. Rows are those of all grids of the batch, stacked: row r of image b is ``b * H + r``.
+Packed rows follow the raster order, so the packed row of a token is the number of kept tokens before it.
+
+1. ``kept_index_fwd`` passes over the grid once and writes ``prefix_count``, the number of kept tokens before each
+   column of each row. The kept tokens of the columns ``left <= col < right`` of a row are then the packed rows
+   ``prefix_count[left]`` to ``prefix_count[right] - 1``. The two next to a column are ``prefix_count[col] - 1``, on its
+   left, and ``prefix_count[col]``, on it or on its right.
+2. ``nearest_fwd`` looks from each position at rows farther and farther away, up and down. It stops at a row that is
+   farther away than the nearest token so far. A position reads as many rows as its token is away, at most the height of
+   the grid, whatever the mask.
 """
 
 from typing import NamedTuple
@@ -16,89 +23,109 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import PROB_EPS, cdiv
 
+launch.set_default_configs("kept_index", {"LINES": 4, "BLOCK": 64, "num_warps": 2})
+launch.set_default_configs("nearest", {"BLOCK": 128, "num_warps": 4})
+
 _PROB_EPS = tl.constexpr(PROB_EPS)
-_FAR = tl.constexpr(2**31 - 1)
+_INT32_MAX = tl.constexpr(2**31 - 1)
 
 MAX_SIDE = 32767
 """Squared distances are int32."""
 
 
-class Survey(NamedTuple):
-    """What the kernels look up. Entries of padding tokens are unwritten, and never read."""
+class KeptIndex(NamedTuple):
+    """Where the kept tokens are. Entries of padding rows are unwritten, and never read."""
 
-    rank: Tensor
-    """(B * H, W + 1) int32: packed row of the first kept token of the grid row at or right of a column."""
+    prefix_count: Tensor
+    """(B * H, W + 1) int32: kept tokens of the batch before a column of a row; 2^31 - 1 all along a row without any."""
     row: Tensor
-    """(T,) int32: row in the stacked grids of the batch, ``image * H + r``."""
+    """(T,) int32: row of each token in the stacked grids."""
     col: Tensor
-    """(T,) int32"""
-    confidence: Tensor
+    """(T,) int32: column of each token."""
+    clamped_prob: Tensor
     """(T,) float32: q = clamp(p, 1e-4, 1 - 1e-4)."""
 
 
-@triton.jit(do_not_specialize=["lines", "width"])
-def _survey_kernel(
-    slot_ptr, p_ptr, rank_ptr, row_ptr, col_ptr, q_ptr, lines, width, LINES: tl.constexpr, BLOCK: tl.constexpr
-):
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    real = line < lines
-    start_of_line = line.to(tl.int64) * width
-    rank_ptr += line.to(tl.int64) * (width + 1)
-    rank = tl.full((LINES,), _FAR, tl.int32)
+@triton.jit(do_not_specialize=["rows", "width"])
+def _kept_index_kernel(
+    packed_rows_ptr,  # (B, H, W) int32
+    p_ptr,  # (B, H, W)
+    prefix_ptr,  # (B * H, W + 1) int32, written
+    row_ptr,  # (T,) int32, written
+    col_ptr,  # (T,) int32, written
+    q_ptr,  # (T,) float32, written
+    rows, width,  # B * H, W
+    LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program writes the index of LINES rows of the grids, BLOCK columns at a time."""
+    row = tl.program_id(0) * LINES + tl.arange(0, LINES)  # [LINES]
+    exists = row < rows
+    row_start = row.to(tl.int64) * width
+    prefix_ptr += row.to(tl.int64) * (width + 1)
+    prefix = tl.full((LINES,), _INT32_MAX, tl.int32)
     for start in range(0, width, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = real[:, None] & (col < width)[None, :]
-        slot = tl.load(slot_ptr + start_of_line[:, None] + col[None, :], mask=inside, other=-1)
-        rank = tl.minimum(rank, tl.min(tl.where(slot >= 0, slot, _FAR), 1))
-    # Kept tokens of a row have consecutive packed_rows, so from here on counting is enough.
+        col = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = exists[:, None] & (col < width)[None, :]  # [LINES, BLOCK]
+        packed_row = tl.load(packed_rows_ptr + row_start[:, None] + col[None, :], mask=inside, other=-1)
+        prefix = tl.minimum(prefix, tl.min(tl.where(packed_row >= 0, packed_row, _INT32_MAX), 1))
+    # The kept tokens of a row have consecutive packed rows: after the first one, counting is enough.
     for start in range(0, width, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = real[:, None] & (col < width)[None, :]
-        slot = tl.load(slot_ptr + start_of_line[:, None] + col[None, :], mask=inside, other=-1)
-        kept = slot >= 0
+        col = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = exists[:, None] & (col < width)[None, :]  # [LINES, BLOCK]
+        packed_row = tl.load(packed_rows_ptr + row_start[:, None] + col[None, :], mask=inside, other=-1)
+        kept = packed_row >= 0
         count = kept.to(tl.int32)
         before = tl.cumsum(count, 1) - count
-        tl.store(rank_ptr[:, None] + col[None, :], rank[:, None] + before, mask=inside)
-        rank += tl.sum(count, 1)
-        p = tl.load(p_ptr + start_of_line[:, None] + col[None, :], mask=kept, other=0.0).to(tl.float32)
-        tl.store(row_ptr + slot, tl.broadcast_to(line[:, None], (LINES, BLOCK)), mask=kept)
-        tl.store(col_ptr + slot, tl.broadcast_to(col[None, :], (LINES, BLOCK)), mask=kept)
-        tl.store(q_ptr + slot, tl.minimum(tl.maximum(p, _PROB_EPS), 1 - _PROB_EPS), mask=kept)
-    tl.store(rank_ptr + width, rank, mask=real)
+        tl.store(prefix_ptr[:, None] + col[None, :], prefix[:, None] + before, mask=inside)
+        prefix += tl.sum(count, 1)
+        p = tl.load(p_ptr + row_start[:, None] + col[None, :], mask=kept, other=0.0).to(tl.float32)
+        tl.store(row_ptr + packed_row, tl.broadcast_to(row[:, None], (LINES, BLOCK)), mask=kept)
+        tl.store(col_ptr + packed_row, tl.broadcast_to(col[None, :], (LINES, BLOCK)), mask=kept)
+        tl.store(q_ptr + packed_row, tl.minimum(tl.maximum(p, _PROB_EPS), 1 - _PROB_EPS), mask=kept)
+    tl.store(prefix_ptr + width, prefix, mask=exists)
 
 
 @triton.jit(do_not_specialize=["positions", "height", "width"])
-def _nearest_kernel(rank_ptr, col_ptr, nearest_ptr, positions, height, width, BLOCK: tl.constexpr):
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _nearest_kernel(
+    prefix_ptr,  # (B * H, W + 1) int32
+    col_ptr,  # (T,) int32
+    nearest_ptr,  # (B * H * W,) int32, written
+    positions, height, width,  # B * H * W, H, W
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program finds the nearest tokens of BLOCK positions."""
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], and so is all below
     inside = position < positions
     row, col = (position // width).to(tl.int32), (position % width).to(tl.int32)
     top = row // height * height
-    best = tl.where(inside, _FAR, -1)
-    best_slot = tl.full((BLOCK,), -1, tl.int32)
-    step = 0
-    while (step < height) & (step * step <= tl.max(best, 0)):
-        for side in tl.static_range(2):
-            line = row + (2 * side - 1) * step
-            exists = inside & (line >= top) & (line < top + height)
-            line_ptr = rank_ptr + line.to(tl.int64) * (width + 1)
-            first = tl.load(line_ptr, mask=exists, other=0)
-            end = tl.load(line_ptr + width, mask=exists, other=0)
-            right = tl.load(line_ptr + col, mask=exists, other=0)
-            for back in tl.static_range(2):
-                slot = right - back
-                valid = (slot >= first) & (slot < end)
-                away = tl.load(col_ptr + slot, mask=valid, other=0) - col
-                distance = away * away + step * step
-                # Slots order like raster indices.
-                wins = valid & ((distance < best) | ((distance == best) & (slot < best_slot)))
-                best = tl.where(wins, distance, best)
-                best_slot = tl.where(wins, slot, best_slot)
-        step += 1
-    tl.store(nearest_ptr + position, best_slot, mask=inside)
+    best_distance = tl.where(inside, _INT32_MAX, -1)
+    best_token = tl.full((BLOCK,), -1, tl.int32)
+    rows_away = 0
+    while (rows_away < height) & (rows_away * rows_away <= tl.max(best_distance, 0)):
+        for below in tl.static_range(2):
+            other_row = row + (2 * below - 1) * rows_away
+            exists = inside & (other_row >= top) & (other_row < top + height)
+            prefix_row_ptr = prefix_ptr + other_row.to(tl.int64) * (width + 1)
+            first = tl.load(prefix_row_ptr, mask=exists, other=0)
+            end = tl.load(prefix_row_ptr + width, mask=exists, other=0)
+            at_or_right = tl.load(prefix_row_ptr + col, mask=exists, other=0)
+            for left in tl.static_range(2):
+                token = at_or_right - left
+                valid = (token >= first) & (token < end)
+                cols_away = tl.load(col_ptr + token, mask=valid, other=0) - col
+                distance = cols_away * cols_away + rows_away * rows_away
+                # Packed rows are in raster order, so the lower one is the lower raster index.
+                closer = valid & (
+                    (distance < best_distance) | ((distance == best_distance) & (token < best_token))
+                )  # fmt: skip
+                best_distance = tl.where(closer, distance, best_distance)
+                best_token = tl.where(closer, token, best_token)
+        rows_away += 1
+    tl.store(nearest_ptr + position, best_token, mask=inside)
 
 
-def survey_fwd(packed_rows: Tensor, p: Tensor, grid: tuple[int, int], tokens: int) -> Survey:
-    """Contiguous (B, L) int32 packed_rows (-1: not kept) and (B, L) probabilities, number of packed rows T -> Survey.
+def kept_index_fwd(packed_rows: Tensor, p: Tensor, grid: tuple[int, int], tokens: int) -> KeptIndex:
+    """Contiguous (B, L) int32 packed_rows (-1: not kept), contiguous (B, L) p, number of packed rows T -> KeptIndex.
 
     Raises:
         ValueError: a side of the grid is too long for int32 squared distances.
@@ -106,29 +133,29 @@ def survey_fwd(packed_rows: Tensor, p: Tensor, grid: tuple[int, int], tokens: in
     height, width = grid
     if max(grid) > MAX_SIDE:
         raise ValueError(f"grid is {tuple(grid)}; the Triton backend accepts sides up to {MAX_SIDE}")
-    lines, device = packed_rows.shape[0] * height, packed_rows.device
-    survey = Survey(
-        rank=launch.empty((lines, width + 1), torch.int32, device),
+    rows, device = packed_rows.shape[0] * height, packed_rows.device
+    index = KeptIndex(
+        prefix_count=launch.empty((rows, width + 1), torch.int32, device),
         row=launch.empty((tokens,), torch.int32, device),
         col=launch.empty((tokens,), torch.int32, device),
-        confidence=launch.empty((tokens,), torch.float32, device),
+        clamped_prob=launch.empty((tokens,), torch.float32, device),
     )
-    config = launch.config_for("survey", device)
-    launch.launch(_survey_kernel, (cdiv(lines, config["LINES"]),), packed_rows, p, *survey, lines, width, **config)
-    return survey
+    config = launch.config_for("kept_index", device)
+    launch.launch(_kept_index_kernel, (cdiv(rows, config["LINES"]),), packed_rows, p, *index, rows, width, **config)
+    return index
 
 
-def nearest_fwd(survey: Survey, grid: tuple[int, int]) -> Tensor:
-    """Survey of B grids -> (B * L,) int32: packed row of the nearest kept token, -1 in an image that keeps none.
+def nearest_fwd(index: KeptIndex, grid: tuple[int, int]) -> Tensor:
+    """Index of B grids -> (B * L,) int32: packed row of the nearest kept token, -1 in an image that keeps none.
 
     Exact; equal distances go to the lowest raster index.
     """
     height, width = grid
-    positions, device = survey.rank.shape[0] * width, survey.rank.device
+    positions, device = index.prefix_count.shape[0] * width, index.prefix_count.device
     nearest = launch.empty((positions,), torch.int32, device)
     config = launch.config_for("nearest", device)
     launch.launch(
-        _nearest_kernel, (cdiv(positions, config["BLOCK"]),), survey.rank, survey.col, nearest,
+        _nearest_kernel, (cdiv(positions, config["BLOCK"]),), index.prefix_count, index.col, nearest,
         positions, height, width, **config,
     )  # fmt: skip
     return nearest

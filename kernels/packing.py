@@ -1,4 +1,13 @@
-"""Gather tokens into the packed buffer and scatter them back: one read and one write per element."""
+"""Gather tokens into the packed buffer and scatter them back.
+
+    gather:   out[t] = x[index[t]] + bias[index[t] mod L],  0 where index[t] = -1
+    scatter:  out[s] = t[packed_row[s]],  the fill value where packed_row[s] = -1
+
+Each is one pass, with one read and one write per element, and each is the backward of the other. The gradient of the
+bias is one more pass: a sum over the images in their order.
+
+In the comments at pointers, "float" is float32, bfloat16 or float16. Without a named stride, rows are contiguous.
+"""
 
 import torch
 import triton
@@ -11,62 +20,86 @@ from dcdit.kernels.numerics import cdiv
 
 @triton.jit
 def _tile(D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows and columns of a program: the programs of one group of rows follow each other."""
-    per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    """Rows [ROWS] and columns [BLOCK_D] of a program. Programs of the same rows are neighbours."""
+    blocks_per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
-    row = (pid // per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return row, (pid % per_row) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = (pid // blocks_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, (pid % blocks_per_row) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+
+launch.set_default_configs(
+    "gather",
+    D={
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+    },
+)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def _gather_kernel(
-    x_ptr, index_ptr, bias_ptr, out_ptr, rows, length, x_stride,
+    x_ptr,  # (S, D) float, row stride x_stride
+    index_ptr,  # (rows,) int64: row of x, -1 in padding rows
+    bias_ptr,  # (length, D) float; unused without HAS_BIAS
+    out_ptr,  # (rows, D) in x's dtype
+    rows, length, x_stride,
     D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
-    source = tl.load(index_ptr + row, mask=row < rows, other=-1)
-    inside = (row < rows)[:, None] & (col < D)[None, :]
-    real = inside & (source >= 0)[:, None]
-    tile = tl.load(x_ptr + source[:, None] * x_stride + col[None, :], mask=real, other=0.0)
+    index = tl.load(index_ptr + row, mask=row < rows, other=-1)  # [ROWS]
+    inside = (row < rows)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
+    not_padding = inside & (index >= 0)[:, None]
+    tile = tl.load(x_ptr + index[:, None] * x_stride + col[None, :], mask=not_padding, other=0.0)  # [ROWS, BLOCK_D]
     if HAS_BIAS:
-        bias_row = (source % length)[:, None] * D
-        bias = tl.load(bias_ptr + bias_row + col[None, :], mask=real, other=0.0)
+        bias_row = (index % length)[:, None] * D
+        bias = tl.load(bias_ptr + bias_row + col[None, :], mask=not_padding, other=0.0)
         tile = (tile.to(tl.float32) + bias.to(tl.float32)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * D + col[None, :], tile, mask=inside)
 
 
+launch.set_default_configs(
+    "scatter",
+    D={
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+    },
+)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _scatter_kernel(
-    t_ptr, slot_ptr, out_ptr, rows, t_stride, fill,
+    t_ptr,  # (T, D) float, row stride t_stride
+    packed_row_ptr,  # (rows,) int32: row of t, -1 where the position is not kept
+    out_ptr,  # (rows, D) in t's dtype
+    rows, t_stride, fill,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
-    slot = tl.load(slot_ptr + row, mask=row < rows, other=-1).to(tl.int64)
-    inside = (row < rows)[:, None] & (col < D)[None, :]
-    kept = inside & (slot >= 0)[:, None]
-    tile = tl.load(t_ptr + slot[:, None] * t_stride + col[None, :], mask=kept, other=fill)
+    packed_row = tl.load(packed_row_ptr + row, mask=row < rows, other=-1).to(tl.int64)  # [ROWS]
+    inside = (row < rows)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
+    kept = inside & (packed_row >= 0)[:, None]
+    tile = tl.load(t_ptr + packed_row[:, None] * t_stride + col[None, :], mask=kept, other=fill)  # [ROWS, BLOCK_D]
     tl.store(out_ptr + row[:, None] * D + col[None, :], tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=["images", "length"])
-def _bias_sum_kernel(
-    grad_ptr, slot_ptr, out_ptr, images, length,
+def _bias_bwd_kernel(
+    grad_ptr,  # (T, D) float
+    packed_row_ptr,  # (images, length) int32: row of grad, -1 where the position is not kept
+    out_ptr,  # (length, D) float
+    images, length,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
-    inside = (row < length)[:, None] & (col < D)[None, :]
+    inside = (row < length)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
     total = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     position = row
     for _ in range(images):
-        slot = tl.load(slot_ptr + position, mask=row < length, other=-1).to(tl.int64)
-        kept = inside & (slot >= 0)[:, None]
-        total += tl.load(grad_ptr + slot[:, None] * D + col[None, :], mask=kept, other=0.0).to(tl.float32)
+        packed_row = tl.load(packed_row_ptr + position, mask=row < length, other=-1).to(tl.int64)  # [ROWS]
+        kept = inside & (packed_row >= 0)[:, None]
+        total += tl.load(grad_ptr + packed_row[:, None] * D + col[None, :], mask=kept, other=0.0).to(tl.float32)
         position += length
     tl.store(out_ptr + row[:, None] * D + col[None, :], total, mask=inside)
-
-
-def _grid(rows: int, d: int, config: dict[str, int]) -> tuple[int]:
-    return (cdiv(rows, config["ROWS"]) * cdiv(d, config["BLOCK_D"]),)
 
 
 def gather_fwd(x: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,5 +132,9 @@ def bias_bwd(grad: Tensor, packed_rows: Tensor, dtype: torch.dtype) -> Tensor:
     out = launch.empty((length, d), dtype, grad.device)
     config = launch.config_for("gather", grad.device, D=d)
     grid = _grid(length, d, config)
-    launch.launch(_bias_sum_kernel, grid, grad, packed_rows, out, images, length, D=d, **config)
+    launch.launch(_bias_bwd_kernel, grid, grad, packed_rows, out, images, length, D=d, **config)
     return out
+
+
+def _grid(rows: int, d: int, config: launch.Config) -> tuple[int]:
+    return (cdiv(rows, config["ROWS"]) * cdiv(d, config["BLOCK_D"]),)

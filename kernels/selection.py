@@ -1,9 +1,19 @@
 """Choose the tokens to keep, without a sort.
 
-Every position has a *rank*: a unique integer that orders by p and then by position. Whatever an image keeps (p above
-a threshold, all but the lowest few, the best k) is the top of that order, so one number per image, its *cut*, says it
-all: a position is kept iff its rank is at least the cut. The cut that keeps a given number is found by bisection: count
-the ranks at or above the middle, halve, and stop as soon as the count is right.
+Every position has a *sort key*: a unique int64 that orders the positions by p, then by index. What an image keeps (the
+p above a threshold, all but the lowest few, or the best k) is always the top of this order. One number per image
+therefore describes the selection: its *top-k threshold*, the lowest sort key that it keeps.
+
+    keep[i] = sort_key[i] >= topk_threshold[image of i]
+
+Bisection finds the top-k threshold of a given count: count the sort keys at or above the middle of the interval, halve
+the interval, stop as soon as the count is right.
+
+Pass 1, one program per image: how many positions it keeps, and its top-k threshold. With a capacity, pass 2 finds one
+threshold for the whole batch that drops the overflow, and pass 3 raises the thresholds of the images to it. The last
+pass writes masks, indices and packed rows by a prefix count.
+
+In the comments at pointers, "float" is float32, bfloat16 or float16. ``positions`` is the number of entries of p.
 """
 
 import torch
@@ -13,34 +23,40 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 
-# Beyond every rank: keys and positions both stay below 2^31 in size.
+# Below and above every sort key: the bits of p and the positions both stay below 2^31 in size.
 _LOWEST = tl.constexpr(-(1 << 62))
 _HIGHEST = tl.constexpr(1 << 62)
 
 
 @triton.jit
-def _rank(p, at, positions):
-    """int64 that orders by p, then by position. A p above t ranks at or above t at the position past the last."""
+def _sort_key(p, position, positions):
+    """int64 that orders by p, then by position."""
     bits = p.to(tl.float32).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # in the order of the floats, with -0.0 equal to 0.0
-    return key.to(tl.int64) * positions + at
+    ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # in the order of the floats, with -0.0 equal to 0.0
+    return ordered.to(tl.int64) * positions + position
 
 
 @triton.jit
-def _ranks(p_ptr, at, stop, positions):
-    p = tl.load(p_ptr + at, mask=at < stop, other=0.0)
-    return tl.where(at < stop, _rank(p, at, positions), _LOWEST)
+def _threshold_key(threshold, positions):
+    """A p is above the threshold if and only if its sort key is at or above this one."""
+    return _sort_key(tl.full((), threshold, tl.float32), positions, positions)
 
 
 @triton.jit
-def _floor(threshold, positions):
-    return _rank(tl.full((), threshold, tl.float32), positions, positions)
+def _load_sort_keys(p_ptr, position, stop, positions):
+    p = tl.load(p_ptr + position, mask=position < stop, other=0.0)
+    return tl.where(position < stop, _sort_key(p, position, positions), _LOWEST)
 
 
 @triton.jit
-def _bounds(starts_ptr, image, images, length, positions, PACKED: tl.constexpr):
-    """First and past-last position of an image; an empty range for the one past the last. Never outside of p, whatever
-    unchecked starts say."""
+def _image_bounds(
+    starts_ptr,  # (images + 1,) int32; unused if not PACKED
+    image, images, length, positions, PACKED: tl.constexpr,
+):  # fmt: skip
+    """First position of an image and the one after its last; an empty range for image number ``images``.
+
+    Clamped, because on a GPU nothing checks the starts: the range is never outside of p.
+    """
     following = tl.minimum(image + 1, images)
     if PACKED:
         start = tl.maximum(tl.load(starts_ptr + image), 0)
@@ -51,46 +67,56 @@ def _bounds(starts_ptr, image, images, length, positions, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _count(p_ptr, start, stop, cut, positions, BLOCK: tl.constexpr):
+def _count_from(p_ptr, start, stop, key, positions, BLOCK: tl.constexpr):
+    """How many sort keys are at or above ``key``."""
     count = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(start, stop, BLOCK):
-        rank = _ranks(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
-        count += (rank >= cut).to(tl.int32)
+        sort_key = _load_sort_keys(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
+        count += (sort_key >= key).to(tl.int32)
     return tl.sum(count)
 
 
 @triton.jit
 def _bisect(p_ptr, start, stop, low, high, count, wanted, positions, BLOCK: tl.constexpr):
-    """The cut in [low, high] with ``wanted`` ranks at or above it; low has ``count`` of them, at least that many."""
+    """The key in [low, high] with ``wanted`` sort keys at or above it; at or above low there are ``count``."""
     while (count != wanted) & (low < high):
         middle = low + (high - low + 1) // 2
-        above = _count(p_ptr, start, stop, middle, positions, BLOCK)
-        enough = above >= wanted
-        count = tl.where(enough, above, count)
+        count_middle = _count_from(p_ptr, start, stop, middle, positions, BLOCK)
+        enough = count_middle >= wanted
+        count = tl.where(enough, count_middle, count)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return low
 
 
+launch.set_default_configs("select", {"BLOCK": 1024, "num_warps": 8})
+
+
 @triton.jit(do_not_specialize=["positions", "images", "length", "budget"])
-def _cut_kernel(
-    p_ptr, starts_ptr, rho_ptr, cut_ptr, length_ptr, best_ptr, spare_ptr,
+def _select_topk_kernel(
+    p_ptr,  # (positions,) float
+    starts_ptr,  # (images + 1,) int32; unused if not PACKED
+    rho_ptr,  # (images,) float32; unused without PER_IMAGE
+    topk_ptr,  # (images,) int64: writes the top-k threshold
+    length_ptr,  # (images,) int32: writes how many positions the image keeps
+    best_ptr,  # (images,) int64: writes the highest sort key; unused without CAPACITY, like the next
+    droppable_ptr,  # (positions,) float32: writes p of kept positions but the image's best, -inf elsewhere
     positions, images, length, threshold, rho, budget,
     PACKED: tl.constexpr, BUDGET: tl.constexpr, PER_IMAGE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per image: how many it keeps, and the cut that does."""
+    """One program per image: how many positions it keeps, and its top-k threshold."""
     image = tl.program_id(0)
-    start, stop = _bounds(starts_ptr, image, images, length, positions, PACKED)
-    floor = _LOWEST + 1 if BUDGET else _floor(threshold, positions)
-    lowest = tl.full((BLOCK,), _HIGHEST, dtype=tl.int64)
+    start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
+    threshold_key = _LOWEST + 1 if BUDGET else _threshold_key(threshold, positions)
+    lowest = tl.full((BLOCK,), _HIGHEST, dtype=tl.int64)  # of the sort keys above the threshold
     highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
     natural = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(start, stop, BLOCK):
-        rank = _ranks(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
-        lowest = tl.minimum(lowest, tl.where(rank >= floor, rank, _HIGHEST))
-        highest = tl.maximum(highest, rank)
-        natural += (rank >= floor).to(tl.int32)
-    # Where nothing is above the threshold, the best position stands in.
+        sort_key = _load_sort_keys(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
+        lowest = tl.minimum(lowest, tl.where(sort_key >= threshold_key, sort_key, _HIGHEST))
+        highest = tl.maximum(highest, sort_key)
+        natural += (sort_key >= threshold_key).to(tl.int32)
+    # If nothing is above the threshold, the best position is kept all the same.
     best = tl.max(highest)
     low = tl.minimum(tl.min(lowest), best)
     count = tl.maximum(tl.sum(natural), (stop > start).to(tl.int32))
@@ -99,101 +125,124 @@ def _cut_kernel(
     else:
         if PER_IMAGE:
             rho = tl.load(rho_ptr + image)
-        # A fraction outside [0, 1) in a tensor cannot be refused without a sync; the image must keep 1 to count.
+        # A fraction in a tensor is not checked, because that would be a sync. So the result is clamped: 1 to count.
         wanted = tl.minimum(tl.maximum(count - (count.to(tl.float32) * rho).to(tl.int32), 1), count)
-    cut = _bisect(p_ptr, start, stop, low, best + 1, count, wanted, positions, BLOCK)
-    tl.store(cut_ptr + image, cut)
+    topk_threshold = _bisect(p_ptr, start, stop, low, best + 1, count, wanted, positions, BLOCK)
+    tl.store(topk_ptr + image, topk_threshold)
     tl.store(length_ptr + image, wanted)
     if CAPACITY:
         tl.store(best_ptr + image, best)
         for base in range(start, stop, BLOCK):
-            at = base + tl.arange(0, BLOCK)  # [BLOCK]
-            rank = _ranks(p_ptr, at, stop, positions)
-            p = tl.load(p_ptr + at, mask=(rank >= cut) & (rank < best), other=float("-inf"))
-            tl.store(spare_ptr + at, p.to(tl.float32), mask=at < stop)
+            position = base + tl.arange(0, BLOCK)  # [BLOCK]
+            sort_key = _load_sort_keys(p_ptr, position, stop, positions)
+            droppable = (sort_key >= topk_threshold) & (sort_key < best)
+            p = tl.load(p_ptr + position, mask=droppable, other=float("-inf"))
+            tl.store(droppable_ptr + position, p.to(tl.float32), mask=position < stop)
+
+
+launch.set_default_configs("select_capacity", {"BLOCK": 8192, "num_warps": 16})
 
 
 @triton.jit(do_not_specialize=["positions", "images", "capacity"])
-def _limit_kernel(
-    spare_ptr, best_ptr, length_ptr, limit_ptr, overflow_ptr, positions, images, threshold, capacity,
-    BLOCK: tl.constexpr,
+def _select_capacity_kernel(
+    droppable_ptr,  # (positions,) float32: p of positions that a capacity may drop, -inf elsewhere
+    best_ptr,  # (images,) int64: highest sort key
+    length_ptr,  # (images,) int32: positions that the image keeps without a capacity
+    capacity_threshold_ptr,  # (1,) int64
+    overflow_ptr,  # () int32: how many positions the capacity drops
+    positions, images, threshold, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the cut over the whole batch that fits what images can spare into the capacity."""
+    """One program: the threshold over the whole batch that drops as many positions as overflow the capacity."""
     kept = tl.zeros((BLOCK,), dtype=tl.int32)
-    survivors = tl.zeros((BLOCK,), dtype=tl.int32)
+    kept_images = tl.zeros((BLOCK,), dtype=tl.int32)
     highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
     for base in range(0, images, BLOCK):
         image = base + tl.arange(0, BLOCK)  # [BLOCK]
         length = tl.load(length_ptr + image, mask=image < images, other=0)
         kept += length
-        survivors += (length > 0).to(tl.int32)
+        kept_images += (length > 0).to(tl.int32)
         highest = tl.maximum(highest, tl.load(best_ptr + image, mask=image < images, other=_LOWEST))
     total = tl.sum(kept)
-    spare = total - tl.sum(survivors)
+    droppable = total - tl.sum(kept_images)  # every image keeps its best
     overflow = tl.maximum(total - capacity, 0)
-    limit = _bisect(
-        spare_ptr, 0, positions.to(tl.int64), _floor(threshold, positions), tl.max(highest) + 1,
-        spare, spare - overflow, positions, BLOCK,
+    capacity_threshold = _bisect(
+        droppable_ptr, 0, positions.to(tl.int64), _threshold_key(threshold, positions), tl.max(highest) + 1,
+        droppable, droppable - overflow, positions, BLOCK,
     )  # fmt: skip
-    tl.store(limit_ptr, limit)
+    tl.store(capacity_threshold_ptr, capacity_threshold)
     tl.store(overflow_ptr, overflow)
 
 
 @triton.jit(do_not_specialize=["positions", "images", "length"])
-def _raise_kernel(
-    p_ptr, starts_ptr, cut_ptr, length_ptr, best_ptr, limit_ptr, positions, images, length,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+def _select_raise_kernel(
+    p_ptr,  # (positions,) float
+    starts_ptr,  # (images + 1,) int32; unused if not PACKED
+    topk_ptr,  # (images,) int64: top-k threshold, raised in place
+    length_ptr,  # (images,) int32: writes how many positions the image keeps
+    best_ptr,  # (images,) int64: highest sort key
+    capacity_threshold_ptr,  # (1,) int64
+    positions, images, length, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per image: raise its cut to the limit of the batch, but keep its best, and count again."""
+    """One program per image: raise its threshold to that of the capacity, but keep its best, and count again."""
     image = tl.program_id(0)
-    start, stop = _bounds(starts_ptr, image, images, length, positions, PACKED)
-    cut = tl.maximum(tl.load(cut_ptr + image), tl.load(limit_ptr))
-    cut = tl.minimum(cut, tl.load(best_ptr + image))
-    tl.store(cut_ptr + image, cut)
-    tl.store(length_ptr + image, _count(p_ptr, start, stop, cut, positions, BLOCK))
+    start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
+    topk_threshold = tl.maximum(tl.load(topk_ptr + image), tl.load(capacity_threshold_ptr))
+    topk_threshold = tl.minimum(topk_threshold, tl.load(best_ptr + image))
+    tl.store(topk_ptr + image, topk_threshold)
+    tl.store(length_ptr + image, _count_from(p_ptr, start, stop, topk_threshold, positions, BLOCK))
 
 
 @triton.jit(do_not_specialize=["positions", "images", "length", "rows"])
-def _compact_kernel(
-    p_ptr, starts_ptr, cut_ptr, length_ptr,
-    index_ptr, cu_seqlens_ptr, mask_ptr, natural_ptr, slot_ptr, size_ptr, overflow_ptr,
+def _select_compact_kernel(
+    p_ptr,  # (positions,) float
+    starts_ptr,  # (images + 1,) int32; unused if not PACKED
+    topk_ptr,  # (images,) int64: top-k threshold
+    length_ptr,  # (images,) int32: positions that the image keeps
+    index_ptr,  # (rows,) int64: writes the position of each packed row, -1 in padding rows
+    cu_seqlens_ptr,  # (images + 1,) int32
+    mask_ptr,  # (positions,) bool: kept
+    natural_ptr,  # (positions,) bool: p above the threshold
+    packed_row_ptr,  # (positions,) int32: -1 where not kept
+    size_ptr,  # (2,) int32: kept positions of the batch, and of the image that keeps most
+    overflow_ptr,  # () int32: writes 0; unused with CAPACITY
     positions, images, length, rows, threshold,
     PACKED: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per image, and one more for what follows the last: number the kept positions in order."""
+    """One program per image, and one more for the end of cu_seqlens: number the kept positions in their order."""
     image = tl.program_id(0)
-    before = tl.zeros((BLOCK,), dtype=tl.int32)
-    everywhere = tl.zeros((BLOCK,), dtype=tl.int32)
+    kept_before = tl.zeros((BLOCK,), dtype=tl.int32)
+    kept_everywhere = tl.zeros((BLOCK,), dtype=tl.int32)
     longest = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(0, images, BLOCK):
         other = base + tl.arange(0, BLOCK)  # [BLOCK]
         kept = tl.load(length_ptr + other, mask=other < images, other=0)
-        before += tl.where(other < image, kept, 0)
-        everywhere += kept
+        kept_before += tl.where(other < image, kept, 0)
+        kept_everywhere += kept
         longest = tl.maximum(longest, kept)
-    slot = tl.sum(before)
-    total = tl.sum(everywhere)
-    tl.store(cu_seqlens_ptr + image, slot)
+    prefix_count = tl.sum(kept_before)
+    total = tl.sum(kept_everywhere)
+    tl.store(cu_seqlens_ptr + image, prefix_count)
     if image == images:
         tl.store(size_ptr, total)
         tl.store(size_ptr + 1, tl.max(longest))
         if not CAPACITY:
             tl.store(overflow_ptr, 0)
 
-    start, stop = _bounds(starts_ptr, image, images, length, positions, PACKED)
-    cut = tl.load(cut_ptr + image, mask=image < images, other=_HIGHEST)
-    floor = _floor(threshold, positions)
+    start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
+    topk_threshold = tl.load(topk_ptr + image, mask=image < images, other=_HIGHEST)
+    threshold_key = _threshold_key(threshold, positions)
     for base in range(start, stop, BLOCK):
-        at = base + tl.arange(0, BLOCK)  # [BLOCK]
-        rank = _ranks(p_ptr, at, stop, positions)
-        keep = rank >= cut
-        packed_rows = slot + tl.cumsum(keep.to(tl.int32), 0) - 1
-        tl.store(mask_ptr + at, keep, mask=at < stop)
-        tl.store(natural_ptr + at, rank >= floor, mask=at < stop)
-        tl.store(slot_ptr + at, tl.where(keep, packed_rows, -1), mask=at < stop)
-        tl.store(index_ptr + packed_rows, at, mask=keep & (packed_rows < rows))
-        slot += tl.sum(keep.to(tl.int32))
+        position = base + tl.arange(0, BLOCK)  # [BLOCK]
+        sort_key = _load_sort_keys(p_ptr, position, stop, positions)
+        keep = sort_key >= topk_threshold
+        packed_row = prefix_count + tl.cumsum(keep.to(tl.int32), 0) - 1
+        tl.store(mask_ptr + position, keep, mask=position < stop)
+        tl.store(natural_ptr + position, sort_key >= threshold_key, mask=position < stop)
+        tl.store(packed_row_ptr + position, tl.where(keep, packed_row, -1), mask=position < stop)
+        tl.store(index_ptr + packed_row, position, mask=keep & (packed_row < rows))
+        prefix_count += tl.sum(keep.to(tl.int32))
 
+    # The programs share the padding rows.
     for base in range(total + image * BLOCK, rows, (images + 1) * BLOCK):
         padding = base + tl.arange(0, BLOCK)  # [BLOCK]
         tl.store(index_ptr + padding, tl.full((BLOCK,), -1, dtype=tl.int64), mask=padding < rows)
@@ -208,7 +257,7 @@ def select_fwd(
     budget: int | None,
     capacity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous (B, L) p, or (S,) with int32 (B + 1,) cu_seqlens; float32 (B,) rho_per_image wins over rho.
+    """Contiguous (B, L) p, or (S,) with int32 (B + 1,) cu_seqlens; float32 (B,) rho_per_image replaces rho.
 
     Returns:
         indices (rows,) int64, cu_seqlens (B + 1,), lengths (B,) int32, mask and natural_mask bool and packed_rows int32
@@ -219,33 +268,34 @@ def select_fwd(
     images, length = (cu_seqlens.shape[0] - 1, 0) if packed else p.shape
     positions = p.numel()
     rows = capacity if limited else positions if budget is None else images * budget
-    cuts, lengths = launch.empty((images,), torch.int64, device), launch.empty((images,), torch.int32, device)
+    topk, lengths = launch.empty((images,), torch.int64, device), launch.empty((images,), torch.int32, device)
     indices, starts = launch.empty((rows,), torch.int64, device), launch.empty((images + 1,), torch.int32, device)
     mask, natural = launch.empty(p.shape, torch.bool, device), launch.empty(p.shape, torch.bool, device)
     packed_rows, sizes = launch.empty(p.shape, torch.int32, device), launch.empty((2,), torch.int32, device)
     overflow = launch.empty((), torch.int32, device)
-    best = launch.empty((images,), torch.int64, device) if limited else cuts
-    spare = launch.empty((positions,), torch.float32, device) if limited else cuts
+    # Without a capacity the kernels do not touch these two; any tensor will do.
+    best = launch.empty((images,), torch.int64, device) if limited else topk
+    droppable = launch.empty((positions,), torch.float32, device) if limited else topk
 
     source = p if cu_seqlens is None else cu_seqlens
     config = launch.config_for("select", device)
     launch.launch(
-        _cut_kernel, (images,), p, source, p if rho_per_image is None else rho_per_image, cuts, lengths, best, spare,
-        positions, images, length, threshold, rho, budget or 0,
+        _select_topk_kernel, (images,), p, source, p if rho_per_image is None else rho_per_image, topk, lengths,
+        best, droppable, positions, images, length, threshold, rho, budget or 0,
         PACKED=packed, BUDGET=budget is not None, PER_IMAGE=rho_per_image is not None, CAPACITY=limited, **config,
     )  # fmt: skip
     if limited:
-        limit = launch.empty((1,), torch.int64, device)
+        capacity_threshold = launch.empty((1,), torch.int64, device)
         launch.launch(
-            _limit_kernel, (1,), spare, best, lengths, limit, overflow, positions, images, threshold, capacity,
-            **launch.config_for("select_limit", device),
+            _select_capacity_kernel, (1,), droppable, best, lengths, capacity_threshold, overflow,
+            positions, images, threshold, capacity, **launch.config_for("select_capacity", device),
         )  # fmt: skip
         launch.launch(
-            _raise_kernel, (images,), p, source, cuts, lengths, best, limit, positions, images, length,
-            PACKED=packed, **config,
+            _select_raise_kernel, (images,), p, source, topk, lengths, best, capacity_threshold,
+            positions, images, length, PACKED=packed, **config,
         )  # fmt: skip
     launch.launch(
-        _compact_kernel, (images + 1,), p, source, cuts, lengths,
+        _select_compact_kernel, (images + 1,), p, source, topk, lengths,
         indices, starts, mask, natural, packed_rows, sizes, overflow,
         positions, images, length, rows, threshold, PACKED=packed, CAPACITY=limited, **config,
     )  # fmt: skip

@@ -11,8 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = (
-    "import dcdit.kernels.packing as packing, dcdit.kernels.launch as launch\n"
-    "assert launch._table('default')\n"
+    "import importlib.resources, dcdit.kernels.packing as packing, dcdit.kernels.launch as launch\n"
+    "assert launch.shipped_configs()['gather']\n"
+    "assert (launch.CONFIG_FOLDER / 'README.md').is_file()\n"
+    "assert importlib.resources.files('dcdit.kernels.configs').joinpath('README.md').is_file()\n"
     "print(packing.__file__)"
 )
 
@@ -32,6 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "kernels" / "configs" / "Some_GPU.json").write_text("{}")
     return folder
 
 
@@ -68,7 +71,8 @@ def test_wheel_carries_configurations(source: Path, tmp_path: Path) -> None:
     run(sys.executable, *build, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "dcdit/kernels/configs/default.json" in names
+    assert "dcdit/kernels/configs/README.md" in names
+    assert "dcdit/kernels/configs/Some_GPU.json" in names
     assert "dcdit/py.typed" in names
     assert not any(name.startswith("kernels/") for name in names)
 

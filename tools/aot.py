@@ -1,15 +1,13 @@
-"""Compile every kernel ahead of time for the supported GPUs, on any machine, and report what the compilers allot.
+"""Compile every kernel ahead of time for the supported GPUs, on any machine, and report what each one takes.
 
-Each ``launches/<family>.py`` calls its launchers on tiny CPU tensors while launches are recorded instead of started;
-the recorded arguments go through Triton's own specialisation, so what is compiled here is what a GPU would run. A
-kernel that spills (stack or local memory) fails the run.
+Every case of every operation (:mod:`dcdit.profiling.workloads`) is called on tiny CPU tensors while its launches are
+recorded instead of started. The recorded arguments go through Triton's own specialisation, so a GPU would run what is
+compiled here. A kernel that spills registers (to stack or local memory) fails the run.
 
-    python -m tools.aot [--family packing] [--dtype bf16] [--target sm_90] [--width 1152]
+    python -m tools.aot [--op gather_tokens] [--dtype bf16] [--target sm_90] [--width 1152]
 """
 
 import argparse
-import importlib
-import json
 import re
 import subprocess
 import sys
@@ -22,10 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from dcdit.kernels import launch
+from dcdit.profiling.workloads import OPERATIONS, Shape, create_workload
 from tools.columns import columns
 from tools.compiler import Compiler
-
-LAUNCHES = Path(__file__).with_name("launches")
+from tools.recording import recorded_launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = {
@@ -35,7 +34,9 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 WIDTHS = (24, 1152, 2048)
-"""Always compiled, beside those of a family's shipped configurations: not a multiple of 16, XL's, and the widest."""
+"""Always compiled, beside the widths of shipped configurations: not a multiple of 16, that of XL, and the widest."""
+BATCH, GRID, KEEP = 2, (4, 4), 0.5
+"""What is compiled does not depend on these, as long as the positions of an image are a multiple of 16."""
 
 REGISTER_FILE = 65536
 WARPS_PER_SM = {"sm_80": 64, "sm_90": 64, "sm_100": 64}
@@ -43,11 +44,11 @@ SHARED_PER_SM = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 
 
 class Report(NamedTuple):
-    """One kernel, one signature, one target."""
+    """One kernel, one specialisation, one target."""
 
     kernel: str
     dtype: str
-    """Of the tokens, the first of those asked for that lead to this signature; so is the width."""
+    """Of the tokens: the first of those asked for that lead to this specialisation. The width is, too."""
     width: int
     target: str
     num_warps: int
@@ -55,8 +56,8 @@ class Report(NamedTuple):
     shared: int
     stack: int
     local: int
-    wide: str
-    """128-bit share of the global accesses: how many of how many."""
+    vectorized: str
+    """Global accesses of 128 bits, of how many."""
     occupancy: str
 
     @property
@@ -64,49 +65,41 @@ class Report(NamedTuple):
         return self.stack > 0 or self.local > 0
 
 
-def families() -> list[str]:
-    return sorted(path.stem for path in LAUNCHES.glob("*.py") if path.stem != "__init__")
-
-
-def launches(family: str, dtype: str, width: int) -> list[Any]:
-    """What a family starts for tokens of this dtype and width."""
-    from dcdit.kernels.launch import record_launches
-
-    with record_launches() as recorded:
-        importlib.import_module(f"tools.launches.{family}").launches(DTYPES[dtype], width)
+def launches(op: str, dtype: str, width: int) -> list[launch.Launch]:
+    """What all cases of an operation start for tokens of this dtype and width."""
+    operation = OPERATIONS[op]
+    shape = Shape(BATCH, GRID, width, KEEP, DTYPES[dtype], torch.device("cpu"))
+    workloads = [create_workload(operation.workload_name(case), shape) for case in operation.cases]
+    recorded = [start for workload in workloads for start in recorded_launches(workload)]
     if not recorded:
-        raise RuntimeError(f"launches/{family}.py recorded no launch")
+        raise RuntimeError(f"{op} started no kernel")
     return recorded
 
 
-def widths(family: str) -> list[int]:
-    """The widths of every shipped configuration of a family, and the fixed ones."""
-    from dcdit.kernels.launch import CONFIG_FOLDER, observe_configs
-
+def widths(op: str) -> list[int]:
+    """The widths of every shipped configuration of an operation's kernels, and the fixed ones."""
     used = set()
     for dtype in DTYPES:
-        with observe_configs() as observed:
-            launches(family, dtype, 1152)
+        with launch.observe_configs() as observed:
+            launches(op, dtype, 1152)
         used |= {kernel for kernel, *_ in observed}
-    found = set(WIDTHS)
-    for path in CONFIG_FOLDER.glob("*.json"):
-        for kernel, entries in json.loads(path.read_text()).items():
-            found |= {entry["shape"]["D"] for entry in entries if kernel in used and "D" in entry["shape"]}
-    return sorted(found)
+    shipped = launch.shipped_configs()
+    shapes = [entry["shape"] for kernel in used for entry in shipped[kernel]]
+    return sorted({*WIDTHS, *(shape["D"] for shape in shapes if "D" in shape)})
 
 
-def compile_family(family: str, target: str, dtypes: list[str], given: list[int] | None) -> list[Report]:
-    """Compile each distinct launch of a family, over all dtypes and widths, for one target."""
+def compile_operation(op: str, target: str, dtypes: list[str], given: list[int] | None) -> list[Report]:
+    """Compile each distinct launch of an operation, over all dtypes and widths, for one target."""
     reports: list[Report] = []
     seen: set[Any] = set()
     for dtype in dtypes:
-        for width in given or widths(family):
-            reports += compile_launches(launches(family, dtype, width), dtype, width, target, seen)
+        for width in given or widths(op):
+            reports += compile_launches(launches(op, dtype, width), dtype, width, target, seen)
     return reports
 
 
 def compile_launches(
-    recorded: list[Any], dtype: str, width: int, target_name: str, seen: set[Any] | None = None
+    recorded: list[launch.Launch], dtype: str, width: int, target_name: str, seen: set[Any] | None = None
 ) -> Iterator[Report]:
     """Compile the recorded launches whose specialisation is not in ``seen``."""
     compiler = Compiler(*TARGETS[target_name])
@@ -147,7 +140,7 @@ def _nvidia_usage(compiled: Any) -> dict[str, Any]:
         "registers": found["reg"],
         "stack": found["stack"],
         "local": found["local"],
-        "wide": f"{sum(b >= 128 for b in bits)}/{len(bits)}",
+        "vectorized": f"{sum(b >= 128 for b in bits)}/{len(bits)}",
     }
 
 
@@ -173,12 +166,12 @@ def _amd_usage(compiled: Any) -> dict[str, Any]:
         "registers": field("vgpr_count"),
         "stack": field("private_segment_fixed_size"),
         "local": field("vgpr_spill_count"),
-        "wide": f"{sum(access == 'dwordx4' for access in accesses)}/{len(accesses)}",
+        "vectorized": f"{sum(access == 'dwordx4' for access in accesses)}/{len(accesses)}",
     }
 
 
 def _occupancy(target: str, metadata: Any, registers: int) -> str:
-    """Upper bound of the resident warps' share, from registers and shared memory."""
+    """Resident warps of those that fit, at most, by registers and shared memory."""
     if target not in WARPS_PER_SM:
         return "-"
     warps = metadata.num_warps
@@ -196,22 +189,22 @@ def table(reports: list[Report]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=families(), default=families(), help="files in launches/")
+    parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="operations")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="token dtype")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPU architecture")
     parser.add_argument(
-        "--width", nargs="+", type=int, help="token widths D (default: those of the family's configurations, and a few)"
+        "--width", nargs="+", type=int, help="token widths D (default: those of shipped configurations, and a few)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     args = parser.parse_args()
     reports: list[Report] = []
     with ProcessPoolExecutor(args.jobs) as pool:
         futures = [
-            pool.submit(compile_family, family, target, args.dtype, args.width)
-            for family in args.family
+            pool.submit(compile_operation, op, target, args.dtype, args.width)
+            for op in args.op
             for target in args.target
         ]
-        for future in tqdm(as_completed(futures), total=len(futures), unit="family", desc="aot", leave=False):
+        for future in tqdm(as_completed(futures), total=len(futures), unit="op", desc="aot", leave=False):
             reports += future.result()
     reports.sort()
     print(table(reports))

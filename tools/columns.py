@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for a terminal (Markdown tables are in dcdit.utils.tables)."""
 
 
 def columns(rows: list[list[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Compile launches for a GPU that need not be there, specialised as Triton would at their first start."""
+"""Compile launches for a GPU that need not be present, specialised as Triton does it at their first start."""
 
 from typing import Any
 
@@ -33,6 +33,6 @@ class Compiler:
         return bind(*args, **self._options(meta))
 
     def _options(self, meta: dict[str, Any]) -> dict[str, Any]:
-        # dcdit.kernels drops maxnreg where it starts kernels on AMD, too.
+        # dcdit.kernels.launch drops maxnreg on AMD, too.
         ignored = {"maxnreg"} if self._target.backend == "hip" else set()
         return {**{name: value for name, value in meta.items() if name not in ignored}, "debug": False}

@@ -1,6 +1,8 @@
-"""Everything that needs a CUDA device: kernels against the reference, the model, and compute-sanitizer on a short run.
+"""Run everything that needs a CUDA device: kernel tests, model tests, and compute-sanitizer on a short run.
 
-Run as `make gpu-test`; where there is no GPU it says so and stops.
+    python -m tools.gpu_suite
+
+is `make gpu-test`. Without a GPU it says so and stops.
 """
 
 import os
@@ -26,7 +28,7 @@ def main() -> int:
         print("gpu-test: compute-sanitizer is not installed; memcheck and racecheck were not run")
         return failed
     short = [sys.executable, "-m", "tools.short_run"]
-    # PyTorch's caching allocator hides out-of-bounds accesses between tensors from memcheck.
+    # PyTorch's caching allocator hides accesses outside of a tensor from memcheck.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in ("memcheck", "racecheck"):
         print(f"gpu-test: compute-sanitizer {tool}", flush=True)

@@ -1,4 +1,9 @@
-"""Every operation, forward and backward, on small tensors: what compute-sanitizer watches (tools/gpu_suite.py)."""
+"""Run every kernel once, forward and backward, in small models on a GPU; compute-sanitizer checks this run.
+
+    python -m tools.short_run
+
+tools/gpu_suite.py starts it.
+"""
 
 import torch
 

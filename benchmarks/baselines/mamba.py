@@ -1,4 +1,4 @@
-"""H-Net's EMA through the chunk scan of mamba_ssm (arXiv 2507.07955, section 2.2), where that package is installed.
+"""H-Net's moving average through the chunk scan of mamba_ssm (arXiv 2507.07955, section 2.2), where it is installed.
 
 The scan computes ``s_m = exp(-dt_m) s_{m-1} + dt_m b_m x_m``: with ``dt = -log(1 - q)``, ``b = q`` and ``x = h / dt``
 it is the moving average.
@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.plain import PROB_EPS, Call, padded, plug_back_last
 from dcdit.ops import TokenSelection
+from dcdit.ops.numerics import PROB_EPS
+from dcdit.profiling.workloads import Call
+from dcdit.profiling.workloads.dechunk import plug_back_last
+from dcdit.profiling.workloads.packing import padded_positions
 
 CHUNK = 256
 HEAD = 32
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why this peer cannot run here; None where it can."""
+def reason_unavailable(device: torch.device) -> str | None:
+    """Why this baseline cannot run here; None where it can."""
     if importlib.util.find_spec("mamba_ssm") is None:
         return "mamba_ssm is not installed"
     if device.type != "cuda":
@@ -26,9 +29,10 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residual: Tensor) -> Call:
+def create_call(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residual: Tensor) -> Call:
+    """The call to time, on the arguments of the default case of :func:`dcdit.ops.dechunk_ema`."""
     scan: Any = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    order, real = padded(sel)
+    order, real = padded_positions(sel)
     heads = h.shape[1] // HEAD
     speed = -torch.ones(heads, device=h.device)
 

@@ -1,8 +1,8 @@
-"""The reference implementation (github AMD-AGI/DynamicChunkingDiT) as a peer, where DCDIT_OFFICIAL is its checkout.
+"""The reference implementation (github AMD-AGI/DynamicChunkingDiT) as a baseline, from the checkout DCDIT_OFFICIAL.
 
-Its modules are imported as they are and get our weights through :func:`dcdit.models.to_official`. What it takes from
-timm and flash_attn comes from those packages where they are installed, else from the stand-ins below; nothing of it is
-copied here. Its attention rounds float32 to bfloat16, so float32 outputs agree to that precision.
+Its modules are imported unchanged and get our weights through :func:`dcdit.models.to_official`; none of its code is
+copied here. It needs timm and flash_attn: the stand-ins below replace them where they are not installed. Its attention
+rounds float32 to bfloat16, so float32 outputs agree to that precision only.
 """
 
 import copy
@@ -26,11 +26,11 @@ from dcdit.ops import varlen_attention
 VARIABLE = "DCDIT_OFFICIAL"
 TOP_LEVEL = ("config", "models", "hnet")
 AGREEMENT = 1e-3
-"""Relative: its attention rounds, the rest is float32."""
+"""Relative tolerance: its attention rounds to bfloat16, the rest is float32."""
 
 
-def why_not() -> str | None:
-    """Why this peer cannot run; None where it can.
+def reason_unavailable() -> str | None:
+    """Why this baseline cannot run; None where it can.
 
     Raises:
         ValueError: the variable names a folder that is not a checkout.
@@ -67,19 +67,19 @@ def build(model: DCDiT) -> nn.Module:
 
 
 def build_verified(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float) -> nn.Module:
-    """The reference implementation of a model, after it computed the same in float32 on a batch.
+    """The reference implementation of a model, after a check that both compute the same on a batch in float32.
 
-    Equal masks, and equal outputs to the precision of its attention. A model in half precision gets a side that runs
-    as the reference implementation is meant to, under autocast.
+    The masks must be equal, the outputs equal to the precision of its attention. For a model in half precision the
+    reference implementation runs under autocast, as its authors mean it to.
 
     Raises:
         NotEqualError: they differ.
     """
-    wide = model if x.dtype == torch.float32 else copy.deepcopy(model).float()
-    official = build(wide)
+    in_float32 = model if x.dtype == torch.float32 else copy.deepcopy(model).float()
+    official = build(in_float32)
     with torch.no_grad():
         expected, info = official(x.float(), t, y, return_chunking_info=True, tail_dropping_fraction=drop_fraction)
-        out, routing = wide(x.float(), t, y, drop_fraction=drop_fraction, return_routing=True)
+        out, routing = in_float32(x.float(), t, y, drop_fraction=drop_fraction, return_routing=True)
     check_equal("kept tokens of the reference implementation", [info[0].boundary_mask], [routing.mask], 0.0)
     check_equal("output of the reference implementation", [expected], [out], AGREEMENT)
     return official if x.dtype == torch.float32 else _Autocast(official, x.dtype)
@@ -96,8 +96,8 @@ class _Autocast(nn.Module):
             return self.module(x.float(), *args, **options)
 
 
-def stir(model: nn.Module) -> None:
-    """Give every parameter that starts at zero a value, or a comparison would not see what it multiplies."""
+def randomize_zeros(model: nn.Module) -> None:
+    """Give a value to every parameter that starts at zero; else a comparison would not see what it multiplies."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -107,7 +107,7 @@ def stir(model: nn.Module) -> None:
 
 @functools.cache
 def _checkout(root: str) -> tuple[Any, Any]:
-    """Its modules config and models; their names are too common to stay in sys.modules."""
+    """Its modules config and models. They leave sys.modules again, because their names are so common."""
     _provide()
     others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in TOP_LEVEL}
     sys.path.insert(0, root)

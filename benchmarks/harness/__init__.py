@@ -1,1 +1,1 @@
-"""What the benchmarks share: sets of shapes, equality checks, counting, reports."""
+"""What the benchmarks share: sets of sizes, equality checks, counted work, least traffic, reports."""

@@ -1,6 +1,6 @@
-"""Work that can be counted instead of timed: kernel launches, reads on the host, bytes that operators touch.
+"""Work that is counted instead of timed: kernel launches, reads on the host, bytes that operators touch.
 
-The numbers are the same on every machine and in every run, so that tests can hold on to them.
+The counts are the same on every machine and in every run, so tests compare them exactly.
 """
 
 import weakref
@@ -19,26 +19,26 @@ from torch.utils._pytree import tree_leaves
 from dcdit.kernels import launch as launching
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
-"""Operators whose result, or the size of it, has to be known on the host."""
+"""Operators whose result, or its size, must be known on the host."""
 READING_METHODS = ("tolist", "numpy", "cpu")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
 
 
-class Work:
+class CountedWork:
     """What a block did."""
 
     def __init__(self) -> None:
         self.launches: Counter[str] = Counter()
         """Starts of each Triton kernel by name."""
         self.reads = 0
-        """Times that the host needed a number from a tensor; on a GPU each is a synchronisation."""
+        """How often the host needed a number from a tensor; on a GPU each is a synchronisation."""
         self.operators: Counter[str] = Counter()
         """PyTorch operators that touch memory, by name, outside the kernels."""
         self.bytes = 0
-        """Touched by operators and kernels: every tensor argument and every result once per operator or launch."""
+        """Touched by operators and kernels: every tensor argument and result, once for each operator or launch."""
         self.peak_bytes = 0
-        """The most that tensors made in the block held at one time."""
+        """The most that tensors made in the block held at the same time."""
         self._held = 0
         self.listening = True
 
@@ -64,16 +64,16 @@ class Work:
 
 
 @contextmanager
-def count_work() -> Iterator[Work]:
-    """Count the work of the block (this thread, and the backward passes that it starts)."""
-    work = Work()
+def count_work() -> Iterator[CountedWork]:
+    """Count the work of the block: of this thread and of the backward passes that it starts."""
+    work = CountedWork()
 
     def counted(launch: Callable[..., None]) -> Callable[..., None]:
         def start(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             if 0 not in grid and work.listening:
                 work.launches[kernel.__name__] += 1
                 work.touch(*args, *meta.values())
-            # The interpreter copies its arguments and reads them on the host: not what the kernel would do.
+            # The interpreter copies its arguments and reads them on the host; a kernel would not.
             with work.paused():
                 launch(kernel, grid, *args, **meta)
 
@@ -87,7 +87,7 @@ def count_work() -> Iterator[Work]:
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: CountedWork) -> None:
         super().__init__()
         self.work = work
         self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -117,9 +117,9 @@ class _Operators(TorchDispatchMode):
 
 
 class _Methods(TorchFunctionMode):
-    """Reads of a CPU tensor that no operator stands for."""
+    """Reads of a CPU tensor that call no operator."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: CountedWork) -> None:
         super().__init__()
         self.work = work
         self.reading = {getattr(Tensor, name) for name in READING_METHODS}

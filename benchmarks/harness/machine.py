@@ -1,4 +1,4 @@
-"""The conditions that every result stands under."""
+"""The conditions of a run, which every result carries."""
 
 import functools
 from typing import Any

@@ -1,7 +1,7 @@
 """Raw results to a page: `python -m benchmarks.harness.report RAW.json [RAW.json ...] [--out benchmarks/results]`.
 
-Takes what `pytest benchmarks/ --benchmark-only --benchmark-json RAW.json` and `python -m benchmarks.bench_scaling`
-write, and makes <device>-<date>.md with its pictures. What was not measured is an empty cell.
+Reads what `pytest benchmarks/ --benchmark-only --benchmark-json RAW.json` and `python -m benchmarks.bench_scaling`
+write. Writes <device>-<date>.md and its pictures. The cell of a value that was not measured is empty.
 """
 
 import argparse
@@ -18,27 +18,29 @@ from dcdit.nn import STAGES
 from dcdit.utils.tables import markdown_table
 
 Row = dict[str, Any]
-GROWTH_FROM, GROWTH_TO = "32", "256"
+SCALING_FROM, SCALING_TO = "32", "256"
 LOW_ETA = 0.9
 """Below it the page says where the time went."""
+FORMER_KEYS = {"side": "variant", "case": "label", "kept_share": "kept_fraction", "growth": "scaling"}
+"""Keys in results of earlier versions, and what they are called now."""
 
 
 def read(paths: Sequence[Path]) -> dict[str, Any]:
     """The results of several files together.
 
     Returns:
-        ``conditions`` of the first file, ``left_out``, ``day``, and the rows ``op``, ``model``, ``growth``.
+        ``conditions`` of the first file, ``left_out``, ``day``, and the rows ``op``, ``model``, ``scaling``.
 
     Raises:
-        ValueError: a file that is not a result of these benchmarks, or results of two devices or dtypes.
+        ValueError: a file that is not a result of these benchmarks, or results of two devices, dtypes or thread counts.
     """
-    found: dict[str, Any] = {"op": [], "model": [], "growth": [], "left_out": {}, "day": date.today().isoformat()}
+    found: dict[str, Any] = {"op": [], "model": [], "scaling": [], "left_out": {}, "day": date.today().isoformat()}
     for path in paths:
         try:
-            raw = json.loads(path.read_text())
+            raw = _renamed(json.loads(path.read_text()))
             conditions = raw["dcdit"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{path} holds no results; accepted: JSON of the benchmarks or the growth run") from None
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} holds no results; accepted: JSON of the benchmarks or of bench_scaling") from None
         first = found.setdefault("conditions", conditions)
         for name in ("device", "dtype", "threads"):
             if conditions[name] != first[name]:
@@ -46,10 +48,14 @@ def read(paths: Sequence[Path]) -> dict[str, Any]:
         found["left_out"].update(conditions["left_out"])
         found["day"] = raw.get("datetime", found["day"])[:10]
         for benchmark in raw.get("benchmarks", []):
-            row = benchmark["extra_info"]
+            row = _renamed(benchmark["extra_info"])
             found[row["kind"]].append(row)
-        found["growth"] += raw.get("growth", [])
+        found["scaling"] += raw.get("scaling", [])
     return found
+
+
+def _renamed(row: Row) -> Row:
+    return {FORMER_KEYS.get(key, key): value for key, value in row.items()}
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
@@ -63,8 +69,8 @@ def write(found: dict[str, Any], folder: Path) -> Path:
         parts.append(_models(_grouped(found["model"]), page))
     if found["op"]:
         parts.append(_ops(found["op"], conditions["copy_gbps"], page))
-    if found["growth"]:
-        parts.append(_growth(found["growth"], page))
+    if found["scaling"]:
+        parts.append(_scaling(found["scaling"], page))
     page.write_text("\n\n".join(parts) + "\n")
     return page
 
@@ -78,7 +84,7 @@ def _head(found: dict[str, Any]) -> str:
             "",
             f"- {conditions['threads']} threads, torch {conditions['torch']}, {conditions['dtype']}, "
             f"set {conditions['set']}. Copy bandwidth in this run: {conditions['copy_gbps']:.1f} GB/s.",
-            "- Every side computed the same before it was timed. Times are medians; an empty cell was not measured.",
+            "- Every variant computed the same before it was timed. Times are medians; an empty cell was not measured.",
             *left_out,
         ]
     )
@@ -92,12 +98,12 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def etas(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Conversion of every dynamic side against every static one of a group."""
-    statics = [row for row in rows if row["kept_share"] is None]
+    """Conversion of every dynamic variant against every static one of a group."""
+    statics = [row for row in rows if row["kept_fraction"] is None]
     return {
-        row["side"]: {s["side"]: (s["ms"] / row["ms"]) / (s["gflops"] / row["gflops"]) for s in statics}
+        row["variant"]: {s["variant"]: (s["ms"] / row["ms"]) / (s["gflops"] / row["gflops"]) for s in statics}
         for row in rows
-        if row["kept_share"] is not None
+        if row["kept_fraction"] is not None
     }
 
 
@@ -112,19 +118,20 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
     ]
     for title, rows in groups.items():
         conversion = etas(rows)
-        statics = [row["side"] for row in rows if row["kept_share"] is None]
-        head = ["side", "kept", "GFLOPs/image", "ms", "images/s", "peak MiB", *(f"eta vs {name}" for name in statics)]
+        statics = [row["variant"] for row in rows if row["kept_fraction"] is None]
+        head = ["variant", "kept", "GFLOPs/image", "ms", "images/s", "peak MiB"]
+        head += [f"eta vs {name}" for name in statics]
         stepping = any(row["optimizer_ms"] for row in rows)
         head += ["optimizer ms"] * stepping
         body = [
             [
-                row["side"],
-                _number(row["kept_share"], ".1%"),
+                row["variant"],
+                _number(row["kept_fraction"], ".1%"),
                 _number(row["gflops"], ".2f"),
                 _number(row["ms"], ".1f"),
                 _number(row["images_per_s"], ".2f"),
                 _mebibytes(row["peak_bytes"]),
-                *(_number(conversion.get(row["side"], {}).get(name), ".2f") for name in statics),
+                *(_number(conversion.get(row["variant"], {}).get(name), ".2f") for name in statics),
                 *([_number(row["optimizer_ms"], ".1f")] * stepping),
             ]
             for row in rows
@@ -133,18 +140,18 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
         staged = [row for row in rows if row["stage_ms"]]
         if staged:
             parts += ["Milliseconds by stage:", _stages(staged)]
-        reasons = [_reason(row, rows, conversion[row["side"]]) for row in rows if row["side"] in conversion]
+        reasons = [_reason(row, rows, conversion[row["variant"]]) for row in rows if row["variant"] in conversion]
         if any(reasons):
             parts += ["\n".join(f"- {reason}" for reason in reasons if reason)]
     return "\n\n".join(parts)
 
 
 def _reason(row: Row, rows: Sequence[Row], conversion: dict[str, float]) -> str:
-    """Where the time of a side goes that converts badly; empty for one that does not."""
+    """Where the time of a variant goes whose eta is low; empty for the others."""
     if not conversion or min(conversion.values()) >= LOW_ETA:
         return ""
     name = min(conversion, key=lambda static: conversion[static])
-    static = next(side for side in rows if side["side"] == name)
+    static = next(other for other in rows if other["variant"] == name)
     per_gflop = static["ms"] / static["gflops"]
     excess = {
         stage: ms - per_gflop * row["stage_gflops"].get(stage, 0.0)
@@ -157,13 +164,13 @@ def _reason(row: Row, rows: Sequence[Row], conversion: dict[str, float]) -> str:
     named = ", ".join(f"{stage} {excess[stage]:+.1f} ms" for stage in worst) or "no stage that was timed"
     total = row["ms"] - per_gflop * row["gflops"]
     return (
-        f"{row['side']} converts at {conversion[name]:.2f} against {name}: {total:.1f} ms above that model's time per "
+        f"{row['variant']}: eta {conversion[name]:.2f} against {name}, {total:.1f} ms above that model's time per "
         f"FLOP. By stage: {named}."
     )
 
 
 def _stages(rows: Sequence[Row]) -> str:
-    head = ["stage", *(row["side"] for row in rows)]
+    head = ["stage", *(row["variant"] for row in rows)]
     body = [[stage, *(_number(row["stage_ms"].get(stage), ".2f") for row in rows)] for stage in (*STAGES, "whole")]
     covered = [sum(row["stage_ms"].get(stage, 0.0) for stage in STAGES) / row["stage_ms"]["whole"] for row in rows]
     return markdown_table(head, [*body, ["stages / whole", *(f"{share:.1%}" for share in covered)]])
@@ -171,7 +178,7 @@ def _stages(rows: Sequence[Row]) -> str:
 
 def _ops(rows: Sequence[Row], copy_gbps: float, page: Path) -> str:
     picture = page.with_name(f"{page.stem}-ops.png")
-    first = [row for row in rows if row["direction"] == "forward" and row["case"] == rows[0]["case"]]
+    first = [row for row in rows if row["direction"] == "forward" and row["label"] == rows[0]["label"]]
     pictures.plot_roofline(first, copy_gbps, picture)
     parts = [
         "## Operations",
@@ -179,36 +186,36 @@ def _ops(rows: Sequence[Row], copy_gbps: float, page: Path) -> str:
         "bandwidth; data that a cache holds can pass 100 %. Host: one call on tiny tensors.",
         f"![share of the copy bandwidth]({picture.name})",
     ]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        here = [row for row in rows if row["case"] == case]
-        others = [side for side in dict.fromkeys(row["side"] for row in here) if side != "dcdit"]
-        parts += [f"### {case}, batch {here[0]['batch']}", _case(here, others)]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        here = [row for row in rows if row["label"] == label]
+        others = [variant for variant in dict.fromkeys(row["variant"] for row in here) if variant != "dcdit"]
+        parts += [f"### {label}, batch {here[0]['batch']}", _op_table(here, others)]
     return "\n\n".join(parts)
 
 
-def _case(rows: Sequence[Row], others: Sequence[str]) -> str:
+def _op_table(rows: Sequence[Row], others: Sequence[str]) -> str:
     head = [
-        "operation", "dcdit ms", *(f"{side} ms" for side in others), *(f"vs {side}" for side in others),
+        "operation", "dcdit ms", *(f"{name} ms" for name in others), *(f"vs {name}" for name in others),
         "GB/s", "of copy", "GFLOP/s", "graph ms", "peak MiB", "plain peak MiB", "launches", "syncs", "host us",
     ]  # fmt: skip
     body = []
     for op, direction in dict.fromkeys((row["op"], row["direction"]) for row in rows):
-        sides = {row["side"]: row for row in rows if (row["op"], row["direction"]) == (op, direction)}
-        if "dcdit" not in sides:
+        variants = {row["variant"]: row for row in rows if (row["op"], row["direction"]) == (op, direction)}
+        if "dcdit" not in variants:
             continue
-        ours = sides["dcdit"]
+        ours = variants["dcdit"]
         body.append(
             [
                 f"{op} {direction}",
                 _number(ours["ms"], ".3f"),
-                *(_number(sides.get(side, {}).get("ms"), ".3f") for side in others),
-                *(_number(sides[side]["ms"] / ours["ms"] if side in sides else None, ".1fx") for side in others),
+                *(_number(variants.get(name, {}).get("ms"), ".3f") for name in others),
+                *(_number(variants[name]["ms"] / ours["ms"] if name in variants else None, ".1fx") for name in others),
                 _number(ours["gbps"], ".1f"),
                 _number(ours["copy_share"], ".0%"),
                 _number(ours["gflops_per_s"], ".1f"),
                 _number(ours["graph_ms"], ".3f"),
                 _mebibytes(ours["peak_bytes"]),
-                _mebibytes(sides.get("plain", {}).get("peak_bytes")),
+                _mebibytes(variants.get("plain", {}).get("peak_bytes")),
                 _number(ours["launches"], "d"),
                 _number(ours["host_syncs"], "d"),
                 _number(ours["host_us"], ".0f"),
@@ -217,21 +224,21 @@ def _case(rows: Sequence[Row], others: Sequence[str]) -> str:
     return markdown_table(head, body)
 
 
-def _growth(rows: Sequence[Row], page: Path) -> str:
-    picture = page.with_name(f"{page.stem}-growth.png")
-    pictures.plot_growth(rows, picture)
+def _scaling(rows: Sequence[Row], page: Path) -> str:
+    picture = page.with_name(f"{page.stem}-scaling.png")
+    pictures.plot_scaling(rows, picture)
     grids = list(rows[0]["ns_per_position"])
-    head = ["operation", *(f"{side}x{side}" for side in grids), f"{GROWTH_TO} / {GROWTH_FROM}"]
+    head = ["operation", *(f"{side}x{side}" for side in grids), f"{SCALING_TO} / {SCALING_FROM}"]
     body = []
     for row in rows:
         ns = row["ns_per_position"]
-        ratio = ns[GROWTH_TO] / ns[GROWTH_FROM] if {GROWTH_FROM, GROWTH_TO} <= ns.keys() else None
+        ratio = ns[SCALING_TO] / ns[SCALING_FROM] if {SCALING_FROM, SCALING_TO} <= ns.keys() else None
         body.append([f"{row['op']} {row['direction']}", *(f"{ns[side]:.1f}" for side in grids), _number(ratio, ".2f")])
     return "\n\n".join(
         [
-            "## Growth with the grid",
+            "## Scaling with the grid",
             f"Nanoseconds per position, width {rows[0]['width']}, {rows[0]['keep']:.0%} kept. Every grid has as many "
-            "images as make the same number of positions: a flat row is a cost linear in the positions of an image.",
+            "images as make the same number of positions: equal numbers in a row are a cost linear in the grid.",
             f"![time per position]({picture.name})",
             markdown_table(head, body),
         ]
@@ -250,7 +257,7 @@ def _mebibytes(value: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", nargs="+", type=Path, help="JSON of the benchmarks and of the growth run")
+    parser.add_argument("raw", nargs="+", type=Path, help="JSON of the benchmarks and of bench_scaling")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,8 @@
 """All benchmarks in one command, the most important first: `python -m benchmarks.harness.suite [--gpu] [--minutes M]`.
 
-Each part is a process of its own and writes its results when it ends; the page is made anew after every part, so that
-what was measured is there whatever happens next. A part that has no time left skips its remaining cases by name.
+`make bench` and `make gpu-bench` run it. Each part is a process of its own and writes its results when it ends. The
+page is written again after every part, so an interruption loses the current part only. A part that runs out of time
+skips the rest of its benchmarks, and the page says so.
 """
 
 import argparse
@@ -16,19 +17,19 @@ import torch
 
 from benchmarks.harness.report import read, write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
     "models": (0.45, ["-m", "pytest", "-q", "benchmarks/bench_models.py", "--benchmark-only"]),
     "ops": (0.35, ["-m", "pytest", "-q", "benchmarks/bench_ops.py", "--benchmark-only"]),
-    "growth": (0.2, ["-m", "benchmarks.bench_scaling", "--seconds", "0.3"]),
+    "scaling": (0.2, ["-m", "benchmarks.bench_scaling", "--seconds", "0.3"]),
 }
-"""Share of the time, and command, of each part."""
+"""Fraction of the time, and command, of each part."""
 GRACE = 20.0
-"""Seconds from the last case's start that a part may take to finish and write."""
+"""Seconds that a part may take after its deadline, to finish a benchmark and write."""
 
 
 def run_parts(minutes: float, raw: Path, results: Path) -> int:
-    """Run every part within a time, and write the page after each.
+    """Run every part within a time limit, and write the page after each.
 
     Returns:
         The number of parts that failed.
@@ -37,10 +38,10 @@ def run_parts(minutes: float, raw: Path, results: Path) -> int:
     raw.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     failed = 0
-    left = sum(share for share, _ in PARTS.values())
-    for name, (share, command) in PARTS.items():
-        seconds = (end - time.monotonic()) * share / left
-        left -= share
+    left = sum(fraction for fraction, _ in PARTS.values())
+    for name, (fraction, command) in PARTS.items():
+        seconds = (end - time.monotonic()) * fraction / left
+        left -= fraction
         out = raw / f"{name}.json"
         out.unlink(missing_ok=True)
         target = [f"--benchmark-json={out}"] if "pytest" in command else [f"--out={out}"]

@@ -1,1 +1,5 @@
-"""The ``dcdit`` command: ``main`` and one file for each subcommand."""
+"""The ``dcdit`` command: :func:`main`, and one file for each subcommand."""
+
+from dcdit.cli.main import main
+
+__all__ = ["main"]

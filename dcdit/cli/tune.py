@@ -1,4 +1,4 @@
-"""``dcdit tune``: find launch configurations for this GPU and write them where the kernels look for them."""
+"""``dcdit tune``: find launch configurations for this GPU and write them to the file that the kernels read."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, help="images (default: %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="side of the grid (default: %(default)s, a 256 px latent)")
     parser.add_argument("--seconds", type=float, default=0.3, help="timing budget per candidate (default: %(default)s)")
-    parser.add_argument("--out", help="JSON file to write (default: the package's own file for this GPU)")
+    parser.add_argument("--out", help="JSON file to write (default: the file of this GPU in the package)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Find launch configurations for this GPU.
 
-Nothing is ever tuned by itself: without a file for the device, the shipped conservative defaults are used.
+Only the command tunes. Without a file for the device, kernels use the shipped conservative defaults.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,19 @@ from dcdit.profiling.workloads import Shape, create_workload
 Config = dict[str, int]
 MAX_WARPS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Against the default configuration, whose correctness the tests show: reductions may run in another order."""
+"""Against results of the default configuration, which the tests check: sums may run in another order."""
 
 
 def tune(names: Sequence[str], shapes: Sequence[Shape], seconds: float) -> dict[str, list[dict[str, Any]]]:
-    """The fastest configuration found of every kernel that the operations start, in the format of the tables.
+    """The fastest configuration found for every kernel that the operations start, as the files of devices hold it.
 
-    Each kernel is climbed in turn: a number of its configuration is halved or doubled as long as the operation, forward
-    and backward, gets faster and its results stay the same.
+    One kernel after the other: halve or double one number of its configuration, as long as that makes the operation,
+    forward and backward, faster and its results stay the same.
+
+    Args:
+        names: workloads.
+        shapes: what they run on.
+        seconds: timing budget per candidate.
     """
     from tqdm import tqdm
 
@@ -78,10 +83,10 @@ def _results(name: str, shape: Shape) -> tuple[torch.Tensor, ...]:
 
 
 def _same(name: str, shape: Shape, expected: tuple[torch.Tensor, ...]) -> bool:
-    """Whether a configuration compiles, fits the GPU and computes the same."""
+    """Whether the configuration in use compiles, fits the GPU and computes the same."""
     try:
         results = _results(name, shape)
-    except Exception:  # compilers and drivers each raise their own kind for a configuration that does not fit
+    except Exception:  # compilers and drivers raise errors of many kinds for a configuration that does not fit
         return False
     tolerance = TOLERANCE[shape.dtype]
     return all(_distance(a, b) <= tolerance for a, b in zip(results, expected, strict=True))

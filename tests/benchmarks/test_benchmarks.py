@@ -1,4 +1,4 @@
-"""The benchmark code itself: peers compute what they claim, failures are errors, pages say what was left out."""
+"""The benchmark code itself: wrong results are errors, pages say what was left out, old results still read."""
 
 import json
 import os
@@ -10,44 +10,22 @@ import pytest
 import torch
 
 from benchmarks import bench_scaling
-from benchmarks.baselines import mamba, official, plain
+from benchmarks.baselines import mamba, official
 from benchmarks.harness import report, sets, suite
-from benchmarks.harness.equality import NotEqualError, check_equal, comparable
+from benchmarks.harness.equality import NotEqualError, check_equal
 from benchmarks.harness.traffic import least_bytes, least_flops
-from dcdit import ops
 from dcdit.models import DCDiT, DCDiTConfig
-from dcdit.ops import reference
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
-from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload, run_forward, run_forward_backward
+from dcdit.profiling.workloads import CASES, Shape, create_workload, run_forward
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SHAPE = Shape(3, (5, 7), 32, 0.4, torch.float32, CPU)
 
 
-@pytest.mark.parametrize("name", [name for name in WORKLOADS if not name.startswith("select")])
-def test_plain_formulation_is_the_reference(name: str) -> None:
-    workload = create_workload(name, SHAPE)
-    with ops.use_backend("reference"):
-        expected = workload.forward_backward()
-    found = run_forward_backward(plain.create_call(name, workload.args), workload.differentiable)
-    check_equal(name, found, expected, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["select_tokens", "select_tokens_drop"])
-def test_plain_selection_is_the_reference(name: str) -> None:
-    workload = create_workload(name, SHAPE)
-    expected = comparable(reference.select_tokens(*workload.args))
-    check_equal(name, comparable(plain.create_call(name, workload.args)()), expected, 0.0)
-
-
-def test_every_workload_has_a_plain_peer() -> None:
-    assert plain.PLAIN.keys() == WORKLOADS.keys()
-
-
-def test_a_batch_of_one_keeps_the_share() -> None:
+def test_a_batch_of_one_keeps_the_fraction() -> None:
     workload = create_workload("gather_tokens", SHAPE._replace(batch=1, grid=(40, 40), keep=0.25))
-    assert float(workload.args[1].mask.float().mean()) == pytest.approx(0.25, abs=0.05)
+    assert float(workload.arguments["sel"].mask.float().mean()) == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -65,59 +43,57 @@ def test_unequal_results_are_an_error(wrong: list[torch.Tensor]) -> None:
     check_equal("same", right, right, 1e-4)
     if wrong[-1].dtype == torch.int64:
         wrong[-1] += 1
-    with pytest.raises(NotEqualError, match="side"):
-        check_equal("side", wrong, right, 1e-4)
+    with pytest.raises(NotEqualError, match="variant"):
+        check_equal("variant", wrong, right, 1e-4)
 
 
 def test_least_bytes_of_a_gather_are_the_kept_rows() -> None:
     workload = create_workload("gather_tokens", SHAPE)
-    x, sel, bias = workload.args
+    x, sel, bias = workload.arguments.values()
     kept = sel.indices.shape[0] * 32 * 4
     indices = sel.indices.shape[0] * 8 + 4 * 4
     table = min(sel.indices.shape[0], 35) * 32 * 4
     outputs = workload.forward()
-    assert least_bytes("gather_tokens", workload, outputs, backward=False) == 2 * kept + table + indices
-    assert (
-        least_bytes("gather_tokens", workload, outputs, backward=True) == 3 * kept + table + 2 * indices + x.numel() * 4
-    )
+    assert least_bytes(workload, outputs, backward=False) == 2 * kept + table + indices
+    assert least_bytes(workload, outputs, backward=True) == 3 * kept + table + 2 * indices + x.numel() * 4
     assert bias.shape == (35, 32)
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", CASES)
 def test_nothing_moves_less_than_the_least(name: str) -> None:
-    """The outputs alone are less, and a backward adds to it."""
+    """The outputs alone are fewer bytes, and a backward adds bytes."""
     workload = create_workload(name, SHAPE)
     outputs = run_forward(workload.call)
-    forward = least_bytes(name, workload, outputs, backward=False)
+    forward = least_bytes(workload, outputs, backward=False)
     assert forward > sum(t.numel() * t.element_size() for t in outputs)
     if workload.differentiable:
-        assert least_bytes(name, workload, outputs, backward=True) > forward
+        assert least_bytes(workload, outputs, backward=True) > forward
 
 
 def test_flops_of_smoothing_count_pairs_in_reach() -> None:
     workload = create_workload("dechunk_spatial", SHAPE)
-    lengths = workload.args[2].lengths.long()
-    assert least_flops("dechunk_spatial", workload) == 2 * 32 * int((lengths**2).sum())  # 6 sigma covers the grid
-    assert least_flops("gather_tokens", create_workload("gather_tokens", SHAPE)) is None
+    lengths = workload.arguments["sel"].lengths.long()
+    assert least_flops(workload) == 2 * 32 * int((lengths**2).sum())  # 6 sigma covers the grid
+    assert least_flops(create_workload("gather_tokens", SHAPE)) is None
 
 
-def test_an_absent_peer_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_baseline_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(official.VARIABLE, raising=False)
-    assert official.VARIABLE in str(official.why_not())
-    assert "mamba_ssm" in str(mamba.why_not(CPU))
+    assert official.VARIABLE in str(official.reason_unavailable())
+    assert "mamba_ssm" in str(mamba.reason_unavailable(CPU))
 
 
 def test_a_wrong_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(official.VARIABLE, str(tmp_path))
     with pytest.raises(ValueError, match="accepted: a checkout of AMD-AGI/DynamicChunkingDiT"):
-        official.why_not()
+        official.reason_unavailable()
 
 
 @pytest.mark.skipif(official.VARIABLE not in os.environ, reason=f"{official.VARIABLE} names no checkout")
 def test_the_reference_implementation_agrees_and_a_difference_shows() -> None:
     torch.manual_seed(0)
     model = DCDiT(DCDiTConfig(grid=(8, 8), hidden_size=128, depth=2, num_heads=4, num_classes=10)).eval()
-    official.stir(model)
+    official.randomize_zeros(model)
     batch = varied_latents(2, 4, (8, 8)), torch.tensor([3, 700]), torch.tensor([1, 2])
     calibrate_router(model, *batch, 0.3)
     other = official.build_verified(model, *batch, 0.2)
@@ -139,9 +115,9 @@ def test_an_unknown_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_full_set_holds_every_shape() -> None:
-    shapes = {(case.shape.width, case.shape.grid, case.shape.keep) for case in sets.op_cases("full")}
+    shapes = {(size.shape.width, size.shape.grid, size.shape.keep) for size in sets.op_sizes("full")}
     assert len(shapes) == 3 * 3 * 3
-    assert {case.shape.grid for case in sets.op_cases("reduced")} == {(32, 32), (64, 64), (128, 128)}
+    assert {size.shape.grid for size in sets.op_sizes("reduced")} == {(32, 32), (64, 64), (128, 128)}
 
 
 def run_benchmarks(tmp_path: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess, Path]:
@@ -163,7 +139,7 @@ def test_collected_without_other_flags_and_reported(tmp_path: Path) -> None:
     raw = json.loads(out.read_text())
     assert set(raw["dcdit"]["left_out"]) == {"mamba_ssm", "official"}
     rows = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
-    ours = next(row for row in rows if row["kind"] == "op" and row["side"] == "dcdit")
+    ours = next(row for row in rows if row["kind"] == "op" and row["variant"] == "dcdit")
     assert ours["copy_share"] == pytest.approx(ours["gbps"] / raw["dcdit"]["copy_gbps"])
     assert ours["bytes"] > 0
     assert ours["peak_bytes"] > 0
@@ -180,7 +156,7 @@ def test_collected_without_other_flags_and_reported(tmp_path: Path) -> None:
     assert len(list(page.parent.glob("*.png"))) == 2
 
 
-def test_past_the_deadline_cases_are_skipped_by_name(tmp_path: Path) -> None:
+def test_what_starts_past_the_deadline_is_skipped(tmp_path: Path) -> None:
     done, out = run_benchmarks(tmp_path, "-k", "ratio_loss", DCDIT_BENCH_SECONDS="0.000001")
     assert done.returncode == 0, done.stdout
     assert "4 skipped" in done.stdout
@@ -188,21 +164,21 @@ def test_past_the_deadline_cases_are_skipped_by_name(tmp_path: Path) -> None:
     assert not out.exists() or not out.read_text()
 
 
-def test_a_wrong_side_is_an_error_and_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_variant_is_an_error_and_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import bench_ops
 
-    case = next(sets.op_cases("tiny"))
-    made = bench_ops.sides_of("scatter_tokens", case.shape, "forward")
-    made.works["dcdit"] = lambda: (torch.zeros_like(made.works["plain"]()[0]),)
+    size = next(sets.op_sizes("tiny"))
+    made = bench_ops.comparison_of("scatter_tokens", size.shape, "forward")
+    made.timed["dcdit"] = lambda: (torch.zeros_like(made.timed["plain"]()[0]),)
     with pytest.raises(NotEqualError, match="scatter_tokens on dcdit: result 0 is off"):
-        bench_ops.check_side("scatter_tokens", "dcdit", made, torch.float32)
-    bench_ops.sides_of.cache_clear()
+        bench_ops.check_variant("scatter_tokens", "dcdit", made, torch.float32)
+    bench_ops.comparison_of.cache_clear()
 
 
 def test_eta_of_a_report_is_the_definition() -> None:
     rows = [
-        {"side": "static patch 1", "kept_share": None, "ms": 100.0, "gflops": 10.0},
-        {"side": "drop 0", "kept_share": 0.25, "ms": 50.0, "gflops": 4.0},
+        {"variant": "static patch 1", "kept_fraction": None, "ms": 100.0, "gflops": 10.0},
+        {"variant": "drop 0", "kept_fraction": 0.25, "ms": 50.0, "gflops": 4.0},
     ]
     assert report.etas(rows) == {"drop 0": {"static patch 1": pytest.approx((100 / 50) / (10 / 4))}}
 
@@ -212,22 +188,33 @@ def conditions(**changes: object) -> dict:
     return {**known, "left_out": {}, **changes}
 
 
-def test_growth_reaches_the_page(tmp_path: Path) -> None:
+def test_scaling_reaches_the_page(tmp_path: Path) -> None:
     out = tmp_path / "bench_scaling.json"
     arguments = ["--op", "ratio_loss", "select_tokens", "--side", "4", "8", "--width", "32", "--seconds", "0.01"]
     assert bench_scaling.main([*arguments, "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["growth"]
+    rows = json.loads(out.read_text())["scaling"]
     assert [(row["op"], row["direction"]) for row in rows] == [
         ("ratio_loss", "forward"), ("ratio_loss", "forward+backward"), ("select_tokens", "forward"),
     ]  # fmt: skip
     page = report.write(report.read([out]), tmp_path)
     assert "| ratio_loss forward " in page.read_text()
-    assert page.with_name(f"{page.stem}-growth.png").is_file()
+    assert page.with_name(f"{page.stem}-scaling.png").is_file()
 
 
-def test_growth_refuses_an_empty_grid() -> None:
+def test_scaling_refuses_an_empty_grid() -> None:
     with pytest.raises(ValueError, match=r"sides is \[0, 4\]; accepted"):
         bench_scaling.measure("ratio_loss", [0, 4], 32, 0.5, 0.01)
+
+
+def test_results_of_earlier_versions_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "raw.json"
+    row = {"kind": "model", "side": "drop 0.2", "kept_share": 0.25}
+    growth = [{"op": "ratio_loss", "direction": "forward"}]
+    raw = {"dcdit": conditions(), "benchmarks": [{"extra_info": row}], "growth": growth}
+    path.write_text(json.dumps(raw))
+    found = report.read([path])
+    assert found["model"] == [{"kind": "model", "variant": "drop 0.2", "kept_fraction": 0.25}]
+    assert found["scaling"] == growth
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[]", "{}", '{"benchmarks": []}'])

@@ -1,4 +1,4 @@
-"""The regression guard: work that is counted, not timed. A pass over memory, a launch or a read too many fails here."""
+"""The regression guard: work that is counted, not timed. One pass over memory, launch or read more fails here."""
 
 import json
 
@@ -38,12 +38,12 @@ def test_no_operation_but_the_selection_reads(name: str) -> None:
 
 
 def test_a_block_costs_two_modulation_launches() -> None:
-    """The pending branch of a block joins the norm of the next: two launches per block, plus the last add and norm."""
+    """The last addition of a block joins the norm of the next: two launches for each block, and the last two."""
     assert KEPT["model, budget"]["launches"]["_modulation_fwd_kernel"] == 2 * DEPTH + 2
 
 
 def test_an_added_pass_and_an_added_read_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard itself: a copy and a read slipped into the gather are seen."""
+    """The guard itself: a copy and a read added to the gather are seen."""
     from dcdit.ops._triton import packing
 
     before = CASES["gather_tokens, forward"]()

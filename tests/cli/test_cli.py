@@ -12,7 +12,7 @@ from PIL import Image
 
 import dcdit
 from dcdit import checkpoint as ckpt
-from dcdit.cli.main import main
+from dcdit.cli import main
 from dcdit.models import create_model
 from dcdit.sample.model_calls import ModelCalls
 
@@ -221,7 +221,7 @@ def test_help_documents_every_flag(command, capsys):
 
 def test_help_is_light():
     code = (
-        "import sys; from dcdit.cli.main import main\n"
+        "import sys; from dcdit.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )

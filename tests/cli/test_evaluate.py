@@ -13,7 +13,7 @@ from support.tiny import images
 from torch import nn
 
 from dcdit.checkpoint import save_model
-from dcdit.cli.main import main
+from dcdit.cli import main
 
 PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
 

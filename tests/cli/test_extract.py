@@ -6,7 +6,7 @@ import pytest
 from support.autoencoder import SIZE, flip_last_bit, save_autoencoder, write_images
 
 from dcdit.checkpoint import read_metadata
-from dcdit.cli.main import main
+from dcdit.cli import main
 from dcdit.data.latents.encode import encode_images
 
 

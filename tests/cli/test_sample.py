@@ -10,7 +10,7 @@ from PIL import Image
 from support.small import save_diverged, small_dc_dit, small_dit
 
 from dcdit import checkpoint as ckpt
-from dcdit.cli.main import main
+from dcdit.cli import main
 from dcdit.cli.profile import DTYPES
 from dcdit.models import count_flops
 

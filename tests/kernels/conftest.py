@@ -1,4 +1,4 @@
-"""Triton kernels are tested in the interpreter, as PTX on a CPU, or on a GPU where there is one; outputs poisoned."""
+"""Kernel tests run in the interpreter, as PTX on a CPU, or on a GPU if there is one. All outputs are poisoned first."""
 
 import functools
 import os
@@ -18,13 +18,13 @@ settings.load_profile("full" if os.environ.get("DCDIT_FULL") == "1" else "defaul
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory in which an element that no kernel wrote shows."""
+    """Memory filled with a value that shows where no kernel wrote."""
     value = float("nan") if dtype.is_floating_point else True if dtype == torch.bool else torch.iinfo(dtype).min + 7
     return torch.full(shape, value, dtype=dtype, device=device)
 
 
 PTX_TARGET = os.environ.get("DCDIT_PTX")
-"""Set to 80 or 90, kernels run as the PTX compiled for that compute capability (`make ptx-test`)."""
+"""A compute capability (80, 90 or 100): kernels run as the PTX compiled for it (`make ptx-test`)."""
 
 
 @functools.cache

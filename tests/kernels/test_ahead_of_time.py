@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.aot import families
+from dcdit.profiling.workloads import OPERATIONS
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = families()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,13 +21,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 EVERYWHERE = {"dechunk_spatial"}
-"""Families whose registers are so scarce that every target has its say, not Hopper alone."""
+"""Operations that use nearly all registers: they are compiled for every target, the others for Hopper alone."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_without_spills(family: str) -> None:
-    targets = ["sm_80", "sm_90", "sm_100", "gfx942"] if family in EVERYWHERE else ["sm_90"]
-    arguments = ("--family", family, "--dtype", "bf16", "--width", "1152", "--target", *targets)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_compiles_without_spills(op: str) -> None:
+    targets = ["sm_80", "sm_90", "sm_100", "gfx942"] if op in EVERYWHERE else ["sm_90"]
+    arguments = ("--op", op, "--dtype", "bf16", "--width", "1152", "--target", *targets)
     done = run("-m", "tools.aot", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 with spills" in done.stdout
@@ -67,8 +66,8 @@ def test_compiled_operations_match_the_definition(capability: int) -> None:
 
 
 def test_kept_counts_share_one_compilation() -> None:
-    """No new variant over 20 different kept counts: each launch of an operation compiles at most once."""
+    """No new specialisation over 20 different kept counts: each launch of an operation compiles at most once."""
     done = run("-m", "tools.signatures")
     assert done.returncode == 0, done.stderr
-    for name, (launches, variants) in json.loads(done.stdout).items():
-        assert 0 < variants <= launches, f"{name}: {variants} variants of {launches} launches"
+    for name, (launches, specialisations) in json.loads(done.stdout).items():
+        assert 0 < specialisations <= launches, f"{name}: {specialisations} specialisations of {launches} launches"

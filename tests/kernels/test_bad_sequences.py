@@ -1,7 +1,8 @@
-"""cu_seqlens as callers bring them: strided ones mean the same, and wrong ones that nobody checked are harmless.
+"""cu_seqlens as callers bring them: strided ones give the same results, and wrong ones do no harm.
 
-On a GPU a check would be a sync, so it needs ``DCDIT_CHECK=1``. Without it the numbers mean nothing, but no kernel may
-leave its tensors: the interpreter's accesses are watched by ``interpreter_launch``, a GPU's by compute-sanitizer.
+On a GPU a check would be a sync, so it needs ``DCDIT_CHECK=1``. Without it, wrong cu_seqlens give meaningless numbers,
+but no kernel may touch memory outside of its tensors. ``interpreter_launch`` watches the accesses of the interpreter,
+compute-sanitizer those of a GPU.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from support.helpers import differentiate, randn, random_probs
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels.launch import launch
+from dcdit.kernels import launch
 from dcdit.ops import TokenSelection, _triton, reference
 
 ROWS = 40
@@ -120,10 +121,10 @@ def _copy_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + i, tl.load(x_ptr + i))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the watch is the interpreter's")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter is watched")
 @pytest.mark.parametrize(("inputs", "outputs"), [(7, 8), (8, 7)])
 def test_the_watch_itself(inputs: int, outputs: int) -> None:
     memory = torch.zeros(64)
-    launch(_copy_kernel, (1,), memory[:8], memory[32:40], SIZE=8)
+    launch.launch(_copy_kernel, (1,), memory[:8], memory[32:40], SIZE=8)
     with pytest.raises(Exception, match="outside of every argument"):
-        launch(_copy_kernel, (1,), memory[:inputs], memory[32 : 32 + outputs], SIZE=8)
+        launch.launch(_copy_kernel, (1,), memory[:inputs], memory[32 : 32 + outputs], SIZE=8)

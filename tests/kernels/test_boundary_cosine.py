@@ -17,10 +17,10 @@ OP = ops.boundary_prob_cosine
 
 
 def pair(*shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Slices of one wider tensor, as a joint projection gives them; the first two rows are parallel, then opposite."""
+    """Slices of one wider tensor, as a joint projection gives them. The first pair is parallel, the second opposite."""
     joint = randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=seed).to(device)
     q, k = joint.chunk(2, dim=-1)
-    if shape[-2] > 3:  # one more than those, whose gradients are zero: it tells the size of an ulp
+    if shape[-2] > 3:  # these pairs have zero gradients; a third pair shows the size of an ulp
         k[..., 1, :], k[..., 2, :] = 2 * q[..., 0, :], -q[..., 1, :]
     return q, k
 
@@ -78,7 +78,7 @@ def test_packed_equals_each_sequence_alone(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_garbage_stays_in_its_sequence(packed: bool, device: torch.device) -> None:
-    # Copies of one memory layout: another layout is another compiled kernel, which may round otherwise.
+    # Copies with equal strides: other strides compile another kernel, which may round differently.
     clean, (q, k) = ([x.clone() for x in pair(2, 6, 24, dtype=torch.float32, seed=0, device=device)] for _ in range(2))
     q[0, 3:], k[0, 3:] = float("nan"), float("inf")
 
@@ -133,9 +133,9 @@ def test_rows_far_apart_in_memory(device: torch.device) -> None:
     near = randn(3, 8, dtype=torch.float16).to(device)
     far.copy_(near)
     other = randn(3, 8, dtype=torch.float16, seed=1).to(device)
-    for place in range(2):
+    for i in range(2):
         args = [[other, other], [other, other]]
-        args[0][place], args[1][place] = far, near
+        args[0][i], args[1][i] = far, near
         with ops.use_backend("triton"):
             results = [itertools.chain(*differentiate(OP, tuple(x[None] for x in pair))) for pair in args]
         for actual, wanted in zip(*results, strict=True):

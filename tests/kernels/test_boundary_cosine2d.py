@@ -28,7 +28,7 @@ def arguments(
     *,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """q and k are slices of one wider tensor; a large ``spread`` of the weights takes p to both ends of the clamp."""
+    """q and k are slices of one wider tensor. A large ``spread`` of the weights takes p to both ends of the clamp."""
     joint = randn(images, grid[0] * grid[1], 2 * width, dtype=dtype, seed=seed).to(device)
     weight = (spread * randn(width, 3, 3, seed=seed + 1) + 1 / 9).to(device, weight_dtype)
     q, k = joint.chunk(2, dim=-1)
@@ -63,15 +63,15 @@ def test_widest_rows(device: torch.device) -> None:
 
 
 def test_both_ends_of_the_clamp_are_reached(device: torch.device) -> None:
-    """What the random tests above rely on."""
+    """The random tests above rely on this."""
     with ops.use_backend("triton"):
         p = OP(*arguments(2, (6, 6), 24, spread=5.0, device=device))
     assert (p == 0).any() and (p == 1).any() and ((p > 0) & (p < 1)).any()
 
 
-@pytest.mark.parametrize("strips", [1, 2, 128])
-def test_several_tiles_share_a_partial_sum(strips: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boundary_cosine2d, "MAX_STRIPS", strips)
+@pytest.mark.parametrize("splits", [1, 2, 128])
+def test_several_tiles_share_a_partial_sum(splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boundary_cosine2d, "MAX_SPLITS", splits)
     check_against_reference(OP, *arguments(2, (7, 5), 24, device=device), backend="triton")
 
 
@@ -97,7 +97,7 @@ def test_an_image_does_not_feel_its_batch(grid: tuple[int, int], dtype: torch.dt
 
 def test_garbage_stays_in_its_image(device: torch.device) -> None:
     *inputs, weight, grid = arguments(3, (3, 4), 24, device=device)
-    # Copies of one memory layout: another layout is another compiled kernel, which may round otherwise.
+    # Copies with equal strides: other strides compile another kernel, which may round differently.
     clean, dirty = ([x.clone() for x in inputs] for _ in range(2))
     dirty[0][1], dirty[1][1] = float("nan"), float("inf")
     with ops.use_backend("triton"):
@@ -139,9 +139,9 @@ def test_rows_far_apart_in_memory(device: torch.device) -> None:
     near = randn(4, 8, dtype=torch.float16).to(device)
     far.copy_(near)
     other, weight = randn(4, 8, dtype=torch.float16, seed=1).to(device), randn(8, 3, 3, seed=2).to(device)
-    for place in range(2):
+    for i in range(2):
         args = [[other, other], [other, other]]
-        args[0][place], args[1][place] = far, near
+        args[0][i], args[1][i] = far, near
         with ops.use_backend("triton"):
             results = [itertools.chain(*differentiate(OP, (*(x[None] for x in pair), weight, (2, 2)))) for pair in args]
         for actual, wanted in zip(*results, strict=True):

@@ -1,4 +1,4 @@
-"""Predictability boundary: against the definition, memory orders, splits, forced corners, robustness, and tracing."""
+"""Predictability boundary: against the definition, memory formats, splits, forced corners, robustness, and tracing."""
 
 import itertools
 from typing import Any
@@ -15,20 +15,20 @@ from dcdit.kernels import boundary_predictability, launch
 from dcdit.ops._triton import boundary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ORDERS = ["planes", "rows", "sliced planes", "sliced rows", "neither"]
+FORMATS = ["channels_first", "channels_last", "sliced channels_first", "sliced channels_last", "neither"]
 OP = ops.boundary_prob_predictability
 
 
-def features_like(order: str, *shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> Tensor:
-    """(B, C, H, W) with positions side by side, with channels side by side, cut from more channels, or strided both."""
+def features_like(memory_format: str, *shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> Tensor:
+    """(B, C, H, W) in a memory format, "sliced" out of more channels, or with strides in "neither" format."""
     b, c, h, w = shape
-    if order == "neither":
+    if memory_format == "neither":
         return randn(b, h, w, 2 * c, dtype=dtype, seed=seed).to(device).permute(0, 3, 1, 2)[:, ::2]
     x = randn(b, 2 * c, h, w, dtype=dtype, seed=seed).to(device)
-    if "rows" in order:
+    if "channels_last" in memory_format:
         x = x.contiguous(memory_format=torch.channels_last)
-    memory = torch.channels_last if order == "rows" else torch.contiguous_format
-    return x[:, c:] if "sliced" in order else x[:, c:].contiguous(memory_format=memory)
+    memory = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    return x[:, c:] if "sliced" in memory_format else x[:, c:].contiguous(memory_format=memory)
 
 
 def parameters(
@@ -41,11 +41,11 @@ def parameters(
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a few positions already make several tiles, splits and blocks of channels."""
+    """A few positions then make several tiles, splits and blocks of channels."""
     configs = {
         "predictability_statistics": {"TILE": 32, "num_warps": 1},
-        "predictability_rows": {"BLOCK_P": 4, "BLOCK_C": 16, "num_warps": 1},
-        "predictability_planes": {"BLOCK_P": 8, "BLOCK_C": 8, "num_warps": 1},
+        "predictability_channels_last": {"BLOCK_P": 4, "BLOCK_C": 16, "num_warps": 1},
+        "predictability_channels_first": {"BLOCK_P": 8, "BLOCK_C": 8, "num_warps": 1},
     }
     monkeypatch.setattr(launch, "config_for", lambda name, *_, **__: configs[name])
     monkeypatch.setattr(boundary_predictability, "MAX_SPLITS", 4)
@@ -56,7 +56,7 @@ case = given(
     images=st.integers(0, 2),
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     width=st.sampled_from([(8, 8), (16, 4), (24, 8), (36, 3), (40, 1), (12, 12)]),
-    order=st.sampled_from(ORDERS),
+    memory_format=st.sampled_from(FORMATS),
     dtype=st.sampled_from(DTYPES),
     parameter_dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
@@ -64,26 +64,29 @@ case = given(
 
 
 def check(
-    images: int, grid: tuple[int, int], width: tuple[int, int], order: str, dtype: torch.dtype,
+    images: int, grid: tuple[int, int], width: tuple[int, int], memory_format: str, dtype: torch.dtype,
     parameter_dtype: torch.dtype, seed: int, device: torch.device,
 ) -> None:  # fmt: skip
     if grid == (1, 1) and width[0] == width[1]:
-        width = (8, 4)  # one number per group has no variance, and PyTorch refuses it
+        width = (8, 4)  # PyTorch refuses groups of one number, which have no variance
     channels, groups = width
-    x = features_like(order, images, channels, *grid, dtype=dtype, seed=seed, device=device)
+    x = features_like(memory_format, images, channels, *grid, dtype=dtype, seed=seed, device=device)
     args = (x, *parameters(channels, parameter_dtype, seed, device=device), groups, 1e-5)
     check_predictability(*args, backend="triton")
 
 
 @case
 @example(
-    images=1, grid=(1, 1), width=(8, 4), order="planes", dtype=torch.float32, parameter_dtype=torch.float32, seed=0
+    images=1, grid=(1, 1), width=(8, 4), memory_format="channels_first",
+    dtype=torch.float32, parameter_dtype=torch.float32, seed=0,
 )  # fmt: skip
 @example(
-    images=1, grid=(4, 4), width=(288, 8), order="rows", dtype=torch.bfloat16, parameter_dtype=torch.float32, seed=0
+    images=1, grid=(4, 4), width=(288, 8), memory_format="channels_last",
+    dtype=torch.bfloat16, parameter_dtype=torch.float32, seed=0,
 )  # fmt: skip
 @example(
-    images=1, grid=(4, 4), width=(288, 8), order="planes", dtype=torch.bfloat16, parameter_dtype=torch.float32, seed=0
+    images=1, grid=(4, 4), width=(288, 8), memory_format="channels_first",
+    dtype=torch.bfloat16, parameter_dtype=torch.float32, seed=0,
 )  # fmt: skip
 def test_matches_the_definition(device: torch.device, **some: Any) -> None:
     check(**some, device=device)
@@ -95,30 +98,32 @@ def test_many_splits_and_blocks(device: torch.device, **some: Any) -> None:
     check(**some, device=device)
 
 
-@pytest.mark.parametrize("order", ["planes", "rows"])
-def test_as_accurate_as_pytorch_over_many_inputs(order: str, device: torch.device) -> None:
-    """Where luck evens out, also without a floor."""
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_as_accurate_as_pytorch_over_many_inputs(memory_format: str, device: torch.device) -> None:
+    """The error over many inputs averages luck out, so this check needs no absolute floor."""
 
     def arguments(seed: int) -> tuple[Any, ...]:
-        x = features_like(order, 2, 24, 5, 5, dtype=torch.float32, seed=seed, device=device)
+        x = features_like(memory_format, 2, 24, 5, 5, dtype=torch.float32, seed=seed, device=device)
         return x, *parameters(24, seed=seed, device=device), 8, 1e-5
 
     check_rms_against_reference(OP, arguments, backend="triton")
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("order", ["planes", "rows"])
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("channels, groups", [(256, 64), (128, 128)])
-def test_more_groups_than_one_program_can_sort(order: str, channels: int, groups: int, device: torch.device) -> None:
-    x = features_like(order, 1, channels, 2, 2, dtype=torch.float32, seed=0, device=device)
+def test_more_groups_than_one_program_can_sort(
+    memory_format: str, channels: int, groups: int, device: torch.device
+) -> None:
+    x = features_like(memory_format, 1, channels, 2, 2, dtype=torch.float32, seed=0, device=device)
     check_predictability(x, *parameters(channels, device=device), groups, 1e-5, backend="triton")
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("order", ["planes", "rows"])
-def test_statistics_far_from_zero(order: str, device: torch.device) -> None:
-    """Sums of squares would lose the variance of these features."""
-    x = 3000 + features_like(order, 2, 16, 5, 5, dtype=torch.float32, seed=0, device=device)
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_statistics_far_from_zero(memory_format: str, device: torch.device) -> None:
+    """Computed from sums of squares, the variance of these features would be lost to rounding."""
+    x = 3000 + features_like(memory_format, 2, 16, 5, 5, dtype=torch.float32, seed=0, device=device)
     _, stats = boundary._predictability(x.flatten(2), *parameters(16, device=device), 4, 1e-5)
     groups = x.double().reshape(2, 4, -1)
     variance, mean = torch.var_mean(groups, dim=2, correction=0)
@@ -126,16 +131,16 @@ def test_statistics_far_from_zero(order: str, device: torch.device) -> None:
     torch.testing.assert_close(stats[:, 1].double(), (variance + 1e-5).rsqrt(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("order", ["planes", "rows"])
-def test_constant_features(order: str, device: torch.device) -> None:
-    x = torch.full_like(features_like(order, 2, 16, 3, 3, dtype=torch.float32, seed=0, device=device), 0.3)
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_constant_features(memory_format: str, device: torch.device) -> None:
+    x = torch.full_like(features_like(memory_format, 2, 16, 3, 3, dtype=torch.float32, seed=0, device=device), 0.3)
     check_predictability(x, *parameters(16, device=device), 4, 1e-5, backend="triton")
 
 
-@pytest.mark.parametrize("order", ["planes", "rows"])
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_corners_are_exactly_one_and_pass_nothing(order: str, dtype: torch.dtype, device: torch.device) -> None:
-    x = features_like(order, 2, 16, 3, 5, dtype=dtype, seed=0, device=device).requires_grad_()
+def test_corners_are_exactly_one_and_pass_nothing(memory_format: str, dtype: torch.dtype, device: torch.device) -> None:
+    x = features_like(memory_format, 2, 16, 3, 5, dtype=dtype, seed=0, device=device).requires_grad_()
     leaves = [x, *(value.requires_grad_() for value in parameters(16, device=device))]
     with ops.use_backend("triton"):
         p = OP(*leaves, 4, 1e-5)
@@ -147,20 +152,20 @@ def test_corners_are_exactly_one_and_pass_nothing(order: str, dtype: torch.dtype
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_gradient_keeps_the_memory_order(order: str, device: torch.device) -> None:
-    x = features_like(order, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradient_keeps_the_memory_format(memory_format: str, device: torch.device) -> None:
+    x = features_like(memory_format, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
     with ops.use_backend("triton"):
         _, (grad, *_) = differentiate(OP, (x, *parameters(16, device=device), 4, 1e-5))
-    memory = torch.channels_last if "rows" in order else torch.contiguous_format
+    memory = torch.channels_last if "channels_last" in memory_format else torch.contiguous_format
     assert grad.is_contiguous(memory_format=memory)
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("order", ["planes", "rows"])
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_image_does_not_feel_its_batch(order: str, dtype: torch.dtype, device: torch.device) -> None:
-    x = features_like(order, 3, 16, 3, 5, dtype=dtype, seed=0, device=device)
+def test_an_image_does_not_feel_its_batch(memory_format: str, dtype: torch.dtype, device: torch.device) -> None:
+    x = features_like(memory_format, 3, 16, 3, 5, dtype=dtype, seed=0, device=device)
     x[1] = float("nan")
     cotangent = randn(3, 15, seed=3).to(device)
 
@@ -178,10 +183,10 @@ def test_an_image_does_not_feel_its_batch(order: str, dtype: torch.dtype, device
             torch.testing.assert_close(batched[rows], alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("order", ["planes", "rows"])
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("wanted", range(5))
-def test_each_gradient_alone(order: str, wanted: int, device: torch.device) -> None:
-    x = features_like(order, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
+def test_each_gradient_alone(memory_format: str, wanted: int, device: torch.device) -> None:
+    x = features_like(memory_format, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
     inputs = [x, *parameters(16, device=device)]
     with ops.use_backend("triton"):
         _, together = differentiate(OP, (*inputs, 4, 1e-5))
@@ -192,7 +197,7 @@ def test_each_gradient_alone(order: str, wanted: int, device: torch.device) -> N
 
 
 def test_weight_of_a_convolution(device: torch.device) -> None:
-    x = features_like("rows", 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
+    x = features_like("channels_last", 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
     norm_weight, norm_bias, out_weight, out_bias = parameters(16, device=device)
     with ops.use_backend("triton"):
         _, flat = differentiate(OP, (x, norm_weight, norm_bias, out_weight, out_bias, 4, 1e-5))
@@ -208,7 +213,7 @@ def test_features_far_apart_in_memory(strides: tuple[int, int, int], device: tor
     shape = (2, 8, 6)
     size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     far = torch.empty(size, dtype=torch.float16, device=device).as_strided(shape, strides)
-    if strides[0] == 8:  # the two images overlap elsewhere: one is enough
+    if strides[0] == 8:  # these strides make the two images overlap, so the test takes one
         far = far[:1]
     far.copy_(randn(*far.shape, dtype=torch.float16).to(device))
     results = [
@@ -225,10 +230,10 @@ def test_float64_is_refused(device: torch.device) -> None:
         OP(x, *parameters(8, device=device))
 
 
-@pytest.mark.parametrize("order", ["planes", "rows"])
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_registration(order: str, dtype: torch.dtype, device: torch.device) -> None:
-    x = features_like(order, 2, 16, 3, 5, dtype=dtype, seed=0, device=device).flatten(2)
+def test_registration(memory_format: str, dtype: torch.dtype, device: torch.device) -> None:
+    x = features_like(memory_format, 2, 16, 3, 5, dtype=dtype, seed=0, device=device).flatten(2)
     values = parameters(16, device=device)
     leaves = [value.detach().requires_grad_() for value in (x, *values)]
     torch.library.opcheck(boundary._predictability.op._opoverload, (*leaves, 4, 1e-5))
@@ -238,9 +243,9 @@ def test_registration(order: str, dtype: torch.dtype, device: torch.device) -> N
         torch.library.opcheck(boundary._predictability_grad.op._opoverload, args)
 
 
-@pytest.mark.parametrize("order", ["planes", "rows"])
-def test_compiles_without_a_graph_break(order: str, device: torch.device) -> None:
-    x = features_like(order, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_compiles_without_a_graph_break(memory_format: str, device: torch.device) -> None:
+    x = features_like(memory_format, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
     args = (x, *parameters(16, device=device), 4, 1e-5)
     with ops.use_backend("triton"):
         eager = differentiate(OP, args)

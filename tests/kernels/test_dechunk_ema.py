@@ -36,7 +36,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def small_chunks() -> Iterator[ExitStack]:
-    """Seams within few positions; the interpreter's scan costs by the element."""
+    """Several chunks within few positions; the interpreter's scan takes as long as it has elements."""
     with ExitStack() as stack:
         for kernel, config in SMALL.items():
             stack.enter_context(force_config(kernel, config))
@@ -74,8 +74,8 @@ def arguments(
     h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed)[:, width:].to(device)
     h[int(sel.cu_seqlens[-1]) :] = float("nan")
     extra = randn(*p.shape, 2 * width, dtype=dtype, seed=seed + 1).to(device)[..., :width]
-    confidence = torch.where(p > 0.5, p, 1 - p).to(device)
-    return h, p.to(device), sel, confidence if gate else None, extra if residual else None
+    ste_coefficient = torch.where(p > 0.5, p, 1 - p).to(device)
+    return h, p.to(device), sel, ste_coefficient if gate else None, extra if residual else None
 
 
 def check(*args: Any) -> None:
@@ -86,7 +86,7 @@ def check(*args: Any) -> None:
 
 
 def magnitudes(h: Tensor, p: Tensor, sel: TokenSelection) -> tuple[float, float]:
-    """The largest gradients of p and the gate under the cotangent of :func:`run`, had all their terms one sign."""
+    """The largest gradients of p and the gate under the cotangent of :func:`run`, if all their terms had one sign."""
     if p.numel() == 0:
         return 0.0, 0.0
     h, p = h.nan_to_num().double().abs().requires_grad_(), p.double()
@@ -95,10 +95,10 @@ def magnitudes(h: Tensor, p: Tensor, sel: TokenSelection) -> tuple[float, float]
     cotangent = randn(*held.shape, seed=7).to(held).abs()
     grad_h, grad_gate = torch.autograd.grad(held, (h, gate), cotangent)
     kept = sel.packed_rows >= 0
-    slot, q = sel.packed_rows[kept].long(), p[kept].clamp(1e-4, 1 - 1e-4)[:, None]
-    own = h.detach()[slot]
+    packed_row, q = sel.packed_rows[kept].long(), p[kept].clamp(1e-4, 1 - 1e-4)[:, None]
+    own = h.detach()[packed_row]
     before = (held.detach()[kept] - q * own) / (1 - q)
-    grad_p = (grad_h[slot] / q * (own + before)).sum(1)
+    grad_p = (grad_h[packed_row] / q * (own + before)).sum(1)
     return float(grad_p.max()), float(grad_gate.max())
 
 
@@ -144,7 +144,7 @@ def test_packed_source_matches_the_definition(
 
 
 def test_gradients_of_p_and_gate_are_as_accurate_as_pytorch(device: torch.device) -> None:
-    """Over many inputs, where luck evens out, also without a floor."""
+    """Chance averages out over many inputs, so the tolerance needs no minimum."""
     check_rms_against_reference(
         dechunk_ema,
         lambda seed: arguments(grid_case(1, 20, seed=seed), residual=False, seed=seed, device=device),
@@ -191,7 +191,7 @@ def test_wide_rows(small_chunks: ExitStack, device: torch.device) -> None:
 
 
 def test_sequences_of_65536(device: torch.device) -> None:
-    """One long sequence among short ones, cut into chunks whose states are carried; few kept tokens hold far."""
+    """One long sequence among short ones, cut into chunks whose states are carried. Few tokens are kept."""
     p, sel = packed_case([3, 65_536, 2])
     h, p, sel, *_ = arguments((p, sel), gate=False, residual=False, device=device)
     with force_config("dechunk_ema", {"CHUNK": 1024, "BLOCK_D": 8, "num_warps": 4}):
@@ -269,12 +269,11 @@ def test_registration(packed: bool, device: torch.device) -> None:
     h, p, sel, gate, residual = arguments(case, device=device)
     h = h.nan_to_num()  # opcheck compares whole inputs, and NaN is not equal to itself
     h, p, gate, rows = (x.detach().requires_grad_() for x in (h, p, gate, residual.reshape(-1, 8)))
-    args = (h, p, sel.packed_rows, sel.cu_seqlens, sel.source_cu_seqlens, gate, rows)
+    token_map = (sel.packed_rows, sel.cu_seqlens, sel.source_cu_seqlens)
     importlib.import_module("dcdit.ops._triton")  # registers it
-    torch.library.opcheck(torch.ops.dcdit.dechunk_ema.default, args)
-    tensors = [x.detach() if isinstance(x, Tensor) else x for x in args[:5]]
+    torch.library.opcheck(torch.ops.dcdit.dechunk_ema.default, (h, p, gate, rows, *token_map))
     for wanted in ((True, True, True), (False, False, True)):
-        grad_args = (randn(*rows.shape, seed=7).to(device), *tensors, *wanted)
+        grad_args = (randn(*rows.shape, seed=7).to(device), h.detach(), p.detach(), *token_map, *wanted)
         torch.library.opcheck(torch.ops.dcdit.dechunk_ema_bwd.default, grad_args)
 
 

@@ -1,4 +1,4 @@
-"""Spatial de-chunking kernels: against the definition, ties, cells, bitwise independence, padding, and tracing."""
+"""Spatial de-chunking kernels: the definition, ties, Voronoi regions, bitwise independence, padding, and tracing."""
 
 import itertools
 import math
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from dcdit import ops
 from dcdit.kernels import launch, nearest
+from dcdit.kernels.dechunk_spatial import Geometry
 from dcdit.ops import TokenSelection, reference
 from dcdit.ops._triton.dechunk_spatial import _dechunk, _gradients
+from dcdit.ops._triton.nested import leaves
 from dcdit.ops.numerics import window_radius
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,12 +32,12 @@ PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
 MODES: list[dict[str, Any]] = [{}, {"drop_fraction": 0.4}, {"capacity": 60}, {"budget": 1}, {"threshold": 0.2}]
 SMOOTH = {"BAND_H": 4, "STRIP_W": 4, "BM": 16, "BJ": 16, "LINES": 4, "BLOCK_D": 16, "num_warps": 4}
 SMALL_BLOCKS = {
-    "survey": {"LINES": 2, "BLOCK": 4, "num_warps": 1},
+    "kept_index": {"LINES": 2, "BLOCK": 4, "num_warps": 1},
     "nearest": {"BLOCK": 16, "num_warps": 1},
     "smooth_bf16": SMOOTH,
     "smooth_float32": SMOOTH,
     "plug_back_fwd": {"ROWS": 16, "BLOCK_D": 16, "num_warps": 1},
-    "plug_back_box": {"BLOCK": 16, "num_warps": 1},
+    "bounding_box": {"BLOCK": 16, "num_warps": 1},
     "plug_back_bwd": {"BLOCK_D": 16, "num_warps": 1},
     "dechunk_scalar_gradients": {"BLOCK": 16, "num_warps": 1},
 }
@@ -43,21 +45,21 @@ SMALL_BLOCKS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configurations whose blocks, windows and slices even a small grid overflows."""
-    monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: SMALL_BLOCKS[kernel])
+    """Blocks, windows and slices that are smaller than a small grid."""
+    monkeypatch.setattr(launch, "config_for", lambda kernel, *_, **__: SMALL_BLOCKS[kernel])
 
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by operations, not by elements; compiled kernels keep the shipped blocks."""
+    """Large blocks, as the interpreter takes as long for many elements as for few. Compiled kernels keep their own."""
     large = {
-        "survey": {"LINES": 64, "BLOCK": 64},
+        "kept_index": {"LINES": 64, "BLOCK": 64},
         "nearest": {"BLOCK": 4096},
         "smooth_float32": {"BAND_H": 64, "STRIP_W": 64, "BM": 256, "BJ": 256, "LINES": 64, "BLOCK_D": 16},
         "plug_back_fwd": {"ROWS": 4096, "BLOCK_D": 16},
     }
     if triton.knobs.runtime.interpret:
-        monkeypatch.setattr(launch, "_lookup", lambda kernel, *_: large[kernel])
+        monkeypatch.setattr(launch, "config_for", lambda kernel, *_, **__: large[kernel])
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -84,8 +86,8 @@ def arguments(
     p, sel = random_selection(images, length, pattern=pattern, seed=seed, **mode)
     h = randn(sel.indices.shape[0], width, dtype=dtype, seed=seed + 1)
     added = randn(images, length, width, dtype=dtype, seed=seed + 2) if residual else None
-    confidence = torch.where(p > 0.5, p, 1 - p) if gate else None
-    return tuple(moved(x, device) for x in (h, p, sel, grid, sigma, confidence, added))
+    ste_coefficient = torch.where(p > 0.5, p, 1 - p) if gate else None
+    return tuple(moved(x, device) for x in (h, p, sel, grid, sigma, ste_coefficient, added))
 
 
 def hand_made(mask: Tensor, grid: tuple[int, int], width: int, device: torch.device) -> tuple[Any, ...]:
@@ -122,22 +124,22 @@ def check(*args: Any) -> None:
 
 
 def largest_term_of_grad_p(h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float) -> float:
-    """The gradient of p under the cotangent of :func:`run`, with every subtraction made an addition of magnitudes."""
+    """The largest gradient of p under the cotangent of :func:`run`, if all its terms had one sign."""
     cotangent = randn(*p.shape, h.shape[1], seed=7).to(h.device).double().abs()
     index = torch.arange(p.shape[1], device=h.device)
-    place = torch.stack([index // grid[1], index % grid[1]], 1).double()
+    position = torch.stack([index // grid[1], index % grid[1]], 1).double()
     starts, largest = sel.cu_seqlens.tolist(), 0.0
     for image, (start, end) in enumerate(itertools.pairwise(starts)):
         kept = sel.mask[image].nonzero().squeeze(1)
         q = p[image, kept].double().clamp(1e-4, 1 - 1e-4)
-        kernel = torch.exp(-torch.cdist(place[kept], place[kept]).square() / (2 * sigma**2))
+        kernel = torch.exp(-torch.cdist(position[kept], position[kept]).square() / (2 * sigma**2))
         norm = kernel @ q
-        owner = torch.cdist(place, place[kept]).argmin(1)
+        owner = torch.cdist(position, position[kept]).argmin(1)
         grad = torch.zeros(end - start, h.shape[1], dtype=torch.float64, device=h.device)
         product = grad.index_add(0, owner, cotangent[image]) @ h[start:end].double().abs().T
-        along = (kernel * q * product).sum(1) / norm
-        spread = (kernel * ((1 - q) / norm)[:, None] * (product + along[:, None])).sum(0)
-        largest = max(largest, float((product.diagonal() + along + spread).max()))
+        g_dot_s = (kernel * q * product).sum(1) / norm
+        of_neighbors = (kernel * ((1 - q) / norm)[:, None] * (product + g_dot_s[:, None])).sum(0)
+        largest = max(largest, float((product.diagonal() + g_dot_s + of_neighbors).max()))
     return largest
 
 
@@ -191,8 +193,8 @@ def test_nearest_is_exact_and_ties_go_to_the_lowest_index(
     order = torch.rand(images, length, generator=torch.Generator().manual_seed(seed)).argsort(1)
     mask = (order < kept).to(device)
     packed_rows = torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32)
-    survey = nearest.survey_fwd(packed_rows, mask.float(), grid, int(mask.sum()))
-    found = nearest.nearest_fwd(survey, grid).view(images, length)
+    kept_index = nearest.kept_index_fwd(packed_rows, mask.float(), grid, int(mask.sum()))
+    found = nearest.nearest_fwd(kept_index, grid).view(images, length)
     index = torch.arange(length, device=device)
     row, col = index // grid[1], index % grid[1]
     distance = (row[:, None] - row) ** 2 + (col[:, None] - col) ** 2
@@ -201,17 +203,17 @@ def test_nearest_is_exact_and_ties_go_to_the_lowest_index(
     assert torch.equal(found, torch.where(mask.any(1, keepdim=True), owner, -1).to(torch.int32))
 
 
-@pytest.mark.parametrize("places", [[37], [0, 98], [60, 61], []], ids=str)
-def test_huge_cells(places: list[int], device: torch.device) -> None:
-    """Cells that hold whole tiles, next to an image in which no cell does; also an image that keeps nothing."""
+@pytest.mark.parametrize("kept", [[37], [0, 98], [60, 61], []], ids=str)
+def test_huge_voronoi_regions(kept: list[int], device: torch.device) -> None:
+    """Regions that hold whole tiles, next to an image in which no region does; also an image that keeps nothing."""
     grid = (9, 11)
     mask = torch.zeros(2, grid[0] * grid[1], dtype=torch.bool)
-    mask[0, places] = True
+    mask[0, kept] = True
     mask[1, ::25] = True
     h, p, sel, _, sigma, gate, residual = hand_made(mask, grid, 8, device)
     out, grad_h, grad_p, grad_gate, grad_residual = run(h, p, sel, grid, sigma, gate, residual)
     assert all(x is not None and x.isfinite().all() for x in (out, grad_h, grad_p, grad_gate, grad_residual))
-    if not places:
+    if not kept:
         assert torch.equal(out[0], residual[0])
         assert not grad_p[0].any() and not grad_gate[0].any()
         return
@@ -306,7 +308,7 @@ def test_no_images(device: torch.device) -> None:
 
 
 def test_gradient_of_p_is_as_accurate_as_pytorch(device: torch.device) -> None:
-    """Over many inputs, where luck evens out, also without a floor."""
+    """Chance averages out over many inputs, so the tolerance needs no minimum."""
     check_rms_against_reference(
         ops.dechunk_spatial,
         lambda seed: arguments(1, (4, 4), 24, device, gate=False, residual=False, seed=seed),
@@ -326,7 +328,7 @@ def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
         ops.dechunk_spatial(h.double(), p, *rest)
     packed_rows = torch.empty(1, 32768, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="32768"):
-        nearest.survey_fwd(packed_rows, packed_rows.float(), (1, 32768), 0)
+        nearest.kept_index_fwd(packed_rows, packed_rows.float(), (1, 32768), 0)
 
 
 def test_the_window_reaches_as_far_as_float32_can_tell() -> None:
@@ -346,7 +348,7 @@ def test_the_window_reaches_as_far_as_float32_can_tell() -> None:
 def test_window_is_wide_enough_for_a_lone_token(
     sigma: float, own: float, device: torch.device, few_programs: None
 ) -> None:
-    """A token of least confidence in a hole as wide as the window, all kept around it: what the kernels leave out."""
+    """A token of least p in a hole as wide as the window, all kept around it: the most that the kernels leave out."""
     radius = window_radius(sigma, own)
     side = 2 * (radius + math.ceil(sigma)) + 1  # farther rings weigh next to nothing beside these
     away = (torch.arange(side) - side // 2).abs()
@@ -368,12 +370,12 @@ def test_window_is_wide_enough_for_a_lone_token(
 
 def test_op_registration(device: torch.device) -> None:
     h, p, sel, grid, sigma, gate, residual = arguments(2, (3, 4), 8, device)
-    inputs = (h, p, sel.packed_rows, sel.cu_seqlens, gate, residual.flatten(0, 1))
-    inputs = tuple(x.requires_grad_() if x.is_floating_point() else x for x in inputs)
-    torch.library.opcheck(_dechunk.op._opoverload, (*inputs, *grid, sigma, 6))
-    inputs = tuple(x.detach() for x in inputs)
-    _, *saved = _dechunk(*inputs, *grid, sigma, 6)
-    grad_inputs = (randn(24, 8, seed=7).to(device), *inputs[:4], *saved, *grid, sigma, 6)
+    floats = [x.requires_grad_() for x in (h, p, gate, residual.flatten(0, 1))]
+    geometry = Geometry(sel.packed_rows, sel.cu_seqlens, grid, sigma, 6)
+    torch.library.opcheck(_dechunk.op._opoverload, (*floats, *leaves(geometry)))
+    h, p, *others = (x.detach() for x in floats)
+    _, saved = _dechunk(h, p, *others, geometry)
+    grad_inputs = (randn(24, 8, seed=7).to(device), h, p, *leaves(geometry), *leaves(saved))
     for wanted in ((True, True, gate.dtype), (False, True, None)):
         torch.library.opcheck(_gradients.op._opoverload, (*grad_inputs, *wanted))
 

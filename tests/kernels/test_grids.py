@@ -1,4 +1,4 @@
-"""Launch grids fit into CUDA's limits, however many images there are and however long they are."""
+"""Launch grids stay within the limits of CUDA for many images and for long ones."""
 
 import pytest
 import torch
@@ -17,20 +17,20 @@ def start_everything(images: int, grid: tuple[int, int], width: int) -> None:
     def floats(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta", requires_grad=True)
 
-    def whole(*shape: int) -> torch.Tensor:
+    def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
     p, mask = floats(images, length), torch.empty(images, length, dtype=torch.bool, device="meta")
     tokens = images * length // 4
     sel = TokenSelection(
-        indices=whole(tokens).long(),
-        cu_seqlens=whole(images + 1),
-        lengths=whole(images),
+        indices=ints(tokens).long(),
+        cu_seqlens=ints(images + 1),
+        lengths=ints(images),
         max_seqlen=length,
         mask=mask,
         natural_mask=mask,
-        packed_rows=whole(images, length),
-        overflow=whole(),
+        packed_rows=ints(images, length),
+        overflow=ints(),
         source_cu_seqlens=None,
         prob_floor=0.5,
     )

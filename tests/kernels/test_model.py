@@ -22,7 +22,7 @@ def golden() -> Golden:
     return Golden()
 
 
-# One fraction per image is the case that holds the others; the interpreter takes its time over each.
+# The interpreter is slow, so it runs one case only: one fraction per image, which covers the others.
 EVERY_CASE = torch.cuda.is_available() or os.environ.get("DCDIT_FULL") == "1"
 
 
@@ -50,7 +50,7 @@ def test_official_parity(golden: Golden, case: int, device: torch.device) -> Non
 
 
 def test_twenty_kept_counts_share_one_graph_of_a_block(device: torch.device) -> None:
-    """Route, pack, a DiT block and back, forward and backward: one graph, whatever the router keeps."""
+    """Route, pack, a DiT block, unpack, forward and backward: one graph for every kept count."""
     torch.manual_seed(0)
     block = PackedDiTBlock(16, 2, 4.0).to(device)
     modulation = Modulation(*torch.randn(6, 2, 16, device=device))
@@ -85,7 +85,7 @@ OPTIONS = [{"budget": 9}, {"capacity": 90}]
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_compiles_without_a_graph_break(options: dict[str, int], device: torch.device) -> None:
-    """Forward and backward, traced once, equal eager."""
+    """Forward and backward under torch.compile equal the eager ones."""
     model = small_dc_dit(depth=1, grid=(6, 7)).to(device)
     inputs = [value.to(device) for value in batch(model.config)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -37,7 +37,7 @@ def arguments(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, ...]:
-    """Arguments in the op's order; the modulation is column slices of one (B, 6D) tensor, y a slice of wider rows."""
+    """Arguments in the op's order. Modulation tensors are column slices of one (B, 6D) tensor, y of wider rows."""
     rows = sum(lengths) + padding
     x = randn(rows, width, dtype=dtype, seed=seed).to(device)
     y = randn(rows, 2 * width, dtype=dtype, seed=seed + 1).to(device)[:, width:]
@@ -113,7 +113,7 @@ def test_packed_equals_each_sequence_alone(
         with ops.use_backend("triton"):
             out = op(*leaves, *some[len(leaves) :])
         out = out if isinstance(out, tuple) else (out,)
-        # A cotangent that depends on the rows alone, not on where they sit.
+        # A cotangent that depends on the rows alone, not on their position in the batch.
         grads = torch.autograd.grad(out, leaves, [o.detach() * (i + 1) for i, o in enumerate(out)])
         return [o.detach() for o in out], list(grads)
 
@@ -148,7 +148,7 @@ def test_garbage_in_padding_rows_stays_there(dtype: torch.dtype, device: torch.d
         for cotangent in cotangents:
             cotangent[real:] = fill
         grads = torch.autograd.grad([added, normed, again], leaves, cotangents)
-        # A padding row of the sum is x's row, so whatever gradient it gets is x's.
+        # A padding row of the sum is the row of x, so its gradient goes to x unchanged.
         torch.testing.assert_close(grads[0][real:], cotangents[0][real:], rtol=0, atol=0, equal_nan=True)
         return [added.detach(), normed.detach(), again.detach(), grads[0][:real], *grads[1:]]
 

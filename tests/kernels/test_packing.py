@@ -1,4 +1,4 @@
-"""Gather and scatter kernels: data movement is exact to the bit, padding is zero, gradients are the other's forward."""
+"""Gather and scatter kernels: every bit is moved, padding is zero, the gradient of each is the forward of the other."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def run(op: Any, *args: Any) -> tuple[list[Tensor], list[Tensor | None]]:
 
 
 def assert_exact(op: Any, *args: Any) -> None:
-    """Output and gradients are those of the definition, to the bit."""
+    """Output and gradients equal those of the definition, to the bit."""
     (out,), grads = run(op, *args)
     (expected,), expected_grads = differentiate(getattr(reference, op.__name__), args)
     assert out.dtype == expected.dtype
@@ -60,7 +60,7 @@ def test_moves_every_bit(sel: TokenSelection, width: int, dtype: torch.dtype, se
     sel = on(device, sel)
     assert_exact(ops.gather_tokens, randn(*sel.mask.shape, width, dtype=dtype, seed=seed).to(device), sel)
     tokens = randn(sel.indices.shape[0], width, dtype=dtype, seed=seed).to(device)
-    tokens[int(sel.cu_seqlens[-1]) :] = float("nan")  # whatever lies in the padding must not get out
+    tokens[int(sel.cu_seqlens[-1]) :] = float("nan")  # no padding row may reach the output
     for fill in (0.0, -1.5):
         assert_exact(ops.scatter_tokens, tokens, sel, fill)
 
@@ -93,22 +93,22 @@ def test_wide_rows(width: int, device: torch.device) -> None:
     check_against_reference(ops.gather_tokens, randn(2, 5, width).to(device), sel, bias, backend="triton")
 
 
-def strided(layout: str, rows: tuple[int, ...], width: int) -> Tensor:
+def strided(strides: str, rows: tuple[int, ...], width: int) -> Tensor:
     full = randn(*(2 * n for n in rows), 2 * width)
-    if layout == "rows":
+    if strides == "rows":
         return full[tuple(slice(0, n) for n in rows)][..., :width]
-    if layout == "elements":
+    if strides == "elements":
         return full[tuple(slice(0, n) for n in rows)][..., ::2]
-    if layout == "broadcast":
+    if strides == "broadcast":
         return randn(width).expand(*rows, width)
     return randn(width, *rows).movedim(0, -1)
 
 
-@pytest.mark.parametrize("layout", ["rows", "elements", "broadcast", "transposed"])
-def test_any_strides(layout: str, device: torch.device) -> None:
+@pytest.mark.parametrize("strides", ["rows", "elements", "broadcast", "transposed"])
+def test_any_strides(strides: str, device: torch.device) -> None:
     _, sel = random_selection(2, 7, capacity=11)
     sel = on(device, sel)
-    x, t, bias = (strided(layout, rows, 24).to(device) for rows in ((2, 7), (11,), (7,)))
+    x, t, bias = (strided(strides, rows, 24).to(device) for rows in ((2, 7), (11,), (7,)))
     assert_exact(ops.gather_tokens, x, sel)
     assert_exact(ops.scatter_tokens, t, sel)
     check_against_reference(ops.gather_tokens, x, sel, bias, backend="triton")
@@ -145,14 +145,14 @@ def test_bias_gradient_adds_the_images_in_order(device: torch.device) -> None:
     sel = on(device, reference.select_tokens(p))
     grad = randn(sel.indices.shape[0], 24, seed=3).to(device)
     total = torch.zeros(6, 24, device=device)
-    for image_slots in sel.packed_rows:
-        total += torch.where((image_slots >= 0)[:, None], grad[image_slots.clamp(min=0)], 0.0)
+    for image_rows in sel.packed_rows:
+        total += torch.where((image_rows >= 0)[:, None], grad[image_rows.clamp(min=0)], 0.0)
     for _ in range(2):
         assert torch.equal(kernels.bias_bwd(grad, sel.packed_rows, torch.float32), total)
 
 
 def test_rows_beyond_two_to_the_31_elements(device: torch.device) -> None:
-    """The stride fits 32 bits, the offset of the last row does not (memory that is never touched costs nothing)."""
+    """The stride fits 32 bits, the offset of the last row does not. Memory that nothing touches costs nothing."""
     stride = 2**30 + 64
     rows = torch.empty(2 * stride + 8, dtype=torch.float16, device=device).as_strided((3, 8), (stride, 1))
     rows.copy_(randn(3, 8, dtype=torch.float16))
@@ -190,7 +190,7 @@ def test_registration(op: packing.KernelOp, device: torch.device) -> None:
 
 
 def test_fullgraph(device: torch.device) -> None:
-    """There and back again in one graph, for every mask."""
+    """Gather and scatter in one graph, for every mask."""
 
     def there_and_back(x: Tensor, p: Tensor, bias: Tensor) -> Tensor:
         with ops.use_backend("triton"):

@@ -1,4 +1,4 @@
-"""Selection kernels: every field equals the definition exactly, whatever the ties, the mode and the tile size."""
+"""Selection kernels: every field equals the definition exactly, for all ties, modes and tile sizes."""
 
 from typing import Any
 
@@ -20,7 +20,10 @@ PATTERNS = ["random", "ties", "extreme", "none", "all", "equal", "half", "signed
 
 
 def probs(*shape: int, pattern: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Those of ``random_probs``, and: all equal; 0.5 and its neighbours; a little outside [0, 1] with both zeros."""
+    """The patterns of ``random_probs``, and three more.
+
+    "equal": all equal. "half": 0.5 and its neighbours. "signed": a little outside [0, 1], with both zeros.
+    """
     rng = generator(seed)
     if pattern == "equal":
         return torch.full(shape, 0.75, dtype=dtype)
@@ -34,7 +37,7 @@ def probs(*shape: int, pattern: str, dtype: torch.dtype = torch.float32, seed: i
 
 
 def tiles(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    """Another tile size: a small one makes every loop over tiles turn."""
+    """Set another tile size. With a small one, every loop over tiles runs more than once."""
     monkeypatch.setattr(launch, "config_for", lambda *_: {"BLOCK": block, "num_warps": 1})
 
 
@@ -106,7 +109,7 @@ def test_matches_the_definition(
 @example(threshold=0.3, dtype=torch.bfloat16, seed=0)
 @example(threshold=0.7, dtype=torch.float16, seed=0)
 def test_any_threshold(threshold: float, dtype: torch.dtype, seed: int, device: torch.device) -> None:
-    """Also one that the dtype of p cannot hold, next to a p that is its rounding."""
+    """Also a threshold that the dtype of p cannot hold, beside a p that is its rounding."""
     p = torch.rand(2, 20, generator=generator(seed)).to(dtype)
     p[0, 7] = threshold
     sel = check(p.to(device), threshold=threshold)
@@ -165,7 +168,7 @@ def test_an_image_does_not_depend_on_the_others(device: torch.device) -> None:
 
 
 def test_unchecked_fractions_end(device: torch.device) -> None:
-    """On a GPU a per-image fraction is not read back: outside [0, 1) it must neither hang nor empty an image."""
+    """On a GPU nothing checks a fraction per image. Outside [0, 1) it must neither hang nor empty an image."""
     p = probs(4, 9, pattern="all").to(device)
     fractions = torch.tensor([-1.0, 1.0, 7.0, float("nan")], device=device)
     lengths = selection.select_tokens(p, None, 0.5, fractions, None, None).lengths
@@ -175,7 +178,7 @@ def test_unchecked_fractions_end(device: torch.device) -> None:
 
 @pytest.mark.parametrize("mode", [(0.2, None, None), (0.0, 3, None), (0.2, None, 12)], ids=str)
 def test_unchecked_nan_stays_in_bounds(mode: tuple[float, int | None, int | None], device: torch.device) -> None:
-    """NaN is not refused on a GPU: what comes back is some selection, consistent with itself."""
+    """On a GPU nothing refuses NaN. The result is some selection that is consistent with itself."""
     p = probs(3, 9, pattern="random").to(device)
     p[0, 2:6], p[1] = float("nan"), float("nan")
     p[2, 4] = -torch.tensor(float("nan"))
@@ -213,7 +216,7 @@ def test_registration(sample: tuple[Any, ...], device: torch.device) -> None:
 
 @pytest.mark.parametrize("mode", [{"capacity": 14, "drop_fraction": 0.2}, {"budget": 4}, {}], ids=str)
 def test_fullgraph(mode: dict[str, Any], device: torch.device) -> None:
-    """The exact mode is in the graph too where the one size it reads may be captured."""
+    """The exact mode too is one graph, if torch.compile may capture the one size that it reads."""
 
     def route(p: Tensor) -> TokenSelection:
         with ops.use_backend("triton"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcdit.cli import main as cli
+from dcdit.cli import main
 from dcdit.models import DCDiT, DCDiTConfig, count_flops
 from dcdit.nn import STAGES
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
@@ -142,7 +142,7 @@ def test_command_writes_json_picture_and_trace(tmp_path: Path, capsys, monkeypat
     monkeypatch.setattr(module, "create_model", lambda name, size: DCDiT(DCDiTConfig(**CONFIG)))
     trace = tmp_path / "traces" / "trace.json"
     arguments = ["profile", "--batch", "2", "--seconds", "0.02", "--drop-fraction", "0.2", "--device", "cpu"]
-    assert cli.main([*arguments, "--out", str(tmp_path / "p"), "--trace", str(trace)]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "p"), "--trace", str(trace)]) == 0
     printed = capsys.readouterr().out
     assert "eta vs static DiT, patch 1" in printed
     assert str(trace) in printed
@@ -170,7 +170,7 @@ def test_command_writes_json_picture_and_trace(tmp_path: Path, capsys, monkeypat
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys, tmp_path: Path) -> None:
     base = ["profile", "--device", "cpu", "--batch", "1", "--image-size", "64", "--out", str(tmp_path)]
-    assert cli.main([*base, *arguments]) == 2
+    assert main([*base, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("dcdit: error: ")
     assert message in error
@@ -179,5 +179,5 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys, tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_gpu_is_named(capsys) -> None:
-    assert cli.main(["profile", "--device", "cuda"]) == 2
+    assert main(["profile", "--device", "cuda"]) == 2
     assert "no CUDA device is visible" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """Count the work of every operation and of a whole forward pass on the Triton backend, on a small fixed problem.
 
-``PYTHONPATH=.:tests python -m support.counted`` writes counted_work.json anew,
-after a change that was meant to change the work.
+    PYTHONPATH=.:tests python -m support.counted
+
+writes counted_work.json again, after a change that was meant to change the work.
 """
 
 import json
@@ -17,7 +18,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness.counting import Work, count_work
+from benchmarks.harness.counting import CountedWork, count_work
+from benchmarks.harness.sets import directions
 from dcdit import ops
 from dcdit.models import DCDiT, DCDiTConfig
 from dcdit.ops import attention, checks
@@ -44,7 +46,7 @@ def count_op(name: str, backward: bool) -> Counts:
 
 
 def count_model(mode: str, **config: Any) -> Counts:
-    """The work of one forward pass of a small DC-DiT, attention kernel excepted (a CPU runs another one)."""
+    """The work of one forward pass of a small DC-DiT, without the attention kernel: a CPU runs another one."""
     torch.manual_seed(0)
     model = DCDiT(DCDiTConfig(grid=(4, 6), hidden_size=128, depth=DEPTH, num_heads=2, num_classes=4, **config)).eval()
     if hasattr(model.router, "out"):
@@ -56,16 +58,15 @@ def count_model(mode: str, **config: Any) -> Counts:
 
 
 def count_all() -> dict[str, Counts]:
-    """Every count that the guard holds on to, by the name of what was counted."""
+    """Every count that the guard compares, by the name of what was counted."""
     return {name: count() for name, count in CASES.items()}
 
 
 CASES: dict[str, Callable[[], Counts]] = {
-    **{f"{name}, forward": lambda name=name: count_op(name, False) for name in WORKLOADS},
     **{
-        f"{name}, forward+backward": lambda name=name: count_op(name, True)
-        for name in WORKLOADS
-        if not name.startswith("select")
+        f"{name}, {direction}": lambda name=name, direction=direction: count_op(name, direction != "forward")
+        for name, operation in WORKLOADS.items()
+        for direction in directions(operation)
     },
     **{f"model, {mode}": lambda mode=mode: count_model(mode) for mode in MODES},
     "model, cosine1d and EMA": lambda: count_model("exact", router="cosine1d", dechunk="ema"),
@@ -74,22 +75,22 @@ CASES: dict[str, Callable[[], Counts]] = {
 
 @contextmanager
 def _as_on_a_gpu() -> Any:
-    """Count on the Triton backend, without what only happens to CPU tensors: checks of values, the CPU's attention."""
+    """Count on the Triton backend, without what happens to CPU tensors alone: checks of values, the CPU's attention."""
     with ExitStack() as stack:
         work = stack.enter_context(count_work())
         original = attention.sdpa_varlen
 
-        def unseen(*args: Any) -> torch.Tensor:
+        def uncounted(*args: Any) -> torch.Tensor:
             with work.paused():
                 return original(*args)
 
-        stack.enter_context(patch.object(attention, "sdpa_varlen", unseen))
+        stack.enter_context(patch.object(attention, "sdpa_varlen", uncounted))
         stack.enter_context(patch.object(checks, "value_checks_enabled", lambda tensor: False))
         stack.enter_context(ops.use_backend("triton"))
         yield work
 
 
-def _summary(work: Work) -> Counts:
+def _summary(work: CountedWork) -> Counts:
     return {
         "launches": dict(sorted(work.launches.items())),
         "reads": work.reads,

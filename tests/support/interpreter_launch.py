@@ -1,7 +1,8 @@
-"""What the Triton interpreter leaves out of a launch.
+"""Two properties of a launch on a GPU that the Triton interpreter does not have.
 
-compute-sanitizer's memcheck: every address that a kernel touches must lie in a tensor that it was given, even where
-what was read there is thrown away. And a compiled kernel gets its numbers in float32.
+A check of all addresses, as in compute-sanitizer's memcheck: every address that a kernel touches must be inside one of
+its tensors, even if the kernel discards what it reads there. And float arguments become float32, as in a compiled
+kernel.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from tools.ptx.memory import span
 
 
 class _Guard:
-    """Stands before the interpreter's memory operations."""
+    """Wraps the interpreter's memory operations and checks their addresses."""
 
     def __init__(self, real: Any) -> None:
         self.real = real
@@ -28,7 +29,7 @@ class _Guard:
     def allow(self, tensors: list[Tensor]) -> Iterator[None]:
         spans = sorted(span(tensor) for tensor in tensors)
         self.starts, self.ends = (np.array([span[i] for span in spans], dtype=np.uint64) for i in range(2))
-        # A tensor inside another one (a slice of it) must not end it.
+        # A tensor inside another one (a slice of it) must not shorten the range of the outer one.
         self.ends = np.maximum.accumulate(self.ends)
         yield
 
@@ -57,16 +58,16 @@ class _Guard:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Watch every launch until the monkeypatch is undone. On a GPU there is compute-sanitizer (tools/gpu_suite.py)."""
+    """Check every launch until the monkeypatch is undone. On a GPU, compute-sanitizer does (tools/gpu_suite.py)."""
     if torch.cuda.is_available():
         return
     guard = _Guard(interpreter._interpreter)
     monkeypatch.setattr(interpreter, "_interpreter", guard)
     run = interpreter.GridExecutor.__call__
 
-    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         args = tuple(float(np.float32(value)) if isinstance(value, float) else value for value in args)
         with guard.allow([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]):
             run(self, *args, **kwargs)
 
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", checked)

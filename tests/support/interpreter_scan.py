@@ -1,4 +1,7 @@
-"""Triton's interpreter scans element by element in Python; here whole tiles are combined, in a tree as on a GPU."""
+"""A faster scan for Triton's interpreter, which scans one element at a time in Python.
+
+This one combines whole tiles, in a tree as on a GPU.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from triton.runtime import interpreter
 
 
 def _scan(self: Any, inputs: list[Any]) -> list[Any]:
-    """Replaces ``ScanOps.generic_scan``; position i has combined its 2^k last elements after k steps."""
+    """Replaces ``ScanOps.generic_scan``. After k steps, position i has combined the 2^k elements up to it."""
     out = [np.moveaxis(value.handle.data, self.axis, 0) for value in inputs]
     step = 1
     while step < out[0].shape[0]:
@@ -30,5 +33,5 @@ def _scan(self: Any, inputs: list[Any]) -> list[Any]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every scan until the monkeypatch is undone."""
+    """Replace every scan until the monkeypatch is undone."""
     monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan)

@@ -1,4 +1,4 @@
-"""The machine itself: small programs written by hand, against what the PTX manual says of each instruction."""
+"""The PTX machine: small programs written by hand, against what the PTX manual says of each instruction."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ HEAD = """
 
 
 def execute(body: str, x: Tensor, out: Tensor | None = None, threads: int = 32, blocks: int = 1) -> Tensor:
-    """Thread i finds the address of the i-th 4 bytes of x in %rd2, of out in %rd3; 1 KiB of shared memory."""
+    """For thread i, %rd2 is the address of the i-th 4 bytes of x and %rd3 that of out. Shared memory is 1 KiB."""
     out = torch.zeros(threads, dtype=torch.int32) if out is None else out
     program = parse(HEAD + body + "ret;\n}")
     parameters = dict(zip(program.parameters, (x.data_ptr(), out.data_ptr()), strict=True))
@@ -48,8 +48,8 @@ def numbers(count: int = 32) -> Tensor:
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-def test_threads_part_and_meet_again() -> None:
-    """Thread i goes round i times, then all of them exchange what they have."""
+def test_threads_diverge_and_reconverge() -> None:
+    """Thread i runs its loop i times, then all threads exchange their results."""
     body = """
     mov.b32 %r1, 0; mov.b32 %r2, 0;
 $LOOP:
@@ -97,19 +97,19 @@ def test_a_missing_barrier_is_a_race() -> None:
         ("st.global.b32 [%rd2+256], %r0;", "outside of every argument"),
         ("st.global.b32 [%rd2+2], %r0;", "not aligned"),
         ("setp.lt.s32 %p1, %r0, 9; @%p1 bra $X; bar.sync 0;\n$X: add.s32 %r1, %r0, 1;", "not reached by all threads"),
-        ("setp.lt.s32 %p1, %r0, 9; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "a warp that has parted"),
+        ("setp.lt.s32 %p1, %r0, 9; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "a warp whose threads have diverged"),
         ("add.s32 %r1, %r9, 1;", "%r9 is read before it is written"),
         ("lop3.b32 %r1, %r0, %r0, %r0, 128;", "unknown instruction"),
         ("add.sat.s32 %r1, %r0, %r0;", "unknown qualifiers"),
     ],
 )
-def test_what_a_gpu_would_not_forgive(body: str, says: str) -> None:
+def test_undefined_and_unknown_is_an_error(body: str, says: str) -> None:
     with pytest.raises(MachineError, match=says):
         execute(body, numbers(64), threads=64)
 
 
 def test_lanes_of_a_warp_may_store_copies_that_differ() -> None:
-    """One lane wins; only warps must agree."""
+    """One lane wins. Only different warps must store the same."""
     body = """
     and.b32 %r1, %r0, 31; st.shared.b32 [global_smem], %r1; bar.sync 0;
     ld.shared.b32 %r2, [global_smem]; st.global.b32 [%rd3], %r2;
@@ -128,15 +128,15 @@ def test_a_copy_arrives_with_its_wait(waits: bool) -> None:
     assert execute(body, numbers()).equal(numbers()) == waits
 
 
-def test_the_last_groups_may_stay_under_way() -> None:
+def test_the_last_groups_may_still_be_running() -> None:
     body = """
     shl.b32 %r2, %r0, 2;
     cp.async.ca.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x4, 4; cp.async.commit_group;
     cp.async.ca.shared.global [ %r2 + 128 ], [ %rd2 + 0 ], 0x4, 0; cp.async.commit_group;
     cp.async.wait_group 1; ld.shared.b32 %r3, [%r2]; ld.shared.b32 %r4, [%r2+128];
     cp.async.wait_group 0; ld.shared.b32 %r5, [%r2+128];
-    add.s32 %r3, %r3, %r5; selp.b32 %r3, %r3, 0, %p1; st.global.b32 [%rd3], %r3;
-    """.replace("selp.b32 %r3, %r3, 0, %p1", "setp.eq.s32 %p1, %r4, -1; selp.b32 %r3, %r3, 0, %p1")
+    add.s32 %r3, %r3, %r5; setp.eq.s32 %p1, %r4, -1; selp.b32 %r3, %r3, 0, %p1; st.global.b32 [%rd3], %r3;
+    """
     assert execute(body, numbers()).equal(numbers())
 
 
@@ -248,7 +248,7 @@ def test_bfloat16_rounds_as_pytorch_does() -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_tensor_core_product(kind: str, dtype: torch.dtype) -> None:
-    """Fragments as the manual draws them: lane i holds row i // 4 and the columns from 2 (i % 4)."""
+    """Registers as in the manual: lane i holds row i // 4 and the columns from 2 (i % 4)."""
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((16, 16), (16, 8)))
     c = torch.randn(16, 8, generator=generator)
@@ -277,7 +277,7 @@ def test_tensor_core_product(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_of_shared_memory(transposed: bool) -> None:
-    """Lane i gets row i // 4, columns 2 (i % 4) and the next; storing puts the same back."""
+    """Lane i gets row i // 4, columns 2 (i % 4) and the next. A store writes the same back."""
     x = torch.arange(64, dtype=torch.int16).view(8, 8)
     trans = ".trans" if transposed else ""
     body = f"""

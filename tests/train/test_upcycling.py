@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dcdit import checkpoint as ckpt
-from dcdit.cli.main import main
+from dcdit.cli import main
 from dcdit.config import dump_yaml, override
 from dcdit.models import count_flops, create_config, to_dit
 from dcdit.train import train

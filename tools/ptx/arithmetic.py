@@ -25,7 +25,7 @@ def _divide(a: Array, b: Array) -> Array:
         return a / b
     safe = np.where(b == 0, 1, b).astype(a.dtype)
     quotient = a // safe
-    # Rounds toward zero, not down.
+    # PTX rounds toward zero, numpy rounds down.
     return quotient + ((quotient < 0) & (quotient * safe != a)) if a.dtype.kind == "i" else quotient
 
 

@@ -1,4 +1,4 @@
-"""Asynchronous copies from global to shared memory: what they bring is there after the wait, and not before."""
+"""Asynchronous copies from global to shared memory. Their data arrives with the wait, not earlier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Copy(NamedTuple):
 
 
 class Copies:
-    """Copies under way. Each thread counts its own groups."""
+    """Copies that have started and not arrived. Each thread counts its own groups."""
 
     def __init__(self, threads: int) -> None:
         self._committed = np.zeros(threads, np.int64)
@@ -32,7 +32,7 @@ class Copies:
 
     def start(self, state: Threads, address: Array, values: list[Array]) -> None:
         threads = np.flatnonzero(state.mask)
-        # Until the wait the place holds neither the old nor the new.
+        # Until the wait, the target holds neither the old data nor the new.
         _store(
             state, threads, address, [np.full_like(value, int.from_bytes([POISON] * 4, "little")) for value in values]
         )
@@ -42,7 +42,7 @@ class Copies:
         self._committed[mask] += 1
 
     def wait(self, state: Threads, left: int) -> None:
-        """Finish all groups of the participating threads but the last ``left``."""
+        """Finish all groups of the participating threads, except the last ``left``."""
         pending = []
         for copy in self._pending:
             done = state.mask[copy.threads] & (copy.group < self._committed[copy.threads] - left)
@@ -73,10 +73,10 @@ def copy_asynchronously(instruction: Instruction) -> Step:
 
     def step(state: Threads) -> None:
         mask = state.mask
-        # The rest of what is not read is filled with zeros; here it is all or nothing.
+        # A copy fills with zeros what it does not read. Only all or nothing is supported here.
         read = state.read(given[0], np.uint32)[mask] if given else np.full(int(mask.sum()), 4 * words)
         if not np.isin(read, (0, 4 * words)).all():
-            raise MachineError("a copy in part")
+            raise MachineError("unknown copy: it reads a part of its bytes")
         values = [np.zeros(len(read), np.uint32) for _ in range(words)]
         wanted = state.address(source)[mask][read > 0]
         for value, word in zip(values, state.memory.load(state.warp[mask][read > 0], wanted, words, 4), strict=True):

@@ -1,11 +1,11 @@
-"""What a launch does: instructions of warps, sectors of global memory, passes through shared memory."""
+"""Counts of what a launch does: instructions of warps, sectors of global memory, passes through shared memory."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
 SECTOR = 32
-"""Bytes that global memory moves at once."""
+"""Bytes that global memory moves together."""
 BANKS = 32
 WARP = 32
 
@@ -16,16 +16,16 @@ class Counts:
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.instructions = 0
-        """Carried out by warps."""
+        """Executed by warps."""
         self.requested = 0
-        """Bytes that lanes asked global memory for, to read or to write; one that several lanes of a warp ask for in
-        one instruction counts once."""
+        """Bytes of global memory that lanes read or write. If several lanes of a warp access a byte in one instruction,
+        it counts once."""
         self.sectors = 0
-        """Sectors that these accesses touch, each warp's instruction by itself: what the caches must deliver."""
+        """Sectors that each instruction of each warp touches, added up: what the caches must deliver."""
         self.passes = 0
         """Through the banks of shared memory."""
         self.least_passes = 0
-        """The same without conflicts."""
+        """The same, without bank conflicts."""
         self._touched: tuple[list[Array], list[Array]] = ([], [])
 
     def instruction(self, mask: Array) -> None:
@@ -45,7 +45,7 @@ class Counts:
         touched.append(np.unique(sector))
 
     def shared(self, warp: Array, address: Array, size: int) -> None:
-        # Wide accesses go by the half or the quarter of a warp, so that no phase asks for more than 128 bytes.
+        # Accesses of 8 or 16 bytes are split into phases of half or a quarter of a warp, of at most 128 bytes each.
         lanes = max(1, 128 // max(size, 4))
         order = np.arange(len(warp)) - np.searchsorted(warp, warp)
         phase = warp.astype(np.int64) * WARP + order // lanes
@@ -60,5 +60,5 @@ class Counts:
 
     @property
     def moved(self) -> int:
-        """Bytes of the distinct sectors read and of those written: what memory itself must move, at least."""
+        """Bytes of the distinct sectors read and of those written: the least that memory must move."""
         return SECTOR * sum(len(np.unique(np.concatenate(part))) if part else 0 for part in self._touched)

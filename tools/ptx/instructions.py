@@ -1,4 +1,4 @@
-"""What each PTX instruction does, for the part of PTX that Triton emits for sm_80, sm_90 and sm_100 (PTX ISA 8.7)."""
+"""What each PTX instruction does: the part of PTX ISA 8.7 that Triton emits for sm_80, sm_90 and sm_100."""
 
 from collections.abc import Callable
 
@@ -23,10 +23,10 @@ _ROUNDING = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
 def translate(instruction: Instruction) -> Step | None:
-    """A function that carries the instruction out; None for branches and returns, which move threads.
+    """A function that executes the instruction; None for branches and returns, which the machine handles.
 
     Raises:
-        MachineError: an instruction that is not known here.
+        MachineError: an unknown instruction.
     """
     name = instruction.opcode[0]
     if name in ("bra", "ret", "exit"):
@@ -42,7 +42,7 @@ def translate(instruction: Instruction) -> Step | None:
 
 def _make_move(instruction: Instruction) -> Step:
     dtype, (target, source) = type_of(instruction), instruction.operands
-    if isinstance(target, tuple):  # a register cut into parts
+    if isinstance(target, tuple):  # a register is cut into parts
         part = np.dtype(f"u{dtype.itemsize // len(target)}")
 
         def cut(state: Threads) -> None:
@@ -51,11 +51,11 @@ def _make_move(instruction: Instruction) -> Step:
                 state.write(register, parts[:, k].copy())
 
         return cut
-    if isinstance(source, tuple):  # parts joined
+    if isinstance(source, tuple):  # parts are joined
         part = np.dtype(f"u{dtype.itemsize // len(source)}")
 
         def join(state: Threads) -> None:
-            # The compiler fills up pairs with a register that nobody wrote and nobody will look at.
+            # The compiler completes pairs with a register that is never written and never used.
             nothing = np.full(state.total, np.iinfo(part).max, part)
             written = [state.read(x, part) if x in state.registers else nothing for x in source]
             state.write(target, np.stack(written, 1).view(dtype)[:, 0])
@@ -107,7 +107,7 @@ def _make_convert(instruction: Instruction) -> Step:
     rounded = next((_ROUNDING[q] for q in instruction.opcode if q in _ROUNDING), None)
 
     def step(state: Threads) -> None:
-        # Of a pair, the second operand fills the lower half.
+        # The second operand of a pair fills the lower half.
         values = [read(state, source) for source in reversed(sources)]
         value = np.stack(values, 1).ravel()
         if rounded is not None:
@@ -138,11 +138,11 @@ def _make_load(instruction: Instruction) -> Step:
     size, registers = type_of(instruction).itemsize, _vector(target)
 
     def step(state: Threads) -> None:
-        place, mask = state.address(str(address))[state.mask], state.mask
+        addresses, mask = state.address(str(address))[state.mask], state.mask
         if space == "global":
-            values = state.memory.load(state.warp[mask], place, len(registers), size)
+            values = state.memory.load(state.warp[mask], addresses, len(registers), size)
         else:
-            values = state.shared.load(state.block[mask], state.warp[mask], place, len(registers), size)
+            values = state.shared.load(state.block[mask], state.warp[mask], addresses, len(registers), size)
         for register, value in zip(registers, values, strict=True):
             state.write_some(register, value)
 
@@ -155,18 +155,18 @@ def _make_store(instruction: Instruction) -> Step:
     size, registers = type_of(instruction).itemsize, _vector(source)
 
     def step(state: Threads) -> None:
-        place, mask = state.address(str(address))[state.mask], state.mask
+        addresses, mask = state.address(str(address))[state.mask], state.mask
         values = [np.ascontiguousarray(state.read(register, UNSIGNED[size])[mask]) for register in registers]
         if space == "global":
-            state.memory.store(state.warp[mask], place, values, size)
+            state.memory.store(state.warp[mask], addresses, values, size)
         else:
-            state.shared.store(state.block[mask], state.warp[mask], place, values, size)
+            state.shared.store(state.block[mask], state.warp[mask], addresses, values, size)
 
     return step
 
 
 def _make_atomic(instruction: Instruction) -> Step:
-    """Atomics whose result nobody reads: it is left unwritten, and reading it is an error."""
+    """Atomics without a result: its register stays unwritten, and a read of it is an error."""
     how, dtype = instruction.opcode[-2], type_of(instruction)
     combine = {"min": np.minimum, "max": np.maximum, "add": np.add}[how]
     check_qualifiers(instruction, "global", "gpu", "relaxed", how)
@@ -174,13 +174,13 @@ def _make_atomic(instruction: Instruction) -> Step:
 
     def step(state: Threads) -> None:
         value = np.ascontiguousarray(state.read(source, dtype)[state.mask])
-        place = state.address(str(address))[state.mask]
-        state.memory.update(state.warp[state.mask], place, value, combine, dtype)
+        addresses = state.address(str(address))[state.mask]
+        state.memory.update(state.warp[state.mask], addresses, value, combine, dtype)
 
     return step
 
 
-# --- threads among themselves -----------------------------------------------------------------------------------------
+# --- between threads --------------------------------------------------------------------------------------------------
 
 
 def _make_barrier(instruction: Instruction) -> Step:

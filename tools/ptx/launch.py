@@ -1,4 +1,4 @@
-"""Start Triton kernels on CPU tensors as the PTX they are compiled to."""
+"""Run Triton kernels on CPU tensors, as the PTX that they are compiled to."""
 
 import struct
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ class _Compiled(NamedTuple):
     threads: int
     shared: int
     arguments: list[tuple[int, str]]
-    """Which of the launch's arguments are parameters, in order, and their Triton types."""
+    """Index and Triton type of each argument of the launch that is a parameter, in order."""
 
 
 class Launcher:
-    """Compiles for one NVIDIA target, and runs what comes out."""
+    """Compiles kernels for one NVIDIA target and runs their PTX."""
 
     def __init__(self, capability: int, counted: bool = False) -> None:
         """``counted``: also count what each launch does, into :attr:`counts`."""
@@ -35,7 +35,7 @@ class Launcher:
         self._compiled: dict[Any, _Compiled] = {}
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Take over every ``kernel[grid](...)``."""
+        """Run every ``kernel[grid](...)`` here, until the monkeypatch is undone."""
 
         def start(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **meta: Any) -> None:
             self.launch(kernel, grid, args, meta)
@@ -46,11 +46,11 @@ class Launcher:
         """Run a kernel; tensors are changed in place.
 
         Raises:
-            MachineError: it does what a GPU would not forgive.
+            MachineError: the kernel does something that is undefined on a GPU, or unknown here.
         """
         compiled = self._compile(kernel, args, meta)
         values = [_bits(args[index], kind) for index, kind in compiled.arguments]
-        # What follows the arguments is scratch memory that no kernel here asks for.
+        # The last parameters are scratch memory, which no kernel here uses.
         values += [0] * (len(compiled.program.parameters) - len(values))
         parameters = dict(zip(compiled.program.parameters, values, strict=True))
         counts = Counts(kernel.__name__) if self._counted else None

@@ -1,8 +1,8 @@
-"""Run PTX on a CPU: every thread of a few blocks at once, one numpy operation per instruction.
+"""Run PTX on a CPU: all threads of a few blocks together, one numpy operation for each instruction.
 
-This is how compiled kernels are tried where there is no GPU: not the Triton language, which the interpreter runs, but
-what Triton's compiler made of it for a target. Threads that part at a branch wait for each other at the lowest
-instruction; every address is checked against the tensors, and shared memory for races between warps.
+This tests compiled kernels without a GPU. Triton's interpreter runs the Triton language; this machine runs what the
+compiler made of it for a target. Threads that diverge at a branch wait for each other: those at the lowest instruction
+go first. Every address is checked against the tensors, and shared memory is checked for races between warps.
 """
 
 import re
@@ -48,14 +48,14 @@ class Threads:
         """Position to the threads that are there."""
         self.running = np.ones(self.total, dtype=bool)
         self.mask = self.running
-        """The threads that take part in the current instruction."""
+        """The threads that execute the current instruction."""
 
     def width(self, register: str) -> np.dtype[Any]:
         prefix = register.rstrip("0123456789")
         return _WIDTHS[self.program.registers[prefix]]
 
     def read(self, operand: str, dtype: Any) -> Array:
-        """An operand of all threads as ``dtype``, reinterpreted where the sizes agree, else cut or filled with 0."""
+        """An operand of all threads as ``dtype``: reinterpreted if the sizes agree, else cut or extended with zeros."""
         dtype = np.dtype(dtype)
         if operand.startswith("%"):
             value = self.registers.get(operand)
@@ -67,7 +67,7 @@ class Threads:
         return np.broadcast_to(_immediate(operand, dtype), self.total)
 
     def write(self, register: str, value: Array) -> None:
-        """A result for the threads that take part."""
+        """Write a result for the threads in ``mask``."""
         if register == "_":
             return
         dtype = self.width(register)
@@ -75,14 +75,14 @@ class Threads:
             if value.dtype.itemsize == dtype.itemsize:
                 value = np.ascontiguousarray(value).view(dtype)
             else:
-                # Signed values widen with their sign.
+                # Signed values are extended with their sign.
                 value = value.astype(np.dtype(f"i{dtype.itemsize}") if value.dtype.kind == "i" else dtype).view(dtype)
         before = self.registers.get(register)
-        # A thread that has not written a register yet does not read it either: what it would find is arbitrary.
+        # Threads outside of the mask have not written this register, so they do not read it: any value is right.
         self.registers[register] = value if before is None or self.mask.all() else np.where(self.mask, value, before)
 
     def write_some(self, register: str, values: Array) -> None:
-        """A result that holds the participating threads' values only, one after the other."""
+        """Write a result that holds the values of the threads in ``mask`` only, one after the other."""
         spread = np.zeros(self.total, values.dtype)
         spread[self.mask] = values
         self.write(register, spread)
@@ -98,15 +98,15 @@ class Threads:
         return self.read(match[1], self.width(match[1])).astype(np.uint64) + offset
 
     def whole_warps(self) -> Array:
-        """Indices of the participating threads, (warps, 32); they must be all of their warps."""
+        """Indices (warps, 32) of the threads in ``mask``, which must be whole warps."""
         by_warp = self.mask.reshape(-1, WARP)
         some = by_warp.any(1)
         if not by_warp[some].all():
-            raise MachineError("an instruction for whole warps meets a warp that has parted")
+            raise MachineError("an instruction for whole warps meets a warp whose threads have diverged")
         return np.arange(self.total).reshape(-1, WARP)[some]
 
     def barrier(self) -> None:
-        """All running threads of each block that arrives."""
+        """A barrier for the blocks in ``mask``, which all their running threads must reach together."""
         arrived = np.unique(self.block[self.mask])
         missing = self.running & ~self.mask
         if missing.any() and np.isin(self.block[missing], arrived).any():
@@ -127,13 +127,13 @@ def run(
     memory: GlobalMemory,
     counts: Counts | None = None,
 ) -> None:
-    """All blocks of a grid. ``steps`` are the instructions translated; None where threads branch or end."""
-    sides = tuple(grid) + (1,) * (3 - len(grid))
-    every = np.stack(np.unravel_index(np.arange(int(np.prod(sides))), sides[::-1])[::-1], 1)
+    """Run all blocks of a grid. ``steps`` are the translated instructions; None where threads branch or end."""
+    sizes = tuple(grid) + (1,) * (3 - len(grid))
+    every = np.stack(np.unravel_index(np.arange(int(np.prod(sizes))), sizes[::-1])[::-1], 1)
     at_once = max(1, THREADS_AT_ONCE // threads)
     with np.errstate(all="ignore"):
         for start in range(0, len(every), at_once):
-            state = Threads(program, every[start : start + at_once], sides, threads, shared, memory, counts)
+            state = Threads(program, every[start : start + at_once], sizes, threads, shared, memory, counts)
             for name, value in parameters.items():
                 state.registers[name] = np.full(state.total, value, np.uint64)
             _run_blocks(state, steps)

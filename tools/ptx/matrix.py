@@ -1,4 +1,4 @@
-"""Tensor-core instructions: how the fragments of a warp make up matrices."""
+"""Tensor-core instructions: how the registers of a warp hold matrices."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _ROW, _PAIR = _LANE // 4, 2 * (_LANE % 4)
 
 
 def _access(instruction: Instruction, registers: Any, address: Any) -> tuple[tuple[str, ...], str, bool]:
-    """Checked: one register per matrix, the address operand, and whether matrices are transposed on the way."""
+    """One register for each matrix, the address operand, and whether matrices are transposed; checked."""
     *shape, space, kind = instruction.opcode[1:]
     known = shape[:2] == ["sync", "aligned"] and "m8n8" in shape and kind == "b16" and space.startswith("shared")
     if not known or f"x{len(registers)}" not in shape:
@@ -35,10 +35,10 @@ def load_matrix(instruction: Instruction) -> Step:
 
     def step(state: Threads) -> None:
         threads = state.whole_warps()
-        # All of them before the first result: a target may hold the address.
-        places = [_rows(state, address, threads, k) for k in range(len(registers))]
-        for register, place in zip(registers, places, strict=True):
-            halves = np.stack(state.shared.load(*place, 2, 8), 1).view(np.uint16)
+        # All addresses before the first result, because a target register may hold the address.
+        rows = [_rows(state, address, threads, k) for k in range(len(registers))]
+        for register, row in zip(registers, rows, strict=True):
+            halves = np.stack(state.shared.load(*row, 2, 8), 1).view(np.uint16)
             halves = halves.reshape(-1, 8, 8)
             if transposed:
                 halves = halves.transpose(0, 2, 1)
@@ -93,17 +93,17 @@ def multiply(instruction: Instruction) -> Step:
             pair = halves(register)
             for half in range(2):
                 right[:, _PAIR + row + half, _ROW] = pair[..., half]
-        places = [(_ROW, _PAIR), (_ROW, _PAIR + 1), (_ROW + 8, _PAIR), (_ROW + 8, _PAIR + 1)]
+        positions = [(_ROW, _PAIR), (_ROW, _PAIR + 1), (_ROW + 8, _PAIR), (_ROW + 8, _PAIR + 1)]
         total = np.zeros((len(threads), 16, 8))
-        for register, (row, col) in zip(c, places, strict=True):
+        for register, (row, col) in zip(c, positions, strict=True):
             total[:, row, col] = state.read(register, np.float32)[threads]
         total += left @ right
         results = []
-        for row, col in places:
+        for row, col in positions:
             out = np.zeros(state.total, np.float32)
             out[threads] = total[:, row, col]
             results.append(out)
-        # Together: a target may be a source.
+        # All results before the first write, because a target register may be a source.
         for register, out in zip(targets, results, strict=True):
             state.write(register, out)
 

@@ -1,4 +1,4 @@
-"""The two memories of a launch, both watched: global memory (the tensors) and the shared memory of each block."""
+"""The two memories of a launch, with checks: global memory (the tensors) and the shared memory of each block."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,13 @@ from tools.ptx.counts import Counts
 Array = NDArray[np.generic]
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 POISON = 0xFF
-"""What shared memory holds before it is written: NaN in every float type."""
+"""Every byte of shared memory before it is written: NaN in every float type."""
 _SEVERAL = -2
-"""In the place of a warp: more than one of them."""
+"""Instead of the number of a warp: several warps."""
 
 
 class MachineError(Exception):
-    """What a GPU would not have done as intended."""
+    """A program does something that is undefined on a GPU, or unknown to this machine."""
 
 
 class _Range(NamedTuple):
@@ -28,7 +28,7 @@ class _Range(NamedTuple):
 
 
 class GlobalMemory:
-    """The tensors that a launch was given, at their own addresses; nothing else can be reached."""
+    """The tensors of a launch, at their own addresses. Any other address is an error."""
 
     def __init__(self, tensors: list[Tensor], counts: Counts | None = None) -> None:
         self._counts = counts
@@ -41,8 +41,8 @@ class GlobalMemory:
                 )
                 self._ranges.append(_Range(start, stop, flat.numpy()))
 
-    def _places(self, address: Array, size: int) -> list[tuple[_Range, Array, Array]]:
-        """(range, which lanes, byte offsets) that hold all the addresses."""
+    def _locate(self, address: Array, size: int) -> list[tuple[_Range, Array, Array]]:
+        """(range, mask of the lanes in it, their byte offsets) of every range that the addresses lie in."""
         if (address % np.uint64(size)).any():
             raise MachineError(f"an access of {size} bytes is not aligned")
         left, found = np.ones(address.shape, dtype=bool), []
@@ -60,7 +60,7 @@ class GlobalMemory:
         if self._counts is not None:
             self._counts.read(warp, address, count * size)
         out = [np.empty(address.shape, UNSIGNED[size]) for _ in range(count)]
-        for given, mine, offset in self._places(address, count * size) if address.size else []:
+        for given, mine, offset in self._locate(address, count * size) if address.size else []:
             for k in range(count):
                 out[k][mine] = _gather(given.bytes, offset + k * size, size)
         return out
@@ -68,22 +68,22 @@ class GlobalMemory:
     def store(self, warp: Array, address: Array, values: list[Array], size: int) -> None:
         if self._counts is not None:
             self._counts.written(warp, address, len(values) * size)
-        for given, mine, offset in self._places(address, len(values) * size) if address.size else []:
+        for given, mine, offset in self._locate(address, len(values) * size) if address.size else []:
             for k, value in enumerate(values):
                 _scatter(given.bytes, offset + k * size, value[mine], size)
 
     def update(self, warp: Array, address: Array, value: Array, combine: np.ufunc, dtype: np.dtype) -> None:
-        """An atomic without its result: lanes one after the other."""
+        """An atomic without its result. Lanes act one after the other."""
         size = dtype.itemsize
         if self._counts is not None:
             self._counts.written(warp, address, size)
-        for given, mine, offset in self._places(address, size) if address.size else []:
+        for given, mine, offset in self._locate(address, size) if address.size else []:
             view = given.bytes[: given.bytes.size // size * size].view(dtype)
             combine.at(view, offset // size, value[mine].view(dtype))
 
 
 class SharedMemory:
-    """Shared memory of several blocks side by side, with a record of who touched what since the last barrier."""
+    """Shared memory of several blocks, with a record of the warps that accessed each byte since the last barrier."""
 
     def __init__(self, blocks: int, size: int, counts: Counts | None = None) -> None:
         self._counts = counts
@@ -98,7 +98,7 @@ class SharedMemory:
     def _access(
         self, block: Array, warp: Array, address: Array, count: int, size: int
     ) -> tuple[Array, Array, Array, Array]:
-        """Places (n,) of the accesses and of all their bytes (n, bytes), and epoch and warp of each (n, 1)."""
+        """Positions (n,) of the accesses and (n, bytes) of all their bytes, and epoch and warp of each (n, 1)."""
         address, width = address.astype(np.int64), count * size
         if (address % width).any():
             raise MachineError(f"a shared access of {width} bytes is not aligned")
@@ -106,35 +106,35 @@ class SharedMemory:
             raise MachineError(f"a shared access leaves the {self.size} bytes of its block")
         if self._counts is not None:
             self._counts.shared(warp, address, width)
-        place = block * self.size + address
-        return place, place[:, None] + np.arange(width), self._epoch[block][:, None], warp[:, None]
+        position = block * self.size + address
+        return position, position[:, None] + np.arange(width), self._epoch[block][:, None], warp[:, None]
 
     def load(self, block: Array, warp: Array, address: Array, count: int, size: int) -> list[Array]:
-        place, every, epoch, warp = self._access(block, warp, address, count, size)
+        position, every, epoch, warp = self._access(block, warp, address, count, size)
         if ((self._writer[0][every] == epoch) & (self._writer[1][every] != warp)).any():
             raise MachineError("race: shared memory is read before a barrier follows another warp's write")
         reader = np.where((self._reader[0][every] == epoch) & (self._reader[1][every] != warp), _SEVERAL, warp)
         self._reader[0][every], self._reader[1][every] = epoch, reader
-        # Other warps may have read the same byte in this very step.
+        # Other warps may have read the same byte in this step.
         self._reader[1][every] = np.where(self._reader[1][every] == reader, reader, _SEVERAL)
-        return [_gather(self._bytes, place + k * size, size) for k in range(count)]
+        return [_gather(self._bytes, position + k * size, size) for k in range(count)]
 
     def store(self, block: Array, warp: Array, address: Array, values: list[Array], size: int) -> None:
-        place, every, epoch, warp = self._access(block, warp, address, len(values), size)
+        position, every, epoch, warp = self._access(block, warp, address, len(values), size)
         if ((self._reader[0][every] == epoch) & (self._reader[1][every] != warp)).any():
             raise MachineError("race: shared memory is written before a barrier follows another warp's read")
         written = (self._writer[0][every] == epoch) & (self._writer[1][every] != warp)
-        new = np.stack([value.view(np.uint8).reshape(-1, size) for value in values], 1).reshape(len(place), -1)
-        # Copies of one value in several threads all store it; that harms nobody.
+        new = np.stack([value.view(np.uint8).reshape(-1, size) for value in values], 1).reshape(len(position), -1)
+        # Several threads may store copies of one value.
         if (written & (self._bytes[every] != new)).any():
             raise MachineError("race: two warps write different values to shared memory without a barrier between")
         self._bytes[every] = new
         lost = (self._bytes[every] != new).any(1)
         if lost.any():
-            # Within a warp one of the lanes wins, and it may: copies of a sum can differ in the last bit, because each
-            # lane fuses its own product into it. But every warp that writes here must come to the same.
-            _, last = np.unique(np.stack([place, warp[:, 0]], 1)[::-1], axis=0, return_index=True)
-            winners = len(place) - 1 - last
+            # Within a warp, lanes may store different values and one of them wins: copies of a sum can differ in the
+            # last bit, because each lane fuses its own product into it. But all warps must store the same value.
+            _, last = np.unique(np.stack([position, warp[:, 0]], 1)[::-1], axis=0, return_index=True)
+            winners = len(position) - 1 - last
             if (self._bytes[every[winners]] != new[winners]).any():
                 raise MachineError("race: two warps write different values to shared memory in one step")
         self._writer[0][every], self._writer[1][every] = epoch, warp

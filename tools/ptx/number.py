@@ -1,4 +1,4 @@
-"""bfloat16 and float16 as the bits that registers hold."""
+"""bfloat16 and float16 as the bits that a register holds."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,4 +24,4 @@ def from_half(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 HALVES = {"bf16": (from_bfloat16, bfloat16), "f16": (from_half, to_half)}
-"""How to read a type from its bits, and how to make them."""
+"""How to read a type from its bits, and how to write it as bits."""

@@ -1,4 +1,4 @@
-"""Operands of instructions as numbers: which type an opcode asks for, how to read it and how to write it."""
+"""Operands of instructions as numbers: the type that an opcode names, how to read it and how to write it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ def elementwise(function: Callable[..., Array], *qualifiers: str) -> Callable[[I
     def make(instruction: Instruction) -> Step:
         kind, (target, *sources) = instruction.opcode[-1], instruction.operands
         if instruction.opcode[-2] == "f32" and kind in ("bf16", "f16"):
-            # float32 arithmetic that takes all but its last operand in 16 bits
+            # float32 arithmetic; all operands but the last are 16-bit floats
             check_qualifiers(instruction, *qualifiers, "f32")
             narrow = reader(kind)
             readers = [lambda state, source: narrow(state, source).astype(np.float32)] * (len(sources) - 1)
@@ -66,8 +66,9 @@ _PACKED = {
     "f16x2": (np.uint32, np.uint16, *HALVES["f16"]),
     "f32x2": (np.uint64, np.float32, np.asarray, np.asarray),
 }
-"""Registers that hold several numbers, or numbers that numpy does not know: the register, a part of it, how to read
-and to make that. Arithmetic is float32's, which holds a product of two 16-bit floats exactly: it is rounded once."""
+"""Registers that hold several numbers, or numbers that numpy does not have: type of the register, type of a part, how
+to read a part and how to write it. Arithmetic runs in float32, which holds a product of two 16-bit floats exactly,
+so results are rounded once."""
 
 
 def reader(kind: str) -> Callable[[Threads, str], Array]:

@@ -2,9 +2,10 @@
 
     python -m tools.ptx.report --capability 90 --width 1152 --grid 16 16 --batch 4
 
-``bytes`` is what memory must move at least (the distinct 32-byte sectors read and written); ``instructions`` are those
-of warps, ``instr/kB`` per 1000 bytes; ``traffic`` is how often the caches deliver the bytes, ``used`` the share of that
-which lanes asked for; ``conflicts`` the passes through shared memory over those without bank conflicts.
+``bytes``: what memory must move at least, the distinct 32-byte sectors read and written. ``instructions``: of warps.
+``instr/kB``: instructions for each 1000 bytes. ``traffic``: how often the caches deliver those bytes. ``used``: the
+part of the delivered bytes that lanes asked for. ``conflicts``: passes through shared memory over those without bank
+conflicts.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1152, help="D")
     parser.add_argument("--grid", type=int, nargs=2, default=[16, 16])
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--keep", type=float, default=0.25, help="share of the tokens that is kept")
+    parser.add_argument("--keep", type=float, default=0.25, help="fraction of the tokens that is kept")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--op", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     args = parser.parse_args()

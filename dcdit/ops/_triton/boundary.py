@@ -15,7 +15,7 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Ten
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
-    # (9, D): the kernels read a neighbour's weights side by side. Autograd turns the gradient back.
+    # (9, D): the kernels read all weights of one neighbour together. Autograd reshapes the gradient back.
     taps = weight.reshape(-1, 9).t().contiguous()
     p, _ = _cosine2d(_rows(q), _rows(k), taps, *grid)
     return p.view(q.shape[:-1])
@@ -43,8 +43,8 @@ def _rows(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
-def _keep_statistics(ctx: Any, stats: Tensor) -> None:
-    """Statistics carry no gradient, and none should be made up for them."""
+def _without_gradient(ctx: Any, stats: Tensor) -> None:
+    """Statistics have no gradient. Autograd must not allocate zeros for one either."""
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
@@ -64,8 +64,8 @@ def _cosine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _cosine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, cu_seqlens = ctx.saved_tensors
     need_q, need_k = ctx.needs_input_grad[:2]
-    dq, dk = _cosine_grad(grad.contiguous(), q, k, cu_seqlens, ctx.length, need_q, need_k)
-    return dq if need_q else None, dk if need_k else None, None, None
+    grad_q, grad_k = _cosine_grad(grad.contiguous(), q, k, cu_seqlens, ctx.length, need_q, need_k)
+    return grad_q if need_q else None, grad_k if need_k else None, None, None
 
 
 def _cosine_grad_fake(
@@ -92,7 +92,7 @@ def _cosine2d_fake(q: Tensor, k: Tensor, weight: Tensor, height: int, width: int
 
 def _cosine2d_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, weight, ctx.height, ctx.width = inputs
-    _keep_statistics(ctx, output[1])
+    _without_gradient(ctx, output[1])
     ctx.save_for_backward(q, k, weight, output[1])
 
 
@@ -134,16 +134,16 @@ def _predictability_fake(
 def _predictability_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, norm_weight, norm_bias, out_weight, out_bias, _, _ = inputs
     p, stats = output
-    _keep_statistics(ctx, stats)
+    _without_gradient(ctx, stats)
     ctx.save_for_backward(x, norm_weight, norm_bias, out_weight, p, stats)
     ctx.dtypes = [parameter.dtype for parameter in (norm_weight, norm_bias, out_weight, out_bias)]
 
 
 def _predictability_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:5]
-    dx, sums, bias_sum = _predictability_grad(grad.contiguous(), *ctx.saved_tensors, needs[0])
+    grad_x, sums, bias_sum = _predictability_grad(grad.contiguous(), *ctx.saved_tensors, needs[0])
     parameters = (value.to(dtype) for value, dtype in zip((*sums.unbind(), bias_sum), ctx.dtypes, strict=True))
-    return *(g if need else None for g, need in zip((dx, *parameters), needs, strict=True)), None, None
+    return *(g if need else None for g, need in zip((grad_x, *parameters), needs, strict=True)), None, None
 
 
 def _predictability_grad_fake(
@@ -151,12 +151,12 @@ def _predictability_grad_fake(
     need_features: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if need_features:
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.stride(1) == 1:
-            dx = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
+            grad_x = x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
     else:
-        dx = x.new_empty(0)
-    return dx, x.new_empty((3, x.shape[1]), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
+        grad_x = x.new_empty(0)
+    return grad_x, x.new_empty((3, x.shape[1]), dtype=torch.float32), x.new_empty((), dtype=torch.float32)
 
 
 _predictability_grad = KernelOp(

@@ -21,18 +21,19 @@ def _fake(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple[Tensor, 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     p, *_ = inputs
-    _, slopes = output
-    ctx.mark_non_differentiable(slopes)
+    _, grad_p = output
+    ctx.mark_non_differentiable(grad_p)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(slopes)
+    ctx.save_for_backward(grad_p)
     ctx.shape, ctx.dtype = p.shape, p.dtype
 
 
 def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    (slopes,) = ctx.saved_tensors
-    # One number per group: a broadcast needs no kernel of its own.
-    per_group = (grad * slopes).to(ctx.dtype)[:, None]
-    return per_group.expand(slopes.shape[0], ctx.shape.numel() // slopes.shape[0]).reshape(ctx.shape), None, None, None
+    (grad_p,) = ctx.saved_tensors
+    groups = grad_p.shape[0]
+    # All positions of a group have the same gradient. A broadcast writes it, without a kernel of our own.
+    per_group = (grad * grad_p).to(ctx.dtype)[:, None]
+    return per_group.expand(groups, ctx.shape.numel() // groups).reshape(ctx.shape), None, None, None
 
 
 _loss = KernelOp("ratio_loss", kernels.ratio_loss_fwd, _fake).differentiate(_setup, _backward)

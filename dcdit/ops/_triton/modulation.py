@@ -1,4 +1,4 @@
-"""adaLN on packed tokens on Triton kernels: three operations, one backward."""
+"""adaLN on packed tokens on Triton kernels: three operations with one backward."""
 
 from typing import Any
 
@@ -80,8 +80,9 @@ def _add_norm_backward(
 
 
 def _without_gradient(ctx: Any, stats: Tensor) -> None:
+    """Statistics have no gradient. Autograd must not allocate zeros for one either, nor for an output that nothing
+    reads, such as the sum of the last block."""
     ctx.mark_non_differentiable(stats)
-    # Also spares the zeros that would stand for an output nobody reads, such as the last block's sum.
     ctx.set_materialize_grads(False)
 
 
@@ -96,10 +97,13 @@ def _gradients(
     stats: Tensor | None,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, y, gate, shift and scale; ``wanted`` holds x, y, gate, and the last two together."""
+    """Gradients of x, y, gate, shift and scale, None where not wanted.
+
+    ``wanted`` has four flags: for x, for y, for the gate, and for shift and scale together.
+    """
     want_x, want_y, want_gate, want_norm = wanted
     if grad_normed is None:
-        # Without a norm the gradient of x is the gradient of the sum, as it is.
+        # Without a norm, the gradient of x is the gradient of the sum, and no kernel computes it.
         grad_x = grad_added if want_x else None
         if not (want_y or want_gate):
             return grad_x, None, None, None, None

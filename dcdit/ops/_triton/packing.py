@@ -1,4 +1,4 @@
-"""Gather and scatter on Triton kernels; each is the other's backward."""
+"""Gather and scatter on Triton kernels. Each is the backward of the other."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Token selection on Triton kernels; one size is read back from the device, and only where nothing fixes it."""
+"""Token selection on Triton kernels. The host reads one size from the device, unless a budget or capacity fixes it."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def select_tokens(
     elif capacity is not None:
         max_seqlen = p.shape[-1]
     else:
-        # The one read: torch.compile breaks the graph here unless capture_scalar_outputs is on.
+        # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
         total, max_seqlen = sizes.tolist()
         indices = indices[:total]
     return TokenSelection(

@@ -1,1 +1,0 @@
-"""What each kernel family starts, for the ahead-of-time check."""
