@@ -65,6 +65,8 @@ class DCDiT(nn.Module):
         config: see :class:`DCDiTConfig`.
     """
 
+    objective: str | None = None
+    """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
     pos_embed: Tensor
 
     def __init__(self, config: DCDiTConfig) -> None:

@@ -73,6 +73,9 @@ def draw(
         first_index: number of the first image; the noise of an image depends on its number and the seed.
         trace: also record how the first image was drawn.
         progress: show a bar for each batch.
+
+    Raises:
+        FloatingPointError: an image is not finite.
     """
     images, records = [], []
     first_image = None
@@ -104,7 +107,10 @@ def draw(
         records.append((len(batch), calls.records()))
         if trace and start == 0:
             first_image = FirstImage(calls.maps(), expected)
-    return DrawnImages(torch.cat(images), mean_records(records), first_image)
+    x = torch.cat(images)
+    if not x.isfinite().all():
+        raise FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
+    return DrawnImages(x, mean_records(records), first_image)
 
 
 def clips(model: DCDiT | DiT, method: str) -> bool:

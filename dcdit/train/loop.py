@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dcdit.nn.embedding import drop_labels
 from dcdit.train.checks import check_fit, local_batch_size
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
+from dcdit.train.divergence import router_errors_explained
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
@@ -67,7 +69,7 @@ def train(
         ValueError, FileNotFoundError: the data, the model and the configuration do not fit one another, or ``run.out``
             holds something else.
         FolderInUseError: another run is in the folder.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss, the gradient norm or the weights are no longer finite. Such weights are not saved.
     """
     config = placed(config, resume)
     accelerator = create_accelerator(config)
@@ -92,6 +94,7 @@ def _train(
     model = create_model(preset.name, preset.image_size, preset.num_classes, **preset.overrides).to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.
     model.y_embedder.dropout_prob = 0.0
+    model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
     local_batch = local_batch_size(config, processes, isinstance(model, DCDiT))
     dataset = create_dataset(config.data, "train", optim.seed)
@@ -136,8 +139,10 @@ def _train(
                 t, noise, dropped = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
+                read = {"weights": model.parameters(), "images": [x]}
                 with contextlib.nullcontext() if number == optim.accumulate - 1 else accelerator.no_sync(net):
-                    metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
+                    with router_errors_explained(partial(means.check, step), read, step + 1, device):
+                        metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
@@ -162,11 +167,15 @@ def _train(
             # Whether to stop; validation; the checkpoint.
             if not done:
                 reason = stop_check.reason(at_record, signals.caught, (time.monotonic() - began) / 60)
+            validates = held_out is not None and step % run.eval_every == 0
+            saves = done or reason != "steps" or step % run.checkpoint_every == 0
             with means.paused():
-                if held_out is not None and main_process and step % run.eval_every == 0:
+                if validates or saves:
+                    state.check_finite(step, means, accelerator)
+                if held_out is not None and validates and main_process:
                     losses = validation_losses(model, ema.state, objective, held_out, config, local_batch, device)
                     records.write({"step": step, **losses})
-                if done or reason != "steps" or step % run.checkpoint_every == 0:
+                if saves:
                     saved = state.save(step, config, dataset, accelerator)
     if saved is None:  # a resumed run that had nothing left to do
         saved = ckpt.find_checkpoint(resume or out)

@@ -10,7 +10,9 @@ from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, to_dict
 from dcdit.data import Samples
 from dcdit.train.compute import SpentFlops
+from dcdit.train.divergence import check_tensors
 from dcdit.train.ema import EMA
+from dcdit.train.records import MetricMeans
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,26 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     flops: SpentFlops
 
+    def check_finite(self, step: int, means: MetricMeans, accelerator: Any) -> None:
+        """Raise FloatingPointError, on every process, if the run has diverged. Every process has to call this.
+
+        Args:
+            step: steps done.
+            means: of the steps since the last record.
+        """
+        if means.values:
+            means.read(step, accelerator)
+        moments = [torch.as_tensor(entry) for entries in self.optimizer.state.values() for entry in entries.values()]
+        parts = {"weights": self.model.parameters(), "averaged weights": self.ema.state.values()}
+        check_tensors({**parts, "moments of the optimiser": moments}, step, accelerator)
+
     def save(self, step: int, config: TrainConfig, data: Samples, accelerator: Any) -> Path:
         """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""
         folder = ckpt.checkpoint_path(config.run.out, step)
         flops = self.flops.read(accelerator)
         if accelerator.is_main_process:
             trainer = {"step": step, "flops": flops, "config": to_dict(config)}
-            notes = {"objective": config.diffusion.objective, **data.notes}
-            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
+            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, data.notes)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder

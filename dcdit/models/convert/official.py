@@ -90,6 +90,7 @@ def load_official(state_dict: StateDict, num_heads: int, dechunk_sigma: float = 
     with torch.device("meta"):
         model = DCDiT(config)
     import_weights(model, state_dict, key_table(config.depth), SOURCE)
+    model.objective = "dit"  # the only one of the reference implementation
     return channels_last(model)
 
 
