@@ -8,6 +8,7 @@ from torch import Tensor
 from dcdit.kernels.numerics import LARGE, NORM_EPS, PROB_EPS, ROW_EPS, SHRINKING_FACTOR, widest
 
 __all__ = [
+    "LARGE",
     "NORM_EPS",
     "PROB_EPS",
     "ROW_EPS",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dcdit.ops._torch import host_reads
 from dcdit.ops.autograd import apply, first_derivative_only, matmul
-from dcdit.ops.numerics import NORM_EPS, shrinking_factor, upcast_all
+from dcdit.ops.numerics import LARGE, NORM_EPS, shrinking_factor, upcast_all
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -52,7 +52,13 @@ def boundary_prob_predictability(
     else:
         x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
     x = x.flatten(2)
-    p = torch.sigmoid(matmul(out_weight.expand(x.shape[0], 1, -1), x).squeeze(1) + out_bias)
+    if x.stride(1) == 1 and not torch.compiler.is_compiling():
+        logit = matmul(x.mT.reshape(1, -1, x.shape[1]), out_weight[None, :, None]).view(x.shape[0], -1)
+    else:
+        # Faster where the positions are adjacent, and the compiler makes one pass of this and what is above. A backward
+        # that it compiled would round a matrix product under autocast.
+        logit = (x * out_weight[:, None]).sum(1)
+    p = torch.sigmoid(logit + out_bias)
     position = torch.arange(p.shape[1], device=p.device)
     return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
 
@@ -60,11 +66,15 @@ def boundary_prob_predictability(
 def _rows_and_norms(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x (..., D), shrunk where their squares would overflow, and their norms (..., 1), at least 1e-12."""
     norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-    factor = shrinking_factor(norm)
-    if not host_reads.reads_are_free(x) or bool((factor != 1).any()):
-        x = x * factor
+    if not (host_reads.reads_are_free(x) and _squares_fit(norm)):
+        x = x * shrinking_factor(norm)
         norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
     return x, norm.clamp(min=NORM_EPS)
+
+
+def _squares_fit(norm: Tensor) -> bool:
+    """Whether no row is to be shrunk; reads a number on the host."""
+    return norm.numel() == 0 or norm.max().item() <= LARGE
 
 
 class _Cosine(torch.autograd.Function):

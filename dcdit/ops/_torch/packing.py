@@ -13,7 +13,7 @@ from dcdit.ops.token_selection import TokenSelection
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
     packed_rows = sel.packed_rows.flatten()
-    tokens = apply(_TakeRows, x.reshape(-1, x.shape[-1]), sel.indices, packed_rows, 0.0)
+    tokens = apply(_TakeRows, x.reshape(-1, x.shape[-1]), sel.indices, packed_rows)
     if bias is None:
         return tokens
     position = torch.where(sel.indices < 0, -1, sel.indices % max(bias.shape[0], 1))
@@ -22,7 +22,7 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
-    rows = apply(_TakeRows, t, sel.packed_rows.flatten(), sel.indices, fill)
+    rows = apply(_PutRows, t, sel.indices, sel.packed_rows.flatten(), fill)
     return rows.view(*sel.mask.shape, t.shape[-1])
 
 
@@ -40,39 +40,61 @@ def take_rows(source: Tensor, indices: Tensor, fill: float = 0.0) -> Tensor:
     return rows.masked_fill_(absent[:, None], fill)
 
 
+def put_rows(rows: Tensor, indices: Tensor, inverse: Tensor, fill: float = 0.0) -> Tensor:
+    """(n, D): each of the rows (m, D) at its index, ``fill`` elsewhere. A negative index drops its row.
+
+    ``inverse`` (n,) says the same the other way round: which row comes to each place, negative where none does.
+    """
+    if not host_reads.reads_are_free(rows):
+        return take_rows(rows, inverse, fill)
+    kept = indices >= 0
+    if not kept.all():
+        rows, indices = rows[kept], indices[kept]
+    return rows.new_full((inverse.shape[0], rows.shape[1]), fill).index_put_((indices,), rows)
+
+
 class _TakeRows(torch.autograd.Function):
-    """:func:`take_rows` of distinct indices, and the inverse map: which of the taken rows each source row went to."""
+    @staticmethod
+    def forward(source: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
+        return take_rows(source, indices)
 
     @staticmethod
-    def forward(source: Tensor, indices: Tensor, inverse: Tensor, fill: float) -> Tensor:
-        return take_rows(source, indices, fill)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return apply(_PutRows, grad, *ctx.saved_tensors, 0.0), None, None
+
+
+class _PutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, indices: Tensor, inverse: Tensor, fill: float) -> Tensor:
+        return put_rows(rows, indices, inverse, fill)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, indices, inverse, _ = inputs
-        ctx.save_for_backward(indices, inverse)
+        ctx.save_for_backward(*inputs[1:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        indices, inverse = ctx.saved_tensors
-        return apply(_TakeRows, grad, inverse, indices, 0.0), None, None, None
+        return apply(_TakeRows, grad, *ctx.saved_tensors), None, None, None
 
 
 class _TakeShared(torch.autograd.Function):
     """Rows of a table (L, D) that all images share. Its gradient sums over the images in a fixed order."""
 
     @staticmethod
-    def forward(table: Tensor, position: Tensor, indices: Tensor, packed_rows: Tensor, images: int) -> Tensor:
+    def forward(table: Tensor, position: Tensor, indices: Tensor, inverse: Tensor, images: int) -> Tensor:
         return take_rows(table, position)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        table, _, indices, packed_rows, images = inputs
+        table, _, indices, inverse, images = inputs
         ctx.shape = (images, *table.shape)
-        ctx.save_for_backward(indices, packed_rows)
+        ctx.save_for_backward(indices, inverse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        indices, packed_rows = ctx.saved_tensors
-        per_image = apply(_TakeRows, grad, packed_rows, indices, 0.0).view(ctx.shape)
+        per_image = apply(_PutRows, grad, *ctx.saved_tensors, 0.0).view(ctx.shape)
         return per_image.sum(0), None, None, None, None

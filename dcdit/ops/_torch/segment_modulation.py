@@ -65,9 +65,10 @@ class SegmentGatedAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, gate: Tensor, bounds: list[int]) -> Tensor:
-        out = x.new_empty(x.shape, dtype=widest(x, y))
+        out, dtype = x.new_empty(x.shape, dtype=widest(x, y)), accumulation_dtype(x, y, gate)
+        row = gate.to(dtype)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
-            out[lo:hi] = torch.addcmul(*upcast_all(x[lo:hi], gate[b], y[lo:hi]))
+            out[lo:hi] = torch.addcmul(x[lo:hi].to(dtype), row[b], y[lo:hi].to(dtype))
         out[bounds[-1] :] = x[bounds[-1] :]
         return out
 
