@@ -154,8 +154,8 @@ def test_tune(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("images/latents", "images/latents is where images is read from"),
-        ("images", "images is where images is read from"),
+        ("images/latents", "images/latents is where --images is read from"),
+        ("images", "images is where --images is read from"),
         ("results", "results/latents_stats.pt is not of dcdit extract"),
         ("real.npz", "real.npz is no folder and cannot become one"),
         ("busy", "busy is in use by process "),

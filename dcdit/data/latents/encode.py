@@ -74,7 +74,7 @@ def encode_images(
     check_size(size)
     out = Path(out)
     files, labels, class_names = image_files(Path(images))
-    check_not_read(out, {"images": images})
+    check_not_read(out, {"--images": images})
     encoder = _Encoder(vae, resolve_device(device), size, seed, precision)
     image_list = "".join(f"{label} {file.relative_to(images)}\n" for file, label in zip(files, labels, strict=True))
     recipe = {
