@@ -24,12 +24,20 @@ from dcdit.train.divergence import router_errors_explained
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.losses import training_losses
-from dcdit.train.records import LogRecord, MetricMeans, RecordWriter, cut_log, summary, training_record
+from dcdit.train.records import (
+    LogRecord,
+    MetricMeans,
+    RecordWriter,
+    cut_log,
+    is_validated,
+    summary,
+    training_record,
+)
 from dcdit.train.schedule import learning_rate
 from dcdit.train.state import TrainState
-from dcdit.train.stopping import Signals, StopCheck
+from dcdit.train.stopping import NO_STOP, Signals, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
-from dcdit.train.validate import validation_losses
+from dcdit.train.validate import Validation
 from dcdit.utils.files import atomically, recover
 
 
@@ -47,6 +55,8 @@ class TrainResult:
     """log.jsonl"""
     main_process: bool
     """Whether this is the process that wrote them."""
+    signal: int = 0
+    """Number of the signal that interrupted the run; 0 if none did."""
 
 
 def train(
@@ -54,9 +64,9 @@ def train(
 ) -> TrainResult:
     """Train a model; see :class:`dcdit.config.TrainConfig` for what can be set.
 
-    A run that is interrupted (Ctrl-C, SIGTERM, ``run.minutes``) saves a checkpoint. Resumed from it, the run continues
-    as if it had never stopped: bit for bit on a CPU. ``optim.flops`` ends a run at the first record in log.jsonl whose
-    ``flops`` reach it, so runs are compared at compute that is equal to within ``run.log_every`` steps.
+    A run that is interrupted (Ctrl-C, SIGTERM, SIGHUP, ``run.minutes``) saves a checkpoint. Resumed from it, the run
+    continues as if it had never stopped: bit for bit on a CPU. ``optim.flops`` ends a run at the first record in
+    log.jsonl whose ``flops`` reach it, so runs are compared at compute that is equal to within ``run.log_every`` steps.
 
     Args:
         config: everything about the run.
@@ -87,7 +97,6 @@ def train(
     local_batch = local_batch_size(config, processes, isinstance(model, DCDiT))
     dataset = create_dataset(config.data, "train", optim.seed)
     check_fit(dataset, model)
-    held_out = create_dataset(config.data, "held_out") if run.eval_every and config.data.held_out else None
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
@@ -105,7 +114,7 @@ def train(
     data = batches(dataset, first, end, local_batch * processes, rank, processes, config.data.workers)
     model.train()
     means, stop_check = MetricMeans(), StopCheck(config, accelerator, flops)
-    step, saved, reason = start, None, stop_check.reason(at_record=start % run.log_every == 0)
+    step, saved = start, None
     began = time.monotonic()
     with (
         Trackers(accelerator, config, start) as trackers,
@@ -113,7 +122,20 @@ def train(
         progress_bar(start, optim.steps, shown=main_process) as bar,
     ):
         records = RecordWriter(log, trackers, callbacks, main_process)
-        while step < optim.steps and reason == "steps":
+        validation = Validation(
+            model, ema.state, objective, config, local_batch, device, interrupted=lambda: signals.caught > 0
+        )
+
+        def validate() -> None:
+            losses = validation.losses() if main_process else None
+            if losses is not None:
+                records.write({"step": step, **losses})
+
+        # A signal ends a run without the validation of its last step. It is done here when the run is resumed.
+        if main_process and validation.due(start) and not is_validated(log, start):
+            validate()
+        stop = stop_check.stop(start % run.log_every == 0, signals.caught)
+        while step < optim.steps and stop == NO_STOP:
             # One step: forward and backward passes, then weights and averages.
             if step >= config.upcycle.distill_steps:
                 teacher = None
@@ -154,18 +176,19 @@ def train(
 
             # Whether to stop; validation; the checkpoint.
             if not done:
-                reason = stop_check.reason(at_record, signals.caught, (time.monotonic() - began) / 60)
-            validates = held_out is not None and step % run.eval_every == 0
-            saves = done or reason != "steps" or step % run.checkpoint_every == 0
+                stop = stop_check.stop(at_record, signals.caught, (time.monotonic() - began) / 60)
             with means.paused():
-                if validates or saves:
+                if validation.due(step) and not stop.signal:
                     state.check_finite(step, means, accelerator)
-                if held_out is not None and validates and main_process:
-                    losses = validation_losses(model, ema.state, objective, held_out, config, local_batch, device)
-                    records.write({"step": step, **losses})
-                if saves:
+                    validate()
+                    interrupt = stop_check.stop(at_record=False, caught=signals.caught)
+                    stop = interrupt if interrupt.signal else stop
+                if done or stop != NO_STOP or step % run.checkpoint_every == 0:
+                    state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-    return TrainResult(step, reason, saved or state.save(step, config, dataset, accelerator), log, main_process)
+        if saved is None:
+            saved = state.save(step, config, dataset, accelerator)
+    return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
 
 def create_accelerator(config: TrainConfig) -> Any:

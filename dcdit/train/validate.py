@@ -1,41 +1,75 @@
 """Validation loss on held-out images: images, times and noise are the same every time, only the weights differ."""
 
+import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 
 from dcdit.checkpoint import Model
 from dcdit.config import TrainConfig
-from dcdit.data import Samples, batches
+from dcdit.data import Samples, batches, create_dataset
 from dcdit.diffusion import Objective
 from dcdit.train.losses import autocast
+from dcdit.utils.modules import evaluating
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (B, C, H, W), time (B,), y (B,)) -> the model's output."""
 
 
-def validation_losses(
-    model: Model,
-    averaged: Mapping[str, Tensor],
-    objective: Objective,
-    held_out: Samples,
-    config: TrainConfig,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """``val_loss`` of the model's weights and ``val_loss_ema`` of averaged ones, without dropped tokens or labels."""
-    model.eval()
-    losses = {}
-    for name, weights in (("val_loss", model.state_dict()), ("val_loss_ema", averaged)):
+class Validation:
+    """The validations of a run. Without held-out images there are none.
 
-        def predict(x: Tensor, t: Tensor, y: Tensor, weights: Mapping[str, Tensor] = weights) -> Tensor:
-            with autocast(config.optim, device):
-                return torch.func.functional_call(model, dict(weights), (x, t, y)).float()
+    Args:
+        model: its weights are validated.
+        averaged: weights by name, which are validated too.
+        batch_size: images per forward pass.
+        interrupted: whether to give up; it is asked before every forward pass.
+    """
 
-        losses[name] = validate(predict, objective, held_out, config.run.eval_images, batch_size, device)
-    model.train()
-    return losses
+    def __init__(
+        self,
+        model: Model,
+        averaged: Mapping[str, Tensor],
+        objective: Objective,
+        config: TrainConfig,
+        batch_size: int,
+        device: torch.device,
+        interrupted: Callable[[], bool],
+    ) -> None:
+        self.model, self.averaged, self.objective, self.config = model, averaged, objective, config
+        self.batch_size, self.device, self.interrupted = batch_size, device, interrupted
+        wanted = config.run.eval_every and config.data.held_out
+        self.held_out = create_dataset(config.data, "held_out") if wanted else None
+
+    def due(self, step: int) -> bool:
+        """Whether the weights of this step are validated."""
+        return self.held_out is not None and step > 0 and step % self.config.run.eval_every == 0
+
+    def losses(self) -> dict[str, float] | None:
+        """``val_loss`` of the model's weights and ``val_loss_ema`` of the averaged ones; None if it gave up.
+
+        No token and no label is dropped.
+        """
+        assert self.held_out is not None
+        images, losses = self.config.run.eval_images, {}
+        with evaluating(self.model), contextlib.suppress(_Interrupted):
+            for name, weights in (("val_loss", self.model.state_dict()), ("val_loss_ema", self.averaged)):
+                predict = partial(self._predict, dict(weights))
+                losses[name] = validate(predict, self.objective, self.held_out, images, self.batch_size, self.device)
+            return losses
+        return None
+
+    def _predict(self, weights: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.interrupted():
+            raise _Interrupted
+        with autocast(self.config.optim, self.device):
+            return torch.func.functional_call(self.model, weights, (x, t, y)).float()
+
+
+class _Interrupted(Exception):
+    """Leaves a validation."""
 
 
 @torch.no_grad()

@@ -350,6 +350,37 @@ def test_a_run_killed_at_some_time_goes_on_bitwise(config, tmp_path):
     assert_same_weights(whole.checkpoint, train(settings, resume=settings.run.out).checkpoint)
 
 
+def test_a_run_asked_to_end_at_any_moment_saves_and_goes_on_bitwise(config, tmp_path):
+    """Signals to a whole job with loading processes, as schedulers send them; of two ranks also to one alone."""
+    settings = config("optim.steps=5", "run.eval_every=2", "run.log_every=50", "run.checkpoint_every=3")
+    settings.data.workers = 1
+    whole = train(settings)
+    (tmp_path / "config.yaml").write_text(dump_yaml(settings))
+    command = [sys.executable, str(Path(__file__).with_name("signalled_runs.py")), str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    (tmp_path / "runs").mkdir()
+    done = subprocess.run([*command, str(tmp_path / "runs")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ended = {
+        "loading": (1, [143]),
+        "stepping": (2, [130]),
+        "validating": (2, [143]),
+        "saving": (4, [129]),
+        "ranks": (2, [143, 143]),
+        "rank": (2, [143, 143]),
+    }
+    for name, (step, codes) in ended.items():
+        out = tmp_path / "runs" / name
+        assert json.loads((tmp_path / "runs" / f"{name}.json").read_text()) == codes, done.stderr
+        assert f"interrupt: {step} steps done; checkpoint {ckpt.checkpoint_path(out, step)}" in done.stdout
+        if len(codes) == 1:
+            again = train(override(settings, {"run.out": str(out), "data.workers": 0}), resume=out)
+            assert_same_weights(whole.checkpoint, again.checkpoint)
+            validations = [record for record in records(whole) if "val_loss" in record]
+            assert [record for record in records(again) if "val_loss" in record] == validations
+            assert [record["step"] for record in records(again)] == [2, 4, 5]
+
+
 def test_tensorboard_shows_the_records_of_a_resumed_run(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
