@@ -17,7 +17,8 @@ from dcdit.data import batches, create_dataset
 from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
-from dcdit.train.checks import check_fit, local_batch_size
+from dcdit.nn.memory_format import channels_last
+from dcdit.train.checks import check_fit, check_sharding, local_batch_size
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.divergence import router_errors_explained
@@ -34,6 +35,7 @@ from dcdit.train.records import (
     training_record,
 )
 from dcdit.train.schedule import learning_rate
+from dcdit.train.sharding import shard, unsynchronised, whole
 from dcdit.train.state import TrainState
 from dcdit.train.stopping import NO_STOP, Signals, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
@@ -98,13 +100,18 @@ def train(
     dataset = create_dataset(config.data, "train", optim.seed)
     check_fit(dataset, model)
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
+    sharded = optim.shard and processes > 1
+    if sharded:
+        shard(model, device)
+    elif isinstance(model, DCDiT):
+        channels_last(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
     )
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume))
-    net = accelerator.prepare(torch.compile(model) if optim.compile else model)
+    net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
@@ -122,17 +129,20 @@ def train(
         progress_bar(start, optim.steps, shown=main_process) as bar,
     ):
         records = RecordWriter(log, trackers, callbacks, main_process)
-        validation = Validation(
-            model, ema.state, objective, config, local_batch, device, interrupted=lambda: signals.caught > 0
-        )
+
+        def interrupted() -> bool:
+            return bool(stop_check.largest(signals.caught) if sharded else signals.caught)
+
+        validation = Validation(model, ema, objective, config, local_batch, device, interrupted)
 
         def validate() -> None:
-            losses = validation.losses() if main_process else None
+            # A sharded model computes on all processes or none.
+            losses = validation.losses() if main_process or sharded else None
             if losses is not None:
                 records.write({"step": step, **losses})
 
         # A signal ends a run without the validation of its last step. It is done here when the run is resumed.
-        if main_process and validation.due(start) and not is_validated(log, start):
+        if validation.due(start) and stop_check.largest(main_process and not is_validated(log, start)):
             validate()
         stop = stop_check.stop(start % run.log_every == 0, signals.caught)
         while step < optim.steps and stop == NO_STOP:
@@ -150,13 +160,14 @@ def train(
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
                 read = {"weights": model.parameters(), "images": [x]}
-                with contextlib.nullcontext() if number == optim.accumulate - 1 else accelerator.no_sync(net):
+                last = number == optim.accumulate - 1
+                with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
                     with router_errors_explained(partial(means.check, step), read, step + 1, device):
                         metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update()
@@ -196,6 +207,7 @@ def create_accelerator(config: TrainConfig) -> Any:
 
     Raises:
         ModuleNotFoundError: accelerate or a tracker of ``run.trackers`` is not installed.
+        ValueError: weights are to be divided in a way that training does not support.
     """
     try:
         from accelerate import Accelerator
@@ -203,6 +215,7 @@ def create_accelerator(config: TrainConfig) -> Any:
         raise ModuleNotFoundError("training needs accelerate: pip install 'dcdit[train]'") from None
     run = config.run
     check_trackers(run.trackers)
+    check_sharding(config)
     cpu = config.optim.device == "cpu"
     return Accelerator(cpu=cpu, mixed_precision="no", log_with=run.trackers, project_dir=run.out)
 

@@ -1,8 +1,7 @@
 """Validation loss on held-out images: images, times and noise are the same every time, only the weights differ."""
 
 import contextlib
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -11,6 +10,7 @@ from dcdit.checkpoint import Model
 from dcdit.config import TrainConfig
 from dcdit.data import Samples, batches, create_dataset
 from dcdit.diffusion import Objective
+from dcdit.train.ema import EMA
 from dcdit.train.losses import autocast
 from dcdit.utils.modules import evaluating
 
@@ -23,7 +23,7 @@ class Validation:
 
     Args:
         model: its weights are validated.
-        averaged: weights by name, which are validated too.
+        ema: of the model; its averages are validated too.
         batch_size: images per forward pass.
         interrupted: whether to give up; it is asked before every forward pass.
     """
@@ -31,14 +31,14 @@ class Validation:
     def __init__(
         self,
         model: Model,
-        averaged: Mapping[str, Tensor],
+        ema: EMA,
         objective: Objective,
         config: TrainConfig,
         batch_size: int,
         device: torch.device,
         interrupted: Callable[[], bool],
     ) -> None:
-        self.model, self.averaged, self.objective, self.config = model, averaged, objective, config
+        self.model, self.ema, self.objective, self.config = model, ema, objective, config
         self.batch_size, self.device, self.interrupted = batch_size, device, interrupted
         wanted = config.run.eval_every and config.data.held_out
         self.held_out = create_dataset(config.data, "held_out") if wanted else None
@@ -48,24 +48,26 @@ class Validation:
         return self.held_out is not None and step > 0 and step % self.config.run.eval_every == 0
 
     def losses(self) -> dict[str, float] | None:
-        """``val_loss`` of the model's weights and ``val_loss_ema`` of the averaged ones; None if it gave up.
+        """``val_loss`` of the model's weights and ``val_loss_ema`` of their averages; None if it gave up.
 
         No token and no label is dropped.
         """
-        assert self.held_out is not None
-        images, losses = self.config.run.eval_images, {}
         with evaluating(self.model), contextlib.suppress(_Interrupted):
-            for name, weights in (("val_loss", self.model.state_dict()), ("val_loss_ema", self.averaged)):
-                predict = partial(self._predict, dict(weights))
-                losses[name] = validate(predict, self.objective, self.held_out, images, self.batch_size, self.device)
-            return losses
+            loss = self._loss()
+            with self.ema.as_weights():
+                return {"val_loss": loss, "val_loss_ema": self._loss()}
         return None
 
-    def _predict(self, weights: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _loss(self) -> float:
+        assert self.held_out is not None
+        images = self.config.run.eval_images
+        return validate(self._predict, self.objective, self.held_out, images, self.batch_size, self.device)
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.interrupted():
             raise _Interrupted
         with autocast(self.config.optim, self.device):
-            return torch.func.functional_call(self.model, weights, (x, t, y)).float()
+            return self.model(x, t, y).float()
 
 
 class _Interrupted(Exception):

@@ -8,7 +8,6 @@ import json
 import multiprocessing.process
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,11 +15,18 @@ from unittest import mock
 import accelerate  # noqa: F401
 import torch._dynamo
 import tqdm  # noqa: F401
+from support.ranks import fork_ranks
 
 from dcdit import checkpoint
 from dcdit.cli import main
 from dcdit.train import loop, validate
 
+HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+"""Of a process that has just begun."""
 MOMENTS = {
     "loading": (multiprocessing.process.BaseProcess, "start"),
     "stepping": (loop, "draw_step"),
@@ -39,7 +45,7 @@ RUNS = {
 }
 
 
-def train(name: str, config: str, out: Path, rank: int, port: int) -> int:
+def train(name: str, config: str, out: Path, rank: int) -> int:
     """One rank of a run. The signal comes twice, as from a launcher that passes on what its whole group got."""
     moment, call, number, ranks, only_one = RUNS[name]
     owner, function = MOMENTS[moment]
@@ -52,9 +58,8 @@ def train(name: str, config: str, out: Path, rank: int, port: int) -> int:
             send_twice(os.getpid() if only_one else -os.getpgid(0), number)
         return result if moment == "loading" else original(*args, **kwargs)
 
-    if ranks > 1:
-        distributed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in distributed.items()}, MASTER_ADDR="127.0.0.1")
+    for each, handler in HANDLERS.items():
+        signal.signal(each, handler)
     with mock.patch.object(owner, function, signalled):
         return main(["train", "--config", config, "--out", str(out)])
 
@@ -73,20 +78,9 @@ def send_twice(target: int, number: int) -> None:
 def run_job(name: str, config: str, out: Path) -> list[int]:
     """Start the ranks of a run in a process group of their own; returns their exit codes."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in HANDLERS:
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(RUNS[name][3]):
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-                signal.signal(number, handler)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
-            os._exit(train(name, config, out, rank, port))
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+    return fork_ranks(RUNS[name][3], lambda rank: train(name, config, out, rank))
 
 
 if __name__ == "__main__":
