@@ -5,7 +5,7 @@ PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-bench aot ptx-test ptx-report gpu-test clean
+.PHONY: demo test test-full lint format bench gpu-bench aot ptx-test ptx-report soak gpu-test clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -39,6 +39,9 @@ ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, whose PTX 
 
 ptx-report: $(VENV)/.installed ## counts of what compiled kernels do: bytes, instructions, bank conflicts
 	$(BIN)/python -m tools.ptx.report
+
+soak: $(VENV)/.installed ## minutes of random trouble (tools/soak) -> docs/soak.md; fails if there was a fault
+	$(BIN)/python -m tools.soak --out docs/soak.md
 
 gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; without one it says so and stops
 	$(BIN)/python -m tools.gpu_suite

@@ -23,6 +23,7 @@ from dcdit.models import DCDiT, DiT, count_flops, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.profile import static_counterparts
+from dcdit.profiling.rounds import spread
 from dcdit.profiling.timing import time_stages, time_variants
 
 KEEP = 0.25
@@ -136,7 +137,8 @@ def test_model(scale: str, size: int, batch: int, direction: str, variant: str, 
     dynamic = kept is not None and not variant.startswith("official")
     benchmark.extra_info.update(
         kind="model", scale=scale, size=size, batch=batch, direction=direction, variant=variant, ms=1e3 * seconds,
-        images_per_s=batch / seconds, kept_fraction=kept, gflops=passes * flops["total"] / batch / 1e9,
+        spread=spread(benchmark.stats.stats.data), images_per_s=batch / seconds,
+        kept_fraction=kept, gflops=passes * flops["total"] / batch / 1e9,
         stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
         stage_ms=time_stages(call, device, 3) if dynamic and direction == "inference" else None,
         optimizer_ms=time_optimizer(optimizer, device) if optimizer else None,

@@ -7,7 +7,9 @@ g = -grad_p[t] / 2, the gradient by the cosine,
 
     grad_q[t-1] = g (k / (|q| |k|) - cos q / |q|^2),  grad_k[t] = g (q / (|q| |k|) - cos k / |k|^2)
 
-Row t of every tile holds the pair q[t-1], k[t]. Both appear in p[t] alone, so no gradient is a sum over rows.
+A row whose squares would overflow is first shrunk by a power of two, on which the cosine does not depend; its gradient
+is multiplied by the same factor. Row t of every tile holds the pair q[t-1], k[t]. Both appear in p[t] alone, so no
+gradient is a sum over rows.
 
 In the comments at pointers, "float" is float32, bfloat16 or float16. Without a named stride, rows are contiguous.
 """
@@ -18,9 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
-from dcdit.kernels.numerics import NORM_EPS, cdiv
+from dcdit.kernels.numerics import LARGE, NORM_EPS, SHRINKING_FACTOR, cdiv
 
 _NORM_EPS = tl.constexpr(NORM_EPS)
+_LARGE = tl.constexpr(LARGE)
+_SHRINKING_FACTOR = tl.constexpr(SHRINKING_FACTOR)
+
+
+@triton.jit
+def _shrink(x):
+    """Rows [ROWS, BLOCK_D] times a factor [ROWS, 1] that is 1 unless their squares may overflow; and the factor."""
+    factor = tl.where(tl.max(tl.abs(x), axis=1) > _LARGE, _SHRINKING_FACTOR, 1.0)[:, None]
+    return x * factor, factor
 
 
 @triton.jit
@@ -80,6 +91,8 @@ def _cosine_fwd_kernel(
     # The loads of the tiles start first, and the search for the starts runs while they are under way.
     q, k = _load_pair(q_ptr, k_ptr, row, rows, q_stride, k_stride, D, BLOCK_D)  # [ROWS, BLOCK_D]
     is_first = _starts_sequence(row, rows, cu_ptr, length, sequences, halvings, PACKED)  # [ROWS]
+    q, _ = _shrink(q)
+    k, _ = _shrink(k)
     norm_q = tl.maximum(tl.sqrt(tl.sum(q * q, axis=1)), _NORM_EPS)
     norm_k = tl.maximum(tl.sqrt(tl.sum(k * k, axis=1)), _NORM_EPS)
     p = (1.0 - tl.sum(q * k, axis=1) / (norm_q * norm_k)) * 0.5
@@ -113,6 +126,8 @@ def _cosine_bwd_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     q, k = _load_pair(q_ptr, k_ptr, row, rows, q_stride, k_stride, D, BLOCK_D)  # [ROWS, BLOCK_D]
     is_first = _starts_sequence(row, rows, cu_ptr, length, sequences, halvings, PACKED)  # [ROWS]
+    q, factor_q = _shrink(q)
+    k, factor_k = _shrink(k)
     norm_q, norm_k = tl.sqrt(tl.sum(q * q, axis=1)), tl.sqrt(tl.sum(k * k, axis=1))
     inv_q, inv_k = 1.0 / tl.maximum(norm_q, _NORM_EPS), 1.0 / tl.maximum(norm_k, _NORM_EPS)
     cosine = tl.sum(q * k, axis=1) * inv_q * inv_k
@@ -127,12 +142,12 @@ def _cosine_bwd_kernel(
     # A norm below _NORM_EPS is replaced by a constant, so the second term of the gradient is zero there.
     if NEED_Q:
         coef_own = tl.where(norm_q > _NORM_EPS, grad_cosine * cosine * inv_q * inv_q, 0.0)[:, None]
-        grad_q = tl.where(is_first[:, None], 0.0, coef_other * k - coef_own * q)  # [ROWS, BLOCK_D]
+        grad_q = tl.where(is_first[:, None], 0.0, factor_q * (coef_other * k - coef_own * q))  # [ROWS, BLOCK_D]
         inside = ((row > 0) & (row <= rows))[:, None] & (col < D)[None, :]
         tl.store(grad_q_ptr + (row64 - 1) * D + col[None, :], grad_q.to(grad_q_ptr.dtype.element_ty), mask=inside)
     if NEED_K:
         coef_own = tl.where(norm_k > _NORM_EPS, grad_cosine * cosine * inv_k * inv_k, 0.0)[:, None]
-        grad_k = tl.where(is_first[:, None], 0.0, coef_other * q - coef_own * k)  # [ROWS, BLOCK_D]
+        grad_k = tl.where(is_first[:, None], 0.0, factor_k * (coef_other * q - coef_own * k))  # [ROWS, BLOCK_D]
         inside = (row < rows)[:, None] & (col < D)[None, :]
         tl.store(grad_k_ptr + row64 * D + col[None, :], grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside)
 

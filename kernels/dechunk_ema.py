@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
-from dcdit.kernels.numerics import PROB_EPS, cdiv
+from dcdit.kernels.numerics import PROB_EPS, cdiv, widest
 from dcdit.kernels.segments import find_chunk, max_chunks, segment_bounds
 
 launch.set_default_configs(
@@ -302,7 +302,7 @@ def _sum_parts_kernel(
 
 
 def dechunk_ema_fwd(h: Tensor, p: Tensor, residual: Tensor | None, token_map: TokenMap) -> Tensor:
-    """Smooth, hold and add: (S, D) in h's dtype.
+    """Smooth, hold and add: (S, D) in the wider dtype of h and residual.
 
     Args:
         h: (T, D) packed tokens with a unit last stride.
@@ -314,7 +314,7 @@ def dechunk_ema_fwd(h: Tensor, p: Tensor, residual: Tensor | None, token_map: To
     config = launch.config_for("dechunk_ema", h.device, D=d)
     sequences, length, chunks = counts = _count_chunks(p, token_map, config["CHUNK"])
     carry = _entering_states(_ema_chunk_fwd_kernel, h, p, token_map, counts, config, reverse=False)
-    out = launch.empty((positions, d), h.dtype, h.device)
+    out = launch.empty((positions, d), widest(h, residual), h.device)
     launch.launch(
         _ema_fwd_kernel, (chunks, cdiv(d, config["BLOCK_D"])),
         h, p, token_map.packed_rows, token_map.source_cu_seqlens, carry, residual, out, sequences, length, positions,
@@ -360,7 +360,9 @@ def dechunk_ema_bwd(
 def _count_chunks(p: Tensor, token_map: TokenMap, chunk: int) -> tuple[int, int, int]:
     """Sequences, positions of each (unused for a packed source), and chunk indices of all."""
     if token_map.source_cu_seqlens is None:
-        return p.shape[0], max(p.shape[1], 1), p.shape[0] * cdiv(p.shape[1], chunk)
+        sequences, length = p.shape
+        # Without a position there is nothing to visit. The length is a divisor.
+        return (sequences, length, sequences * cdiv(length, chunk)) if length else (0, 1, 0)
     sequences = token_map.source_cu_seqlens.shape[0] - 1
     return sequences, 1, max_chunks(p.shape[0], sequences, chunk)
 

@@ -90,9 +90,10 @@ def _scalar_gradients_kernel(
 
 
 def dechunk_spatial_fwd(h: Tensor, p: Tensor, residual: Tensor | None, geometry: Geometry) -> tuple[Tensor, Saved]:
-    """(T, D) tokens, contiguous (B, L) p, (B * L, D) residual -> (B * L, D) in h's dtype, Saved.
+    """(T, D) tokens, contiguous (B, L) p, (B * L, D) residual -> (B * L, D), Saved.
 
-    h and residual have a unit last stride. Positions of an image that keeps no token get the residual alone.
+    The first has the wider dtype of h and residual, which have a unit last stride. Positions of an image that keeps no
+    token get the residual alone.
 
     Raises:
         ValueError: a side of the grid is above ``nearest.MAX_SIDE``.

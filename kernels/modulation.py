@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
-from dcdit.kernels.numerics import cdiv, next_power_of_2
+from dcdit.kernels.numerics import cdiv, next_power_of_2, widest
 from dcdit.kernels.segments import find_chunk, max_chunks, segment_bounds
 
 launch.set_default_configs(
@@ -46,8 +46,8 @@ def _modulation_fwd_kernel(
     shift_ptr,  # (images, D) float, row stride shift_stride; None without a norm, like scale, normed and stats
     scale_ptr,  # (images, D) float, row stride scale_stride
     cu_ptr,  # (images + 1,) int32
-    added_ptr,  # (rows, D) in x's dtype
-    normed_ptr,  # (rows, D) in x's dtype
+    added_ptr,  # (rows, D) in the wider dtype of x and y
+    normed_ptr,  # (rows, D) in the same dtype
     stats_ptr,  # (2, rows) float32: mean and 1 / standard deviation
     rows, images, x_stride, y_stride, gate_stride, shift_stride, scale_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -198,8 +198,8 @@ def modulated_layer_norm_fwd(
 
 
 def gated_add_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T, D) rows and (B, D) gate with unit last strides -> (T, D)."""
-    added = launch.empty(x.shape, x.dtype, x.device)
+    """(T, D) rows and (B, D) gate with unit last strides -> (T, D) in the wider dtype of x and y."""
+    added = launch.empty(x.shape, widest(x, y), x.device)
     _forward(x, y, gate, None, None, cu_seqlens, added, None, None, 0.0)
     return added
 
@@ -208,7 +208,8 @@ def gated_add_modulated_layer_norm_fwd(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both of the above in one pass: the sum (T, D), its norm (T, D), float32 mean and 1/std (2, T)."""
-    added, normed = launch.empty(x.shape, x.dtype, x.device), launch.empty(x.shape, x.dtype, x.device)
+    dtype = widest(x, y)
+    added, normed = launch.empty(x.shape, dtype, x.device), launch.empty(x.shape, dtype, x.device)
     stats = launch.empty((2, x.shape[0]), torch.float32, x.device)
     _forward(x, y, gate, shift, scale, cu_seqlens, added, normed, stats, eps)
     return added, normed, stats
@@ -230,18 +231,20 @@ def _forward(
 
 def modulation_bwd(
     grad_added: Tensor | None, grad_normed: Tensor | None, added: Tensor, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, stats: Tensor | None, cu_seqlens: Tensor, want_x: bool, want_y: bool, want_norm: bool,
+    scale: Tensor | None, stats: Tensor | None, cu_seqlens: Tensor, x_dtype: torch.dtype | None,
+    y_dtype: torch.dtype | None, want_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of all three operations; whatever is not wanted comes back empty.
 
     Args:
         grad_added: gradient of the sum (T, D), None if nothing reads it.
         grad_normed: gradient of the norm (T, D), None if nothing reads it; then scale and stats are None too.
-        added: what was normed (T, D); without a norm it gives shape and dtype only.
+        added: what was normed (T, D); without a norm it gives the shape only.
         y: what was gated (T, D), if the gate's gradient is wanted.
         gate: (B, D), None if nothing was added.
         scale, stats: (B, D) and what the forward returned.
-        want_x, want_y, want_norm: compute the gradients of x; of y; of shift and scale.
+        x_dtype, y_dtype: of the gradients of x and of y, None where not wanted.
+        want_norm: compute the gradients of shift and scale.
 
     Returns:
         Gradients of x and y (T, D), and (B, parts, D) in the modulation's dtype: shift and scale if wanted, then the
@@ -251,13 +254,15 @@ def modulation_bwd(
     parts = 2 * want_norm + (y is not None)
     config = launch.config_for("modulation_bwd", device, D=d)
     chunks = max_chunks(rows, images, config["CHUNK"])
-    grad_x = launch.empty((rows, d) if want_x else (0,), added.dtype, device)
-    grad_y = launch.empty((rows, d) if want_y else (0,), added.dtype, device)
+    grad_x, grad_y = (
+        launch.empty((0,), added.dtype, device) if dtype is None else launch.empty((rows, d), dtype, device)
+        for dtype in (x_dtype, y_dtype)
+    )
     partial = launch.empty((chunks, parts, d), torch.float32, device) if parts else None
     launch.launch(
         _modulation_bwd_kernel, (chunks,),
         grad_added, grad_normed, None if grad_normed is None else added, y, gate, scale, stats, cu_seqlens,
-        grad_x if want_x else None, grad_y if want_y else None, partial, rows, images,
+        None if x_dtype is None else grad_x, None if y_dtype is None else grad_y, partial, rows, images,
         *(_row_stride(tensor) for tensor in (grad_added, grad_normed, added, y, gate, scale)),
         D=d, PARTS=parts, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip

@@ -1,4 +1,9 @@
-"""Constants and integer arithmetic that kernels, PyTorch backend and reference share. This file imports nothing."""
+"""Constants and integer arithmetic that kernels, PyTorch backend and reference share. Nothing here needs Triton."""
+
+import functools
+
+import torch
+from torch import Tensor
 
 PROB_EPS = 1e-4
 """A probability enters the de-chunkers as ``q = clamp(p, PROB_EPS, 1 - PROB_EPS)``."""
@@ -8,6 +13,17 @@ ROW_EPS = 1e-8
 
 NORM_EPS = 1e-12
 """Smallest norm that a vector is divided by when a cosine is taken."""
+
+LARGE = 2.0**50
+"""A row with a larger norm (or entry) is shrunk before a cosine is taken. Products of other rows cannot overflow."""
+
+SHRINKING_FACTOR = 2.0**-80
+"""What such a row is multiplied with. A power of two rounds nothing."""
+
+
+def widest(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that holds the values of all tensors: of two dtypes the wider, float32 for bfloat16 with float16."""
+    return functools.reduce(torch.promote_types, [x.dtype for x in tensors if x is not None])
 
 
 def cdiv(a: int, b: int) -> int:

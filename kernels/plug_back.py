@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.nearest import KeptIndex
-from dcdit.kernels.numerics import cdiv
+from dcdit.kernels.numerics import cdiv, widest
 
 launch.set_default_configs(
     "plug_back_fwd",
@@ -273,12 +273,13 @@ def _region_sum_kernel(
 
 
 def plug_back_fwd(h: Tensor, h_minus_s: Tensor, index: KeptIndex, nearest: Tensor, residual: Tensor | None) -> Tensor:
-    """(T, D) tokens, float32 (T, D) ``h - s``, int32 (S,) nearest packed rows, (S, D) residual -> (S, D) in h's dtype.
+    """(T, D) tokens, float32 (T, D) ``h - s``, int32 (S,) nearest packed rows, (S, D) residual -> (S, D).
 
-    h' of the nearest token plus the residual, rounded once; h and residual have a unit last stride.
+    h' of the nearest token plus the residual, rounded once to the wider dtype of h and residual; both have a unit last
+    stride.
     """
     positions, d = nearest.shape[0], h.shape[1]
-    out = launch.empty((positions, d), h.dtype, h.device)
+    out = launch.empty((positions, d), widest(h, residual), h.device)
     config = launch.config_for("plug_back_fwd", h.device, D=d)
     launch.launch(
         _plug_back_fwd_kernel, (cdiv(positions, config["ROWS"]), cdiv(d, config["BLOCK_D"])),

@@ -1,6 +1,7 @@
 """Arrows between modules only point down, none of them close a circle, and private names stay inside their package."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_private_names_stay_in_their_package() -> None:
             if private is not None and not f"{home}.".startswith(".".join(parts[:private]) + "."):
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
+
+
+WRITING = re.compile(r"\.(write_text|write_bytes|mkdir|rmdir|unlink|rename|touch|symlink_to|rmtree|move|makedirs)\(")
+WRITERS = {
+    "dcdit/utils/files.py",
+    "dcdit/utils/lock.py",
+    "dcdit/utils/outputs.py",
+    "dcdit/checkpoint/run.py",  # what is inside a checkpoint, while that is written
+    "dcdit/evaluate/generate.py",  # deletes the batches that it has put together
+}
+
+
+def test_files_are_written_and_deleted_in_one_place() -> None:
+    """``dcdit.utils.files`` is why nothing is lost. Whoever writes or deletes in another way has to be known here."""
+    found = {str(path.relative_to(ROOT)) for path in MODULES.values() if WRITING.search(path.read_text())}
+    assert found == WRITERS
 
 
 def test_few_modules_lie_loose() -> None:

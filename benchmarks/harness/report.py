@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.harness import pictures
 from dcdit.nn import STAGES
+from dcdit.profiling.reliability import DISAGREEMENT
 from dcdit.utils.tables import markdown_table
 
 Row = dict[str, Any]
@@ -113,14 +114,16 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
     parts = [
         "## Models",
         "eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic): 1 means that every saved FLOP became "
-        "time. A training step counts three forwards; the optimizer in it costs the same whatever is kept.",
+        "time. A training step counts three forwards; the optimizer in it costs the same whatever is kept. "
+        "The spread is half the interquartile range over the median.",
         f"![time against FLOPs]({picture.name})",
     ]
     for title, rows in groups.items():
         conversion = etas(rows)
         statics = [row["variant"] for row in rows if row["kept_fraction"] is None]
-        head = ["variant", "kept", "GFLOPs/image", "ms", "images/s", "peak MiB"]
+        head = ["variant", "kept", "GFLOPs/image", "ms", "spread", "images/s", "peak MiB"]
         head += [f"eta vs {name}" for name in statics]
+        noisy = [row["variant"] for row in rows if row.get("spread", 0.0) > DISAGREEMENT]
         stepping = any(row["optimizer_ms"] for row in rows)
         head += ["optimizer ms"] * stepping
         body = [
@@ -129,21 +132,30 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
                 _number(row["kept_fraction"], ".1%"),
                 _number(row["gflops"], ".2f"),
                 _number(row["ms"], ".1f"),
+                _number(row.get("spread"), ".1%"),
                 _number(row["images_per_s"], ".2f"),
                 _mebibytes(row["peak_bytes"]),
-                *(_number(conversion.get(row["variant"], {}).get(name), ".2f") for name in statics),
+                *(_eta(conversion.get(row["variant"], {}).get(name), noisy) for name in statics),
                 *([_number(row["optimizer_ms"], ".1f")] * stepping),
             ]
             for row in rows
         ]
-        parts += [f"### {title}", markdown_table(head, body)]
+        parts += [f"### {title}"]
+        if noisy:
+            parts += [f"UNRELIABLE: the times of {', '.join(noisy)} scatter by more than ±{DISAGREEMENT:.0%}."]
+        parts += [markdown_table(head, body)]
         staged = [row for row in rows if row["stage_ms"]]
         if staged:
             parts += ["Milliseconds by stage:", _stages(staged)]
         reasons = [_reason(row, rows, conversion[row["variant"]]) for row in rows if row["variant"] in conversion]
-        if any(reasons):
+        if any(reasons) and not noisy:
             parts += ["\n".join(f"- {reason}" for reason in reasons if reason)]
     return "\n\n".join(parts)
+
+
+def _eta(value: float | None, noisy: Sequence[str]) -> str:
+    """A cell; an eta next to times that scatter too much is not printed."""
+    return "unreliable" if noisy and value is not None else _number(value, ".2f")
 
 
 def _reason(row: Row, rows: Sequence[Row], conversion: dict[str, float]) -> str:
@@ -195,7 +207,7 @@ def _ops(rows: Sequence[Row], copy_gbps: float, page: Path) -> str:
 
 def _op_table(rows: Sequence[Row], others: Sequence[str]) -> str:
     head = [
-        "operation", "dcdit ms", *(f"{name} ms" for name in others), *(f"vs {name}" for name in others),
+        "operation", "dcdit ms", *(f"{name} ms" for name in others), *(f"vs {name}" for name in others), "spread",
         "GB/s", "of copy", "GFLOP/s", "graph ms", "peak MiB", "plain peak MiB", "launches", "syncs", "host us",
     ]  # fmt: skip
     body = []
@@ -210,6 +222,7 @@ def _op_table(rows: Sequence[Row], others: Sequence[str]) -> str:
                 _number(ours["ms"], ".3f"),
                 *(_number(variants.get(name, {}).get("ms"), ".3f") for name in others),
                 *(_number(variants[name]["ms"] / ours["ms"] if name in variants else None, ".1fx") for name in others),
+                _number(max((row["spread"] for row in variants.values() if "spread" in row), default=None), ".0%"),
                 _number(ours["gbps"], ".1f"),
                 _number(ours["copy_share"], ".0%"),
                 _number(ours["gflops_per_s"], ".1f"),

@@ -8,6 +8,7 @@ from dcdit.checkpoint.foreign import read_state_dict
 from dcdit.checkpoint.model import Model, architecture_of, load_weights, save_model
 from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
+    CHECKPOINTS,
     EMA_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -15,6 +16,7 @@ from dcdit.checkpoint.run import (
     Checkpoint,
     checkpoint_path,
     find_checkpoint,
+    is_checkpoint,
     keep_newest,
     list_checkpoints,
     load_checkpoint,
@@ -22,10 +24,12 @@ from dcdit.checkpoint.run import (
     model_file,
     optimizer_tensors,
     read_trainer,
+    run_folder,
     save_checkpoint,
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "EMA_FILE",
     "MODEL_FILE",
     "OPTIMIZER_FILE",
@@ -35,6 +39,7 @@ __all__ = [
     "architecture_of",
     "checkpoint_path",
     "find_checkpoint",
+    "is_checkpoint",
     "keep_newest",
     "list_checkpoints",
     "load_checkpoint",
@@ -48,6 +53,7 @@ __all__ = [
     "read_objective",
     "read_state_dict",
     "read_trainer",
+    "run_folder",
     "save_checkpoint",
     "save_model",
 ]

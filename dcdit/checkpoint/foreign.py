@@ -15,6 +15,7 @@ from torch import Tensor
 from dcdit.checkpoint.model import Tensors, read_tensors
 from dcdit.models import DCDiT, DiT, load_dit, load_official
 from dcdit.models.presets import SCALES
+from dcdit.utils.inside import is_inside
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model.safetensors"
@@ -113,6 +114,8 @@ def load_diffusers_dit(folder: Path) -> DiT:
     names = sorted(set(_entry(index, "weight_map").values())) if index.is_file() else [WEIGHTS]
     state: dict[str, Tensor] = {}
     for name in names:
+        if not is_inside(name):
+            raise ValueError(f"{index} lists {name!r}; accepted: files inside the folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= read_tensors(folder / name)[0]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
+from dcdit.utils.tensors import save_tensors
 
 Model = DCDiT | DiT
 """What this package trains, saves and loads."""
@@ -34,14 +34,20 @@ def save_model(
     """Write one safetensors file with the configuration in its metadata. The file appears complete or not at all.
 
     Args:
+        path: of the file. An older file is replaced, and a link is followed.
         state: weights to write instead of the model's own, e.g. averaged ones.
         notes: further metadata. ``objective`` is ``model.objective`` unless the notes say another one.
 
     Raises:
         FloatingPointError: a weight is not finite. Nothing is written.
+        ValueError, OSError: ``path`` is a folder, or the file cannot be written there.
     """
-    weights = model.state_dict() if state is None else state
-    check_finite(weights, f"the weights for {path}")
+    check_finite(model.state_dict() if state is None else state, f"the weights for {path}")
+    atomically(Path(path), lambda file: write_model(file, model, state, notes))
+
+
+def write_model(path: Path, model: Model, state: Tensors | None, notes: Mapping[str, str] | None) -> None:
+    """Write the file of :func:`save_model`, but under its final name from the start and without looking at weights."""
     metadata = {
         **({} if model.objective is None else {"objective": model.objective}),
         **(notes or {}),
@@ -49,7 +55,7 @@ def save_model(
         "architecture": architecture_of(model),
         "config": json.dumps(model.config.to_dict()),
     }
-    write_tensors(Path(path), weights, metadata)
+    write_tensors(path, model.state_dict() if state is None else state, metadata)
 
 
 def architecture_of(model: Model) -> str:
@@ -146,9 +152,8 @@ def refuse_not_finite(tensors: Tensors, source: str | Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
-    """Write a safetensors file. It appears complete or not at all."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomically(path, lambda file: save_file(plain, file, metadata))
+    """Write a safetensors file from tensors of any device and memory format. OSError if that fails."""
+    save_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -175,6 +180,17 @@ def read_file_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, without reading its tensors. Errors as in :func:`read_tensors`."""
     with _opened(path) as file:
         return file.metadata() or {}
+
+
+def is_written_here(path: Path) -> bool:
+    """Whether the header of a safetensors file has the mark of this package; the rest may be cut off. So may be all."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return json.loads(file.read(min(length, size)))["__metadata__"]["format"] == FORMAT
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return not size
 
 
 @contextlib.contextmanager

@@ -27,17 +27,21 @@ from dcdit.checkpoint.model import (
     Tensors,
     check_finite,
     holds_finite,
+    is_written_here,
     read_model_file,
     read_tensors,
     refuse_not_finite,
-    save_model,
+    write_model,
     write_tensors,
 )
-from dcdit.utils.files import atomically, interrupted_replacements, remove
+from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
 TENSOR_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
+CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE)
+CHECKPOINTS = "checkpoints"
+"""Folder of a run that holds its checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,14 @@ def save_checkpoint(
     """Write a checkpoint folder. It appears under its name only when it is complete.
 
     Args:
-        folder: its name; an older checkpoint of that name is replaced.
+        folder: its name. An older checkpoint of that name is replaced, and a link is followed.
         ema: averaged weights, with the names of ``model.state_dict()``.
         optimizer: over ``model.parameters()`` in one group, or its :func:`optimizer_tensors`.
         trainer: JSON values, e.g. the step.
         notes, state: as in :func:`dcdit.checkpoint.save_model`.
 
     Raises:
+        ValueError: ``folder`` exists and is no checkpoint (:func:`is_checkpoint`).
         FloatingPointError: one of the tensors is not finite. Nothing is written.
     """
     folder = Path(folder)
@@ -90,13 +95,14 @@ def save_checkpoint(
 
     def write(target: Path) -> None:
         target.mkdir()
-        save_model(target / MODEL_FILE, model, weights, notes)
-        save_model(target / EMA_FILE, model, ema, notes)
+        write_model(target / MODEL_FILE, model, weights, notes)
+        write_model(target / EMA_FILE, model, ema, notes)
         write_tensors(target / OPTIMIZER_FILE, moments, {"format": FORMAT})
-        atomically(target / TRAINER_FILE, lambda file: file.write_text(json.dumps(trainer, indent=2)))
+        (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    atomically(folder, write)
+    if folder.exists() and not is_checkpoint(folder):
+        raise ValueError(f"{folder} is no checkpoint of dcdit; accepted: a checkpoint, or a name that is free")
+    replace_folder(folder, write)
     _known.update({_state_of(folder / name): True for name in TENSOR_FILES})
     return folder
 
@@ -210,18 +216,50 @@ def _state_of(file: Path) -> tuple[Path, float, int]:
 # --- the folders of a run -----------------------------------------------------------------------------------------
 
 
+def run_folder(path: str | Path) -> Path:
+    """The run that a path names: a run itself, or the one whose ``checkpoints/`` holds this checkpoint.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a checkpoint that is in no run.
+    """
+    path = Path(path)
+    find_checkpoint(path)
+    if list_checkpoints(path):
+        return path
+    # As named, before any link is followed: a checkpoint that is a link belongs to the run that has the link.
+    for folder in (path, path.absolute(), path.resolve()):
+        if folder.parent.name == CHECKPOINTS:
+            return folder.parents[1]
+    raise ValueError(f"{path} is in no run, so there is no folder to go on in; accepted: RUN, or RUN/{CHECKPOINTS}/...")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder may be replaced or deleted as a checkpoint: all of its files are of this package.
+
+    The files may be damaged or missing, but a folder with anything else in it, or with a link, is no checkpoint.
+    """
+    if not folder.is_dir():
+        return False
+    files = list(folder.iterdir())
+    if not all(file.name in CHECKPOINT_FILES and file.is_file() and not file.is_symlink() for file in files):
+        return False
+    tensors = [file for file in files if file.name != TRAINER_FILE]
+    return all(map(is_written_here, tensors)) and bool(tensors or not files)
+
+
 def checkpoint_path(run: str | Path, step: int) -> Path:
     """Where a run keeps the checkpoint of a step."""
-    return Path(run) / "checkpoints" / f"step_{step:08d}"
+    return Path(run) / CHECKPOINTS / f"step_{step:08d}"
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first.
 
     A process may have been killed while it replaced a checkpoint, between moving the old one away and naming the new
-    one. Then the old one is listed, under the temporary name that it has.
+    one. Then the old one is listed, where it is.
     """
-    parent = Path(run) / "checkpoints"
+    parent = Path(run) / CHECKPOINTS
     folders = {path.name: path for path in parent.glob("step_*")} | interrupted_replacements(parent)
     return [folder for _, folder in sorted(folders.items()) if (folder / MODEL_FILE).is_file()]
 
@@ -235,7 +273,9 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MODEL_FILE).is_file():
         return path
-    found = list_checkpoints(path)
+    found = list_checkpoints(path) or [
+        old for name, old in interrupted_replacements(path.parent).items() if name == path.name
+    ]
     if not found:
         raise FileNotFoundError(f"no checkpoint in {str(path)!r}: no {MODEL_FILE}, no checkpoints/step_*/{MODEL_FILE}")
     return found[-1]
@@ -258,12 +298,14 @@ def keep_newest(newest: Path, count: int | None) -> None:
     """Delete all but the last ``count`` of a run's checkpoints up to ``newest`` (None: delete none).
 
     Checkpoints after ``newest`` stay and do not count. A run that was resumed from an earlier checkpoint has them; it
-    replaces them when it gets there. Checkpoints that are damaged or not finite do not count either, so that they never
-    take the place of one that a run can go on from.
+    replaces them when it gets there. A link stays, and so does a folder with files that are not of this package.
+    Checkpoints that are damaged or not finite do not count either, so that they never take the place of one that a run
+    can go on from.
     """
     if count is None:
         return
     folders = [folder for folder in list_checkpoints(newest.parents[1]) if folder.name <= newest.name]
     kept = list(itertools.islice(filter(_is_sound, reversed(folders)), count))
     for folder in folders[: folders.index(kept[-1])] if len(kept) == count else ():
-        remove(folder)
+        if not folder.is_symlink() and is_checkpoint(folder):
+            remove_folder(folder)

@@ -20,6 +20,8 @@ from dcdit.config import RECIPES, TrainConfig, load_config
 from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
+from dcdit.utils.files import atomically, write_text
+from dcdit.utils.outputs import check_own
 
 DROP_FRACTIONS = (0.0, 0.3, 0.6)
 NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -27,7 +29,9 @@ STUDY_IMAGES = 48
 TIMED_IMAGES = 16
 SAMPLES_PER_CLASS = 4
 SAMPLING_STEPS = 40
-
+RECORD, REPORT, SAMPLES = "demo.json", "report.md", "samples-drop-{:g}.png"
+FILES = (REPORT, "training.png", "boundary_maps.png", "profile.png", *map(SAMPLES.format, DROP_FRACTIONS))
+"""Files beside the record, which is written before them."""
 
 CONFIG = RECIPES / "photographs-cpu.yaml"
 """A small DC-DiT on 32x32 crops, one token per pixel. Two CPU cores train it in minutes."""
@@ -50,7 +54,7 @@ def demo_config(out: Path, minutes: float, seed: int = 0) -> TrainConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dcdit demo``."""
     parser.add_argument("--minutes", type=float, default=3.5, help="training time, minutes (default: %(default)s)")
-    parser.add_argument("--out", default="out/demo", help="folder of the report; its old contents are replaced")
+    parser.add_argument("--out", default="out/demo", help="folder of the report, new or of an earlier demo")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples")
 
 
@@ -73,11 +77,12 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     from dcdit.train import train
 
     began = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    check_own(out, RECORD, ("config",), FILES)
     run_folder = out / time.strftime("run-%Y%m%d-%H%M%S")
     config = demo_config(run_folder, minutes, seed)
     print(f"1/4 training for {minutes:g} minutes on crops of real photographs", flush=True)
     result = train(config)
+    write_text(out / RECORD, json.dumps({"config": asdict(config)}))
     log = [json.loads(line) for line in result.log.read_text().splitlines()]
     log = [row for row in log if "loss" in row]
     plot_training(log, config.router.target, out / "training.png")
@@ -101,6 +106,8 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     noisy = objective.noise(x0, objective.t_at(0.5, x0), noise)
     timing = profile(model, "DC-DiT (demo)", noisy.x, noisy.time, y, DROP_FRACTIONS)
     plot_profile(timing, out / "profile.png")
+    if timing.caution():
+        print(timing.caution(), flush=True)
 
     facts = {
         "config": asdict(config),
@@ -115,10 +122,10 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "class_names": list(held_out.class_names),
     }
-    (out / "demo.json").write_text(json.dumps(facts, indent=2) + "\n")
-    report = out / "report.md"
-    report.write_text(_report(facts, timing.table(), timing.stage_table()))
-    return report
+    write_text(out / RECORD, json.dumps(facts, indent=2) + "\n")
+    timings = [timing.caution(), timing.conditions(), timing.table(), timing.stage_table()]
+    write_text(out / REPORT, _report(facts, "\n\n".join(filter(None, timings))))
+    return out / REPORT
 
 
 def _sample_grid(model: DCDiT, rho: float, out: Path, seed: int) -> dict[str, Any]:
@@ -128,9 +135,9 @@ def _sample_grid(model: DCDiT, rho: float, out: Path, seed: int) -> dict[str, An
     began = time.monotonic()
     images = sample(model, labels, SAMPLING_STEPS, "euler", cfg_scale=1.5, drop_fraction=rho, seed=seed)
     seconds = time.monotonic() - began
-    path = out / f"samples-drop-{rho:g}.png"
+    path = out / SAMPLES.format(rho)
     sheet = grid(to_pixels(images), 2 * SAMPLES_PER_CLASS, gap=1)
-    sheet.resize((3 * sheet.width, 3 * sheet.height), resample=0).save(path)
+    atomically(path, sheet.resize((3 * sheet.width, 3 * sheet.height), resample=0).save)
     return {"file": path.name, "drop_fraction": rho, "images": len(labels), "seconds": seconds}
 
 
@@ -157,7 +164,7 @@ def _boundary_maps(model: DCDiT, x0: Tensor, y: Tensor, objective: Objective) ->
     return maps
 
 
-def _report(facts: dict[str, Any], timing: str, stages: str) -> str:
+def _report(facts: dict[str, Any], timings: str) -> str:
     from dcdit.utils.tables import markdown_table
 
     study, log = facts["router"], facts["training_log"]
@@ -223,9 +230,10 @@ Same transformer, random weights for the static models, batch {timed["batch"]}, 
 eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
 At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
 
-{timing}
+The interval behind eta holds its true median with a probability of 95 %. The spread is half the interquartile range
+over the median.
 
-{stages}
+{timings}
 
 ![time against FLOPs](profile.png)
 """

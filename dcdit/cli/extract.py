@@ -2,9 +2,11 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from dcdit.data.latents.encode import STORED_DTYPE, encode_images, verify_shards
 from dcdit.data.latents.manifest import MANIFEST_FILE
+from dcdit.utils.files import claimed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,18 +35,19 @@ def run(args: argparse.Namespace) -> None:
     for name in ("images", "vae", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; accepted: --images, --vae and --out, or --verify")
-    manifest = encode_images(
-        args.images,
-        args.vae,
-        args.out,
-        size=args.size,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-        workers=args.workers,
-        seed=args.seed,
-        device=args.device,
-        precision=args.precision,
-    )
+    with claimed(Path(args.out)):
+        manifest = encode_images(
+            args.images,
+            args.vae,
+            args.out,
+            size=args.size,
+            batch_size=args.batch_size,
+            shard_size=args.shard_size,
+            workers=args.workers,
+            seed=args.seed,
+            device=args.device,
+            precision=args.precision,
+        )
     print(
         f"{args.out}: {manifest.images} latents {tuple(manifest.shape)} in {len(manifest.shards)} shards, "
         f"{sum(shard.bytes for shard in manifest.shards) / 1e9:.3g} GB; "

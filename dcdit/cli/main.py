@@ -5,11 +5,14 @@ It is imported when it is called.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from dcdit import __version__
 
@@ -47,6 +50,23 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print the warnings of this package without a place in its code."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category.__module__.partition(".")[0] == "dcdit":
+                print(f"dcdit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@_warnings_in_one_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
@@ -54,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     it: 130 after Ctrl-C, and of training also 143 after SIGTERM and 129 after SIGHUP, when the checkpoint is saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character of a result is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = create_parser(arguments).parse_args(arguments)
         return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0

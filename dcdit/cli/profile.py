@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from dcdit.checkpoint import load_model
+from dcdit.checkpoint import load_model, model_file
 from dcdit.cli.options import add_device_option
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.profile import advice, profile, write_trace
 from dcdit.utils.environment import resolve_device
+from dcdit.utils.files import write_text
+from dcdit.utils.outputs import check_not_read, check_output_file, check_output_folder, check_own
 
+RECORD, PICTURE = "profile.json", "profile.png"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(add)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
     add("--compile", action="store_true", help="torch.compile the static models and the convolutions")
-    add("--seconds", type=float, default=2.0, help="timing budget per variant (default: %(default)s)")
+    add("--seconds", type=float, default=2.0, help="longest timing per variant (default: %(default)s)")
     add("--trace", help="also write a Chrome trace of one dynamic forward to this file")
     add("--out", default="out/profile", help="folder for profile.json and profile.png")
 
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch is {args.batch}; accepted: a positive number of images")
     if not args.seconds > 0:
         raise ValueError(f"--seconds is {args.seconds}; accepted: a positive number")
+    out = Path(args.out)
+    _check_outputs(args, out)
     torch.manual_seed(0)
     model, name = _model(args)
     model = model.to(device=device, dtype=DTYPES[args.dtype]).eval()
@@ -53,15 +58,22 @@ def run(args: argparse.Namespace) -> None:
     if not args.checkpoint:
         calibrate_router(model, x, t, y, args.keep)
     result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "profile.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
-    plot_profile(result, out / "profile.png")
-    print(result.table(), result.stage_table(), *advice(result), sep="\n\n")
+    write_text(out / RECORD, json.dumps(asdict(result), indent=2) + "\n")
+    plot_profile(result, out / PICTURE)
+    parts = [result.caution(), result.conditions(), result.table(), result.stage_table(), *advice(result)]
+    print(*filter(None, parts), sep="\n\n")
     if args.trace:
         write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
         print(f"\nwrote {args.trace}: open it in ui.perfetto.dev or chrome://tracing")
-    print(f"\nwrote {out / 'profile.json'} and {out / 'profile.png'}")
+    print(f"\nwrote {out / RECORD} and {out / PICTURE}")
+
+
+def _check_outputs(args: argparse.Namespace, out: Path) -> None:
+    check_output_folder(out)
+    check_own(out, RECORD, ("model", "variants"), (PICTURE,))
+    if args.trace:
+        check_output_file(Path(args.trace))
+        check_not_read(Path(args.trace), {"--checkpoint": args.checkpoint and model_file(args.checkpoint)})
 
 
 def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:

@@ -18,9 +18,11 @@ from dcdit.cli.sampling_options import (
 )
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
 from dcdit.sample.options import CostTarget
-from dcdit.sample.output import describe, describe_run, write_images
+from dcdit.sample.output import RECORD, check_folder, describe, describe_run, write_images
 from dcdit.sample.plan import Plan, make_plans
 from dcdit.utils.environment import resolve_device
+from dcdit.utils.files import write_text
+from dcdit.utils.outputs import check_output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_counts(args, "num_per_class", "num")
     options = sampling_options(args, _target(args))
+    out = Path(args.out)
+    check_output_folder(out)
     device = resolve_device(args.device)
     model, decode = load_for_sampling(options, device)
     labels = class_labels(model.config.num_classes, args.labels, args.num_per_class, args.num)
@@ -74,10 +78,10 @@ def run(args: argparse.Namespace) -> None:
     plans = make_plans(options, model, labels.to(device))
     if options.target is not None:
         _print_choice(plans[0])
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out, plans, args.individual, args.report)
     columns = args.num_per_class if args.num is None and args.num_per_class > 1 else None
     facts, first_images = describe(options, model, labels, device), []
+    write_text(out / RECORD, json.dumps(facts, indent=2))
     for plan in plans:
         began = time.perf_counter()
         drawn = draw(model, options, labels.to(device), plan.drop, trace=args.report)
@@ -94,12 +98,12 @@ def run(args: argparse.Namespace) -> None:
         )
         entry = describe_run(plan, drawn, seconds, files)
         facts["runs"].append(entry)
+        write_text(out / RECORD, json.dumps(facts, indent=2))
         if drawn.first_image is not None:
             first_images.append(drawn.first_image)
         kept = f", kept {entry['kept']:.1%} of the tokens" if "kept" in entry else ""
         cost = f"{entry['tflops_per_image']:.4g} TFLOPs and {entry['seconds_per_image']:.3g} s per image"
         print(f"{files[0]}: {len(labels)} images{kept}, {cost}")
-    (out / "samples.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     if args.report:
         from dcdit.sample.report import write_report
 
@@ -120,6 +124,8 @@ def _target(args: argparse.Namespace) -> CostTarget | None:
 
 def _print_choice(plan: Plan) -> None:
     choice = plan.summary["target"]
+    for warning in choice["warnings"]:
+        print(f"warning: the target may be missed: {warning}")
     print(
         f"target {choice['target']:g} {choice['unit']} per image: drop fraction {plan.summary['drop_fraction']:.3f}, "
         f"which should take {choice['expected']:.4g} ({choice['source']})"

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from dcdit import checkpoint, config
+from dcdit.train.folder import CONFIG_FILE
 from dcdit.train.loop import train
 
 FLAGS = {
@@ -32,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. optim.lr=1e-4"
     )
-    parser.add_argument("--resume", metavar="DIR", help="continue this run (or checkpoint) with its own configuration")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="continue this run (or checkpoint) with its own configuration and in its folder"
+    )
     for flag, key in FLAGS.items():
         section, name = key.split(".")
         (option,) = (o for o in dataclasses.fields(getattr(config.TrainConfig(), section)) if o.name == name)
@@ -60,8 +64,46 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
             "--resume continues with the run's own configuration; change single keys with --set, not --config"
         )
     else:
-        settings = config.override(checkpoint.read_trainer(args.resume).get("config") or {}, overrides)
+        settings = _resumed(args.resume, overrides)
     result = train(settings, resume=args.resume)
     if result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")
     return 128 + result.signal if result.signal else 0
+
+
+PLACES = ("data.path", "upcycle.source", "run.trackers")
+"""What a run reads and where it sends records. A checkpoint, which may be a stranger's, does not decide that."""
+
+
+def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
+    """The configuration of a checkpoint, except for the places, which are those of the run's config.yaml.
+
+    Raises:
+        ValueError: another --out than the run's folder, or no config.yaml and a place that is not given.
+    """
+    folder = checkpoint.run_folder(resume)
+    out = str(overrides.get("run.out", folder))
+    if os.path.realpath(out) != os.path.realpath(folder):
+        raise ValueError(
+            f"--out is {out}, but --resume goes on in {folder}; leave --out away, or copy the run and resume the copy"
+        )
+    trainer = checkpoint.read_trainer(resume)
+    stored = trainer.get("config")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{resume}: {checkpoint.TRAINER_FILE} has the config {stored!r}; accepted: an object")
+    file = folder / CONFIG_FILE
+    own = config.given_keys(file) if file.is_file() else {}
+    for key in PLACES:
+        if not own and key not in overrides and _value(stored, key) is not None:
+            raise ValueError(
+                f"{folder} has no {CONFIG_FILE}, and {key} is not taken from a checkpoint ({_value(stored, key)!r}); "
+                f"give --set {key}=..."
+            )
+    places = {key: _value(own, key) for key in PLACES}
+    return config.override(stored, {**places, **overrides, "run.out": str(folder)})
+
+
+def _value(data: dict[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    values = data.get(section)
+    return values.get(name) if isinstance(values, dict) else None

@@ -3,11 +3,14 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dcdit.profiling.tune import tune
 from dcdit.profiling.workloads import WORKLOADS, Shape
+from dcdit.utils.files import write_text
+from dcdit.utils.outputs import check_output_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +31,23 @@ def run(args: argparse.Namespace) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     out = Path(args.out) if args.out else CONFIG_FOLDER / f"{device_slug(device)}.json"
+    check_output_file(out)
+    earlier = _read(out) if out.is_file() else {}
     shapes = [Shape(args.batch, (args.side, args.side), d, 0.25, torch.bfloat16, device) for d in args.width]
     table = tune(args.op, shapes, args.seconds)
-    merged = {**(json.loads(out.read_text()) if out.is_file() else {}), **table}
-    out.write_text(json.dumps(merged, indent=2) + "\n")
+    write_text(out, json.dumps({**earlier, **table}, indent=2) + "\n")
     print(f"wrote {out}: {', '.join(table)}")
     return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tables of an earlier call, to which new ones are added."""
+    try:
+        tables = json.loads(path.read_bytes())
+    except ValueError:
+        tables = None
+    if not isinstance(tables, dict):
+        raise ValueError(
+            f"{path} holds no launch configurations; accepted: a file of dcdit tune, or a name that is free"
+        )
+    return tables

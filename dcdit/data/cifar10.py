@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dcdit.data.decode import open_image
+from dcdit.data.labels import as_labels
 from dcdit.data.samples import Samples, Split, check_split, sample_rng, to_sample
+from dcdit.utils.reading import open_regular
 
 SIDE = 32
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -60,13 +63,8 @@ class Cifar10(Samples):
 
 def _read_images(path: Path) -> np.ndarray[Any, Any]:
     """The images of one PNG file, uint8 (N, 32, 32, 3)."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            rows = np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None
+    with open_image(path) as image:
+        rows = np.asarray(image)
     if rows.dtype != np.uint8 or rows.shape[1:] != (SIDE * SIDE, 3):
         raise ValueError(
             f"{path} is {rows.dtype} {rows.shape}; accepted: uint8 (N, {SIDE * SIDE}, 3), one image per row"
@@ -76,10 +74,8 @@ def _read_images(path: Path) -> np.ndarray[Any, Any]:
 
 def _read_labels(path: Path, count: int) -> np.ndarray[Any, Any]:
     try:
-        labels = np.asarray(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        with open_regular(path) as file:
+            labels = np.asarray(json.load(file))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a list of labels: {error}") from None
-    good = labels.shape == (count,) and labels.dtype.kind in "iu"
-    if not good or labels.min() < 0 or labels.max() >= len(CLASSES):
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; accepted: {count} integers from 0 to 9")
-    return labels
+    return as_labels(labels, count, str(path), len(CLASSES))

@@ -1,24 +1,25 @@
 """A folder of images: one class per subfolder, or one class without subfolders."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from dcdit.data.decode import read_image
+from dcdit.data.listing import image_files
 from dcdit.data.samples import DamagedFile, Split, StoredSamples, sample_rng, to_sample
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_SIDE = 8192
+"""Largest size to which images are cropped."""
+MAX_PIXELS = 4 * MAX_SIDE**2
+"""Of an image while it is resized: one GiB."""
 
 
 class ImageFolder(StoredSamples):
     """Images of a folder. The shorter side is resized to ``size`` and a square is cropped, at random while training.
 
     Args:
-        path: folder whose subfolders are the classes (in alphabetical order), or a flat folder of images (class 0).
+        path: folder whose subfolders are the classes, or a flat folder of images (class 0); see :func:`image_files`.
         size: pixels per side.
         split: ``"train"`` or ``"held_out"``.
         held_out: fraction of the images in the held-out split.
@@ -27,8 +28,7 @@ class ImageFolder(StoredSamples):
         skip_damaged: skip files that cannot be read, with a warning, instead of stopping.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no image in it, or images beside class folders. When a sample is read: a file that is no image.
+        FileNotFoundError, ValueError: see :func:`image_files`. When a sample is read: a file that is no image.
     """
 
     def __init__(
@@ -41,8 +41,7 @@ class ImageFolder(StoredSamples):
         seed: int = 0,
         skip_damaged: bool = False,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size is {size}; accepted: at least 1 pixel")
+        check_size(size)
         self.files, self.labels, self.class_names = image_files(Path(path))
         self.split = Split(split, len(self.files), held_out, seed, path)
         self.shape = (3, size, size)
@@ -60,38 +59,26 @@ class ImageFolder(StoredSamples):
         return to_sample(pixels), self.labels[item]
 
 
-def image_files(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """(files, label of each, name of each label). Errors as in :class:`ImageFolder`."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no image folder {str(path)!r}")
-    flat = _images_in(path)
-    classes = {folder.name: _images_in(folder) for folder in sorted(path.iterdir()) if folder.is_dir()}
-    classes = {name: files for name, files in classes.items() if files}
-    if flat and classes:
-        raise ValueError(f"{path} holds images beside class folders ({next(iter(classes))!r}); only one of the two")
-    if not flat and not classes:
-        raise ValueError(f"no images in {str(path)!r}; accepted: {', '.join(SUFFIXES)}, in it or in class folders")
-    classes = classes or {path.name: flat}
-    files = [file for group in classes.values() for file in group]
-    labels = [label for label, group in enumerate(classes.values()) for _ in group]
-    return files, labels, tuple(classes)
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
+def check_size(size: int) -> None:
+    """ValueError for a size to which no image is cropped."""
+    if not 1 <= size <= MAX_SIDE:
+        raise ValueError(f"size is {size}; accepted: 1 to {MAX_SIDE} pixels")
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """The whole image as uint8 (H, W, 3)."""
-    return np.asarray(_open(path))
+    """The whole image as uint8 (H, W, 3). DamagedFile if it cannot be read."""
+    return np.asarray(read_image(path))
 
 
 def read_square(path: Path, size: int, position: float) -> np.ndarray:
-    """A square of the image, at ``position`` in [0, 1] along its longer side, as uint8 (size, size, 3)."""
+    """A square of the image, at ``position`` in [0, 1] along its longer side, as uint8 (size, size, 3).
+
+    DamagedFile if it cannot be read.
+    """
     from PIL import Image
 
     # With a draft size the JPEG decoder skips resolution that the resize would discard.
-    rgb = _open(path, draft=(2 * size, 2 * size))
+    rgb = read_image(path, draft=(2 * size, 2 * size))
     width, height = rgb.size
     side = min(width, height)
     left, top = position * (width - side), position * (height - side)
@@ -100,25 +87,22 @@ def read_square(path: Path, size: int, position: float) -> np.ndarray:
 
 
 def read_centre(path: Path, size: int) -> np.ndarray:
-    """The centre of the image as uint8 (size, size, 3), cropped and resized as DiT and ADM do it (arXiv 2105.05233)."""
+    """The centre of the image as uint8 (size, size, 3), cropped and resized as DiT and ADM do (arXiv 2105.05233).
+
+    DamagedFile if it cannot be read.
+    """
     from PIL import Image
 
-    rgb = _open(path)
+    rgb = read_image(path)
     while min(rgb.size) >= 2 * size:
         rgb = rgb.resize((rgb.width // 2, rgb.height // 2), Image.Resampling.BOX)
     scale = size / min(rgb.size)
-    rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(rgb.width * scale), round(rgb.height * scale)
+    if width * height > MAX_PIXELS:
+        raise DamagedFile(
+            f"cannot read image {str(path)!r}: it has {width}x{height} pixels when it is resized for size {size}; "
+            f"accepted: at most {MAX_PIXELS}"
+        )
+    rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
     return np.asarray(rgb.crop((left, top, left + size, top + size)))
-
-
-def _open(path: Path, draft: tuple[int, int] | None = None) -> "Image.Image":
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if draft is not None:
-                image.draft("RGB", draft)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DamagedFile(f"cannot read image {str(path)!r}: {' '.join(str(error).split())}") from None

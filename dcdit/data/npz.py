@@ -1,6 +1,5 @@
 """NumPy arrays of images, or of latents that some encoder made."""
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.data.samples import Samples, Split, sample_rng, to_sample
+from dcdit.data.archives import UnreadableArchive, map_npy, open_npz
+from dcdit.data.labels import as_labels
+from dcdit.data.samples import DamagedFile, Samples, Split, sample_rng, to_sample
 
 Array = np.ndarray[Any, Any]
 ARRAYS = ("images", "latents", "labels")
@@ -26,17 +27,18 @@ class NpzDataset(Samples):
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: unreadable, or arrays that are missing or of another shape or type.
+        ValueError: unreadable, or arrays that are missing or of another shape or type, or a label that is out of range.
+            When a sample is read: a latent that is not finite.
     """
 
     def __init__(
         self, path: str | Path, split: str = "train", held_out: float = 0.1, flip: bool = True, seed: int = 0
     ) -> None:
-        arrays = read_arrays(Path(path))
-        check_arrays(Path(path), arrays)
+        self.path = Path(path)
+        arrays = read_arrays(self.path)
+        self.labels = check_arrays(self.path, arrays)
         self.holds_latents = "latents" in arrays
         self.values = arrays["latents" if self.holds_latents else "images"]
-        self.labels = arrays["labels"]
         n, *rest = self.values.shape
         self.shape = tuple(rest) if self.holds_latents else (rest[2], rest[0], rest[1])
         self.class_names = tuple(str(label) for label in range(int(self.labels.max()) + 1))
@@ -48,7 +50,10 @@ class NpzDataset(Samples):
         item = self.split.item(n)
         value, label = self.values[item], int(self.labels[item])
         if self.holds_latents:
-            return torch.from_numpy(value.astype(np.float32)), label
+            latent = torch.from_numpy(value.astype(np.float32))
+            if not latent.isfinite().all():
+                raise DamagedFile(f"{self.path}, latent {item} holds numbers that are not finite")
+            return latent, label
         if self.flip and sample_rng(self.seed, n).integers(2):
             value = value[:, ::-1]
         return to_sample(value), label
@@ -64,29 +69,27 @@ def read_arrays(path: Path) -> dict[str, Array]:
     try:
         if path.is_dir():
             names = sorted(file.stem for file in path.glob("*.npy"))
-            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in names if name in ARRAYS}
+            arrays = {name: map_npy(path / f"{name}.npy") for name in names if name in ARRAYS}
         else:
-            with np.load(path, allow_pickle=False) as archive:
-                names = list(archive)
-                arrays = {name: archive[name] for name in names if name in ARRAYS}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not readable as NumPy arrays: {' '.join(str(error).split())}") from None
+            with open_npz(path) as archive:
+                names = archive.names
+                arrays = {name: archive.read(name) for name in names if name in ARRAYS}
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, UnreadableArchive) else " ".join(str(error).split())
+        raise ValueError(f"{path} is not readable as NumPy arrays: {reason}") from None
     if len(arrays) != 2 or "labels" not in arrays:
         raise ValueError(f"{path} holds {names}; accepted: labels, and either images or latents")
     return arrays
 
 
-def check_arrays(path: Path, arrays: dict[str, Array]) -> None:
-    """ValueError for arrays of :func:`read_arrays` that have another shape or type."""
+def check_arrays(path: Path, arrays: dict[str, Array]) -> Array:
+    """The labels in arrays of :func:`read_arrays`, int64 (N,). ValueError where shapes, types or labels do not fit."""
     name = "latents" if "latents" in arrays else "images"
     values, labels = arrays[name], arrays["labels"]
     if name == "latents" and (values.ndim != 4 or values.dtype.kind != "f"):
         raise ValueError(f"{path}: latents are {values.dtype} {values.shape}; accepted: float (N, C, H, W)")
     if name == "images" and (values.ndim != 4 or values.shape[3] != 3 or values.dtype != np.uint8):
         raise ValueError(f"{path}: images are {values.dtype} {values.shape}; accepted: uint8 (N, H, W, 3)")
-    if labels.shape != values.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
-        raise ValueError(
-            f"{path}: labels are {labels.dtype} {labels.shape}; accepted: {values.shape[0]} integers of at least 0"
-        )
-    if not labels.size:
-        raise ValueError(f"{path} holds no images")
+    if not values.size:
+        raise ValueError(f"{path} holds no images: {name} are {values.shape}")
+    return as_labels(labels, len(values), str(path))

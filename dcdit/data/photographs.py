@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from dcdit.data.decode import read_image
 from dcdit.data.samples import Samples, check_split, sample_rng, to_sample
 
 FILES = {
@@ -93,19 +94,16 @@ def split_box(width: int, height: int, crop: int, split: str, held_out: float) -
 
 
 def _part(name: str, size: int, downscale: int, split: str, held_out: float) -> np.ndarray:
-    from PIL import Image
-
     path = _folder() / FILES[name]
     if not path.is_file():
         raise FileNotFoundError(f"this scikit-image has no {path}; photographs are never downloaded")
-    with Image.open(path) as photograph:
-        try:
-            width, height = photograph.size
-            box = split_box(width, height, size * downscale, split, held_out)
-        except ValueError as error:
-            raise ValueError(f"photograph {name!r}: {error} (size {size}, downscale {downscale})") from None
-        # Crop first, then shrink: otherwise the filter would mix held-out pixels into training pixels.
-        return np.asarray(photograph.convert("RGB").crop(box).reduce(downscale))
+    photograph = read_image(path)
+    try:
+        box = split_box(*photograph.size, size * downscale, split, held_out)
+    except ValueError as error:
+        raise ValueError(f"photograph {name!r}: {error} (size {size}, downscale {downscale})") from None
+    # Crop first, then shrink: otherwise the filter would mix held-out pixels into training pixels.
+    return np.asarray(photograph.crop(box).reduce(downscale))
 
 
 def _folder() -> Path:

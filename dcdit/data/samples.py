@@ -17,11 +17,15 @@ class DamagedFile(ValueError):
     """A file of a dataset that is missing or not what it should be. The message names it."""
 
 
+class DataWarning(UserWarning):
+    """Something of a dataset is left out or shown differently. The message is one line."""
+
+
 def skip_or_raise(error: DamagedFile, skip: bool) -> None:
     """Warn that something is left out if ``skip`` (``data.skip_damaged``), else raise the error."""
     if not skip:
         raise error
-    warnings.warn(f"skipped: {error}", stacklevel=3)
+    warnings.warn(f"skipped: {error}", DataWarning, stacklevel=3)
 
 
 class Samples(Dataset[tuple[Tensor, int]]):

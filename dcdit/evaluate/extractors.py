@@ -12,13 +12,17 @@ module has an ``identity`` (text that changes whenever its features do), feature
 are checked.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+from dcdit.utils.reading import open_regular
 
 SIDE = 299
 """Pixels per side of Inception's input."""
@@ -70,25 +74,28 @@ class TorchScriptInception(nn.Module):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TorchScript file.
+        ValueError: it is no TorchScript file. When it is called: it does not take images.
     """
 
     def __init__(self, path: str | Path, resize: str = "adm") -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded")
+        self.path = Path(path)
+        data = _read(path)  # once, so that the identity is that of the network
         try:
-            self.script = torch.jit.load(str(path), map_location="cpu").eval()
+            self.script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} is no TorchScript file: {reason}") from None
         self.resize = resize
-        self.identity = f"sha256:{_sha256(path)[:16]} resize={resize}"
+        self.identity = f"sha256:{_sha256(data)} resize={resize}"
         self.layers = self._layers()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = (RESIZES[self.resize](images.float()) - 128) / 128
+        with self._naming_the_file():
+            return self._features(x)
+
+    def _features(self, x: Tensor) -> dict[str, Tensor]:
         if self.layers is None:
             return {"pooled": self.script(x)}
         for name, layer in self.layers.named_children():
@@ -97,6 +104,15 @@ class TorchScriptInception(nn.Module):
             x = layer(x)
         return {"pooled": x.flatten(1), "spatial": spatial}
 
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Errors of the script as ValueError in one line."""
+        try:
+            yield
+        except Exception as error:  # whatever somebody else's network raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after the traceback of the script
+            raise ValueError(f"{self.path} fails on images (N, 3, {SIDE}, {SIDE}): {reason}") from error
+
     @torch.no_grad()
     def _layers(self) -> nn.Module | None:
         """The script's layers, if calling them one after another is the same as calling the script."""
@@ -104,9 +120,10 @@ class TorchScriptInception(nn.Module):
         if not isinstance(layers, nn.Module) or not hasattr(getattr(layers, "mixed_6", None), "conv"):
             return None
         x = probe = torch.linspace(-1, 1, 3 * SIDE**2).view(1, 3, SIDE, SIDE)
-        for layer in layers.children():
-            x = layer(x)
-        return layers if torch.allclose(x.flatten(1), self.script(probe), rtol=1e-4) else None
+        with self._naming_the_file():
+            for layer in layers.children():
+                x = layer(x)
+            return layers if torch.allclose(x.flatten(1), self.script(probe), rtol=1e-4) else None
 
 
 class TorchFidelityInception(nn.Module):
@@ -118,13 +135,12 @@ class TorchFidelityInception(nn.Module):
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: torch-fidelity is missing or does not import.
+        ValueError: the file is replaced meanwhile.
     """
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded")
+        digest = _sha256(_read(path))
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except (
@@ -137,7 +153,9 @@ class TorchFidelityInception(nn.Module):
                 "accepted without it: a TorchScript Inception (.pt)"
             ) from None
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
-        self.identity = f"torch-fidelity sha256:{_sha256(path)[:16]} resize=adm"
+        if _sha256(_read(path)) != digest:
+            raise ValueError(f"{path} has changed while it was read")
+        self.identity = f"torch-fidelity sha256:{digest} resize=adm"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         pooled, logits = self.net(images)
@@ -160,5 +178,14 @@ def load_extractor(path: str | Path, resize: str = "adm") -> nn.Module:
     return TorchFidelityInception(path)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read(path: str | Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded") from None
+
+
+def _sha256(data: bytes) -> str:
+    """16 digits of the hash, enough to tell files apart."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,22 +1,21 @@
 """Features of image sets, kept on disk batch by batch, and the statistics that FID compares."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dcdit.data.archives import open_npz
+from dcdit.evaluate.cache import FeatureCache
 from dcdit.evaluate.distances import Gaussian
-from dcdit.evaluate.images import ImageSource, npz_arrays, open_images
-from dcdit.utils.files import atomically
+from dcdit.evaluate.images import ImageSource, open_images
+from dcdit.utils.files import atomically, recover
 from dcdit.utils.images import Pixels
 from dcdit.utils.modules import evaluating
 
@@ -61,16 +60,18 @@ class Statistics:
         """Read what :meth:`save` wrote, or the statistics of an ADM or DiT reference batch.
 
         Raises:
-            FileNotFoundError, ValueError: nothing there, or no such arrays in it.
+            FileNotFoundError: nothing there.
+            ValueError: no such arrays in it, or arrays that no set of images has: numbers that are not finite, a sigma
+                that is not symmetric or has negative eigenvalues, a count that is no positive integer.
         """
         path = Path(path)
-        if "mu" not in npz_arrays(path):
-            raise ValueError(f"{path} holds no statistics; accepted: an .npz with mu and sigma")
-        with np.load(path, allow_pickle=False) as archive:
-            spatial = _gaussian(archive, "mu_s", "sigma_s", path) if "mu_s" in archive else None
-            count = int(archive["count"]) if "count" in archive else None
-            extractor = str(archive["extractor"]) if "extractor" in archive else None
-            return cls(_gaussian(archive, "mu", "sigma", path), spatial, count, extractor)
+        with open_npz(path) as archive:
+            if "mu" not in archive:
+                raise ValueError(f"{path} holds no statistics; accepted: an .npz with mu and sigma")
+            names = ("mu", "sigma", "mu_s", "sigma_s", "count", "extractor")
+            arrays = {name: archive.read(name) for name in names if name in archive}
+        spatial = _gaussian(arrays, "mu_s", "sigma_s", path) if {"mu_s", "sigma_s"} & arrays.keys() else None
+        return cls(_gaussian(arrays, "mu", "sigma", path), spatial, _count(arrays, path), _extractor(arrays, path))
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Features:
         spatial: (N, h * w * 7), or None; positions first, then channels, as in ADM's stored statistics.
         extractor: identity of the network, if it has one.
         size: (H, W) of the images, if known.
+
+    Raises:
+        ValueError: the kinds of features are not of as many images.
     """
 
     pooled: Tensor
@@ -90,6 +94,11 @@ class Features:
     spatial: Tensor | None = None
     extractor: str | None = None
     size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        counts = {kind: len(rows) for kind in KINDS if (rows := getattr(self, kind)) is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"features of {counts} images; accepted: of the same images")
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -110,16 +119,38 @@ class Features:
         return Statistics(Gaussian.fit(self.pooled), spatial, len(self), self.extractor)
 
 
-def _gaussian(archive: Mapping[str, Any], mu: str, sigma: str, path: Path) -> Gaussian:
-    if sigma not in archive:
-        raise ValueError(f"{path} holds {mu} without {sigma}; accepted: both")
-    mean, covariance = (torch.from_numpy(np.asarray(archive[name])) for name in (mu, sigma))
-    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)) or not mean.is_floating_point():
-        raise ValueError(
-            f"{path}: {mu} has shape {tuple(mean.shape)} and {sigma} {tuple(covariance.shape)}; "
-            "accepted: float (D,) and (D, D)"
-        )
-    return Gaussian.of(mean, covariance)
+def _gaussian(arrays: Mapping[str, Any], mu: str, sigma: str, path: Path) -> Gaussian:
+    if not {mu, sigma} <= arrays.keys():
+        there, missing = (mu, sigma) if mu in arrays else (sigma, mu)
+        raise ValueError(f"{path} holds {there} without {missing}; accepted: both")
+    mean, covariance = arrays[mu], arrays[sigma]
+    for name, array in ((mu, mean), (sigma, covariance)):
+        if array.dtype.kind != "f":
+            raise ValueError(f"{path}: {name} is {array.dtype}; accepted: float")
+    try:
+        mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in (mean, covariance))
+        return Gaussian.of(mean, covariance, (mu, sigma))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _count(arrays: Mapping[str, Any], path: Path) -> int | None:
+    count = arrays.get("count")
+    if count is None:
+        return None
+    if count.shape != () or count.dtype.kind not in "iu" or count < 1:
+        found = f"{count.dtype} {count.shape or count.item()}"
+        raise ValueError(f"{path}: count is {found}; accepted: an integer of at least 1")
+    return int(count)
+
+
+def _extractor(arrays: Mapping[str, Any], path: Path) -> str | None:
+    extractor = arrays.get("extractor")
+    if extractor is None:
+        return None
+    if extractor.shape != () or extractor.dtype.kind != "U" or not str(extractor).isprintable():
+        raise ValueError(f"{path}: extractor is {extractor.dtype} {extractor.shape}; accepted: a printable text")
+    return str(extractor)
 
 
 @torch.no_grad()
@@ -139,8 +170,8 @@ def extract_features(
         extractor: the network; its device does the work.
         size: of the images of a folder, see :func:`dcdit.evaluate.images.open_images`.
         batch_size: images per forward pass.
-        cache: folder that keeps the features of every batch under a hash of its pixels and the extractor. Images seen
-            before cost nothing then, and an interrupted run continues.
+        cache: folder that keeps the features of every batch, see :class:`~dcdit.evaluate.cache.FeatureCache`. Images
+            seen before cost nothing then, and an interrupted run continues.
         progress: show a bar.
 
     Raises:
@@ -154,34 +185,27 @@ def extract_features(
     identity = getattr(extractor, "identity", None)
     if cache is not None and identity is None:
         raise ValueError(f"{type(extractor).__name__} has no identity, so its features cannot be cached; give it one")
+    compute = partial(_forward, extractor)
+    store = None if cache is None or identity is None else FeatureCache(Path(cache), identity)
+    if cache is not None:
+        recover(Path(cache))
     with evaluating(extractor), tqdm(total=source.count, desc="features", unit="image", disable=not progress) as bar:
         batches, image_size = [], None
         for pixels in source.batches(batch_size):
-            batches.append(_cached(pixels, extractor, identity, cache))
+            batches.append(compute(pixels) if store is None else store.get(pixels, compute))
             image_size = (pixels.shape[1], pixels.shape[2])
             bar.update(len(pixels))
-    if len({frozenset(batch) for batch in batches}) > 1:
-        raise ValueError(f"{type(extractor).__name__} returned {sorted(batches[0])} once and something else later")
+    if store is not None:
+        store.warn()
+    widths = [{kind: tensor.shape[1] for kind, tensor in batch.items()} for batch in batches]
+    other = next((found for found in widths if found != widths[0]), None)
+    if other is not None:
+        raise ValueError(f"{type(extractor).__name__} returned features of widths {widths[0]} once and {other} later")
     joined = {kind: torch.cat([batch[kind] for batch in batches]) for kind in batches[0]}
     return Features(joined["pooled"], joined.get("logits"), joined.get("spatial"), identity, image_size)
 
 
-def _cached(pixels: Pixels, extractor: nn.Module, identity: str | None, cache: str | Path | None) -> dict[str, Tensor]:
-    if cache is None:
-        return _forward(pixels, extractor)
-    key = hashlib.sha256(f"{identity} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-    file = Path(cache) / f"{key[:32]}.safetensors"
-    if file.is_file():
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}; delete it") from None
-    features = _forward(pixels, extractor)
-    atomically(file, lambda target: save_file(features, target))
-    return features
-
-
-def _forward(pixels: Pixels, extractor: nn.Module) -> dict[str, Tensor]:
+def _forward(extractor: nn.Module, pixels: Pixels) -> dict[str, Tensor]:
     """The features of one batch by name; spatial ones are flattened."""
     weight = next(chain(extractor.parameters(), extractor.buffers()), None)
     images = torch.tensor(pixels).permute(0, 3, 1, 2)
@@ -189,7 +213,9 @@ def _forward(pixels: Pixels, extractor: nn.Module) -> dict[str, Tensor]:
     features = _named(returned, type(extractor).__name__)
     for kind, tensor in features.items():
         dims = 4 if kind == "spatial" else 2
-        wide_enough = kind != "spatial" or (tensor.dim() == 4 and tensor.shape[1] >= SPATIAL_CHANNELS)
+        wide_enough = tensor.numel() and (
+            kind != "spatial" or (tensor.dim() == 4 and tensor.shape[1] >= SPATIAL_CHANNELS)
+        )
         if tensor.dim() != dims or len(tensor) != len(pixels) or not tensor.is_floating_point() or not wide_enough:
             wanted = f"({len(pixels)}, D)" if dims == 2 else f"({len(pixels)}, at least {SPATIAL_CHANNELS}, h, w)"
             raise ValueError(

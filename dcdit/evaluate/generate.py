@@ -1,9 +1,9 @@
 """Many samples of a checkpoint: drawn by several processes, continued after a stop, with the FLOPs that they took."""
 
-import hashlib
+import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,9 @@ from dcdit.models import DCDiT, DiT
 from dcdit.sample.drawing import Decoder, draw
 from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
-from dcdit.utils.files import atomically
+from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
+from dcdit.utils.reading import sha256
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
@@ -114,15 +115,15 @@ def generate(
         What it took. None for all processes but the first, which puts the file together.
 
     Raises:
-        ValueError: ``out`` holds images of other settings.
+        ValueError: ``out`` holds images of other settings, or files of the same names that are not of this function.
         FileNotFoundError: another process left a batch out.
     """
     from tqdm import tqdm
 
     finished = _finished(out, settings)
     batch_size = settings.options.batch_size
-    batches = range(-(-settings.num // batch_size))
-    missing = [] if finished else [k for k in batches if not _is_drawn(_batch_file(out, k), settings)]
+    files = [] if finished else _batch_files(out, settings)
+    missing = [k for k, file in enumerate(files) if not _is_drawn(file, settings)]
     wait()  # all processes look before any of them draws
     title = f"sampling, process {rank + 1} of {world}"
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
@@ -135,20 +136,23 @@ def generate(
             "calls": json.dumps(drawn.calls),
             "settings": json.dumps(settings.to_dict()),
         }
-        atomically(_batch_file(out, k), partial(_write, batch))
+        atomically(files[k], partial(_write, batch))
     wait()
     if rank:
         return None
-    return finished or _assemble(out, settings)
+    cost = finished or _assemble(out, settings)
+    _remove_batches(out, settings)
+    return cost
 
 
 def weights_hash(checkpoint: str | Path, ema: bool) -> str:
     """SHA-256 of the file that :func:`dcdit.checkpoint.load_model` reads."""
-    return hashlib.sha256(model_file(checkpoint, ema).read_bytes()).hexdigest()
+    return sha256(model_file(checkpoint, ema))
 
 
-def _batch_file(out: Path, k: int) -> Path:
-    return out / BATCHES / f"{k:06d}.npz"
+def _batch_files(out: Path, settings: SampleSettings) -> list[Path]:
+    count = -(-settings.num // settings.options.batch_size)
+    return [out / BATCHES / f"{k:06d}.npz" for k in range(count)]
 
 
 def _write(batch: dict[str, Any], file: Path) -> None:
@@ -156,11 +160,20 @@ def _write(batch: dict[str, Any], file: Path) -> None:
         np.savez(target, **batch)
 
 
+def _read(file: Path, name: str) -> Any:
+    """One array of a batch file. ValueError if the file is no such thing."""
+    try:
+        with np.load(file, allow_pickle=False) as batch:
+            return batch[name] if name in ("images", "labels") else json.loads(str(batch[name]))
+    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file} is no batch of dcdit evaluate ({reason}); accepted: another --out") from None
+
+
 def _is_drawn(file: Path, settings: SampleSettings) -> bool:
-    if not file.is_file():
+    if not file.exists():
         return False
-    with np.load(file, allow_pickle=False) as batch:
-        _check(json.loads(str(batch["settings"])), settings, file)
+    _check(_read(file, "settings"), settings, file)
     return True
 
 
@@ -174,31 +187,44 @@ def _check(stored: dict[str, Any], settings: SampleSettings, where: Path) -> Non
 
 
 def _finished(out: Path, settings: SampleSettings) -> SamplingCost | None:
-    if not (out / SAMPLING).is_file() or not (out / SAMPLES).is_file():
+    """What the finished images of the folder took; None if there are none."""
+    record = out / SAMPLING
+    if not record.exists():
+        if (out / SAMPLES).exists():
+            raise ValueError(f"{out / SAMPLES} is there without {SAMPLING} and would be replaced; choose another --out")
         return None
-    stored = json.loads((out / SAMPLING).read_text(encoding="utf-8"))
-    _check(stored["settings"], settings, out / SAMPLING)
-    return SamplingCost(**stored["work"])
+    try:
+        stored = json.loads(record.read_text(encoding="utf-8"))
+        earlier, cost = dict(stored["settings"]), SamplingCost(**stored["work"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{record} is not of dcdit evaluate ({type(error).__name__}); choose another --out") from None
+    _check(earlier, settings, record)
+    return cost if (out / SAMPLES).exists() else None
 
 
 def _assemble(out: Path, settings: SampleSettings) -> SamplingCost:
     """Make one file of all batches; returns what they took."""
-    labels: list[Any] = []
-    calls: list[tuple[int, list[CallRecord]]] = []
-
-    def batches() -> Iterator[Any]:
-        for k in range(-(-settings.num // settings.options.batch_size)):
-            file = _batch_file(out, k)
-            if not file.is_file():
-                raise FileNotFoundError(f"no file {str(file)!r}; run the same command again")
-            with np.load(file, allow_pickle=False) as batch:
-                labels.append(batch["labels"])
-                calls.append((len(labels[-1]), json.loads(str(batch["calls"]))))
-                yield batch["images"]
-
-    write_npz(out / SAMPLES, settings.num, batches(), labels)
+    files = _batch_files(out, settings)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {str(file)!r}; run the same command again")
+    labels = [_read(file, "labels") for file in files]
+    calls = [(len(part), _read(file, "calls")) for part, file in zip(labels, files, strict=True)]
     cost = SamplingCost.of(mean_records(calls))
-    contents = json.dumps({"settings": settings.to_dict(), "work": asdict(cost)}, indent=2)
-    atomically(out / SAMPLING, lambda file: file.write_text(contents, encoding="utf-8"))
-    shutil.rmtree(out / BATCHES)
+    # The record comes first: images without it are somebody else's.
+    contents = {"settings": settings.to_dict(), "work": asdict(cost)}
+    write_text(out / SAMPLING, json.dumps(contents, indent=2))
+    write_npz(out / SAMPLES, settings.num, (_read(file, "images") for file in files), labels)
     return cost
+
+
+def _remove_batches(out: Path, settings: SampleSettings) -> None:
+    """Delete the batches, which are in the finished file, and their folder if nothing else is in it."""
+    for file in _batch_files(out, settings):
+        with contextlib.suppress(ValueError):  # a file of the user, or of other settings
+            if _is_drawn(file, settings):
+                file.unlink()
+    for folder in (out, out / BATCHES):
+        recover(folder)
+    with contextlib.suppress(OSError):  # it holds files of the user, is a link, or is gone
+        (out / BATCHES).rmdir()

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dcdit.data.folder import image_files, read_centre, read_rgb
+from dcdit.data.archives import Header, map_npy, open_npz
+from dcdit.data.folder import check_size, image_files, read_centre, read_rgb
 from dcdit.utils.files import atomically
 from dcdit.utils.images import Pixels
 
 ARRAYS = ("arr_0", "images")
 """Names of the images in an ``.npz``: of ADM, and of :class:`dcdit.data.NpzDataset`."""
+BATCH_BYTES = 1 << 28
+"""Batches of large images hold fewer of them, so that they have no more bytes than this."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class ImageSet:
     Attributes:
         name: for messages and reports.
         count: N.
-        batches: called with a batch size, yields uint8 (batch, H, W, 3) in order.
+        batches: called with a batch size, yields uint8 (batch, H, W, 3) in order. With large images a batch is smaller
+            than asked for, and always of the same size.
     """
 
     name: str
@@ -60,11 +64,12 @@ def open_images(source: ImageSource, size: int | None = None) -> ImageSet:
     if path.suffix == ".npz":
         return _from_npz(path)
     file = path / "images.npy" if path.is_dir() else path
-    if file.suffix == ".npy" and file.is_file():
+    if file.suffix == ".npy" and file.exists():
         try:
-            return _from_array(np.load(file, mmap_mode="r", allow_pickle=False), str(path))
-        except ValueError as error:
-            raise ValueError(f"{file} is not readable as images: {error}") from None
+            array = map_npy(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} is not readable as images: {' '.join(str(error).split())}") from None
+        return _from_array(array, str(path))
     if not path.exists():
         raise FileNotFoundError(f"no images at {str(path)!r}")
     if not path.is_dir():
@@ -102,37 +107,48 @@ def write_npz(
 
 def _from_array(array: np.ndarray[Any, Any], name: str) -> ImageSet:
     _check(array.shape, array.dtype, name)
-    return ImageSet(
-        name, len(array), lambda size: (np.ascontiguousarray(array[i : i + size]) for i in range(0, len(array), size))
-    )
+
+    def batches(size: int) -> Iterator[Pixels]:
+        size = _fitting(size, array.shape)
+        for start in range(0, len(array), size):
+            yield np.ascontiguousarray(array[start : start + size])
+
+    return ImageSet(name, len(array), batches)
+
+
+def _fitting(size: int, shape: Sequence[int]) -> int:
+    """The batch size, or a smaller one for images (..., H, W, 3) that are large."""
+    return max(1, min(size, BATCH_BYTES // math.prod(shape[-3:])))
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> None:
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
         raise ValueError(f"{name}: images are {dtype} {shape}; accepted: uint8 (N, H, W, 3)")
-    if not shape[0]:
-        raise ValueError(f"{name} holds no images")
+    if not math.prod(shape):
+        raise ValueError(f"{name} holds no images: they are {shape}")
 
 
 def _from_npz(path: Path) -> ImageSet:
-    names = npz_arrays(path)
-    if not holds_images(path):
-        raise ValueError(f"{path} holds {names}; accepted: images as {' or '.join(ARRAYS)}")
-    member = f"{next(name for name in ARRAYS if name in names)}.npy"
-    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-        shape = _header(file, path)
+    with open_npz(path) as archive:
+        name = next((name for name in ARRAYS if name in archive), None)
+        if name is None:
+            raise ValueError(f"{path} holds {archive.names}; accepted: images as {' or '.join(ARRAYS)}")
+        with archive.stream(name) as (header, _):
+            _check_header(header, path)
 
     def batches(size: int) -> Iterator[Pixels]:
-        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            _header(file, path)
-            for start in range(0, shape[0], size):
-                block = (min(size, shape[0] - start), *shape[1:])
+        size = _fitting(size, header.shape)
+        with open_npz(path) as archive, archive.stream(name) as (found, file):
+            if found != header:
+                raise ValueError(f"{path} has changed while it was read")
+            for start in range(0, header.shape[0], size):
+                block = (min(size, header.shape[0] - start), *header.shape[1:])
                 data = file.read(math.prod(block))
                 if len(data) < math.prod(block):
-                    raise ValueError(f"{path} ends before image {start + block[0]} of {shape[0]}")
+                    raise ValueError(f"{path} ends before image {start + block[0]} of {header.shape[0]}")
                 yield np.frombuffer(data, np.uint8).reshape(block)
 
-    return ImageSet(str(path), shape[0], batches)
+    return ImageSet(str(path), header.shape[0], batches)
 
 
 def npz_arrays(path: Path) -> list[str]:
@@ -141,13 +157,8 @@ def npz_arrays(path: Path) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: no such file, or no archive.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not readable as .npz: {' '.join(str(error).split())}") from None
+    with open_npz(path) as archive:
+        return archive.names
 
 
 def holds_images(path: Path) -> bool:
@@ -155,36 +166,33 @@ def holds_images(path: Path) -> bool:
     return any(name in ARRAYS for name in npz_arrays(path))
 
 
-def _header(file: Any, path: Path) -> tuple[int, ...]:
-    """Read the header of an array in a file; returns the shape. The data come next."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as .npz: {' '.join(str(error).split())}") from None
-    _check(shape, dtype, str(path))
-    if fortran:
+def _check_header(header: Header, path: Path) -> None:
+    _check(header.shape, header.dtype, str(path))
+    if header.fortran:
         raise ValueError(f"{path}: images are in Fortran order; accepted: C order")
-    return shape
 
 
 def _from_folder(path: Path, size: int | None) -> ImageSet:
+    if size is not None:
+        check_size(size)
     files, _, _ = image_files(path)
 
     def batches(count: int) -> Iterator[Pixels]:
+        batch: list[Pixels] = []
         shape = None
-        for start in range(0, len(files), count):
-            batch = []
-            for file in files[start : start + count]:
-                image = read_rgb(file) if size is None else read_centre(file, size)
-                shape = shape or image.shape
-                if image.shape != shape:
-                    raise ValueError(
-                        f"{file} is {image.shape[1]}x{image.shape[0]} pixels, {files[0].name} {shape[1]}x{shape[0]}; "
-                        "accepted: images of one size, or --size to crop and resize them"
-                    )
-                batch.append(image)
+        for file in files:
+            image = read_rgb(file) if size is None else read_centre(file, size)
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise ValueError(
+                    f"{file} is {image.shape[1]}x{image.shape[0]} pixels, {files[0].name} {shape[1]}x{shape[0]}; "
+                    "accepted: images of one size, or --size to crop and resize them"
+                )
+            batch.append(image)
+            if len(batch) == _fitting(count, shape):
+                yield np.stack(batch)
+                batch = []
+        if batch:
             yield np.stack(batch)
 
     return ImageSet(str(path), len(files), batches)

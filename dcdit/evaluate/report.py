@@ -11,9 +11,12 @@ from dcdit.evaluate.generate import SampleSettings, SamplingCost
 from dcdit.evaluate.images import ImageSet
 from dcdit.evaluate.measure import Evaluation
 from dcdit.utils.environment import package_versions
-from dcdit.utils.files import atomically
+from dcdit.utils.files import atomically, write_text
 from dcdit.utils.images import grid
 
+METRICS, REPORT, PICTURE = "metrics.json", "report.md", "images.png"
+METRICS_KEYS = ("images", "count", "reference", "sampling", "versions")
+"""By which metrics.json is known as one of this package."""
 SHOWN, COLUMNS = 64, 16
 """Images in the picture."""
 PACKAGES = ("torch", "torchmetrics", "numpy")
@@ -57,11 +60,12 @@ def write_report(
     if sampling:
         results.append(_cost_line(*sampling))
     text = "\n\n".join(results)
-    pictures = f"The first {min(SHOWN, images.count)} images:\n\n![images](images.png)\n"
+    shown = next(images.batches(SHOWN))
+    pictures = f"The first {len(shown)} images:\n\n![images]({PICTURE})\n"
     page = "\n\n".join(["# Evaluation", text, *method, pictures])
-    atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8"))
-    atomically(out / "report.md", lambda file: file.write_text(page, encoding="utf-8"))
-    grid(next(images.batches(SHOWN)), COLUMNS).save(out / "images.png")
+    write_text(out / METRICS, json.dumps(facts, indent=2) + "\n")
+    write_text(out / REPORT, page)
+    atomically(out / PICTURE, grid(shown, COLUMNS).save)
     return text
 
 

@@ -1,5 +1,6 @@
 """DC-DiT: a diffusion transformer that runs on the tokens that are hard to predict (arXiv 2603.06351)."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from dcdit.nn import (
 )
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.ops import TokenSelection, gated_add
+from dcdit.utils.modules import dtype_of
 
 
 class Routing(NamedTuple):
@@ -68,6 +70,7 @@ class DCDiT(nn.Module):
 
     objective: str | None = None
     """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
+    pos_embed: Tensor
 
     def __init__(self, config: DCDiTConfig) -> None:
         super().__init__()
@@ -77,7 +80,7 @@ class DCDiT(nn.Module):
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
         self.cond_adaptor = nn.LayerNorm(dim) if config.adapt_conditioning else None
-        self.register_buffer("pos_embed", sincos_position(dim, config.grid))
+        self.register_buffer("pos_embed", torch.empty(math.prod(config.grid), dim, dtype=torch.float32))
         self.encoder = ConvStack((narrow, narrow, dim), dim)
         self.router = ROUTERS[config.router](dim, config.grid)
         self.chunk = ChunkLayer()
@@ -92,9 +95,18 @@ class DCDiT(nn.Module):
         )
         self.decoder = ConvStack((dim, narrow, narrow), dim)
         self.final_layer = PackedFinalLayer(narrow, config.out_channels, dim)
-        self.reset_parameters()
+        self._initialize()
 
     def reset_parameters(self) -> None:
+        """Fill every parameter and buffer, those of submodules too: with the same seed, as in a new model.
+
+        An upcycled model does not stay one. The weights of its source are overwritten, and the positions are counted
+        in grid cells again.
+        """
+        init.reset_submodules(self)
+        self._initialize()
+
+    def _initialize(self) -> None:
         """Initialise as the reference does, but leave residual_proj at zero.
 
         There, a later Xavier pass overwrites that zero.
@@ -108,6 +120,7 @@ class DCDiT(nn.Module):
         init.zero(self.residual_proj.weight, self.residual_proj.bias)
         if isinstance(self.router, PredictabilityRouter):
             nn.init.constant_(self.router.out.bias, PredictabilityRouter.INITIAL_LOGIT)
+        self.pos_embed.copy_(sincos_position(self.config.hidden_size, self.config.grid))
 
     def forward(
         self,
@@ -147,7 +160,7 @@ class DCDiT(nn.Module):
             # All that read the conditioning start with this SiLU.
             cond = F.silu(embedded)
             conv_cond = cond if self.cond_adaptor is None else F.silu(self.cond_adaptor(embedded))
-            x = x.to(self.x_embedder.weight.dtype, memory_format=torch.channels_last)
+            x = x.to(dtype_of(self.x_embedder), memory_format=torch.channels_last)
             tokens = to_tokens(self.x_embedder(x))
         with stage("encoder"):
             encoded = self.encoder(tokens, grid, conv_cond)

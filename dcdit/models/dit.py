@@ -1,5 +1,8 @@
 """The static DiT baseline (arXiv 2212.09748)."""
 
+import math
+
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,6 +19,7 @@ from dcdit.nn import (
     stage,
 )
 from dcdit.nn.memory_format import to_tokens
+from dcdit.utils.modules import dtype_of
 
 
 class DiT(nn.Module):
@@ -37,19 +41,25 @@ class DiT(nn.Module):
         self.x_embedder = nn.Conv2d(config.in_channels, dim, patch, stride=patch)
         self.t_embedder = TimestepEmbedder(dim, config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
-        self.register_buffer("pos_embed", sincos_position(dim, self.patch_grid))
+        self.register_buffer("pos_embed", torch.empty(math.prod(self.patch_grid), dim, dtype=torch.float32))
         self.modulation = StackedModulation(dim, config.depth)
         self.blocks = nn.ModuleList(
             DenseDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.final_layer = DenseFinalLayer(dim, patch * patch * config.out_channels, dim)
-        self.reset_parameters()
+        self._initialize()
 
     def reset_parameters(self) -> None:
+        """Fill every parameter and buffer, those of submodules too: with the same seed, as in a new model."""
+        init.reset_submodules(self)
+        self._initialize()
+
+    def _initialize(self) -> None:
         init.init_patch_embed(self.x_embedder)
         init.init_embedders(self.t_embedder, self.y_embedder)
         init.xavier(self.blocks.modules())
         init.init_output(self.modulation, self.final_layer)
+        self.pos_embed.copy_(sincos_position(self.config.hidden_size, self.patch_grid))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
@@ -68,7 +78,7 @@ class DiT(nn.Module):
         check_inputs(self.config, x, t, y)
         with stage("embed"):
             cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
-            tokens = to_tokens(self.x_embedder(x.to(self.x_embedder.weight.dtype))) + self.pos_embed
+            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))) + self.pos_embed
         with stage("transformer"):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
                 tokens = block(tokens, mod)

@@ -2,9 +2,22 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from dcdit.nn import LabelEmbedder, PackedFinalLayer, StackedModulation, TimestepEmbedder
+
+
+def reset_submodules(module: nn.Module) -> None:
+    """Call ``reset_parameters`` of every submodule, in the order in which a constructor calls them.
+
+    So it draws the same random numbers as the constructor.
+    """
+    for child in module.children():
+        reset_submodules(child)
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
 
 
 def xavier(linears: Iterable[nn.Module]) -> None:
@@ -21,10 +34,13 @@ def zero(*parameters: Tensor | None) -> None:
             nn.init.zeros_(parameter)
 
 
+@torch.no_grad()
 def init_patch_embed(conv: nn.Conv2d) -> None:
     """Xavier-uniform, with the convolution seen as a Linear on unfolded patches."""
     bound = (6 / (conv.weight[0].numel() + conv.out_channels)) ** 0.5
-    nn.init.uniform_(conv.weight, -bound, bound)
+    # Numbers are drawn in the order of memory. So they are drawn in one memory format, whatever that of the weight is.
+    drawn = torch.empty_like(conv.weight, memory_format=torch.contiguous_format)
+    conv.weight.copy_(nn.init.uniform_(drawn, -bound, bound))
     zero(conv.bias)
 
 

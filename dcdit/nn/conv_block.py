@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
+from dcdit.nn.plain import is_plain_conv3x3
 
 
 class ConvBlock(nn.Module):
@@ -31,9 +32,12 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """(B, in_dim, H, W) channels-last and SiLU(conditioning) (B, cond_dim) -> (B, out_dim, H, W) channels-last."""
-        # The convolution's bias is added to the conditioning first: one pass over the grid instead of two.
-        shift = self.cond_proj(cond) + self.conv1.bias
-        h = F.conv2d(self.norm1(x), self.conv1.weight, padding=1)
+        h, shift = self.norm1(x), self.cond_proj(cond)
+        if is_plain_conv3x3(self.conv1):
+            # The convolution's bias is added to the conditioning first: one pass over the grid instead of two.
+            h, shift = F.conv2d(h, self.conv1.weight, padding=1), shift + self.conv1.bias
+        else:
+            h = self.conv1(h)
         h = h + shift.to(h.dtype)[:, :, None, None]
         h = self.conv2(self.norm2(h))
         if self.skip is not None:

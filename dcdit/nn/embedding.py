@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
+from dcdit.utils.modules import dtype_of
+
 
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of t through a two-layer MLP: (B,) -> (B, D).
@@ -31,7 +33,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(steps * (-math.log(10000.0) / (self.FREQUENCIES - self.frequency_shift)))
         angles = t[:, None].float() * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.fc2(F.silu(self.fc1(features.to(self.fc1.weight.dtype))))
+        return self.fc2(F.silu(self.fc1(features.to(dtype_of(self.fc1)))))
 
 
 class LabelEmbedder(nn.Module):

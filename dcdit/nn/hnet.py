@@ -20,6 +20,7 @@ from dcdit.nn.chunk import EMADeChunk, ste_coefficient
 from dcdit.nn.routers import CosineProjections
 from dcdit.ops import TokenSelection, checks
 from dcdit.ops.numerics import PROB_EPS, upcast
+from dcdit.utils.modules import dtype_of
 
 THRESHOLD = 0.5
 
@@ -51,14 +52,17 @@ class RoutingModule(CosineProjections):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
+        self.dim = dim
         self.reset_parameters()
 
     def allocate_inference_cache(self, batch_size: int) -> RoutingCache:
         """A cache for sequences that have not started."""
-        weight = self.query.weight
+        # An adapter in place of the projection may have no attribute `weight`, and a quantised or sharded weight has
+        # another shape or type than a cache.
+        device = next((weight.device for weight in self.query.parameters()), None)
         return RoutingCache(
-            query=weight.new_zeros(batch_size, weight.shape[0]),
-            started=torch.zeros(batch_size, dtype=torch.bool, device=weight.device),
+            query=torch.zeros(batch_size, self.dim, dtype=dtype_of(self.query), device=device),
+            started=torch.zeros(batch_size, dtype=torch.bool, device=device),
         )
 
     def forward(

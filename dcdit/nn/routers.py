@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 from dcdit import ops
 from dcdit.nn.autocast import without_autocast
-from dcdit.nn.memory_format import to_grid
+from dcdit.nn.memory_format import to_grid, to_tokens
+from dcdit.nn.plain import is_plain, is_plain_conv3x3
+from dcdit.ops.numerics import upcast
+from dcdit.utils.modules import dtype_of
 
 
 class PredictabilityRouter(nn.Module):
@@ -30,19 +33,34 @@ class PredictabilityRouter(nn.Module):
         self.out = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = to_grid(self.proj(x), self.grid)
-        # z - predictor(z) as one convolution.
+        features = self.scorer(self.prediction_error(to_grid(self.proj(x), self.grid)))
+        with without_autocast(x):
+            return self.probability(features)
+
+    def prediction_error(self, z: Tensor) -> Tensor:
+        """``z - predictor(z)``, as one convolution where the predictor is plain."""
+        if not is_plain_conv3x3(self.predictor):
+            return z - self.predictor(z)
         weight, bias = self.predictor.weight, self.predictor.bias
         identity = F.pad(
             torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[:, :, None, None], (1, 1, 1, 1)
         )
-        prediction_error = F.conv2d(z, identity - weight, -bias, padding=1)  # type: ignore[operator]
-        features = self.scorer(prediction_error)
+        return F.conv2d(z, identity - weight, -bias, padding=1)  # type: ignore[operator]
+
+    def probability(self, features: Tensor) -> Tensor:
+        """Group norm, SiLU, projection and sigmoid, as one operation where the modules are plain.
+
+        Otherwise the modules compute in the dtype of their weights, and the sigmoid in float32.
+        """
         norm, out = self.norm, self.out
-        with without_autocast(x):
+        if is_plain(norm, nn.GroupNorm) and norm.affine and is_plain(out, nn.Linear) and out.bias is not None:
             return ops.boundary_prob_predictability(
                 features, norm.weight, norm.bias, out.weight, out.bias, norm.num_groups, norm.eps
             )
+        hidden = F.silu(norm(features.to(dtype_of(norm))))
+        p = torch.sigmoid(upcast(out(to_tokens(hidden).to(dtype_of(out))))).squeeze(2)
+        position = torch.arange(p.shape[1], device=p.device)
+        return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
 
 
 class CosineProjections(nn.Module):
@@ -53,9 +71,11 @@ class CosineProjections(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.init.eye_(self.query.weight)
-        nn.init.eye_(self.key.weight)
+        for weight in (self.query.weight, self.key.weight):
+            # Not nn.init.eye_: that writes the whole identity into each shard of a sharded weight.
+            weight.copy_(torch.ones_like(weight).tril().triu())
 
 
 class Cosine2dRouter(CosineProjections):

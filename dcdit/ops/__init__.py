@@ -12,7 +12,7 @@ One file per family, in the order of a model; the ``__all__`` of a file lists it
 """
 # ruff: noqa: F403
 
-from dcdit.ops import attention, boundary, dechunk, loss, modulation, packing, selection
+from dcdit.ops import attention, boundary, dechunk, loss, modulation, packing, recompute, selection  # noqa: F401
 from dcdit.ops.attention import *
 from dcdit.ops.backend import use_backend
 from dcdit.ops.boundary import *

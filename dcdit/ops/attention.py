@@ -7,7 +7,9 @@ from torch import Tensor
 
 from dcdit.ops import attention_kernels, checks
 from dcdit.ops.attention_sdpa import known_true, sdpa_varlen
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for, backend_name
+from dcdit.ops.numerics import widest
 from dcdit.utils.deprecation import warn_renamed
 from dcdit.utils.text import shape_of
 
@@ -37,7 +39,7 @@ def varlen_attention(
     one call per sequence and reads ``cu_seqlens`` on the host, which on a GPU is a synchronisation.
 
     Args:
-        q, k, v: (T, heads, d_h) packed tokens of one dtype.
+        q, k, v: (T, heads, d_h) packed tokens.
         cu_seqlens: int32 (B+1,), the row at which each sequence starts. It ends at T unless ``padding``. Sequences may
             be empty.
         max_seqlen: length of the longest sequence, or an upper bound (the kernels then also start empty blocks).
@@ -48,8 +50,9 @@ def varlen_attention(
         slack: the former name of ``padding``.
 
     Returns:
-        (T, heads, d_h) in q's dtype. Differentiable in q, k and v. The backward of the flash kernels repeats to the
-        bit only under ``torch.use_deterministic_algorithms(True)``.
+        (T, heads, d_h) in the widest dtype of q, k and v, in which all is computed. Differentiable in q, k and v. The
+        backward of the first four kernels reads the result: changed in place before it, the result is an error there.
+        Their gradients repeat to the bit only under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; max_seqlen below the longest sequence (on a GPU
@@ -59,6 +62,14 @@ def varlen_attention(
         warn_renamed("slack=", "padding=")
         padding = slack
     _check(q, k, v, cu_seqlens, max_seqlen, backend, padding)
+    dtype = widest(q, k, v)
+    with without_autocast(q):
+        return _attend(q.to(dtype), k.to(dtype), v.to(dtype), cu_seqlens, max_seqlen, causal, backend, padding)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, backend: str, padding: bool
+) -> Tensor:
     if known_true(q.shape[0] == 0) or cu_seqlens.shape[0] == 1:
         # There is no sequence: return zeros that depend on q, k and v for autograd, whatever the rows hold.
         return (q + k + v).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
@@ -81,12 +92,13 @@ def varlen_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, padding: bool) -> None:
     checks.check_float(q=q, k=k, v=v)
-    checks.check_same(q=q, k=k, v=v)
     if q.dim() != 3:
         raise ValueError(f"q has shape {shape_of(q)}; accepted: packed heads (T, heads, d_h)")
+    checks.check_not_empty("q", q, 1, "head")
+    checks.check_not_empty("q", q, 2, "channel")
     checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     checks.check_shape("v", v, tuple(q.shape), "the shape of q")
-    checks.check_device(q=q, cu_seqlens=cu_seqlens)
+    checks.check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     checks.check_cu_seqlens(cu_seqlens, q.shape[0], exact=not padding)
     if not isinstance(max_seqlen, int | torch.SymInt):
         raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")

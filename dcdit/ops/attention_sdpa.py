@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.numerics import upcast
 
 
@@ -19,12 +20,26 @@ def sdpa_varlen(
     """
     images = cu_seqlens.shape[0] - 1
     if not padding and known_true(q.shape[0] == images * max_seqlen):
-        q, k, v = (x.unflatten(0, (images, max_seqlen)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(0, 1)
+        out = _fused_attention(*(x.unflatten(0, (images, max_seqlen)) for x in (q, k, v)), causal).flatten(0, 1)
+        # The backward reads the result of the kernel. A copy may be changed in place before that.
+        return out.clone() if out.requires_grad else out
     if torch.compiler.is_compiling():
         # The loop runs over lengths, which are data: the compiler sees one custom op instead of it.
         return torch.ops.dcdit.varlen_sdpa(q, k, v, cu_seqlens, causal)
     return _call_per_sequence(q, k, v, cu_seqlens, causal)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention of (B, L, heads, d_h) on one of PyTorch's fused kernels, which need channels that lie side by side.
+
+    On a GPU their number must also be a multiple of 8. Otherwise PyTorch would run plain products, whose gradients it
+    rounds if the backward runs under autocast.
+    """
+    width = q.shape[-1]
+    missing = -width % 8 if q.is_cuda else 0
+    q, k, v = (F.pad(x, (0, missing)) if missing else x for x in (q, k, v))
+    q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=width**-0.5).transpose(1, 2)[..., :width]
 
 
 def known_true(condition: bool | torch.SymBool) -> bool:
@@ -41,18 +56,25 @@ def _call_per_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, caus
     starts = cu_seqlens.tolist()
     out = []
     for lo, hi in pairwise(starts):
-        q_i, k_i, v_i = (x[None, lo:hi].transpose(1, 2) for x in (q, k, v))
-        out.append(F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=causal).transpose(1, 2)[0])
+        out.append(_fused_attention(*(x[None, lo:hi] for x in (q, k, v)), causal)[0])
     return torch.cat([*out, q.new_zeros(q.shape[0] - starts[-1], *q.shape[1:])])
 
 
 @torch.library.custom_op("dcdit::varlen_sdpa", mutates_args=())
 def _varlen_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
-    return _call_per_sequence(q, k, v, cu_seqlens, causal)
+    with without_autocast(q):
+        return _call_per_sequence(q, k, v, cu_seqlens, causal)
 
 
 @torch.library.custom_op("dcdit::varlen_sdpa_backward", mutates_args=())
 def _varlen_sdpa_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(q):
+        return _gradients_per_sequence(grad, q, k, v, cu_seqlens, causal)
+
+
+def _gradients_per_sequence(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Autograd is switched off inside a custom op, so the gradient is written out. The scores are computed again, one

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from dcdit.ops import checks
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
@@ -15,24 +16,26 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
     ``p_t = (1 - cos(q_{t-1}, k_t)) / 2``, clamped to [0, 1]; the first position of every sequence has p = 1.
 
     Args:
-        q, k: (B, L, D), or packed (S, D) with ``cu_seqlens``; same dtype.
+        q, k: (B, L, D), or packed (S, D) with ``cu_seqlens``. Any finite rows; a norm below 1e-12 counts as 1e-12.
         cu_seqlens: int32 (B+1,).
 
     Returns:
-        (B, L) or (S,), float32 (float64 for float64 input). Differentiable in q and k.
+        (B, L) or (S,), float32 (float64 if q or k is). Differentiable in q and k.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     checks.check_float(q=q, k=k)
-    checks.check_same(q=q, k=k)
+    checks.check_device(q=q, k=k)
     if q.dim() != (3 if cu_seqlens is None else 2):
         raise ValueError(f"q has shape {shape_of(q)}; accepted: (B, L, D), or (S, D) with cu_seqlens")
+    checks.check_not_empty("q", q, -1, "channel")
     checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     if cu_seqlens is not None:
         checks.check_device(q=q, cu_seqlens=cu_seqlens)
         checks.check_cu_seqlens(cu_seqlens, q.shape[0])
-    return backend_for(q).boundary_prob_cosine(q, k, cu_seqlens)
+    with without_autocast(q):
+        return backend_for(q).boundary_prob_cosine(q, k, cu_seqlens)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -42,25 +45,26 @@ def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int
     ``p = (1 - q.kbar) / 2``, clamped to [0, 1].
 
     Args:
-        q, k: (B, L, D), same dtype.
+        q, k: (B, L, D). Any finite rows; a norm below 1e-12 counts as 1e-12.
         weight: (D, 3, 3), rows by columns. The mean filter, at the start of training, is 1/9 everywhere.
         grid: (H, W) with H * W = L.
 
     Returns:
-        (B, L), float32 (float64 for float64 input). Differentiable in q, k and weight.
+        (B, L), float32 (float64 if an argument is). Differentiable in q, k and weight.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit.
     """
     checks.check_float(q=q, k=k, weight=weight)
-    checks.check_same(q=q, k=k)
     if q.dim() != 3:
         raise ValueError(f"q has shape {shape_of(q)}; accepted: (B, L, D)")
+    checks.check_not_empty("q", q, -1, "channel")
     checks.check_shape("k", k, tuple(q.shape), "the shape of q")
     checks.check_shape("weight", weight, (q.shape[2], 3, 3), "(D, 3, 3)")
-    checks.check_device(q=q, weight=weight)
+    checks.check_device(q=q, k=k, weight=weight)
     checks.check_grid(grid, q.shape[1])
-    return backend_for(q).boundary_prob_cosine2d(q, k, weight, tuple(grid))
+    with without_autocast(q):
+        return backend_for(q).boundary_prob_cosine2d(q, k, weight, tuple(grid))
 
 
 def boundary_prob_predictability(
@@ -78,7 +82,8 @@ def boundary_prob_predictability(
     have p = 1 and pass no gradient.
 
     Args:
-        features: (B, C, H, W), contiguous or channels-last.
+        features: (B, C, H, W), contiguous or channels-last. Their variance must be finite in float32: entries up to
+            about 1e18.
         norm_weight, norm_bias: (C,), the affine of the group norm.
         out_weight: (C,) or the (1, C, 1, 1) weight of a 1x1 convolution.
         out_bias: () or (1,).
@@ -86,7 +91,7 @@ def boundary_prob_predictability(
         eps: added to the variance.
 
     Returns:
-        (B, H*W), float32 (float64 for float64 input). Differentiable in every tensor.
+        (B, H*W), float32 (float64 if an argument is). Differentiable in every tensor.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
@@ -96,6 +101,7 @@ def boundary_prob_predictability(
     )
     if features.dim() != 4:
         raise ValueError(f"features has shape {shape_of(features)}; accepted: (B, C, H, W)")
+    checks.check_not_empty("features", features, 1, "channel")
     channels = features.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")
@@ -108,6 +114,7 @@ def boundary_prob_predictability(
     checks.check_device(
         features=features, norm_weight=norm_weight, norm_bias=norm_bias, out_weight=out_weight, out_bias=out_bias
     )
-    return backend_for(features).boundary_prob_predictability(
-        features, norm_weight, norm_bias, out_weight.reshape(channels), out_bias.reshape(()), num_groups, eps
-    )
+    with without_autocast(features):
+        return backend_for(features).boundary_prob_predictability(
+            features, norm_weight, norm_bias, out_weight.reshape(channels), out_bias.reshape(()), num_groups, eps
+        )

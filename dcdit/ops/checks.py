@@ -43,6 +43,12 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: s
         raise ValueError(f"{name} has shape {shape_of(tensor)}; expected {expected} = {meaning}")
 
 
+def check_not_empty(name: str, tensor: Tensor, dim: int, what: str) -> None:
+    """One dimension of the tensor must not be 0; ``what`` names its entries, e.g. "channel"."""
+    if tensor.shape[dim] == 0:
+        raise ValueError(f"{name} has shape {shape_of(tensor)}; accepted: at least one {what}")
+
+
 def check_grid(grid: tuple[int, int], length: int) -> None:
     """The grid (H, W) must have L positions."""
     if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from dcdit.ops import checks
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
 from dcdit.ops.packing import check_packed
 from dcdit.ops.token_selection import TokenSelection
@@ -41,10 +42,10 @@ def dechunk_spatial(
         sigma: standard deviation in grid cells, in (0, 16]; 1 at 256 px, 2 at 512 px.
         gate: (B, L) ste_coefficient c of the straight-through gate. It does not change the value, and gets the
             gradient ``<g_l, dechunked_l>``.
-        residual: (B, L, D) in h's dtype, added to the result.
+        residual: (B, L, D), added to the result.
 
     Returns:
-        (B, L, D) in h's dtype. Differentiable in h, p, gate and residual.
+        (B, L, D) in h's dtype, or in the wider one of h and residual. Differentiable in h, p, gate and residual.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, grid or sigma do not fit.
@@ -55,7 +56,8 @@ def dechunk_spatial(
     checks.check_grid(grid, p.shape[1])
     if not 0.0 < sigma <= MAX_SIGMA:
         raise ValueError(f"sigma is {sigma}; accepted: a number in (0, {MAX_SIGMA:g}] grid cells")
-    return backend_for(h).dechunk_spatial(h, p, sel, tuple(grid), float(sigma), gate, residual)
+    with without_autocast(h):
+        return backend_for(h).dechunk_spatial(h, p, sel, tuple(grid), float(sigma), gate, residual)
 
 
 def dechunk_ema(
@@ -76,16 +78,18 @@ def dechunk_ema(
         p: (B, L) or (S,), the probabilities the selection was made from.
         sel: the selection, over a grid batch or packed sequences.
         gate: shape of p, ste_coefficient as in :func:`dechunk_spatial`.
-        residual: (B, L, D) or (S, D) in h's dtype, added to the result.
+        residual: (B, L, D) or (S, D), added to the result.
 
     Returns:
-        (B, L, D) or (S, D) in h's dtype. Differentiable in h, p, gate and residual.
+        (B, L, D) or (S, D) in h's dtype, or in the wider one of h and residual. Differentiable in h, p, gate and
+        residual.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     _check_common(h, p, sel, gate, residual)
-    return backend_for(h).dechunk_ema(h, p, sel, gate, residual)
+    with without_autocast(h):
+        return backend_for(h).dechunk_ema(h, p, sel, gate, residual)
 
 
 def _check_common(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> None:
@@ -95,6 +99,5 @@ def _check_common(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None
     if gate is not None:
         checks.check_shape("gate", gate, tuple(p.shape), "the shape of p")
     if residual is not None:
-        checks.check_same(h=h, residual=residual)
         checks.check_shape("residual", residual, (*p.shape, h.shape[1]), "the shape of p plus (D,)")
     checks.check_device(h=h, p=p, gate=gate, residual=residual)

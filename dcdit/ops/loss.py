@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from dcdit.ops import checks
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
@@ -38,4 +39,5 @@ def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int |
         raise ValueError(f"target is {target}; accepted: a compression N above 1")
     if group_size is not None and (p.dim() != 2 or group_size < 1 or p.shape[0] % group_size):
         raise ValueError(f"group_size is {group_size}; accepted: a divisor of the batch {p.shape[0]} of p (B, L)")
-    return backend_for(p).ratio_loss(p, natural_mask, float(target), group_size)
+    with without_autocast(p):
+        return backend_for(p).ratio_loss(p, natural_mask, float(target), group_size)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from dcdit.ops import checks
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
@@ -15,8 +16,8 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
     seg is the image of a token. The norm has no weight and bias of its own.
 
     Args:
-        t: (T, D) packed tokens.
-        shift, scale: (B, D), one row per image (column slices of a (B, 6D) tensor are fine).
+        t: (T, D) packed tokens. Their variance must be finite in float32: entries up to about 1e18.
+        shift, scale: (B, D) of one dtype, one row per image (column slices of a (B, 6D) tensor are fine).
         cu_seqlens: int32 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as zeros.
         eps: added to the variance.
 
@@ -28,26 +29,28 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
     """
     _check_tokens(cu_seqlens, t=t)
     _check_modulation(t, cu_seqlens, shift=shift, scale=scale)
-    return backend_for(t).modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
+    with without_autocast(t):
+        return backend_for(t).modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``x + gate[seg] * y``, seg the image of a token (adaLN-Zero of DiT, arXiv 2212.09748, section 3.2).
 
     Args:
-        x, y: (T, D) packed tokens of one dtype.
+        x, y: (T, D) packed tokens.
         gate: (B, D), one row per image.
         cu_seqlens: int32 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as they are in x.
 
     Returns:
-        (T, D) in x's dtype. Differentiable in x, y and gate.
+        (T, D) in the wider dtype of x and y. Differentiable in x, y and gate.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     _check_tokens(cu_seqlens, x=x, y=y)
     _check_modulation(x, cu_seqlens, gate=gate)
-    return backend_for(x).gated_add(x, y, gate, cu_seqlens)
+    with without_autocast(x):
+        return backend_for(x).gated_add(x, y, gate, cu_seqlens)
 
 
 def gated_add_modulated_layer_norm(
@@ -56,32 +59,34 @@ def gated_add_modulated_layer_norm(
     """:func:`gated_add` followed by :func:`modulated_layer_norm` of its result, in one pass over the tokens.
 
     Args:
-        x, y: (T, D) packed tokens of one dtype.
-        gate, shift, scale: (B, D), one row per image.
+        x, y: (T, D) packed tokens.
+        gate, shift, scale: (B, D) of one dtype, one row per image.
         cu_seqlens: int32 (B+1,). Padding rows come back as in the two operations.
         eps: added to the variance.
 
     Returns:
-        ``(x + gate[seg] * y, LayerNorm(x + gate[seg] * y) * (1 + scale[seg]) + shift[seg])``, both (T, D). The norm
-        reads the sum as it is stored, rounded to x's dtype. Differentiable in every float argument.
+        ``(x + gate[seg] * y, LayerNorm(x + gate[seg] * y) * (1 + scale[seg]) + shift[seg])``, both (T, D) in the wider
+        dtype of x and y. The norm reads the sum as it is stored, rounded to that dtype. Differentiable in every float
+        argument. The backward reads the sum too: changed in place before it, the sum is an error there.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     _check_tokens(cu_seqlens, x=x, y=y)
     _check_modulation(x, cu_seqlens, gate=gate, shift=shift, scale=scale)
-    return backend_for(x).gated_add_modulated_layer_norm(x, y, gate, shift, scale, cu_seqlens, float(eps))
+    with without_autocast(x):
+        return backend_for(x).gated_add_modulated_layer_norm(x, y, gate, shift, scale, cu_seqlens, float(eps))
 
 
 def _check_tokens(cu_seqlens: Tensor, **tokens: Tensor) -> None:
     checks.check_float(**tokens)
-    checks.check_same(**tokens)
     (first_name, first), *others = tokens.items()
     if first.dim() != 2:
         raise ValueError(f"{first_name} has shape {shape_of(first)}; accepted: packed tokens (T, D)")
+    checks.check_not_empty(first_name, first, -1, "channel")
     for name, tensor in others:
         checks.check_shape(name, tensor, tuple(first.shape), f"the shape of {first_name}")
-    checks.check_device(**{first_name: first, "cu_seqlens": cu_seqlens})
+    checks.check_device(**tokens, cu_seqlens=cu_seqlens)
     checks.check_cu_seqlens(cu_seqlens, first.shape[0], exact=False)
 
 

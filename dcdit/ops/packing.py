@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from dcdit.ops import checks
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
 from dcdit.ops.token_selection import TokenSelection
 from dcdit.utils.text import shape_of
@@ -16,8 +17,8 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
     Args:
         x: (B, L, D), or (S, D) for a packed source.
         sel: what :func:`dcdit.ops.select_tokens` returned.
-        bias: (L, D), e.g. the position embedding; each token gets the row of its position. Grid sources only. The sum
-            is rounded to x's dtype.
+        bias: (L, D), e.g. the position embedding; each token gets the row of its position. Grid sources only. A
+            parameter: whatever its dtype, the sum is computed in float32 or wider and rounded to x's dtype.
 
     Returns:
         (T, D) in x's dtype; padding rows are zero. Differentiable in x and bias.
@@ -27,12 +28,14 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
     """
     checks.check_float(x=x, bias=bias)
     _check_source("x", x, sel)
+    checks.check_not_empty("x", x, -1, "channel")
     checks.check_device(x=x, indices=sel.indices, bias=bias)
     if bias is not None:
         if sel.source_cu_seqlens is not None:
             raise ValueError("bias needs a grid source (B, L, D); add it to a packed source beforehand")
         checks.check_shape("bias", bias, tuple(x.shape[1:]), "(L, D)")
-    return backend_for(x).gather_tokens(x, sel, bias)
+    with without_autocast(x):
+        return backend_for(x).gather_tokens(x, sel, bias)
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
@@ -51,7 +54,8 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
     """
     checks.check_float(t=t)
     check_packed("t", t, sel)
-    return backend_for(t).scatter_tokens(t, sel, float(fill))
+    with without_autocast(t):
+        return backend_for(t).scatter_tokens(t, sel, float(fill))
 
 
 def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
@@ -60,6 +64,7 @@ def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
         raise ValueError(
             f"{name} has shape {shape_of(t)}; accepted: (T, D) with T = {sel.indices.shape[0]} selected tokens"
         )
+    checks.check_not_empty(name, t, -1, "channel")
     checks.check_device(**{name: t, "sel.indices": sel.indices})
 
 

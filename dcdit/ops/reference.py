@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from dcdit.ops.numerics import PROB_EPS, ROW_EPS, upcast
+from dcdit.ops.autograd import matmul
+from dcdit.ops.numerics import PROB_EPS, ROW_EPS, shrinking_factor, upcast, upcast_all, widest
 from dcdit.ops.token_selection import TokenSelection
 
 # --- boundary probabilities ---------------------------------------------------------------------------------------
@@ -28,15 +29,14 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
 
     q, k (B, L, D) or (S, D) -> p (B, L) or (S,).
     """
+    q, k = upcast_all(q, k)
     if cu_seqlens is not None:
         sequences = zip(_split(q, cu_seqlens), _split(k, cu_seqlens), strict=True)
         parts = [boundary_prob_cosine(q_i[None], k_i[None])[0] for q_i, k_i in sequences]
-        return torch.cat(parts) if parts else upcast(q).sum(-1)
-    if q.shape[1] == 0:
-        return upcast(q).sum(-1)
-    q_hat, k_hat = F.normalize(upcast(q[:, :-1]), dim=-1), F.normalize(upcast(k[:, 1:]), dim=-1)
-    p = _dissimilarity(reduce(q_hat * k_hat, "b l d -> b l", "sum"))
-    return F.pad(p, (1, 0), value=1.0)
+        return torch.cat([q.new_zeros(0), *parts]) + _zero(q, k)
+    length = q.shape[1]
+    cosine = reduce(_normalize(q[:, : length - 1]) * _normalize(k[:, 1:]), "b l d -> b l", "sum")
+    return F.pad(_dissimilarity(cosine), (min(length, 1), 0), value=1.0)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -45,11 +45,11 @@ def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int
     q, k (B, L, D), weight (D, 3, 3) -> p (B, L).
     """
     height, width = grid
-    q_hat, k_hat = F.normalize(upcast(q), dim=-1), F.normalize(upcast(k), dim=-1)
-    k_grid = rearrange(k_hat, "b (h w) d -> b d h w", h=height, w=width)
-    kernel = rearrange(weight.to(k_grid.dtype), "d y x -> d 1 y x")
-    k_bar = rearrange(F.conv2d(k_grid, kernel, padding=1, groups=k.shape[-1]), "b d h w -> b (h w) d")
-    return _dissimilarity(reduce(q_hat * k_bar, "b l d -> b l", "sum"))
+    q, k, weight = upcast_all(q, k, weight)
+    q_hat, k_hat = (_normalize(x).unflatten(1, grid) for x in (q, k))
+    padded = F.pad(k_hat, (0, 0, 1, 1, 1, 1))
+    k_bar = sum(weight[:, y, x] * padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3))
+    return _dissimilarity(reduce(q_hat * k_bar, "b h w d -> b h w", "sum")).flatten(1)
 
 
 def boundary_prob_predictability(
@@ -65,13 +65,23 @@ def boundary_prob_predictability(
 
     features (B, C, H, W), norm_weight, norm_bias, out_weight (C,), out_bias () -> p (B, L). p = 1 at both ends.
     """
-    x = upcast(features)
-    x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
-    logit = einsum(x, out_weight.to(x.dtype), "b c h w, c -> b h w") + out_bias.to(x.dtype)
-    p = rearrange(torch.sigmoid(logit), "b h w -> b (h w)")
+    x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
+        features, norm_weight, norm_bias, out_weight, out_bias
+    )  # fmt: skip
+    # Without a position there is nothing to norm, and group_norm has NaN as gradients.
+    if x.numel():
+        x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
+    logit = matmul(repeat(out_weight, "c -> b 1 c", b=x.shape[0]), x.flatten(2)).squeeze(1) + out_bias
+    p = torch.sigmoid(logit) + _zero(norm_weight, norm_bias)
     at_end = torch.zeros(p.shape[1], dtype=torch.bool, device=p.device)
     at_end[:1] = at_end[-1:] = True
     return torch.where(at_end, torch.ones_like(p), p)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    """The rows divided by their norms. A norm below 1e-12 counts as 1e-12."""
+    x = x * shrinking_factor(torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True))
+    return F.normalize(x, dim=-1)
 
 
 def _dissimilarity(cosine: Tensor) -> Tensor:
@@ -101,7 +111,7 @@ def select_tokens(
     images = len(starts) - 1
     natural = upcast(flat) > threshold
     mask = natural.clone()
-    rho = torch.as_tensor(drop_fraction, dtype=torch.float32).expand(images)
+    rho = torch.as_tensor(drop_fraction, dtype=torch.float32, device="cpu").expand(images)
     best: list[int] = []
     for image, (lo, hi) in enumerate(pairwise(starts)):
         if lo == hi:
@@ -113,7 +123,7 @@ def select_tokens(
             mask[drop_order[-budget:]] = True
             continue
         kept = [i for i in drop_order if natural[i]]
-        n_drop = int(torch.tensor(len(kept), dtype=torch.float32) * rho[image].cpu())
+        n_drop = int(len(kept) * rho[image])  # a product in float32
         mask[kept[:n_drop]] = False
         mask[drop_order[-1]] = True
     overflow = 0
@@ -151,7 +161,7 @@ def _drop_order(p: Tensor, positions: Iterable[int]) -> list[int]:
 
 def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(B+1,): where each image starts in the flattened p, and where the last one ends."""
-    return torch.arange(p.shape[0] + 1) * p.shape[1] if cu_seqlens is None else cu_seqlens
+    return torch.arange(p.shape[0] + 1, device="cpu") * p.shape[1] if cu_seqlens is None else cu_seqlens
 
 
 # --- packing ------------------------------------------------------------------------------------------------------
@@ -199,10 +209,12 @@ def dechunk_spatial(
     h (T, D), p and gate (B, L), residual (B, L, D) -> (B, L, D).
     """
     height, width = grid
+    dtype = widest(h, residual)
+    h = upcast(h.to(dtype))
     row = repeat(torch.arange(height, device=h.device), "h -> (h w)", w=width)
     column = repeat(torch.arange(width, device=h.device), "w -> (h w)", h=height)
     images = []
-    for tokens, mask, q in zip(_split(upcast(h), sel.cu_seqlens), sel.mask, _clamped_prob(p, h), strict=True):
+    for tokens, mask, q in zip(_split(h, sel.cu_seqlens), sel.mask, _clamped_prob(p, h), strict=True):
         (kept,) = mask.nonzero(as_tuple=True)
         if kept.numel() == 0:
             images.append(tokens.new_zeros(height * width, tokens.shape[1]))
@@ -213,12 +225,12 @@ def dechunk_spatial(
         weight = torch.exp(-distance[kept].to(tokens.dtype) / (2 * sigma**2)) * q
         weight = weight / (reduce(weight, "i j -> i 1", "sum") + ROW_EPS)
         q = rearrange(q, "i -> i 1")
-        smoothed = q * tokens + (1 - q) * (weight @ tokens)
+        smoothed = q * tokens + (1 - q) * matmul(weight[None], tokens[None])[0]
         # The key orders by distance, then by raster index, so its minimum settles ties.
         nearest = (distance * (height * width) + kept).argmin(-1)
         images.append(smoothed[nearest])
-    dechunked = torch.stack(images) if images else upcast(h).new_zeros(*p.shape, h.shape[-1])
-    return _gate_and_residual(dechunked, gate, residual, h.dtype)
+    dechunked = torch.cat([h.new_zeros(0, h.shape[-1]), *images]).view(*p.shape, h.shape[-1]) + _zero(h, p)
+    return _gate_and_residual(dechunked, gate, residual, dtype)
 
 
 def dechunk_ema(
@@ -230,9 +242,11 @@ def dechunk_ema(
 
     h (T, D), p and gate (B, L) or (S,), residual (B, L, D) or (S, D) -> the shape of residual.
     """
+    dtype = widest(h, residual)
+    h = upcast(h.to(dtype))
     source_starts = _image_starts(p, sel.source_cu_seqlens)
     sequences = zip(
-        _split(upcast(h), sel.cu_seqlens),
+        _split(h, sel.cu_seqlens),
         _split(sel.mask.flatten(), source_starts),
         _split(_clamped_prob(p, h).flatten(), source_starts),
         strict=True,
@@ -246,13 +260,13 @@ def dechunk_ema(
                 h_m, q_m = next(kept_tokens)
                 state = q_m * h_m + (1 - q_m) * state
             states.append(state)
-    dechunked = torch.stack(states) if states else upcast(h).new_zeros(0, h.shape[-1])
-    return _gate_and_residual(dechunked.view(*p.shape, h.shape[-1]), gate, residual, h.dtype)
+    dechunked = torch.stack(states) if states else h.new_zeros(0, h.shape[-1])
+    return _gate_and_residual(dechunked.view(*p.shape, h.shape[-1]) + _zero(h, p), gate, residual, dtype)
 
 
 def _clamped_prob(p: Tensor, h: Tensor) -> Tensor:
-    """``q = clamp(p, 1e-4, 1 - 1e-4)`` in the dtype in which h is computed; shape of p."""
-    return upcast(p).clamp(PROB_EPS, 1 - PROB_EPS).to(upcast(h).dtype)
+    """``q = clamp(p, 1e-4, 1 - 1e-4)`` in the dtype of the upcast h; shape of p."""
+    return upcast(p).clamp(PROB_EPS, 1 - PROB_EPS).to(h.dtype)
 
 
 def _gate_and_residual(dechunked: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -293,9 +307,11 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
 
     t (T, D), shift and scale (B, D) -> (T, D), zeros in padding rows.
     """
-    images = zip(_split(upcast(t), cu_seqlens), upcast(shift), upcast(scale), strict=True)
+    padding = t.new_zeros(t.shape)
+    t, shift, scale = upcast_all(t, shift, scale)
+    images = zip(_split(t, cu_seqlens), shift, scale, strict=True)
     normed = [F.layer_norm(t_i, t_i.shape[-1:], eps=eps) * (1 + scale_i) + shift_i for t_i, shift_i, scale_i in images]
-    return _join(normed, t.new_zeros(t.shape), cu_seqlens)
+    return _join(normed, padding, cu_seqlens) + _zero(t, shift, scale)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -303,8 +319,10 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     x, y (T, D), gate (B, D) -> (T, D), x in padding rows.
     """
-    images = zip(_split(upcast(x), cu_seqlens), _split(upcast(y), cu_seqlens), upcast(gate), strict=True)
-    return _join([x_i + gate_i * y_i for x_i, y_i, gate_i in images], x, cu_seqlens)
+    padding = x.to(widest(x, y))
+    x, y, gate = upcast_all(x, y, gate)
+    images = zip(_split(x, cu_seqlens), _split(y, cu_seqlens), gate, strict=True)
+    return _join([x_i + gate_i * y_i for x_i, y_i, gate_i in images], padding, cu_seqlens) + _zero(y, gate)
 
 
 def gated_add_modulated_layer_norm(
@@ -328,14 +346,15 @@ def varlen_attention(
 
     q, k, v (T, heads, d) -> (T, heads, d), zeros in padding rows. max_seqlen and padding change nothing here.
     """
-    out = []
-    for q_i, k_i, v_i in zip(*(_split(upcast(x), cu_seqlens) for x in (q, k, v)), strict=True):
-        scores = einsum(q_i, k_i, "query head d, key head d -> head query key") * q.shape[-1] ** -0.5
+    out, zeros = [], q.new_zeros(q.shape, dtype=widest(q, k, v))
+    for q_i, k_i, v_i in zip(*(_split(x, cu_seqlens) for x in upcast_all(q, k, v)), strict=True):
+        q_i, k_i, v_i = (rearrange(x, "token head d -> head token d") for x in (q_i, k_i, v_i))
+        scores = matmul(q_i, k_i.mT) * q.shape[-1] ** -0.5
         if causal:
             later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, float("-inf"))
-        out.append(einsum(scores.softmax(-1), v_i, "head query key, key head d -> query head d"))
-    return _join(out, q.new_zeros(q.shape), cu_seqlens)
+        out.append(rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d"))
+    return _join(out, zeros, cu_seqlens) + _zero(q, k, v)
 
 
 # --- segments -----------------------------------------------------------------------------------------------------
@@ -344,6 +363,11 @@ def varlen_attention(
 def _split(t: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     """The rows of each segment, without padding rows."""
     return [t[lo:hi] for lo, hi in pairwise(cu_seqlens.tolist())]
+
+
+def _zero(*tensors: Tensor) -> Tensor:
+    """() 0, as a function of the tensors: an argument of which nothing is read has a gradient all the same, zeros."""
+    return torch.stack([x[:0].sum() for x in tensors]).sum()
 
 
 def _join(segments: list[Tensor], padding: Tensor, cu_seqlens: Tensor) -> Tensor:

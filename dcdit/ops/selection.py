@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dcdit.ops import checks
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
 from dcdit.ops.token_selection import TokenSelection
 from dcdit.utils.text import shape_of
@@ -62,7 +63,8 @@ def select_tokens(
         if capacity < images:
             raise ValueError(f"capacity is {capacity}; accepted: at least {images}, one token for each image")
     checks.check_no_nan("p", p)
-    return backend_for(p).select_tokens(p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity)
+    with without_autocast(p):
+        return backend_for(p).select_tokens(p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity)
 
 
 def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float | Tensor:

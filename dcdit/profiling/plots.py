@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcdit.utils.files import atomically
+
 if TYPE_CHECKING:
     from dcdit.profiling.profile import Profile, Variant
 
@@ -22,20 +24,28 @@ def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def plot_profile(result: "Profile", path: Path) -> None:
-    """Time over FLOPs with the line eta = 1 through each static model, both by stage, and eta over the budgets."""
+    """Time over FLOPs with the line eta = 1 through each static model, both by stage, and eta over the budgets.
+
+    Bars show the spread of the times and the intervals of eta. The points of an unreliable profile are hollow.
+    """
     figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4.2), width_ratios=(5, 6, 4))
     statics = [variant for variant in result.variants if variant.drop_fraction is None]
     dynamic = [variant for variant in result.variants if variant.drop_fraction is not None]
     edge = 1.1 * max(variant.gflops for variant in result.variants)
     drops = [variant.drop_fraction for variant in dynamic]
+    points = {"capsize": 2, "mfc": None if result.reliable else "white"}
     for number, static in enumerate(statics):
         color = f"C{number}"
         line = [0, edge * static.ms / static.gflops]
         left.plot([0, edge], line, "--", color=color, lw=1, label=f"eta = 1 vs {static.name}")
-        left.plot(static.gflops, static.ms, "s", color=color)
-        etas = [variant.eta[static.name] for variant in dynamic]
-        right.plot(drops, etas, "o-", color=color, label=f"vs {static.name}")
-    left.plot([v.gflops for v in dynamic], [v.ms for v in dynamic], "o-", color="C3", label=result.model)
+        left.errorbar(static.gflops, static.ms, static.ms * static.spread, fmt="s", color=color, **points)
+        etas = np.array([variant.eta[static.name] for variant in dynamic])
+        ends = np.array([variant.eta_interval[static.name] for variant in dynamic]).T
+        below_above = np.abs(ends - etas)
+        right.errorbar(drops, etas, below_above, fmt="o-", color=color, label=f"vs {static.name}", **points)
+    gflops, ms = [v.gflops for v in dynamic], [v.ms for v in dynamic]
+    spreads = [v.ms * v.spread for v in dynamic]
+    left.errorbar(gflops, ms, spreads, fmt="o-", color="C3", label=result.model, **points)
     for variant in dynamic:
         text, position = f"drop {variant.drop_fraction:g}", (variant.gflops, variant.ms)
         left.annotate(text, position, textcoords="offset points", xytext=(5, -11), fontsize=7)
@@ -46,8 +56,11 @@ def plot_profile(result: "Profile", path: Path) -> None:
     right.set(xlabel="drop fraction", ylabel="conversion eta")
     right.set_ylim(0, 1.1 * max(1.0, right.get_ylim()[1]))
     right.legend(fontsize=7)
-    figure.suptitle(f"{result.model} on {result.device}, {result.dtype}", fontsize=10)
-    figure.savefig(path)
+    title, color = f"{result.model} on {result.device}, {result.dtype}", "black"
+    if not result.reliable:
+        title, color = f"UNRELIABLE TIMINGS: {result.warnings[0]}\n{title}", "red"
+    figure.suptitle(title, color=color, fontsize=10)
+    atomically(path, figure.savefig)
 
 
 def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
@@ -83,7 +96,7 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
     right.set(xlabel="step", ylabel="compression (before dropping)", ylim=(1, None))
     right.legend(fontsize=7)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
@@ -108,7 +121,7 @@ def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str
         axis.set_xticks([])
         axis.set_yticks([])
     figure.colorbar(shown, ax=axes[1, -1], fraction=0.046)
-    figure.savefig(path)
+    atomically(path, figure.savefig)
 
 
 def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -140,4 +153,4 @@ def plot_sampling(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axis.invert_xaxis()
     kept[0].plot([], [], "--", color="black", lw=1, label="before dropping")
     kept[0].legend(fontsize=7)
-    figure.savefig(path)
+    atomically(path, figure.savefig)

@@ -1,12 +1,16 @@
 """Does the compression of a DC-DiT become time? FLOPs and wall-clock against the static DiT.
 
 The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), with all variants timed in the same
-run and with the same dtype. eta = 1 means that every saved FLOP became time.
+run and with the same dtype. eta = 1 means that every saved FLOP became time. The variants run in turns, and the ratio
+of times is the median of those of the single rounds, so that a machine that gets slower does not change it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -15,11 +19,16 @@ from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops
 from dcdit.nn import STAGES
 from dcdit.nn.stages import collect_stages
 from dcdit.ops.attention_kernels import attention_backends
-from dcdit.profiling.timing import Call, time_stages, time_variants
+from dcdit.profiling.reliability import NARROW, doubts, is_crowded, is_narrow
+from dcdit.profiling.rounds import WHOLE, Rounds, spread
+from dcdit.profiling.timing import Call, time_rounds
 from dcdit.utils.environment import device_name
+from dcdit.utils.files import atomically
 from dcdit.utils.tables import markdown_table
 
 STATIC_PATCHES = (1, 2)
+LEAST_ROUNDS = 9
+"""From here on the interval of a median leaves one round out at either end."""
 
 
 @dataclass
@@ -39,7 +48,13 @@ class Variant:
     eta: dict[str, float]
     """Conversion against each static model."""
     stage_ms: dict[str, float]
+    """Medians, of the ``whole`` too. These passes are others than those of ``ms``, in the same rounds."""
     stage_gflops: dict[str, float]
+    spread: float
+    """Of ``ms``: half the interquartile range over the median."""
+    stage_spread: dict[str, float]
+    eta_interval: dict[str, tuple[float, float]]
+    """Holds the true median of ``eta`` with a probability of at least 95 %, if the rounds differ by chance only."""
 
 
 @dataclass
@@ -57,11 +72,38 @@ class Profile:
     channels_last: bool
     """Whether the convolution weights of the dynamic model lie channels-last."""
     variants: list[Variant]
+    rounds: int
+    """Each variant was timed once per round."""
+    narrow: bool
+    """Whether the rounds ended because every eta was certain enough, and not because their time was used up."""
+    waited: float | None
+    """Fraction of the time that threads waited for a processor; None where the system does not tell."""
+    reliable: bool
+    """Whether eta can be relied on, see :mod:`dcdit.profiling.reliability`."""
+    warnings: list[str]
+    """What to know before reading the numbers. An unreliable profile begins with its reasons."""
+
+    def caution(self) -> str:
+        """The warnings as Markdown; empty if there are none."""
+        if not self.warnings:
+            return ""
+        head = "UNRELIABLE: these timings do not say what eta is."
+        if self.reliable:
+            head = "This run cannot tell some of its times apart:"
+        return "\n".join([head, "", *(f"- {warning}" for warning in self.warnings)])
+
+    def conditions(self) -> str:
+        """How long was measured, and under which load, in a sentence or two."""
+        until = f"every eta was known to ±{NARROW:.0%}" if self.narrow else "the time for them was used up"
+        load = "How long threads waited for a processor is not known on this system."
+        if self.waited is not None:
+            load = f"Threads waited for a processor {self.waited:.0%} of the time, because of other work."
+        return f"{self.rounds} rounds in turns, until {until}. {load}"
 
     def table(self) -> str:
         """The comparison as a Markdown table."""
         statics = [variant.name for variant in self.variants if variant.drop_fraction is None]
-        head = ["model", "drop", "kept", "GFLOPs/image", "ms/forward", "images/s"]
+        head = ["model", "drop", "kept", "GFLOPs/image", "ms/forward", "spread", "images/s"]
         head += [f"eta vs {name}" for name in statics]
         rows = [
             [
@@ -70,22 +112,29 @@ class Profile:
                 "" if variant.kept_fraction is None else f"{variant.kept_fraction:.0%}",
                 f"{variant.gflops:.2f}",
                 f"{variant.ms:.1f}",
+                f"±{variant.spread:.1%}",
                 f"{variant.images_per_second:.1f}",
-                *(f"{variant.eta[name]:.2f}" if variant.eta else "" for name in statics),
+                *(self._eta(variant, name) if variant.eta else "" for name in statics),
             ]
             for variant in self.variants
         ]
         return markdown_table(head, rows)
 
+    def _eta(self, variant: Variant, static: str) -> str:
+        low, high = variant.eta_interval[static]
+        value = f"{variant.eta[static]:.2f}" if self.reliable else "unreliable"
+        return f"{value} ({low:.2f} to {high:.2f})"
+
     def stage_table(self) -> str:
-        """Milliseconds and GFLOPs of each stage of the dynamic variants as a Markdown table."""
+        """Milliseconds with their spread and GFLOPs of each stage of the dynamic variants as a Markdown table."""
         dynamic = [variant for variant in self.variants if variant.stage_ms]
-        head = ["stage", *(f"{unit}, drop {v.drop_fraction:g}" for v in dynamic for unit in ("ms", "GFLOPs"))]
-        rows = [
-            [stage]
-            + [cell for v in dynamic for cell in (f"{v.stage_ms[stage]:.2f}", f"{v.stage_gflops.get(stage, 0.0):.2f}")]
-            for stage in dynamic[0].stage_ms
-        ]
+        head = ["stage", *(f"{unit}, drop {v.drop_fraction:g}" for v in dynamic for unit in ("ms", "spread", "GFLOPs"))]
+        rows = []
+        for stage in dynamic[0].stage_ms:
+            rows.append([stage])
+            for v in dynamic:
+                gflops = v.gflops if stage == WHOLE else v.stage_gflops[stage]
+                rows[-1] += [f"{v.stage_ms[stage]:.2f}", f"±{v.stage_spread[stage]:.1%}", f"{gflops:.2f}"]
         return markdown_table(head, rows)
 
 
@@ -118,7 +167,8 @@ def profile(
         name: how to call it.
         x, t, y: a batch as the model takes it.
         drop_fractions: budgets to time.
-        seconds: timing budget per variant.
+        seconds: timing budget per variant. Less is used if every eta is certain before. More is used if it is too short
+            for ``LEAST_ROUNDS``, unless other work disturbs them anyway.
         compiled: run the static models and the convolutions of the DC-DiT through ``torch.compile``.
     """
     device, batch = x.device, x.shape[0]
@@ -130,33 +180,52 @@ def profile(
     if compiled:
         for part in (*statics.values(), model.encoder, model.router, model.decoder):
             part.compile()
-    calls = {label: lambda static=static: static(x, t, y) for label, static in statics.items()}
-    for rho in drop_fractions:
-        calls[f"{name} {rho:g}"] = lambda rho=rho: model(x, t, y, drop_fraction=rho)
-    times = time_variants(calls, device, seconds)
+    calls: dict[str, Call] = {label: partial(static, x, t, y) for label, static in statics.items()}
+    dynamics = {rho: f"{name} at drop {rho:.12g}" for rho in drop_fractions}
+    by_stage = {label: f"{label} with its stages timed" for label in dynamics.values()}
+    for rho, label in dynamics.items():
+        calls[label] = calls[by_stage[label]] = partial(model, x, t, y, drop_fraction=rho)
+    pairs = [(static, label) for static in statics for label in dynamics.values()]
+    budget = seconds * (len(statics) + len(dynamics))
+
+    def enough(rounds: Rounds) -> bool:
+        if len(rounds) < LEAST_ROUNDS:
+            return rounds.seconds > budget and is_crowded(rounds)
+        return is_narrow(rounds, pairs) and not doubts(rounds, pairs, by_stage)
+
+    staged = by_stage.values()
+    rounds = time_rounds(calls, device, budget, staged=staged, warmup=1, least=LEAST_ROUNDS, enough=enough)
 
     def variant(label: str, key: str, flops: dict[str, int], rho: float | None, kept: float | None) -> Variant:
+        times = rounds.times(key)
+        stages = {} if rho is None else rounds.stage_times(by_stage[key])
         return Variant(
             name=label,
             drop_fraction=rho,
             kept_fraction=kept,
             gflops=flops["total"] / batch / 1e9,
-            ms=times[key],
-            images_per_second=1e3 * batch / times[key],
+            ms=median(times),
+            images_per_second=1e3 * batch / median(times),
             eta={},
-            stage_ms={} if rho is None else time_stages(calls[key], device),
+            stage_ms={stage: median(values) for stage, values in stages.items()},
             stage_gflops={} if rho is None else {stage: flops[stage] / batch / 1e9 for stage in STAGES},
+            spread=spread(times),
+            stage_spread={stage: spread(values) for stage, values in stages.items()},
+            eta_interval={},
         )
 
     baselines = [variant(label, label, count_flops(s.config, batch=batch), None, None) for label, s in statics.items()]
     variants = list(baselines)
-    for rho in drop_fractions:
+    for rho, label in dynamics.items():
         _, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
         lengths = routing.selection.lengths.tolist()
         kept = sum(lengths) / routing.mask.numel()
-        dynamic = variant(name, f"{name} {rho:g}", count_flops(model.config, lengths), rho, kept)
-        dynamic.eta = {b.name: (b.ms / dynamic.ms) / (b.gflops / dynamic.gflops) for b in baselines}
+        dynamic = variant(name, label, count_flops(model.config, lengths), rho, kept)
+        for static in baselines:
+            eta = rounds.ratio(static.name, label).scaled(dynamic.gflops / static.gflops)
+            dynamic.eta[static.name], dynamic.eta_interval[static.name] = eta.value, (eta.low, eta.high)
         variants.append(dynamic)
+    reasons = doubts(rounds, pairs, by_stage)
     return Profile(
         model=name,
         device=device_name(device),
@@ -172,15 +241,33 @@ def profile(
             if weight.dim() == 4
         ),
         variants=variants,
+        rounds=len(rounds),
+        narrow=is_narrow(rounds, pairs) and not reasons,
+        waited=rounds.waited,
+        reliable=not reasons,
+        warnings=reasons + _same_time(rounds, dynamics),
     )
 
 
+def _same_time(rounds: Rounds, dynamics: dict[float, str]) -> list[str]:
+    """Budgets next to each other whose times differ by less than what this run can tell."""
+    found = []
+    for less, more in pairwise(sorted(dynamics)):
+        ratio = rounds.ratio(dynamics[more], dynamics[less])
+        if ratio.low <= 1 <= ratio.high:
+            found.append(
+                f"drop {more:g} takes {ratio.low:.2f} to {ratio.high:.2f} times as long as drop {less:g}: "
+                "the spread is larger than the difference"
+            )
+    return found
+
+
 def advice(result: Profile, low: float = 0.9) -> list[str]:
-    """What to change if the lowest conversion is below ``low``; empty if it is not."""
+    """What to change if the lowest conversion is surely below ``low``; empty if it is not, or if noise explains it."""
     dynamic = [variant for variant in result.variants if variant.eta]
     worst = min(dynamic, key=lambda variant: min(variant.eta.values()))
-    eta = min(worst.eta.values())
-    if eta >= low:
+    static, eta = min(worst.eta.items(), key=lambda item: item[1])
+    if not result.reliable or worst.eta_interval[static][1] >= low:
         return []
     on_gpu = result.device != "cpu"
     hints = [f"eta is {eta:.2f} at drop {worst.drop_fraction:g}: part of the saved FLOPs did not become time."]
@@ -199,7 +286,8 @@ def advice(result: Profile, low: float = 0.9) -> list[str]:
     per_flop = worst.stage_ms["transformer"] / worst.stage_gflops["transformer"]
     for stage, ms in worst.stage_ms.items():
         expected = per_flop * worst.stage_gflops.get(stage, 0.0)
-        if stage != "whole" and ms - expected > 0.05 * worst.stage_ms["whole"]:
+        surely = ms * (1 - worst.stage_spread[stage])
+        if stage != WHOLE and surely - expected > 0.05 * worst.stage_ms[WHOLE]:
             hints.append(f"stage {stage!r} takes {ms:.1f} ms; at the transformer's speed per FLOP: {expected:.1f} ms.")
     return hints
 
@@ -212,5 +300,4 @@ def write_trace(forward: Call, path: str | Path) -> None:
     profiler = torch.profiler.profile(activities=activities)
     with torch.inference_mode(), profiler as recorded, collect_stages(torch.profiler.record_function):
         forward()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(path))
+    atomically(Path(path), lambda file: recorded.export_chrome_trace(str(file)))

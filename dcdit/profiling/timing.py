@@ -1,14 +1,17 @@
 """Wall-clock time, compared fairly: medians of variants that run in turns. Also the stages of a forward pass."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import TypeAlias
 
 import torch
 
 from dcdit.nn.stages import collect_stages
+from dcdit.profiling.load import ProcessorWait
+from dcdit.profiling.rounds import WHOLE, Rounds
 
 Call = Callable[[], object]
 """What is timed: a function without arguments, whose result does not matter."""
@@ -40,12 +43,79 @@ class Clock:
         return start.elapsed_time(end)
 
 
+def time_rounds(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    seconds: float,
+    *,
+    staged: Collection[str] = (),
+    warmup: int = 2,
+    least: int = 5,
+    enough: Callable[[Rounds], bool] | None = None,
+) -> Rounds:
+    """Time calls in turns.
+
+    Each round calls each of them once and starts with another one. So a slow moment of the machine hits all of them.
+
+    Args:
+        calls: name -> function to time.
+        device: where they run.
+        seconds: how long to go on.
+        staged: the calls whose stages (see :mod:`dcdit.nn.stages`) are timed too.
+        warmup: calls of each that are not counted.
+        least: rounds at least, however long they take.
+        enough: whether to stop, before the seconds are over or before there are so many rounds. It is asked from 3
+            rounds on, and again whenever there are a tenth more.
+
+    Raises:
+        ValueError: no calls, or least below 1.
+    """
+    if not calls or least < 1:
+        raise ValueError(f"{len(calls)} variants and least={least} rounds; accepted: at least one of each")
+    clock = Clock(device)
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    rounds, names, next_look = Rounds({name: [] for name in calls}), list(calls), 3
+    began, wait = time.perf_counter(), ProcessorWait()
+    while len(rounds) < least or rounds.seconds < seconds:
+        for name in names:
+            rounds.passes[name].append(_time_pass(calls[name], clock, name in staged))
+        names.append(names.pop(0))
+        rounds.seconds = time.perf_counter() - began
+        if enough is not None and len(rounds) >= next_look:
+            rounds.waited = wait.share()
+            if enough(rounds):
+                return rounds
+            next_look = math.ceil(1.1 * len(rounds))
+    rounds.waited = wait.share()
+    return rounds
+
+
+def _time_pass(call: Call, clock: Clock, staged: bool) -> dict[str, float]:
+    """Milliseconds of the whole call and, if wanted, of its stages."""
+    marks: list[tuple[str, Mark, Mark]] = []
+
+    @contextmanager
+    def collector(name: str) -> Iterator[None]:
+        start = clock.mark()
+        yield
+        marks.append((name, start, clock.mark()))
+
+    with collect_stages(collector) if staged else nullcontext():
+        begin = clock.mark()
+        call()
+        end = clock.mark()
+    spent = {WHOLE: clock.milliseconds(begin, end)}
+    for name, start, stop in marks:
+        spent[name] = spent.get(name, 0.0) + clock.milliseconds(start, stop)
+    return spent
+
+
 def time_variants(
     variants: Mapping[str, Call], device: torch.device, seconds: float = 2.0, warmup: int = 2, least: int = 5
 ) -> dict[str, float]:
-    """Median milliseconds per call of each variant.
-
-    The variants run in turns, and each round starts with another one. So a slow moment of the machine hits all of them.
+    """Median milliseconds per call of each variant, timed in turns by :func:`time_rounds`.
 
     Args:
         variants: name -> function to time.
@@ -57,22 +127,8 @@ def time_variants(
     Raises:
         ValueError: no variants, or least below 1.
     """
-    if not variants or least < 1:
-        raise ValueError(f"{len(variants)} variants and least={least} rounds; accepted: at least one of each")
-    clock = Clock(device)
-    for call in variants.values():
-        for _ in range(warmup):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    stop = time.perf_counter() + seconds * len(variants)
-    while len(samples[names[-1]]) < least or time.perf_counter() < stop:
-        for name in names:
-            start = clock.mark()
-            variants[name]()
-            samples[name].append(clock.milliseconds(start, clock.mark()))
-        names.append(names.pop(0))
-    return {name: median(values) for name, values in samples.items()}
+    rounds = time_rounds(variants, device, seconds * len(variants), warmup=warmup, least=least)
+    return {name: median(rounds.times(name)) for name in variants}
 
 
 def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> dict[str, float]:
@@ -87,25 +143,8 @@ def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> dict[s
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; accepted: at least 1")
     clock = Clock(device)
-    passes: list[dict[str, float]] = []
-    for _ in range(repeats):
-        marks: list[tuple[str, Mark, Mark]] = []
-
-        @contextmanager
-        def collector(name: str, marks: list = marks) -> Iterator[None]:
-            start = clock.mark()
-            yield
-            marks.append((name, start, clock.mark()))
-
-        begin = clock.mark()
-        with collect_stages(collector):
-            forward()
-        end = clock.mark()
-        spent = {"whole": clock.milliseconds(begin, end)}
-        for name, start, stop in marks:
-            spent[name] = spent.get(name, 0.0) + clock.milliseconds(start, stop)
-        passes.append(spent)
-    return sorted(passes, key=lambda spent: spent["whole"])[repeats // 2]
+    passes = [_time_pass(forward, clock, staged=True) for _ in range(repeats)]
+    return sorted(passes, key=lambda spent: spent[WHOLE])[repeats // 2]
 
 
 def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> float | None:

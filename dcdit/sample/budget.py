@@ -5,8 +5,10 @@ with any guidance interval, consists of such calls. So its cost is the pilot's c
 """
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 from dcdit.diffusion import sample
 from dcdit.diffusion.sampling import progress_bar
 from dcdit.models import DCDiT
+from dcdit.profiling.reliability import DISAGREEMENT
+from dcdit.profiling.rounds import spread
 from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
 from dcdit.sample.options import Guidance
@@ -35,6 +39,11 @@ class CostTable:
     drop_fractions: list[float]
     """Ascending."""
     costs: list[float]
+    spread: float | None = None
+    """How far the times behind it scatter (:func:`dcdit.profiling.rounds.spread`), the largest of the fractions. None
+    for counts, and for times whose spread is not known."""
+    warnings: list[str] = field(default_factory=list)
+    """Why a choice by this table may miss its target."""
 
     def choose(self, target: float) -> tuple[float, float]:
         """The least drop fraction whose cost is at most the target, and that cost, interpolated.
@@ -82,7 +91,7 @@ def measure_costs(
     guided = [guidance.at(t) for t in times]
     options: Any = {"cfg_scale": guidance.scale, "cfg_interval": guidance.interval}
     options |= {"clip": clip, "seed": seed, "progress": False}
-    tflops, seconds = [], []
+    tflops, seconds, spreads = [], [], []
     with progress_bar(len(PILOT_FRACTIONS), progress, "pilot", "fraction") as advance:
         sample(_Pilot(model, len(labels), 0.0, guidance), labels, 1, method, **options)  # a first call is slow
         for rho in PILOT_FRACTIONS:
@@ -91,10 +100,23 @@ def measure_costs(
             cost = [np.where(guided, *pair) for pair in zip(pilot.at(times, True), pilot.at(times, False), strict=True)]
             tflops.append(float(cost[0].sum()) / 1e3)
             seconds.append(float(cost[1].sum()))
+            spreads.append(pilot.spread())
             advance()
     source = f"a pilot of {len(labels)} images on this machine"
-    fractions = list(PILOT_FRACTIONS)
-    return CostTable("TFLOPs", source, fractions, tflops), CostTable("seconds", source, fractions, seconds)
+    fractions, scatter = list(PILOT_FRACTIONS), max(filter(math.isfinite, spreads), default=None)
+    times_table = CostTable("seconds", source, fractions, seconds, scatter, _noise(fractions, seconds, scatter))
+    return CostTable("TFLOPs", source, fractions, tflops), times_table
+
+
+def _noise(fractions: Sequence[float], seconds: Sequence[float], scatter: float | None) -> list[str]:
+    """What shows that the clock of a pilot is noisy."""
+    found = []
+    if scatter is not None and scatter > DISAGREEMENT:
+        found.append(f"the times of the pilot's calls scatter by ±{scatter:.0%} (half the interquartile range)")
+    for (less, shorter), (more, longer) in pairwise(zip(fractions, seconds, strict=True)):
+        if longer > (1 + DISAGREEMENT) * shorter:
+            found.append(f"the pilot took {shorter:.3g} s at drop fraction {less:g} and {longer:.3g} s at {more:g}")
+    return found
 
 
 def seconds_from_profile(
@@ -103,7 +125,8 @@ def seconds_from_profile(
     """Seconds per image of a sampling run with model calls at these times, from a profile.json of ``dcdit profile``.
 
     Each row of a call is taken to cost what a row of the profile's batch cost at that drop fraction. The file does not
-    say which model was profiled, nor on what inputs.
+    say which model was profiled, nor on what inputs. An unreliable profile gives a table with a warning; that a profile
+    is reliable is only known of those written since it is judged.
 
     Args:
         path: of the profile. Before ``variants``, the list in it was called ``sides``; both are read.
@@ -121,9 +144,11 @@ def seconds_from_profile(
         fractions = [float(variant["drop_fraction"]) for variant in dynamic]
         per_row = [variant["ms"] / profile["batch"] / 1e3 for variant in dynamic]
         measured = (profile["device"], profile["dtype"], profile["threads"])
+        scatter = max((variant["spread"] for variant in dynamic if "spread" in variant), default=None)
+        warnings = [] if profile.get("reliable", True) else [f"{path} is unreliable: {profile['warnings'][0]}"]
     except FileNotFoundError:
         raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f"{path} is no profile; accepted: the profile.json of dcdit profile") from None
     here = (device, dtype, torch.get_num_threads())
     if measured != here:
@@ -138,7 +163,7 @@ def seconds_from_profile(
     guided = sum(guidance.at(t) for t in times)
     null_rows = per_row if null is None else [float(np.interp(null, fractions, per_row))] * len(per_row)
     costs = [len(times) * row + guided * null_row for row, null_row in zip(per_row, null_rows, strict=True)]
-    return CostTable("seconds", str(path), fractions, costs)
+    return CostTable("seconds", str(path), fractions, costs, scatter, warnings)
 
 
 class _Pilot:
@@ -172,6 +197,18 @@ class _Pilot:
         out = self._calls[guided](x, t, y, drop_fraction=rho)
         self._marks[guided].append((start, clock.mark()))
         return out
+
+    def spread(self) -> float:
+        """Of the calls' times, the larger of the two kinds; NaN for fewer than 3 calls.
+
+        What is kept changes from call to call, and the times with it. The ratios of successive times hold little of
+        that, and the noise of two.
+        """
+        scatter = [math.nan]
+        for marks in self._marks.values():
+            times = [Clock.milliseconds(*pair) for pair in marks]
+            scatter.append(spread([b / a for a, b in pairwise(times)]) / math.sqrt(2))
+        return max(filter(math.isfinite, scatter), default=math.nan)
 
     def at(self, times: Sequence[float], guided: bool) -> tuple[np.ndarray, np.ndarray]:
         """GFLOPs and seconds per image of calls at these times, interpolated; zeros if there were no such calls."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dcdit.checkpoint import load_model, read_metadata
+from dcdit.checkpoint import load_model, model_file, read_metadata
 from dcdit.data.autoencoder import create_decoder
 from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
@@ -48,12 +48,13 @@ def load_for_sampling(options: SamplingOptions, device: torch.device) -> tuple[D
         FileNotFoundError, ValueError, ModuleNotFoundError: see :func:`dcdit.checkpoint.load_model` and
             :func:`dcdit.data.autoencoder.create_decoder`.
     """
-    model = load_model(options.checkpoint, ema=options.ema).to(device)
+    file = model_file(options.checkpoint, options.ema)  # once: a training run may write another one meanwhile
+    model = load_model(file, options.ema).to(device)
     if isinstance(model, DCDiT):
         channels_last(model)
     if options.precision == "bf16":
         model = model.bfloat16()
-    notes = read_metadata(options.checkpoint, ema=options.ema)
+    notes = read_metadata(file, options.ema)
     return model, create_decoder(options.vae, model.config.in_channels, device, notes)
 
 

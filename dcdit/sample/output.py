@@ -1,6 +1,7 @@
 """The files that ``dcdit sample`` writes: pictures or latents, and the contents of samples.json."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,22 @@ from dcdit.sample.model_calls import CallRecord, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.sample.plan import Plan
 from dcdit.utils.environment import device_name
+from dcdit.utils.files import atomically
+from dcdit.utils.outputs import check_own
+
+RECORD, RECORD_KEYS = "samples.json", ("checkpoint", "model", "labels", "runs")
+"""What a call of ``dcdit sample`` drew, and the keys by which the file is known as one of this package."""
+REPORT, CURVES, MAPS = "report.md", "sampling.png", "maps_{}.png"
+"""Files of the report; the last is one for each set of images."""
+
+
+def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: bool) -> None:
+    """ValueError if files that ``dcdit sample`` writes are there already and are of somebody else."""
+    suffixes = (".png", ".npz", "") if individual else (".png", ".npz")
+    names = [f"{plan.name}{suffix}" for plan in plans for suffix in suffixes]
+    if report:
+        names += [REPORT, CURVES, *(MAPS.format(plan.name) for plan in plans)]
+    check_own(folder, RECORD, RECORD_KEYS, names)
 
 
 def describe(options: SamplingOptions, model: DCDiT | DiT, labels: Tensor, device: torch.device) -> dict[str, Any]:
@@ -81,7 +98,8 @@ def write_images(
     """
     if decode is None:
         file = folder / f"{name}.npz"
-        np.savez(file, latents=x.float().cpu().numpy(), labels=labels.numpy())
+        arrays: dict[str, Any] = {"latents": x.float().cpu().numpy(), "labels": labels.numpy()}
+        atomically(file, lambda target: np.savez(target, **arrays))
         return [file]
     # Pillow is an extra, and latents do not need it.
     from PIL import Image
@@ -90,12 +108,11 @@ def write_images(
 
     pixels = to_pixels(torch.cat([decode(batch) for batch in x.split(batch_size)]))
     files = [folder / f"{name}.png"]
-    grid(pixels, columns or math.ceil(len(pixels) ** 0.5)).save(files[0])
+    atomically(files[0], grid(pixels, columns or math.ceil(len(pixels) ** 0.5)).save)
     if individual:
-        (folder / name).mkdir(exist_ok=True)
         for index, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
             files.append(folder / name / f"{index:05d}_class{label}.png")
-            Image.fromarray(image).save(files[-1])
+            atomically(files[-1], Image.fromarray(image).save, clean=False)
     return files
 
 

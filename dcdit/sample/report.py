@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dcdit.profiling.plots import plot_boundary_maps, plot_sampling
 from dcdit.sample.drawing import Decoder, FirstImage
+from dcdit.sample.output import CURVES, MAPS, REPORT
+from dcdit.utils.files import write_text
 from dcdit.utils.tables import markdown_table
 
 COLUMNS = 6
@@ -30,16 +32,15 @@ def write_report(out: Path, facts: dict[str, Any], first_images: Sequence[FirstI
         The path of report.md.
     """
     runs = facts["runs"]
-    plot_sampling(runs, out / "sampling.png")
+    plot_sampling(runs, out / CURVES)
     sections = []
     for run, first_image in zip(runs, first_images, strict=True):
-        picture = f"maps_{run['name']}.png"
+        picture = MAPS.format(run["name"])
         plot_boundary_maps(_columns(first_image, decode), out / picture, "expected image")
         shown = [f"![samples]({Path(name).name})" for name in run["files"][:1] if name.endswith(".png")]
         sections.append("\n\n".join([f"## {run['name']}", *shown, f"![boundary maps]({picture})"]))
-    path = out / "report.md"
-    path.write_text(_page(facts, sections), encoding="utf-8")
-    return path
+    write_text(out / REPORT, _page(facts, sections))
+    return out / REPORT
 
 
 def _columns(first_image: FirstImage, decode: Decoder | None) -> list[dict[str, Any]]:
@@ -113,7 +114,7 @@ def _page(facts: dict[str, Any], sections: list[str]) -> str:
         markdown_table(head, rows),
         "FLOPs are counted: 2 per multiply-add, both branches of guidance, every model call of the run. Seconds are "
         "the sampler's, decoding not counted. Kept fractions are means over the model calls.",
-        "![kept fraction and FLOPs over the sampling](sampling.png)",
+        f"![kept fraction and FLOPs over the sampling]({CURVES})",
         "\n".join(["What the router keeps before dropping, at the first and the last model call:", "", *changes]),
         *sections,
         "The maps are of the first image. The expected image is the model's estimate of the clean data at that step.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcdit import checkpoint as ckpt
-from dcdit.config import TrainConfig, dump_yaml
+from dcdit.config import TrainConfig
 from dcdit.data import batches, create_dataset
 from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
@@ -24,6 +24,7 @@ from dcdit.train.distill import begin_upcycling
 from dcdit.train.divergence import router_errors_explained
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
+from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
 from dcdit.train.losses import training_losses
 from dcdit.train.records import (
     LogRecord,
@@ -40,7 +41,6 @@ from dcdit.train.state import TrainState
 from dcdit.train.stopping import NO_STOP, Signals, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
 from dcdit.train.validate import Validation
-from dcdit.utils.files import atomically, recover
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,31 @@ def train(
 
     Args:
         config: everything about the run.
-        resume: checkpoint folder, or run folder whose newest checkpoint is taken.
+        resume: checkpoint folder of a run, or run folder whose newest checkpoint is taken. The run goes on in that run
+            folder, whatever ``run.out`` says.
         callbacks: called on the main process with each record that goes into log.jsonl.
 
     Raises:
         ModuleNotFoundError: the extra ``dcdit[train]`` is missing.
-        ValueError, FileNotFoundError: the data, the model and the configuration do not fit one another.
+        ValueError, FileNotFoundError: the data, the model and the configuration do not fit one another, or ``run.out``
+            holds something else.
+        FolderInUseError: another run is in the folder.
         FloatingPointError: the loss, the gradient norm or the weights are no longer finite. Such weights are not saved.
     """
-    optim, run = config.optim, config.run
-    out, log = Path(run.out), Path(run.out) / "log.jsonl"
-    if resume is None and ckpt.list_checkpoints(out):
-        raise ValueError(f"{out} already holds a run; resume it (--resume {out}) or choose another --out")
+    config = placed(config, resume)
     accelerator = create_accelerator(config)
+    with claim_run(config, resume, accelerator):
+        return _train(config, resume, callbacks, accelerator)
+
+
+def _train(
+    config: TrainConfig,
+    resume: str | Path | None,
+    callbacks: Sequence[Callable[[LogRecord], None]],
+    accelerator: Any,
+) -> TrainResult:
+    optim, run = config.optim, config.run
+    out, log = Path(run.out), Path(run.out) / LOG_FILE
     device, main_process = accelerator.device, accelerator.is_main_process
     rank, processes = accelerator.process_index, accelerator.num_processes
 
@@ -115,7 +127,7 @@ def train(
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
-        prepare_folder(out, config)
+        write_config(out, config)
         cut_log(log, start)
     first, end = start * optim.accumulate, optim.steps * optim.accumulate
     data = batches(dataset, first, end, local_batch * processes, rank, processes, config.data.workers)
@@ -197,8 +209,8 @@ def train(
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-        if saved is None:
-            saved = state.save(step, config, dataset, accelerator)
+    if saved is None:  # a resumed run that had nothing left to do
+        saved = ckpt.find_checkpoint(resume or out)
     return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
 
@@ -218,14 +230,6 @@ def create_accelerator(config: TrainConfig) -> Any:
     check_sharding(config)
     cpu = config.optim.device == "cpu"
     return Accelerator(cpu=cpu, mixed_precision="no", log_with=run.trackers, project_dir=run.out)
-
-
-def prepare_folder(out: Path, config: TrainConfig) -> None:
-    """Make the folder of a run, tidy up after a killed process, and write config.yaml."""
-    for folder in (out, out / "checkpoints"):
-        recover(folder)
-    settings = dump_yaml(config)
-    atomically(out / "config.yaml", lambda file: file.write_text(settings, encoding="utf-8"))
 
 
 def progress_bar(done: int, steps: int, shown: bool) -> Any:

@@ -15,7 +15,7 @@ from dcdit.train.compute import SpentFlops
 from dcdit.train.divergence import check_metrics
 from dcdit.train.schedule import compression_target, learning_rate
 from dcdit.train.trackers import Trackers
-from dcdit.utils.files import atomically
+from dcdit.utils.files import write_text
 
 LogRecord = dict[str, Any]
 """A line of log.jsonl: ``step`` and numbers by name."""
@@ -128,9 +128,23 @@ def is_validated(log: Path, step: int) -> bool:
 
 
 def cut_log(log: Path, step: int) -> None:
-    """Remove the records of steps that a resumed run will do again, and a line that a kill left unfinished."""
+    """Remove the records of steps that a resumed run will do again, and a line that a kill left unfinished.
+
+    Raises:
+        ValueError: a line that is no record.
+    """
     if not log.exists():
         return
-    *lines, _ = log.read_text(encoding="utf-8").split("\n")
-    kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
-    atomically(log, lambda file: file.write_text(kept, encoding="utf-8"))
+    *lines, rest = log.read_text(encoding="utf-8").split("\n")
+    kept = [line for number, line in enumerate(lines, 1) if _step(line, f"{log}, line {number}") <= step]
+    with contextlib.suppress(ValueError):
+        # A complete record whose line end is missing, as some editors leave it.
+        kept += [rest] if _step(rest, "") <= step else []
+    write_text(log, "".join(f"{line}\n" for line in kept))
+
+
+def _step(line: str, where: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{where}: {line[:40]!r} is no record of a run; accepted: an object with its step") from None

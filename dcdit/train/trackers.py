@@ -23,7 +23,7 @@ class Trackers:
 
     def __init__(self, accelerator: Any, config: TrainConfig, start: int) -> None:
         self.accelerator = accelerator
-        folder = Path(config.run.out)
+        folder = Path(config.run.out).absolute()
         options = {"tensorboard": {"purge_step": start + 1}, "wandb": {"dir": str(folder), "group": folder.name}}
         chosen = {name: options[name] for name in config.run.trackers or ()}
         accelerator.init_trackers("dcdit", _flat(config), chosen)

@@ -1,1 +1,1 @@
-"""What several packages need and none of them owns: atomic files, tables, images, the environment."""
+"""What several packages need and none of them owns: files and locks, tables, images, the environment."""

@@ -183,6 +183,22 @@ def test_eta_of_a_report_is_the_definition() -> None:
     assert report.etas(rows) == {"drop 0": {"static patch 1": pytest.approx((100 / 50) / (10 / 4))}}
 
 
+@pytest.mark.parametrize(("spread", "marked"), [(0.03, False), (0.4, True)])
+def test_a_page_marks_eta_where_the_times_scatter(spread: float, marked: bool, tmp_path: Path) -> None:
+    common = {"kind": "model", "scale": "S", "size": 64, "batch": 1, "direction": "inference", "images_per_s": 1.0}
+    common |= {"stage_ms": None, "stage_gflops": {}, "optimizer_ms": None, "peak_bytes": None}
+    rows = [
+        {"variant": "static patch 1", "kept_fraction": None, "ms": 100.0, "gflops": 10.0, "spread": spread},
+        {"variant": "drop 0", "kept_fraction": 0.25, "ms": 50.0, "gflops": 4.0, "spread": 0.01},
+    ]
+    found = {"conditions": conditions(), "left_out": {}, "day": "d", "model": [], "op": [], "scaling": []}
+    page = report.write({**found, "model": [common | row for row in rows]}, tmp_path).read_text()
+    assert f"{spread:.1%}" in page
+    assert ("UNRELIABLE: the times of static patch 1 scatter" in page) == marked
+    assert (" unreliable |" in page) == marked
+    assert ("eta 0.80 against static patch 1" in page) != marked
+
+
 def conditions(**changes: object) -> dict:
     known = {"device": "X (R) 1", "threads": 1, "torch": "2", "dtype": "float32", "set": "tiny", "copy_gbps": 9.0}
     return {**known, "left_out": {}, **changes}

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from support.killing import dies_before
 
@@ -191,6 +191,7 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, step):
         if not dies_before(number, replace):
             break
         checkpoint = ckpt.load_checkpoint(tmp_path / "run")
+        assert ckpt.load_checkpoint(checkpoint.path).trainer == checkpoint.trainer
         found.append(checkpoint.trainer["ema"])
         assert_same(checkpoint.ema, {"before": before, "after": after}[found[-1]])
         assert_same(ckpt.load_model(tmp_path / "run").state_dict(), checkpoint.ema)
@@ -202,6 +203,105 @@ def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path, step):
             ckpt.load_checkpoint(path)
     # Once the new one is there, it stays.
     assert found == sorted(found, key=("before", "after").index) and {*found} == {"before", "after"}
+
+
+# --- what is not a checkpoint -----------------------------------------------------------------------------------------
+
+
+def spoil(folder, how):
+    """Make of a checkpoint a folder that must not be replaced or deleted."""
+    if how == "notes":
+        (folder / "notes.txt").write_text("mine")
+    elif how == "folder":
+        (folder / "samples").mkdir()
+    elif how == "foreign weights":
+        save_file({"a": torch.zeros(1)}, folder / ckpt.MODEL_FILE, {"format": "pt"})
+    elif how == "text":
+        (folder / ckpt.EMA_FILE).write_text("months of work")
+    elif how == "link":
+        (folder / ckpt.EMA_FILE).unlink()
+        (folder / ckpt.EMA_FILE).symlink_to(folder / ckpt.MODEL_FILE)
+    else:
+        for file in (ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE):
+            (folder / file).unlink()
+
+
+SPOILS = ["notes", "folder", "foreign weights", "text", "link", "no weights"]
+
+
+@pytest.mark.parametrize("how", SPOILS)
+def test_what_is_no_checkpoint_is_neither_replaced_nor_deleted(saved, how):
+    folder, model, ema, optimizer = saved
+    spoil(folder, how)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with one_line(ValueError, "step_00000002 is no checkpoint of dcdit; accepted: a checkpoint, or "):
+        ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    newest = ckpt.save_checkpoint(folder.with_name("step_00000003"), model, ema, optimizer, {"step": 3})
+    ckpt.keep_newest(newest, 1)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in sorted(folder.parent.iterdir())] == [folder.name, newest.name]
+
+
+@pytest.mark.parametrize("size", [0, 300, -1])
+def test_a_damaged_checkpoint_is_still_a_checkpoint(saved, size):
+    """With nothing in a file, or with its header whole."""
+    folder, model, ema, optimizer = saved
+    file = folder / ckpt.MODEL_FILE
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    file.write_bytes(file.read_bytes()[: header if size == 300 else size])
+    (folder / ckpt.OPTIMIZER_FILE).unlink()
+    assert ckpt.is_checkpoint(folder)
+    ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    assert ckpt.read_trainer(folder) == {"step": 3} and ckpt.load_checkpoint(folder)
+
+
+def test_a_linked_checkpoint_is_saved_through_and_never_deleted(saved, tmp_path):
+    folder, model, ema, optimizer = saved
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    assert folder.is_symlink() and ckpt.read_trainer(elsewhere) == {"step": 3}
+    newest = ckpt.save_checkpoint(folder.with_name("step_00000003"), model, ema, optimizer, {"step": 3})
+    ckpt.keep_newest(newest, 1)
+    recover(folder.parent)
+    assert folder.is_symlink() and ckpt.load_checkpoint(elsewhere)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "run"]
+
+
+def test_a_folder_is_never_replaced_by_a_model(saved):
+    folder, model, *_ = saved
+    for path in (folder, folder.parent, folder.parents[1]):
+        with one_line(ValueError, "is a folder; accepted: the name of a file"):
+            ckpt.save_model(path, model)
+    assert ckpt.load_checkpoint(folder)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    ckpt.save_model(tmp_path / "a.safetensors", tiny())
+    before = (tmp_path / "a.safetensors").read_bytes()
+    monkeypatch.setattr("dcdit.utils.tensors.save_file", full)
+    with one_line(OSError, "a.safetensors cannot be written: .*No space left"):
+        ckpt.save_model(tmp_path / "a.safetensors", tiny(seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+def test_the_run_of_a_path(saved, tmp_path, monkeypatch):
+    folder, *_ = saved
+    run = folder.parents[1]
+    shutil.copytree(folder, tmp_path / "alone")
+    (tmp_path / "link").symlink_to(folder)
+    assert ckpt.run_folder(run) == ckpt.run_folder(folder) == run
+    assert ckpt.run_folder(tmp_path / "link") == run.resolve()
+    monkeypatch.chdir(run / "checkpoints")
+    assert ckpt.run_folder(folder.name) == run
+    with one_line(ValueError, "alone is in no run"):
+        ckpt.run_folder(tmp_path / "alone")
+    with one_line(FileNotFoundError, "no checkpoint in"):
+        ckpt.run_folder(tmp_path)
 
 
 # --- numbers that are not finite ------------------------------------------------------------------------------------

@@ -113,6 +113,18 @@ def test_diffusers_in_shards(dit, tmp_path):
     assert_same_model(load_static_dit(tmp_path), dit)
 
 
+def test_an_index_of_shards_names_no_file_outside_of_its_folder(dit, tmp_path):
+    save_file(to_dit(dit, "diffusers"), tmp_path / "outside.safetensors")
+    folder = tmp_path / "dit"
+    folder.mkdir()
+    config = {"_class_name": "DiTTransformer2DModel", "sample_size": 8, "num_attention_heads": 6}
+    (folder / "config.json").write_text(json.dumps(config))
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        refused(folder, rf"index\.json lists '{name}'; accepted: files inside the folder")
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 

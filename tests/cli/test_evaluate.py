@@ -14,6 +14,7 @@ from torch import nn
 
 from dcdit.checkpoint import save_model
 from dcdit.cli import main
+from dcdit.utils.reading import sha256
 
 PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
 
@@ -109,6 +110,117 @@ def test_two_processes_draw_the_images_of_one(files, evaluate, tmp_path):
     assert main(["evaluate", *map(str, command), "--device", "cpu", "--out", str(tmp_path / "one")]) == 0
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
+
+
+# --- the weights that drew ------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(run, step, seed):
+    """A checkpoint with weights of its own; returns the hash of its averaged weights."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = small_dc_dit(**PIXELS)
+    for name, factor in (("model", 0.5), ("ema", 1.0)):
+        state = {key: value + 0.01 * factor * seed for key, value in model.state_dict().items()}
+        save_model(folder / f"{name}.safetensors", model, state, {"objective": "flow"})
+    return sha256(folder / "ema.safetensors")
+
+
+def drawn(folder):
+    settings = json.loads((folder / "sampling.json").read_text())["settings"]
+    with np.load(folder / "samples.npz") as archive:
+        return settings["weights"], settings["checkpoint"], archive["arr_0"]
+
+
+@pytest.mark.parametrize("moment", ["find_weights", "sampling_options", "load_for_sampling", "make_plans"])
+def test_a_run_that_saves_meanwhile_changes_nothing(evaluate, tmp_path, monkeypatch, moment):
+    """The recorded hash is of the weights that drew, whenever the next checkpoint appears."""
+    first = write_checkpoint(tmp_path / "a", 1, seed=1)
+    module = sys.modules["dcdit.cli.evaluate"]
+    original = getattr(module, moment)
+
+    def saves_then(*args):
+        found = original(*args)
+        write_checkpoint(tmp_path / "a", 2, seed=2)
+        return found
+
+    monkeypatch.setattr(module, moment, saves_then)
+    assert evaluate("--checkpoint {out}/a --num 2 --steps 1 --out {out}/one")[0] == 0
+    weights, checkpoint, pixels = drawn(tmp_path / "one")
+    assert weights == first and checkpoint == str(tmp_path / "a")
+    monkeypatch.undo()
+    assert evaluate("--checkpoint {out}/a/checkpoints/step_00000001 --num 2 --steps 1 --out {out}/two")[0] == 0
+    assert np.array_equal(drawn(tmp_path / "two")[2], pixels)
+    assert evaluate("--checkpoint {out}/a --num 2 --steps 1 --out {out}/three")[0] == 0
+    assert not np.array_equal(drawn(tmp_path / "three")[2], pixels)
+
+
+def test_weights_that_are_replaced_while_they_are_read(evaluate, tmp_path, monkeypatch):
+    """A resumed run writes the same checkpoint again."""
+    write_checkpoint(tmp_path / "a", 1, seed=1)
+    module = sys.modules["dcdit.cli.evaluate"]
+    original = module.load_for_sampling
+
+    def replaces_then(*args):
+        write_checkpoint(tmp_path / "a", 1, seed=2)
+        return original(*args)
+
+    monkeypatch.setattr(module, "load_for_sampling", replaces_then)
+    code, _, err = evaluate("--checkpoint {out}/a --num 2 --steps 1 --out {out}/one")
+    assert code == 2 and err[-1].endswith("ema.safetensors has changed while it was read; run the same command again")
+    assert not (tmp_path / "one" / "samples.npz").exists()
+
+
+def test_samples_that_are_fewer_than_were_drawn(evaluate, tmp_path):
+    command = "--checkpoint {files}/model.safetensors " + SAMPLING
+    assert evaluate(command)[0] == 0
+    np.savez(tmp_path / "run" / "samples.npz", arr_0=images(11))
+    code, _, err = evaluate(command)
+    assert code == 2 and err[-1].endswith("samples.npz holds 11 images; accepted: 12, as sampling.json says")
+
+
+def test_no_ema_takes_the_last_weights(evaluate, tmp_path):
+    write_checkpoint(tmp_path / "a", 1, seed=1)
+    assert evaluate("--checkpoint {out}/a --no-ema --num 2 --steps 1 --out {out}/one")[0] == 0
+    assert drawn(tmp_path / "one")[0] == sha256(tmp_path / "a" / "checkpoints" / "step_00000001" / "model.safetensors")
+
+
+# --- what is said, what is refused ----------------------------------------------------------------------------------
+
+
+def test_what_a_folder_leaves_out_is_one_line(files, tmp_path, capsys):
+    folder = tmp_path / "real"
+    for name in ("a", ".ipynb_checkpoints"):
+        (folder / name).mkdir(parents=True)
+    for i, image in enumerate(images(12)):
+        Image.fromarray(image).save(folder / "a" / f"{i}.png")
+    Image.fromarray(image).save(folder / ".ipynb_checkpoints" / "0.png")
+    command = [
+        "evaluate",
+        "--images",
+        folder,
+        "--reference",
+        folder,
+        "--extractor",
+        files / "net.pt",
+        "--device",
+        "cpu",
+    ]
+    assert main([*map(str, command), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "ipynb" in line]
+    assert lines == [f"dcdit: warning: {folder}: left out, hidden or of the system: 1 ('.ipynb_checkpoints')"]
+
+
+def test_statistics_are_checked_before_anything_is_drawn(files, tmp_path, evaluate):
+    sigma = np.eye(9)
+    sigma[0, 5] = np.nan
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(9), sigma=sigma)
+    np.savez(tmp_path / "both.npz", mu=np.zeros(9), sigma=np.eye(9), count=-5, arr_0=images(12))
+    command = "--checkpoint {files}/model.safetensors --extractor {files}/net.pt --out {out}/run "
+    for name, message in (("nan", "sigma: not finite in 1 of"), ("both", "count is int64 -5; accepted")):
+        code, _, err = evaluate(command + f"--reference {{out}}/{name}.npz")
+        assert code == 2 and err == [f"dcdit: error: {tmp_path / name}.npz: {message}" + err[0].partition(message)[2]]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

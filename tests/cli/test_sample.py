@@ -190,9 +190,19 @@ def test_target_latency_from_a_profile(dynamic, draw, profile, name):
     assert run["target"]["costs"] == pytest.approx([0.093, 0.057]) and run["drop_fraction"] == pytest.approx(0.3)
 
 
+def test_a_choice_by_an_unreliable_profile_says_so_first(dynamic, draw, profile):
+    path = profile(reliable=False, warnings=["threads waited"])
+    report, out = draw(dynamic, "--target-latency", 0.042, "--profile", path)
+    assert out.startswith(
+        f"warning: the target may be missed: {path} is unreliable: threads waited\ntarget 0.042 seconds"
+    )
+    assert report["runs"][0]["target"]["warnings"] == [f"{path} is unreliable: threads waited"]
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        ({"reliable": False}, "is no profile; accepted: the profile.json of dcdit profile"),
         ({"dtype": "bfloat16"}, r"was measured on cpu, bfloat16, \d+ threads; this run has cpu, float32"),
         ({"threads": 99}, r"was measured on cpu, float32, 99 threads; this run has cpu, float32"),
         ({"variants": []}, r"holds the drop fractions \[\]; accepted: at least two"),

@@ -1,5 +1,6 @@
 """Making latents with an untrained autoencoder: what is written, that it continues where it stopped, found damage."""
 
+import json
 import shutil
 
 import pytest
@@ -197,6 +198,16 @@ def test_a_shard_of_another_size_is_found_at_once(copied, damage):
         data = LatentDataset(copied, held_out=0, skip_damaged=True)
     assert [label for _, label in sorted((data.split.item(n), data[n][1]) for n in range(4))] == [0, 1, 1, 1]
     assert len(verify_shards(copied)) == 1
+
+
+def test_a_manifest_names_no_file_outside_of_its_folder(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    shard = manifest["shards"][0]
+    shutil.move(copied / shard["file"], copied.parent)
+    shard["file"] = f"../{shard['file']}"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json lists '\.\./latents_shard00000\.safetensors'; accepted: "):
+        LatentDataset(copied)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[]"])

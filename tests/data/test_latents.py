@@ -350,6 +350,16 @@ def test_bad_index(tmp_path, index):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["../outside.npy", "a/../../outside.npy", "{tmp}/outside.npy"])
+def test_an_index_names_no_file_outside_of_its_folder(tmp_path, name):
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    np.save(tmp_path / "outside.npy", np.ones((8, 4, 4), np.float32))
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[name.format(tmp=tmp_path), 0]]}))
+    with pytest.raises(ValueError, match=r"dataset\.json lists '\S+outside\.npy'; accepted: files inside the folder$"):
+        LatentDataset(folder, held_out=0)
+
+
 def test_bad_zip(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 but then not")
     with pytest.raises(ValueError, match=r"a\.zip is no zip of moments"):

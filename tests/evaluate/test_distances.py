@@ -53,6 +53,16 @@ class Numbered(nn.Identity):
         self.num_features = num_features
 
 
+@pytest.mark.parametrize("counts", [(200, 300), (200, 12), (9, 12)], ids=str)
+def test_distances_are_symmetric(counts):
+    x, y = features(counts[0], 20), features(counts[1], 20, seed=1, shift=0.3)
+    a, b = Gaussian.fit(x), Gaussian.fit(y)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-10)
+    kid, deviation = kernel_distance(x, y)
+    assert kernel_distance(y, x)[0] == pytest.approx(kid, abs=deviation)
+    assert precision_recall(x, y) == precision_recall(y, x)[::-1]
+
+
 @pytest.mark.parametrize("count", [10, 200])
 def test_a_set_has_no_distance_to_itself(count):
     x = Gaussian.fit(features(count, 20))
@@ -138,3 +148,66 @@ def test_precision_falls_with_wild_samples_and_recall_with_narrow_ones():
     assert precision < 0.5
     precision, recall = precision_recall(x * 0.05, x)
     assert precision == 1 and recall < 0.5
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_images_that_are_there_several_times_cover_themselves(width):
+    """Their radius is 0, and a distance of 0 comes out of a matrix product with rounding."""
+    rng = torch.Generator().manual_seed(0)
+    single = torch.randn(250, width, generator=rng).abs()
+    several = single.repeat(5, 1)[torch.randperm(1250, generator=rng)]
+    for count in (5, 26, 100, 250):
+        assert precision_recall(several[:count], several)[0] == 1
+        assert precision_recall(single[:count], several)[0] == 1
+    assert precision_recall(single + 0.01, several)[0] == 0
+
+
+# --- what is no set of features -------------------------------------------------------------------------------------
+
+
+CALLS = {
+    "fit": lambda x, y: Gaussian.fit(x),
+    "kid": kernel_distance,
+    "kid, the other": lambda x, y: kernel_distance(y, x),
+    "is": lambda x, y: inception_score(x),
+    "precision": precision_recall,
+    "recall": lambda x, y: precision_recall(y, x),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "features: not finite in 1 of"),
+        (float("inf"), "features: not finite in 1 of"),
+        (-float("inf"), "features: not finite in 1 of"),
+        (1e300, "features: too large"),
+    ],
+)
+def test_features_that_are_not_finite(call, value, message):
+    x, y = features(20, 5), features(20, 5, seed=1)
+    x[7, 3] = value
+    with pytest.raises(ValueError, match=message):
+        call(x, y)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("shape", [(1, 5), (20,), (20, 0), (20, 5, 1)], ids=str)
+def test_features_of_another_shape(call, shape):
+    with pytest.raises(ValueError, match=r"features of shape \(.*; accepted: \(N, D\) with N at least"):
+        call(torch.zeros(shape), features(20, 5))
+
+
+def test_a_distance_is_a_number_or_an_error():
+    good = Gaussian.fit(features(20, 5))
+    with pytest.raises(ValueError, match="mean: not finite in 1 of"):
+        Gaussian(torch.tensor([0, torch.nan, 0, 0, 0]), good.factor)
+    with pytest.raises(ValueError, match="covariance: not finite in 25 of"):
+        Gaussian(good.mean, torch.full((5, 5), torch.nan))
+    with pytest.raises(
+        ValueError, match="the Fréchet distance is inf: the features or statistics are not finite, or too"
+    ):
+        frechet_distance(Gaussian(good.mean + 5.9e153, good.factor), Gaussian(good.mean - 5.9e153, good.factor))
+    with pytest.raises(ValueError, match="the KID is"):
+        kernel_distance(features(20, 5) * 1e120, features(20, 5))

@@ -114,6 +114,40 @@ def test_each_file_and_resize_has_its_own_identity(tmp_path):
     assert TorchScriptInception(a).identity == identities[0]
 
 
+class Broken(nn.Module):
+    def forward(self, x):
+        if x.shape[0] > 0:
+            raise RuntimeError("no\nway")
+        return x
+
+
+class TakesTwo(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+@pytest.mark.parametrize(("module", "message"), [(Broken(), "way$"), (TakesTwo(), "missing value for argument 'y'")])
+def test_a_script_that_fails_is_named_in_one_line(module, message, tmp_path):
+    extractor = load_extractor(save(module, tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=rf"a\.pt fails on images \(N, 3, 299, 299\): .*{message}") as error:
+        extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert "\n" not in str(error.value)
+
+
+def test_the_identity_is_of_the_network_that_was_loaded(tmp_path, monkeypatch):
+    """The file may be replaced while it is read."""
+    path = save(Plain(), tmp_path / "a.pt")
+    identity = load_extractor(path).identity
+    original = torch.jit.load
+
+    def replaces_then(*args, **options):
+        path.write_bytes(b"another")
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch.jit, "load", replaces_then)
+    assert load_extractor(path).identity == identity
+
+
 def test_files_that_are_no_extractor(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no feature extractor .* nothing is ever downloaded"):
         load_extractor(tmp_path / "a.pt")

@@ -1,8 +1,14 @@
 """Features: the contract of an extractor, the cache on disk, and statistics."""
 
+import os
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support.autoencoder import flip_last_bit
 from support.tiny import TinyExtractor, images
 from torch import nn
 
@@ -65,6 +71,7 @@ def test_a_tuple_is_pooled_logits_spatial():
     ("make", "message"),
     [
         (lambda x: x.float(), r"returned pooled of shape \(3, 3, 8, 8\)"),
+        (lambda x: torch.ones(3, 0), r"returned pooled of shape \(3, 0\) .* accepted: float \(3, D\)"),
         (lambda x: torch.ones(2, 5), r"returned pooled of shape \(2, 5\) .* accepted: float \(3, D\)"),
         (lambda x: torch.ones(3, 5, dtype=torch.int64), "and torch.int64; accepted: float"),
         (lambda x: torch.full((3, 5), torch.nan), "returned pooled that are not finite"),
@@ -116,17 +123,99 @@ def test_an_interrupted_extraction_goes_on(tmp_path):
     assert extractor.images_seen == 2
 
 
+def test_features_are_of_the_same_images():
+    with pytest.raises(
+        ValueError, match=r"features of \{'pooled': 3, 'logits': 2\} images; accepted: of the same images"
+    ):
+        Features(torch.ones(3, 4), torch.ones(2, 5))
+
+
 def test_a_cache_needs_an_identity(tmp_path):
     with pytest.raises(ValueError, match="has no identity, so its features cannot be cached"):
         extract_features(images(3), TinyExtractor(identity=None), cache=tmp_path, progress=False)
 
 
-def test_a_damaged_cache_is_named(tmp_path):
-    extract_features(images(3), TinyExtractor(), cache=tmp_path, progress=False)
+def rewrite(file, change=lambda tensors: tensors, **metadata):
+    """Another safetensors file in the place of one in the cache."""
+    with safe_open(file, framework="pt") as stored:
+        tensors, own = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()  # noqa: SIM118
+    save_file(change(tensors), file, {**own, **metadata})
+
+
+def edited(tensors, kind, edit):
+    return {**tensors, kind: edit(tensors[kind].clone())}
+
+
+DAMAGED = {
+    "cut": lambda file, other: file.write_bytes(file.read_bytes()[:100]),
+    "empty": lambda file, other: file.write_bytes(b""),
+    "a flipped bit": lambda file, other: flip_last_bit(file),
+    "of another batch": lambda file, other: file.write_bytes(other.read_bytes()),
+    "one row less": lambda file, other: rewrite(file, lambda x: {kind: rows[:-1].clone() for kind, rows in x.items()}),
+    "without pooled": lambda file, other: rewrite(file, lambda x: {"x": torch.zeros(1)}),
+    "without logits": lambda file, other: rewrite(file, lambda x: {"pooled": x["pooled"]}),
+    "not finite": lambda file, other: rewrite(file, lambda x: edited(x, "logits", lambda rows: rows.fill_(torch.nan))),
+    "other values": lambda file, other: rewrite(file, lambda x: edited(x, "pooled", lambda rows: rows + 1)),
+    "in half precision": lambda file, other: rewrite(file, lambda x: {kind: rows.half() for kind, rows in x.items()}),
+    "flat": lambda file, other: rewrite(file, lambda x: edited(x, "pooled", lambda rows: rows.flatten())),
+    "a number": lambda file, other: rewrite(file, lambda x: edited(x, "pooled", lambda rows: rows[0, 0])),
+    "without metadata": lambda file, other: save_file({"pooled": torch.zeros(4, 12)}, file),
+    "of another extractor": lambda file, other: rewrite(file, batch="0" * 64),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_file_of_the_cache_that_is_not_what_was_written_is_computed_again(damage, tmp_path):
+    x, extractor = images(8), TinyExtractor()
+    options = {"batch_size": 4, "cache": tmp_path, "progress": False}
+    extract_features(x[4:], extractor, **options)
+    (other,) = tmp_path.iterdir()
+    expected = extract_features(x, extractor, **options)
+    (file,) = set(tmp_path.iterdir()) - {other}
+    damage(file, other)
+    extractor.images_seen = 0
+    with pytest.warns(
+        UserWarning, match=rf"^features of 1 batches were computed again, because of .*{file.name}: "
+    ) as caught:
+        again = extract_features(x, extractor, **options)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert equal(again, expected) and extractor.images_seen == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert equal(extract_features(x, extractor, **options), expected) and extractor.images_seen == 4
+
+
+def test_what_is_no_file_in_the_cache_is_neither_read_nor_replaced(tmp_path):
+    x, extractor = images(4), TinyExtractor()
+    expected = extract_features(x, extractor, cache=tmp_path, progress=False)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged: .* delete it"):
-        extract_features(images(3), TinyExtractor(), cache=tmp_path, progress=False)
+    file.unlink()
+    os.mkfifo(file)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"{file.name}: .*no regular file"):
+            assert equal(extract_features(x, extractor, cache=tmp_path, progress=False), expected)
+        assert file.is_fifo()
+
+
+def test_one_line_for_all_damaged_files_of_the_cache(tmp_path):
+    x, extractor = images(10), TinyExtractor()
+    expected = extract_features(x, extractor, batch_size=2, cache=tmp_path, progress=False)
+    for file in list(tmp_path.iterdir())[:3]:
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="^features of 3 batches were computed again") as caught:
+        assert equal(extract_features(x, extractor, batch_size=2, cache=tmp_path, progress=False), expected)
+    assert len(caught) == 1 and extractor.images_seen == 16
+
+
+def test_an_extractor_whose_features_change_their_width():
+    class Grows(TinyExtractor):
+        def forward(self, x):
+            return super().forward(x)["pooled"][:, : 4 + self.images_seen]
+
+    with pytest.raises(
+        ValueError, match=r"Grows returned features of widths \{'pooled': 6\} once and \{'pooled': 8\} later"
+    ):
+        extract_features(images(4), Grows(), batch_size=2, progress=False)
 
 
 def test_an_extractor_is_put_into_evaluation_mode_meanwhile():
@@ -161,16 +250,67 @@ def test_statistics_of_others_need_no_more_than_mu_and_sigma(tmp_path):
     assert torch.equal(statistics.pooled.covariance(), torch.eye(4).double())
 
 
+def covariance(width=4, **changes):
+    """A covariance with other entries at some places, e.g. ``at_0_1``."""
+    x = np.random.default_rng(0).normal(size=(20, width))
+    sigma = np.cov(x, rowvar=False)
+    for place, value in changes.items():
+        _, row, column = place.split("_")
+        sigma[int(row), int(column)] = value
+    return sigma
+
+
+GOOD = {"mu": np.zeros(4), "sigma": covariance()}
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"arr_0": np.zeros(3)}, "holds no statistics; accepted: an .npz with mu and sigma"),
         ({"mu": np.zeros(4)}, "holds mu without sigma"),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"mu has shape \(4,\) and sigma \(5, 5\)"),
-        ({"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(2)}, "holds mu_s without sigma_s"),
+        ({"mu": np.zeros((1, 4)), "sigma": np.eye(4)}, r"mu has shape \(1, 4\) and sigma \(4, 4\)"),
+        ({"mu": np.zeros(4), "sigma": np.ones(4)}, r"mu has shape \(4,\) and sigma \(4,\)"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu has shape \(0,\) and sigma \(0, 0\)"),
+        ({"mu": np.zeros(4, int), "sigma": np.eye(4)}, "mu is int64; accepted: float"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4, dtype=complex)}, "sigma is complex128; accepted: float"),
+        ({**GOOD, "mu_s": np.zeros(2)}, "holds mu_s without sigma_s"),
+        ({**GOOD, "sigma_s": np.eye(2)}, "holds sigma_s without mu_s"),
+        ({**GOOD, "mu": np.array([0, np.nan, 0, np.inf])}, "mu: not finite in 2 of"),
+        # torch.linalg.eigh reads one triangle only, so a NaN in the other one used to give a number.
+        ({**GOOD, "sigma": covariance(at_0_3=np.nan)}, "sigma: not finite in 1 of"),
+        ({**GOOD, "sigma": covariance(at_3_0=np.nan)}, "sigma: not finite in 1 of"),
+        ({**GOOD, "sigma": covariance(at_2_2=np.inf)}, "sigma: not finite in 1 of"),
+        ({**GOOD, "sigma": covariance() * 1e200}, "sigma: too large"),
+        ({**GOOD, "sigma": covariance(at_0_3=0.5)}, "sigma is not symmetric: entries differ by"),
+        ({**GOOD, "sigma": -np.eye(4)}, r"sigma has the eigenvalue -1; accepted: none below zero"),
+        ({**GOOD, "sigma": covariance(at_1_1=-0.01)}, "sigma has the eigenvalue -.*; accepted: none below zero"),
+        ({**GOOD, "sigma": covariance() - 1.1 * np.eye(4) * np.linalg.eigvalsh(covariance())[0]}, "eigenvalue -"),
+        ({**GOOD, "mu_s": np.zeros(4), "sigma_s": covariance(at_0_1=np.nan)}, "sigma_s: not finite in 1 of"),
+        ({**GOOD, "count": np.int64(-5)}, "count is int64 -5; accepted: an integer of at least 1"),
+        ({**GOOD, "count": np.int64(0)}, "count is int64 0; accepted: an integer of at least 1"),
+        ({**GOOD, "count": np.float64(50_000)}, "count is float64 50000.0; accepted: an integer"),
+        ({**GOOD, "count": np.array([5])}, r"count is int64 \(1,\); accepted: an integer"),
+        ({**GOOD, "count": np.bool_(True)}, "count is bool True; accepted: an integer"),
+        ({**GOOD, "extractor": np.str_("a\x1b[31m")}, "extractor is <U6 .*; accepted: a printable text"),
+        ({**GOOD, "extractor": np.int64(1)}, "extractor is int64"),
+        ({**GOOD, "count": np.array([{}])}, "count holds Python objects"),
     ],
 )
 def test_files_without_statistics(arrays, message, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         Statistics.load(tmp_path / "a.npz")
+    assert str(tmp_path / "a.npz") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("count", [5, 200])
+def test_statistics_that_were_rounded_to_float32_are_accepted(count, dtype, tmp_path):
+    """Of few images too, where most eigenvalues are zero and rounding makes half of them negative."""
+    x = np.random.default_rng(0).normal(size=(count, 64)) + 3
+    sigma = np.cov(x, rowvar=False).astype(dtype)
+    np.savez(tmp_path / "a.npz", mu=x.mean(0).astype(dtype), sigma=sigma, count=np.uint16(count))
+    statistics = Statistics.load(tmp_path / "a.npz")
+    np.testing.assert_allclose(statistics.pooled.covariance(), sigma, atol=1e-5)
+    assert statistics.count == count

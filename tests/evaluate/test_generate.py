@@ -1,13 +1,16 @@
 """Samples of a checkpoint: drawn by several processes, continued, put together, and what they cost."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from support.killing import dies_before
 from support.small import small_dc_dit, small_dit
 
 from dcdit.checkpoint import load_model, save_model
@@ -121,6 +124,81 @@ def test_images_of_other_settings_are_never_mixed(tmp_path, monkeypatch):
     draw(tmp_path)
     with pytest.raises(ValueError, match=r"sampling\.json is of other settings: weights was 'abc' and is 'abd'"):
         draw(tmp_path, weights="abd")
+
+
+# --- files of somebody else -------------------------------------------------------------------------------------------
+
+
+def test_only_the_batches_that_were_drawn_are_removed(tmp_path):
+    (tmp_path / "batches").mkdir()
+    np.savez(tmp_path / "batches" / "999.npz", mine=[1])
+    (tmp_path / "batches" / "notes.txt").write_text("mine")
+    draw(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "batches").iterdir()) == ["999.npz", "notes.txt"]
+    draw(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "batches").iterdir()) == ["999.npz", "notes.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"mine", "an array", "another archive"])
+def test_a_batch_file_of_somebody_else_is_refused(tmp_path, content):
+    file = tmp_path / "batches" / "000001.npz"
+    file.parent.mkdir()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content == "an array":
+        np.save(file.open("wb"), np.zeros(3))
+    else:
+        np.savez(file, images=np.zeros(3))
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"000001\.npz is no batch of dcdit evaluate \([^\n]+\); accepted: "):
+        draw(tmp_path)
+    assert file.read_bytes() == before and [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_batch_file_of_somebody_else_survives_beside_a_finished_set(tmp_path):
+    cost = draw(tmp_path)
+    (tmp_path / "batches").mkdir()
+    (tmp_path / "batches" / "000001.npz").write_bytes(b"mine")
+    assert draw(tmp_path) == cost
+    assert (tmp_path / "batches" / "000001.npz").read_bytes() == b"mine"
+
+
+def test_samples_of_somebody_else_are_refused(tmp_path):
+    (tmp_path / "samples.npz").write_bytes(b"mine")
+    with pytest.raises(
+        ValueError, match=r"samples\.npz is there without sampling\.json and would be replaced; choose "
+    ):
+        draw(tmp_path)
+    for text in ("", "{}", "[]", '{"settings": 3, "work": {}}', '{"settings": {}, "work": {"a": 1}}'):
+        (tmp_path / "sampling.json").write_text(text)
+        with pytest.raises(ValueError, match=r"sampling\.json is not of dcdit evaluate \(\w+\); choose another --out$"):
+            draw(tmp_path)
+    assert (tmp_path / "samples.npz").read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_at_any_moment_of_putting_the_file_together(tmp_path):
+    """The same call ends with the same images, and nothing is left of the killed one."""
+    draw(tmp_path / "whole")
+    draw(tmp_path / "part", rank=1, world=2)
+    with pytest.raises(FileNotFoundError, match="run the same command again"):
+        draw(tmp_path / "part", rank=0, world=3)
+    model, kills = small_dc_dit(**PIXELS), 0
+    for number in itertools.count(0, 7):
+        shutil.copytree(tmp_path / "part", tmp_path / "out")
+        killed = dies_before(number, lambda: draw(tmp_path / "out", model))
+        draw(tmp_path / "out", model)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["samples.npz", "sampling.json"]
+        for a, b in zip(arrays(tmp_path / "whole"), arrays(tmp_path / "out"), strict=True):
+            assert np.array_equal(a, b)
+        shutil.rmtree(tmp_path / "out")
+        kills += killed
+        if not killed:
+            break
+    assert kills > 5
+
+
+# --- folders of earlier versions --------------------------------------------------------------------------------------
 
 
 OLD_FOLDER = {

@@ -69,6 +69,26 @@ def test_folders_can_be_cropped(tmp_path):
     assert x.shape == (3, 8, 8, 3) and [set(image.flat) for image in x] == [{0}, {40}, {80}]
 
 
+def test_batches_of_large_images_are_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr("dcdit.evaluate.images.BATCH_BYTES", 3 * 8 * 8 * 3 + 100)
+    x = images(10)
+    np.savez(tmp_path / "a.npz", arr_0=x)
+    for source in (x, tmp_path / "a.npz", folder_of(x, tmp_path / "folder")):
+        batches = list(open_images(source).batches(50))
+        assert [len(batch) for batch in batches] == [3, 3, 3, 1] and np.array_equal(np.concatenate(batches), x)
+        assert [len(batch) for batch in open_images(source).batches(2)] == [2] * 5
+    monkeypatch.setattr("dcdit.evaluate.images.BATCH_BYTES", 10)
+    assert [len(batch) for batch in open_images(x).batches(50)] == [1] * 10
+
+
+def test_an_archive_that_is_replaced_while_it_is_read(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=images(10))
+    opened = open_images(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", arr_0=images(9))
+    with pytest.raises(ValueError, match=r"a\.npz has changed while it was read"):
+        next(opened.batches(4))
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -76,6 +96,7 @@ def test_folders_can_be_cropped(tmp_path):
         (np.zeros((3, 3, 8, 8), np.uint8), "accepted: uint8 \\(N, H, W, 3\\)"),
         (np.zeros((8, 8, 3), np.uint8), "accepted: uint8 \\(N, H, W, 3\\)"),
         (np.zeros((0, 8, 8, 3), np.uint8), "holds no images"),
+        (np.zeros((20, 0, 0, 3), np.uint8), r"holds no images: they are \(20, 0, 0, 3\)"),
     ],
 )
 def test_arrays_that_are_no_images(array, message, tmp_path):

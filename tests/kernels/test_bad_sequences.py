@@ -12,7 +12,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support.helpers import differentiate, randn, random_probs
+from support.accuracy import differentiate
+from support.inputs import randn, random_probs
 from torch import Tensor
 
 from dcdit import ops

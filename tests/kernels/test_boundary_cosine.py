@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import check_against_reference, differentiate, randn, random_cu_seqlens
+from support import cases
+from support.accuracy import check_against_reference, differentiate
+from support.inputs import randn, random_cu_seqlens
 from torch import Tensor
 
 from dcdit import ops
@@ -14,15 +16,6 @@ from dcdit.ops._triton import boundary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OP = ops.boundary_prob_cosine
-
-
-def pair(*shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Slices of one wider tensor, as a joint projection gives them. The first pair is parallel, the second opposite."""
-    joint = randn(*shape[:-1], 2 * shape[-1], dtype=dtype, seed=seed).to(device)
-    q, k = joint.chunk(2, dim=-1)
-    if shape[-2] > 3:  # these pairs have zero gradients; a third pair shows the size of an ulp
-        k[..., 1, :], k[..., 2, :] = 2 * q[..., 0, :], -q[..., 1, :]
-    return q, k
 
 
 @given(
@@ -34,7 +27,9 @@ def pair(*shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> tu
 @example(shape=(2, 5, 1152), dtype=torch.bfloat16, seed=0)
 @example(shape=(1, 3, 2048), dtype=torch.float16, seed=0)
 def test_grid_batches(shape: tuple[int, int, int], dtype: torch.dtype, seed: int, device: torch.device) -> None:
-    check_against_reference(OP, *pair(*shape, dtype=dtype, seed=seed, device=device), backend="triton")
+    check_against_reference(
+        OP, *cases.boundary_prob_cosine(*shape, dtype=dtype, seed=seed, device=device), backend="triton"
+    )
 
 
 @given(
@@ -48,7 +43,7 @@ def test_grid_batches(shape: tuple[int, int, int], dtype: torch.dtype, seed: int
 @example(lengths=[0, 0, 40, 0], width=24, dtype=torch.bfloat16, seed=0)
 @example(lengths=[1] * 33, width=8, dtype=torch.float32, seed=0)
 def test_packed_sequences(lengths: list[int], width: int, dtype: torch.dtype, seed: int, device: torch.device) -> None:
-    q, k = pair(sum(lengths), width, dtype=dtype, seed=seed, device=device)
+    q, k = cases.boundary_prob_cosine(sum(lengths), width, dtype=dtype, seed=seed, device=device)
     check_against_reference(OP, q, k, random_cu_seqlens(*lengths).to(device), backend="triton")
 
 
@@ -60,7 +55,7 @@ def test_packed_sequences(lengths: list[int], width: int, dtype: torch.dtype, se
 def test_packed_equals_each_sequence_alone(
     lengths: list[int], dtype: torch.dtype, seed: int, device: torch.device
 ) -> None:
-    q, k = pair(sum(lengths), 24, dtype=dtype, seed=seed, device=device)
+    q, k = cases.boundary_prob_cosine(sum(lengths), 24, dtype=dtype, seed=seed, device=device)
     cu_seqlens = random_cu_seqlens(*lengths).to(device)
     cotangent = randn(sum(lengths), seed=3).to(device)
 
@@ -79,7 +74,7 @@ def test_packed_equals_each_sequence_alone(
 @pytest.mark.parametrize("packed", [False, True])
 def test_garbage_stays_in_its_sequence(packed: bool, device: torch.device) -> None:
     # Copies with equal strides: other strides compile another kernel, which may round differently.
-    clean, (q, k) = ([x.clone() for x in pair(2, 6, 24, dtype=torch.float32, seed=0, device=device)] for _ in range(2))
+    clean, (q, k) = ([x.clone() for x in cases.boundary_prob_cosine(2, 6, 24, device=device)] for _ in range(2))
     q[0, 3:], k[0, 3:] = float("nan"), float("inf")
 
     def evaluate(q: Tensor, k: Tensor) -> list[Tensor]:
@@ -95,7 +90,7 @@ def test_garbage_stays_in_its_sequence(packed: bool, device: torch.device) -> No
 
 
 def test_starts_are_exactly_one_and_pass_nothing(device: torch.device) -> None:
-    q, k = pair(12, 24, dtype=torch.float32, seed=0, device=device)
+    q, k = cases.boundary_prob_cosine(12, 24, device=device)
     cu_seqlens = random_cu_seqlens(4, 0, 1, 7).to(device)
     with ops.use_backend("triton"):
         (p,), (dq, dk) = differentiate(OP, (q, k, cu_seqlens))
@@ -106,7 +101,7 @@ def test_starts_are_exactly_one_and_pass_nothing(device: torch.device) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-14, 1e-4, 1e4])
 def test_short_and_long_vectors(scale: float, device: torch.device) -> None:
-    q, k = pair(2, 6, 24, dtype=torch.float32, seed=0, device=device)
+    q, k = cases.boundary_prob_cosine(2, 6, 24, device=device)
     check_against_reference(OP, q * scale, k, backend="triton")
     check_against_reference(OP, q, k * scale, backend="triton")
 
@@ -118,12 +113,10 @@ def test_transposed_input(device: torch.device) -> None:
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
-    inputs = pair(2, 6, 24, dtype=torch.float32, seed=0, device=device)
+    inputs = cases.boundary_prob_cosine(2, 6, 24, device=device)
     with ops.use_backend("triton"):
         _, together = differentiate(OP, inputs)
-        args = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
-        p = OP(*args)
-    (alone,) = torch.autograd.grad(p, args[wanted], randn(2, 6, seed=7).to(device))
+        _, (alone,) = differentiate(OP, inputs, wanted=[wanted])
     torch.testing.assert_close(alone, together[wanted], rtol=0, atol=0)
 
 
@@ -151,7 +144,7 @@ def test_float64_is_refused(device: torch.device) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(packed: bool, dtype: torch.dtype, device: torch.device) -> None:
-    q, k = (x.detach().requires_grad_() for x in pair(6, 24, dtype=dtype, seed=0, device=device))
+    q, k = (x.detach().requires_grad_() for x in cases.boundary_prob_cosine(6, 24, dtype=dtype, seed=0, device=device))
     starts = random_cu_seqlens(2, 4).to(device) if packed else None
     torch.library.opcheck(boundary._cosine.op._opoverload, (q, k, starts, 3))
     grad = randn(6).to(device)
@@ -162,7 +155,7 @@ def test_registration(packed: bool, dtype: torch.dtype, device: torch.device) ->
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_a_graph_break(packed: bool, device: torch.device) -> None:
-    args = pair(2, 6, 24, dtype=torch.float32, seed=0, device=device)
+    args = cases.boundary_prob_cosine(2, 6, 24, device=device)
     if packed:
         args = (*(x.flatten(0, 1) for x in args), random_cu_seqlens(5, 7).to(device))
     with ops.use_backend("triton"):

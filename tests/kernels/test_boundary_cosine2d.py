@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import assert_equal_but_rounding, check_against_reference, differentiate, randn
+from support import cases
+from support.accuracy import assert_equal_but_rounding, check_against_reference, differentiate
+from support.inputs import randn
 from torch import Tensor
 
 from dcdit import ops
@@ -15,24 +17,6 @@ from dcdit.ops._triton import boundary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OP = ops.boundary_prob_cosine2d
-
-
-def arguments(
-    images: int,
-    grid: tuple[int, int],
-    width: int,
-    dtype: torch.dtype = torch.float32,
-    weight_dtype: torch.dtype = torch.float32,
-    spread: float = 0.3,
-    seed: int = 0,
-    *,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    """q and k are slices of one wider tensor. A large ``spread`` of the weights takes p to both ends of the clamp."""
-    joint = randn(images, grid[0] * grid[1], 2 * width, dtype=dtype, seed=seed).to(device)
-    weight = (spread * randn(width, 3, 3, seed=seed + 1) + 1 / 9).to(device, weight_dtype)
-    q, k = joint.chunk(2, dim=-1)
-    return q, k, weight, grid
 
 
 @given(
@@ -54,32 +38,34 @@ def test_matches_the_definition(
     images: int, grid: tuple[int, int], width: int, dtype: torch.dtype, weight_dtype: torch.dtype, spread: float,
     seed: int, device: torch.device,
 ) -> None:  # fmt: skip
-    args = arguments(images, grid, width, dtype, weight_dtype, spread, seed, device=device)
+    args = cases.boundary_prob_cosine2d(images, grid, width, dtype, weight_dtype, spread, seed, device=device)
     check_against_reference(OP, *args, backend="triton")
 
 
 def test_widest_rows(device: torch.device) -> None:
-    check_against_reference(OP, *arguments(1, (2, 2), 2048, torch.float16, device=device), backend="triton")
+    check_against_reference(
+        OP, *cases.boundary_prob_cosine2d(1, (2, 2), 2048, torch.float16, device=device), backend="triton"
+    )
 
 
 def test_both_ends_of_the_clamp_are_reached(device: torch.device) -> None:
     """The random tests above rely on this."""
     with ops.use_backend("triton"):
-        p = OP(*arguments(2, (6, 6), 24, spread=5.0, device=device))
+        p = OP(*cases.boundary_prob_cosine2d(2, (6, 6), 24, spread=5.0, device=device))
     assert (p == 0).any() and (p == 1).any() and ((p > 0) & (p < 1)).any()
 
 
 @pytest.mark.parametrize("splits", [1, 2, 128])
 def test_several_tiles_share_a_partial_sum(splits: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boundary_cosine2d, "MAX_SPLITS", splits)
-    check_against_reference(OP, *arguments(2, (7, 5), 24, device=device), backend="triton")
+    check_against_reference(OP, *cases.boundary_prob_cosine2d(2, (7, 5), 24, device=device), backend="triton")
 
 
 @pytest.mark.parametrize("grid", [(1, 5), (3, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_does_not_feel_its_batch(grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     images = 3
-    q, k, weight, grid = arguments(images, grid, 24, dtype, device=device)
+    q, k, weight, grid = cases.boundary_prob_cosine2d(images, grid, 24, dtype, device=device)
     cotangent = randn(*q.shape[:2], seed=3).to(device)
 
     def evaluate(rows: slice) -> tuple[Tensor, ...]:
@@ -96,7 +82,7 @@ def test_an_image_does_not_feel_its_batch(grid: tuple[int, int], dtype: torch.dt
 
 
 def test_garbage_stays_in_its_image(device: torch.device) -> None:
-    *inputs, weight, grid = arguments(3, (3, 4), 24, device=device)
+    *inputs, weight, grid = cases.boundary_prob_cosine2d(3, (3, 4), 24, device=device)
     # Copies with equal strides: other strides compile another kernel, which may round differently.
     clean, dirty = ([x.clone() for x in inputs] for _ in range(2))
     dirty[0][1], dirty[1][1] = float("nan"), float("inf")
@@ -110,7 +96,7 @@ def test_garbage_stays_in_its_image(device: torch.device) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-14, 1e-4, 1e4])
 def test_short_and_long_vectors(scale: float, device: torch.device) -> None:
-    q, k, weight, grid = arguments(2, (3, 4), 24, device=device)
+    q, k, weight, grid = cases.boundary_prob_cosine2d(2, (3, 4), 24, device=device)
     one_row = torch.ones(12, 1, device=device).index_fill(0, torch.tensor([5], device=device), scale)
     check_against_reference(OP, q * one_row, k, weight, grid, backend="triton")
     check_against_reference(OP, q, k * one_row, weight, grid, backend="triton")
@@ -118,12 +104,10 @@ def test_short_and_long_vectors(scale: float, device: torch.device) -> None:
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
-    inputs = arguments(2, (3, 4), 24, device=device)
+    inputs = cases.boundary_prob_cosine2d(2, (3, 4), 24, device=device)
     with ops.use_backend("triton"):
         _, together = differentiate(OP, inputs)
-        args = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs[:3])]
-        p = OP(*args, inputs[3])
-    (alone,) = torch.autograd.grad(p, args[wanted], randn(2, 12, seed=7).to(device))
+        _, (alone,) = differentiate(OP, inputs, wanted=[wanted])
     assert_equal_but_rounding(alone, together[wanted])
 
 
@@ -156,7 +140,7 @@ def test_float64_is_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(dtype: torch.dtype, device: torch.device) -> None:
-    q, k, weight, _ = arguments(1, (2, 3), 24, dtype, device=device)
+    q, k, weight, _ = cases.boundary_prob_cosine2d(1, (2, 3), 24, dtype, device=device)
     taps = weight.reshape(24, 9).t().contiguous()
     leaves = [x.detach().requires_grad_() for x in (q[0], k[0], taps)]
     torch.library.opcheck(boundary._cosine2d.op._opoverload, (*leaves, 2, 3))
@@ -167,7 +151,7 @@ def test_registration(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_compiles_without_a_graph_break(device: torch.device) -> None:
-    args = arguments(2, (3, 4), 24, device=device)
+    args = cases.boundary_prob_cosine2d(2, (3, 4), 24, device=device)
     with ops.use_backend("triton"):
         eager = differentiate(OP, args)
         traced = differentiate(torch.compile(OP, fullgraph=True, backend="aot_eager"), args)

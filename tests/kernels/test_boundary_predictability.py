@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import check_predictability, check_rms_against_reference, differentiate, randn
+from support import cases
+from support.accuracy import check_against_reference, check_rms_against_reference, differentiate
+from support.inputs import randn
 from torch import Tensor
 
 from dcdit import ops
@@ -15,28 +17,7 @@ from dcdit.kernels import boundary_predictability, launch
 from dcdit.ops._triton import boundary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = ["channels_first", "channels_last", "sliced channels_first", "sliced channels_last", "neither"]
 OP = ops.boundary_prob_predictability
-
-
-def features_like(memory_format: str, *shape: int, dtype: torch.dtype, seed: int, device: torch.device) -> Tensor:
-    """(B, C, H, W) in a memory format, "sliced" out of more channels, or with strides in "neither" format."""
-    b, c, h, w = shape
-    if memory_format == "neither":
-        return randn(b, h, w, 2 * c, dtype=dtype, seed=seed).to(device).permute(0, 3, 1, 2)[:, ::2]
-    x = randn(b, 2 * c, h, w, dtype=dtype, seed=seed).to(device)
-    if "channels_last" in memory_format:
-        x = x.contiguous(memory_format=torch.channels_last)
-    memory = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
-    return x[:, c:] if "sliced" in memory_format else x[:, c:].contiguous(memory_format=memory)
-
-
-def parameters(
-    channels: int, dtype: torch.dtype = torch.float32, seed: int = 0, *, device: torch.device
-) -> list[Tensor]:
-    norm_weight, norm_bias, out_weight = (randn(channels, seed=seed + i) for i in range(1, 4))
-    made = (1 + 0.3 * norm_weight, 0.3 * norm_bias, out_weight / channels**0.5, randn(seed=seed + 4))
-    return [value.to(device, dtype) for value in made]
 
 
 @pytest.fixture
@@ -56,7 +37,7 @@ case = given(
     images=st.integers(0, 2),
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     width=st.sampled_from([(8, 8), (16, 4), (24, 8), (36, 3), (40, 1), (12, 12)]),
-    memory_format=st.sampled_from(FORMATS),
+    memory_format=st.sampled_from(cases.MEMORY_FORMATS),
     dtype=st.sampled_from(DTYPES),
     parameter_dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
@@ -70,9 +51,9 @@ def check(
     if grid == (1, 1) and width[0] == width[1]:
         width = (8, 4)  # PyTorch refuses groups of one number, which have no variance
     channels, groups = width
-    x = features_like(memory_format, images, channels, *grid, dtype=dtype, seed=seed, device=device)
-    args = (x, *parameters(channels, parameter_dtype, seed, device=device), groups, 1e-5)
-    check_predictability(*args, backend="triton")
+    x = cases.predictability_features(memory_format, images, channels, *grid, dtype=dtype, seed=seed, device=device)
+    args = (x, *cases.predictability_parameters(channels, parameter_dtype, seed, device=device), groups, 1e-5)
+    check_against_reference(OP, *args, backend="triton")
 
 
 @case
@@ -103,8 +84,8 @@ def test_as_accurate_as_pytorch_over_many_inputs(memory_format: str, device: tor
     """The error over many inputs averages luck out, so this check needs no absolute floor."""
 
     def arguments(seed: int) -> tuple[Any, ...]:
-        x = features_like(memory_format, 2, 24, 5, 5, dtype=torch.float32, seed=seed, device=device)
-        return x, *parameters(24, seed=seed, device=device), 8, 1e-5
+        x = cases.predictability_features(memory_format, 2, 24, 5, 5, seed=seed, device=device)
+        return x, *cases.predictability_parameters(24, seed=seed, device=device), 8, 1e-5
 
     check_rms_against_reference(OP, arguments, backend="triton")
 
@@ -115,16 +96,18 @@ def test_as_accurate_as_pytorch_over_many_inputs(memory_format: str, device: tor
 def test_more_groups_than_one_program_can_sort(
     memory_format: str, channels: int, groups: int, device: torch.device
 ) -> None:
-    x = features_like(memory_format, 1, channels, 2, 2, dtype=torch.float32, seed=0, device=device)
-    check_predictability(x, *parameters(channels, device=device), groups, 1e-5, backend="triton")
+    x = cases.predictability_features(memory_format, 1, channels, 2, 2, device=device)
+    check_against_reference(
+        OP, x, *cases.predictability_parameters(channels, device=device), groups, 1e-5, backend="triton"
+    )
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_statistics_far_from_zero(memory_format: str, device: torch.device) -> None:
     """Computed from sums of squares, the variance of these features would be lost to rounding."""
-    x = 3000 + features_like(memory_format, 2, 16, 5, 5, dtype=torch.float32, seed=0, device=device)
-    _, stats = boundary._predictability(x.flatten(2), *parameters(16, device=device), 4, 1e-5)
+    x = 3000 + cases.predictability_features(memory_format, 2, 16, 5, 5, device=device)
+    _, stats = boundary._predictability(x.flatten(2), *cases.predictability_parameters(16, device=device), 4, 1e-5)
     groups = x.double().reshape(2, 4, -1)
     variance, mean = torch.var_mean(groups, dim=2, correction=0)
     torch.testing.assert_close(stats[:, 0].double(), mean, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
@@ -133,15 +116,15 @@ def test_statistics_far_from_zero(memory_format: str, device: torch.device) -> N
 
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_constant_features(memory_format: str, device: torch.device) -> None:
-    x = torch.full_like(features_like(memory_format, 2, 16, 3, 3, dtype=torch.float32, seed=0, device=device), 0.3)
-    check_predictability(x, *parameters(16, device=device), 4, 1e-5, backend="triton")
+    x = torch.full_like(cases.predictability_features(memory_format, 2, 16, 3, 3, device=device), 0.3)
+    check_against_reference(OP, x, *cases.predictability_parameters(16, device=device), 4, 1e-5, backend="triton")
 
 
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_corners_are_exactly_one_and_pass_nothing(memory_format: str, dtype: torch.dtype, device: torch.device) -> None:
-    x = features_like(memory_format, 2, 16, 3, 5, dtype=dtype, seed=0, device=device).requires_grad_()
-    leaves = [x, *(value.requires_grad_() for value in parameters(16, device=device))]
+    x = cases.predictability_features(memory_format, 2, 16, 3, 5, dtype=dtype, device=device).requires_grad_()
+    leaves = [x, *(value.requires_grad_() for value in cases.predictability_parameters(16, device=device))]
     with ops.use_backend("triton"):
         p = OP(*leaves, 4, 1e-5)
     assert (p[:, [0, -1]] == 1).all() and (p[:, 1:-1] < 1).all()
@@ -152,11 +135,11 @@ def test_corners_are_exactly_one_and_pass_nothing(memory_format: str, dtype: tor
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", cases.MEMORY_FORMATS)
 def test_gradient_keeps_the_memory_format(memory_format: str, device: torch.device) -> None:
-    x = features_like(memory_format, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
+    x = cases.predictability_features(memory_format, 2, 16, 3, 5, device=device)
     with ops.use_backend("triton"):
-        _, (grad, *_) = differentiate(OP, (x, *parameters(16, device=device), 4, 1e-5))
+        _, (grad, *_) = differentiate(OP, (x, *cases.predictability_parameters(16, device=device), 4, 1e-5))
     memory = torch.channels_last if "channels_last" in memory_format else torch.contiguous_format
     assert grad.is_contiguous(memory_format=memory)
 
@@ -165,14 +148,14 @@ def test_gradient_keeps_the_memory_format(memory_format: str, device: torch.devi
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_does_not_feel_its_batch(memory_format: str, dtype: torch.dtype, device: torch.device) -> None:
-    x = features_like(memory_format, 3, 16, 3, 5, dtype=dtype, seed=0, device=device)
+    x = cases.predictability_features(memory_format, 3, 16, 3, 5, dtype=dtype, device=device)
     x[1] = float("nan")
     cotangent = randn(3, 15, seed=3).to(device)
 
     def evaluate(rows: slice) -> tuple[Tensor, Tensor]:
         part = x[rows].detach().requires_grad_()
         with ops.use_backend("triton"):
-            p = OP(part, *parameters(16, device=device), 4, 1e-5)
+            p = OP(part, *cases.predictability_parameters(16, device=device), 4, 1e-5)
         return p.detach(), torch.autograd.grad(p, part, cotangent[rows])[0]
 
     together = evaluate(slice(None))
@@ -186,19 +169,17 @@ def test_an_image_does_not_feel_its_batch(memory_format: str, dtype: torch.dtype
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("wanted", range(5))
 def test_each_gradient_alone(memory_format: str, wanted: int, device: torch.device) -> None:
-    x = features_like(memory_format, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
-    inputs = [x, *parameters(16, device=device)]
+    x = cases.predictability_features(memory_format, 2, 16, 3, 5, device=device)
+    inputs = [x, *cases.predictability_parameters(16, device=device)]
     with ops.use_backend("triton"):
         _, together = differentiate(OP, (*inputs, 4, 1e-5))
-        args = [value.detach().requires_grad_(i == wanted) for i, value in enumerate(inputs)]
-        p = OP(*args, 4, 1e-5)
-    (alone,) = torch.autograd.grad(p, args[wanted], randn(2, 15, seed=7).to(device))
+        _, (alone,) = differentiate(OP, (*inputs, 4, 1e-5), wanted=[wanted])
     torch.testing.assert_close(alone, together[wanted], rtol=0, atol=0)
 
 
 def test_weight_of_a_convolution(device: torch.device) -> None:
-    x = features_like("channels_last", 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
-    norm_weight, norm_bias, out_weight, out_bias = parameters(16, device=device)
+    x = cases.predictability_features("channels_last", 2, 16, 3, 5, device=device)
+    norm_weight, norm_bias, out_weight, out_bias = cases.predictability_parameters(16, device=device)
     with ops.use_backend("triton"):
         _, flat = differentiate(OP, (x, norm_weight, norm_bias, out_weight, out_bias, 4, 1e-5))
         args = (x, norm_weight, norm_bias, out_weight.view(1, 16, 1, 1), out_bias.view(1), 4, 1e-5)
@@ -217,7 +198,7 @@ def test_features_far_apart_in_memory(strides: tuple[int, int, int], device: tor
         far = far[:1]
     far.copy_(randn(*far.shape, dtype=torch.float16).to(device))
     results = [
-        boundary._predictability(x, *parameters(8, device=device), 4, 1e-5)
+        boundary._predictability(x, *cases.predictability_parameters(8, device=device), 4, 1e-5)
         for x in (far, far.contiguous() if strides[2] == 1 else far.mT.contiguous().mT)
     ]
     for actual, wanted in zip(*results, strict=True):
@@ -227,14 +208,14 @@ def test_features_far_apart_in_memory(strides: tuple[int, int, int], device: tor
 def test_float64_is_refused(device: torch.device) -> None:
     x = torch.zeros(1, 8, 2, 2, dtype=torch.float64, device=device)
     with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
-        OP(x, *parameters(8, device=device))
+        OP(x, *cases.predictability_parameters(8, device=device))
 
 
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(memory_format: str, dtype: torch.dtype, device: torch.device) -> None:
-    x = features_like(memory_format, 2, 16, 3, 5, dtype=dtype, seed=0, device=device).flatten(2)
-    values = parameters(16, device=device)
+    x = cases.predictability_features(memory_format, 2, 16, 3, 5, dtype=dtype, device=device).flatten(2)
+    values = cases.predictability_parameters(16, device=device)
     leaves = [value.detach().requires_grad_() for value in (x, *values)]
     torch.library.opcheck(boundary._predictability.op._opoverload, (*leaves, 4, 1e-5))
     p, stats = boundary._predictability(x, *values, 4, 1e-5)
@@ -245,8 +226,8 @@ def test_registration(memory_format: str, dtype: torch.dtype, device: torch.devi
 
 @pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
 def test_compiles_without_a_graph_break(memory_format: str, device: torch.device) -> None:
-    x = features_like(memory_format, 2, 16, 3, 5, dtype=torch.float32, seed=0, device=device)
-    args = (x, *parameters(16, device=device), 4, 1e-5)
+    x = cases.predictability_features(memory_format, 2, 16, 3, 5, device=device)
+    args = (x, *cases.predictability_parameters(16, device=device), 4, 1e-5)
     with ops.use_backend("triton"):
         eager = differentiate(OP, args)
         traced = differentiate(torch.compile(OP, fullgraph=True, backend="aot_eager"), args)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import (
+from support import cases
+from support.accuracy import (
     assert_close_to_reference,
     check_against_reference,
     check_rms_against_reference,
+    cotangent,
     differentiate,
-    randn,
-    random_cu_seqlens,
-    random_probs,
 )
+from support.inputs import packed_selection, randn, random_cu_seqlens, random_selection
 from torch import Tensor
 
 from dcdit import ops
@@ -43,57 +43,21 @@ def small_chunks() -> Iterator[ExitStack]:
         yield stack
 
 
-def grid_case(
-    images: int, length: int, pattern: str = "random", seed: int = 0, **options: Any
-) -> tuple[Tensor, TokenSelection]:
-    p = random_probs(images, length, pattern=pattern, seed=seed)
-    with ops.use_backend("reference"):
-        return p, ops.select_tokens(p, **options)
-
-
-def packed_case(
-    lengths: list[int], pattern: str = "random", seed: int = 0, **options: Any
-) -> tuple[Tensor, TokenSelection]:
-    p = random_probs(max(sum(lengths), 1), pattern=pattern, seed=seed)[: sum(lengths)]
-    with ops.use_backend("reference"):
-        return p, ops.select_tokens(p, random_cu_seqlens(*lengths), **options)
-
-
-def arguments(
-    case: tuple[Tensor, TokenSelection],
-    width: int = 8,
-    dtype: torch.dtype = torch.float32,
-    gate: bool = True,
-    residual: bool = True,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> tuple[Any, ...]:
-    """h and residual are slices of wider rows; padding rows of h are NaN."""
-    p, sel = case
-    sel = TokenSelection(*(x.to(device) if isinstance(x, Tensor) else x for x in sel))
-    h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed)[:, width:].to(device)
-    h[int(sel.cu_seqlens[-1]) :] = float("nan")
-    extra = randn(*p.shape, 2 * width, dtype=dtype, seed=seed + 1).to(device)[..., :width]
-    ste_coefficient = torch.where(p > 0.5, p, 1 - p).to(device)
-    return h, p.to(device), sel, ste_coefficient if gate else None, extra if residual else None
-
-
 def check(*args: Any) -> None:
     """Output and gradients against the definition; those of p and the gate are sums of terms that cancel."""
     of_p, of_gate = magnitudes(*args[:3])
-    terms = {1: of_p} if args[3] is None else {1: of_p, 2: of_gate}
-    check_against_reference(dechunk_ema, *args, backend="triton", terms=terms)
+    check_against_reference(dechunk_ema, *args, backend="triton", terms={"p": of_p, "gate": of_gate})
 
 
 def magnitudes(h: Tensor, p: Tensor, sel: TokenSelection) -> tuple[float, float]:
-    """The largest gradients of p and the gate under the cotangent of :func:`run`, if all their terms had one sign."""
+    """The largest gradients of p and the gate, if all their terms had one sign."""
     if p.numel() == 0:
         return 0.0, 0.0
+    given = (h, p)
     h, p = h.nan_to_num().double().abs().requires_grad_(), p.double()
     gate = torch.ones_like(p).requires_grad_()
     held = reference.dechunk_ema(h, p, sel, gate)
-    cotangent = randn(*held.shape, seed=7).to(held).abs()
-    grad_h, grad_gate = torch.autograd.grad(held, (h, gate), cotangent)
+    grad_h, grad_gate = torch.autograd.grad(held, (h, gate), cotangent(held, given).abs())
     kept = sel.packed_rows >= 0
     packed_row, q = sel.packed_rows[kept].long(), p[kept].clamp(1e-4, 1 - 1e-4)[:, None]
     own = h.detach()[packed_row]
@@ -128,8 +92,8 @@ def test_grid_source_matches_the_definition(
     images: int, length: int, width: int, pattern: str, dtype: torch.dtype, gate: bool, residual: bool, seed: int,
     device: torch.device,
 ) -> None:  # fmt: skip
-    case = grid_case(images, length, pattern, seed)
-    args = arguments(case, width, dtype, gate, residual, seed, device)
+    case = random_selection(images, length, pattern=pattern, seed=seed)
+    args = cases.dechunk_ema(*case, width, dtype, gate, residual, seed, device)
     check(*args)
 
 
@@ -139,7 +103,9 @@ def test_grid_source_matches_the_definition(
 def test_packed_source_matches_the_definition(
     lengths: list[int], pattern: str, dtype: torch.dtype, gate: bool, residual: bool, seed: int, device: torch.device
 ) -> None:
-    args = arguments(packed_case(lengths, pattern, seed), 8, dtype, gate, residual, seed, device)
+    args = cases.dechunk_ema(
+        *packed_selection(*lengths, pattern=pattern, seed=seed), 8, dtype, gate, residual, seed, device
+    )
     check(*args)
 
 
@@ -147,7 +113,7 @@ def test_gradients_of_p_and_gate_are_as_accurate_as_pytorch(device: torch.device
     """Chance averages out over many inputs, so the tolerance needs no minimum."""
     check_rms_against_reference(
         dechunk_ema,
-        lambda seed: arguments(grid_case(1, 20, seed=seed), residual=False, seed=seed, device=device),
+        lambda seed: cases.dechunk_ema(*random_selection(1, 20, seed=seed), residual=False, seed=seed, device=device),
         backend="triton",
     )
 
@@ -155,7 +121,7 @@ def test_gradients_of_p_and_gate_are_as_accurate_as_pytorch(device: torch.device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capacity", [12, 90])
 def test_padding_rows_are_ignored(capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-    args = arguments(grid_case(2, 15, capacity=capacity), 8, dtype, device=device)
+    args = cases.dechunk_ema(*random_selection(2, 15, capacity=capacity), 8, dtype, device=device)
     check(*args)
     padding = int(args[2].cu_seqlens[-1])
     assert padding < capacity
@@ -163,14 +129,14 @@ def test_padding_rows_are_ignored(capacity: int, dtype: torch.dtype, device: tor
 
 
 def test_budget_keeps_tokens_of_zero_probability(device: torch.device) -> None:
-    args = arguments(grid_case(2, 15, "extreme", budget=12), device=device)
+    args = cases.dechunk_ema(*random_selection(2, 15, pattern="extreme", budget=12), device=device)
     check(*args)
 
 
 def test_gradient_of_p_includes_the_ends_of_the_clamp(device: torch.device) -> None:
-    case = grid_case(1, 6, budget=6)
+    case = random_selection(1, 6, budget=6)
     p = torch.tensor([[1e-4, 1 - 1e-4, 0.5, 0.0, 1.0, 0.7]])
-    args = arguments((p, case[1]), device=device)
+    args = cases.dechunk_ema(p, case[1], device=device)
     grad_p = run(dechunk_ema, *args)[2]
     with ops.use_backend("reference"):
         wanted = differentiate(dechunk_ema, args)[1][1]
@@ -180,20 +146,20 @@ def test_gradient_of_p_includes_the_ends_of_the_clamp(device: torch.device) -> N
 
 def test_shipped_configuration(small_chunks: ExitStack, device: torch.device) -> None:
     small_chunks.close()
-    args = arguments(packed_case([1, 67]), 24, torch.bfloat16, device=device)
+    args = cases.dechunk_ema(*packed_selection(1, 67), 24, torch.bfloat16, device=device)
     check(*args)
 
 
 def test_wide_rows(small_chunks: ExitStack, device: torch.device) -> None:
     small_chunks.close()
-    args = arguments(grid_case(1, 5), 2048, torch.float16, device=device)
+    args = cases.dechunk_ema(*random_selection(1, 5), 2048, torch.float16, device=device)
     check(*args)
 
 
 def test_sequences_of_65536(device: torch.device) -> None:
     """One long sequence among short ones, cut into chunks whose states are carried. Few tokens are kept."""
-    p, sel = packed_case([3, 65_536, 2])
-    h, p, sel, *_ = arguments((p, sel), gate=False, residual=False, device=device)
+    p, sel = packed_selection(3, 65_536, 2)
+    h, p, sel, *_ = cases.dechunk_ema(p, sel, gate=False, residual=False, device=device)
     with force_config("dechunk_ema", {"CHUNK": 1024, "BLOCK_D": 8, "num_warps": 4}):
         results = [evaluate_h(backend, h, p, sel) for backend in ("triton", "torch")]
     exact = evaluate_h("torch", h.double(), p.double(), sel)
@@ -212,8 +178,8 @@ def evaluate_h(backend: str, h: Tensor, p: Tensor, sel: TokenSelection) -> tuple
 @given(lengths=st.lists(st.integers(0, 12), min_size=2, max_size=2), dtype=st.sampled_from(DTYPES))
 @example(lengths=[3, 35, 9], dtype=torch.float32)
 def test_packed_equals_each_sequence_alone(lengths: list[int], dtype: torch.dtype, device: torch.device) -> None:
-    case = packed_case(lengths)
-    h, p, sel, gate, residual = arguments(case, 8, dtype, device=device)
+    case = packed_selection(*lengths)
+    h, p, sel, gate, residual = cases.dechunk_ema(*case, 8, dtype, device=device)
 
     def evaluate(*args: Any) -> list[Tensor]:
         leaves = [args[i].detach().requires_grad_() for i in (0, 1, 3, 4)]
@@ -235,7 +201,7 @@ def test_packed_equals_each_sequence_alone(lengths: list[int], dtype: torch.dtyp
 
 
 def test_grid_equals_packed(device: torch.device) -> None:
-    h, p, sel, gate, residual = arguments(grid_case(2, 19), device=device)
+    h, p, sel, gate, residual = cases.dechunk_ema(*random_selection(2, 19), device=device)
     flat = sel._replace(
         source_cu_seqlens=random_cu_seqlens(19, 19).to(device),
         mask=sel.mask.flatten(),
@@ -248,25 +214,23 @@ def test_grid_equals_packed(device: torch.device) -> None:
 
 @pytest.mark.parametrize("wanted", [0, 1, 3, 4])
 def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
-    args = list(arguments(grid_case(2, 19), device=device))
+    args = cases.dechunk_ema(*random_selection(2, 19), device=device)
     together = dict(zip((0, 1, 3, 4), run(dechunk_ema, *args)[1:], strict=True))
-    leaf = args[wanted] = args[wanted].detach().requires_grad_()
     with ops.use_backend("triton"):
-        out = dechunk_ema(*args)
-    grad = torch.autograd.grad(out, leaf, randn(*out.shape, seed=7).to(device))[0]
-    torch.testing.assert_close(grad, together[wanted], rtol=0, atol=0)
+        _, (alone,) = differentiate(dechunk_ema, args, wanted=[wanted])
+    torch.testing.assert_close(alone, together[wanted], rtol=0, atol=0)
 
 
 def test_float64_is_refused() -> None:
-    h, *others = arguments(grid_case(1, 5), residual=False)
+    h, *others = cases.dechunk_ema(*random_selection(1, 5), residual=False)
     with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
         dechunk_ema(h.double(), *others)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_registration(packed: bool, device: torch.device) -> None:
-    case = packed_case([9, 0, 2]) if packed else grid_case(2, 9, capacity=12)
-    h, p, sel, gate, residual = arguments(case, device=device)
+    case = packed_selection(9, 0, 2) if packed else random_selection(2, 9, capacity=12)
+    h, p, sel, gate, residual = cases.dechunk_ema(*case, device=device)
     h = h.nan_to_num()  # opcheck compares whole inputs, and NaN is not equal to itself
     h, p, gate, rows = (x.detach().requires_grad_() for x in (h, p, gate, residual.reshape(-1, 8)))
     token_map = (sel.packed_rows, sel.cu_seqlens, sel.source_cu_seqlens)
@@ -279,7 +243,7 @@ def test_registration(packed: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_a_graph_break(packed: bool, device: torch.device) -> None:
-    case = packed_case([9, 0, 2]) if packed else grid_case(2, 9, capacity=12)
-    args = arguments(case, device=device)
+    case = packed_selection(9, 0, 2) if packed else random_selection(2, 9, capacity=12)
+    args = cases.dechunk_ema(*case, device=device)
     compiled = torch.compile(dechunk_ema, fullgraph=True, backend="aot_eager")
     assert_same(run(compiled, *args), run(dechunk_ema, *args))

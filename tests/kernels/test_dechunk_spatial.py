@@ -9,14 +9,9 @@ import torch
 import triton
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import (
-    check_against_reference,
-    check_rms_against_reference,
-    differentiate,
-    randn,
-    random_selection,
-    to_float64,
-)
+from support import cases
+from support.accuracy import check_against_reference, check_rms_against_reference, cotangent, differentiate, to_float64
+from support.inputs import PATTERNS, randn
 from torch import Tensor
 
 from dcdit import ops
@@ -28,7 +23,6 @@ from dcdit.ops._triton.nested import leaves
 from dcdit.ops.numerics import window_radius
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PATTERNS = ["random", "ties", "one", "none", "all", "extreme", "long"]
 MODES: list[dict[str, Any]] = [{}, {"drop_fraction": 0.4}, {"capacity": 60}, {"budget": 1}, {"threshold": 0.2}]
 SMOOTH = {"BAND_H": 4, "STRIP_W": 4, "BM": 16, "BJ": 16, "LINES": 4, "BLOCK_D": 16, "num_warps": 4}
 SMALL_BLOCKS = {
@@ -62,52 +56,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch, "config_for", lambda kernel, *_, **__: large[kernel])
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, TokenSelection):
-        return TokenSelection(*(moved(field, device) for field in value))
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def arguments(
-    images: int,
-    grid: tuple[int, int],
-    width: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    sigma: float = 1.0,
-    pattern: str = "random",
-    gate: bool = True,
-    residual: bool = True,
-    seed: int = 0,
-    **mode: Any,
-) -> tuple[Any, ...]:
-    """Arguments of dechunk_spatial in order."""
-    length = grid[0] * grid[1]
-    p, sel = random_selection(images, length, pattern=pattern, seed=seed, **mode)
-    h = randn(sel.indices.shape[0], width, dtype=dtype, seed=seed + 1)
-    added = randn(images, length, width, dtype=dtype, seed=seed + 2) if residual else None
-    ste_coefficient = torch.where(p > 0.5, p, 1 - p) if gate else None
-    return tuple(moved(x, device) for x in (h, p, sel, grid, sigma, ste_coefficient, added))
-
-
 def hand_made(mask: Tensor, grid: tuple[int, int], width: int, device: torch.device) -> tuple[Any, ...]:
     """Arguments for a kept mask that no selection would make."""
-    p = torch.where(mask, 0.8, 0.2)
-    lengths = mask.sum(1).to(torch.int32)
-    sel = TokenSelection(
-        indices=mask.flatten().nonzero().squeeze(1),
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        lengths=lengths,
-        max_seqlen=int(lengths.max()),
-        mask=mask,
-        natural_mask=mask,
-        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
-        overflow=torch.zeros((), dtype=torch.int32),
-        source_cu_seqlens=None,
-        prob_floor=0.5,
-    )
-    h = randn(sel.indices.shape[0], width, seed=1)
-    return tuple(moved(x, device) for x in (h, p, sel, grid, 1.0, p.clone(), randn(*mask.shape, width, seed=2)))
+    args = cases.dechunk_ema(torch.where(mask, 0.8, 0.2), cases.selection_of_mask(mask), width, device=device)
+    return *args[:3], grid, 1.0, *args[3:]
 
 
 def run(*args: Any) -> list[Tensor | None]:
@@ -119,13 +71,13 @@ def run(*args: Any) -> list[Tensor | None]:
 
 def check(*args: Any) -> None:
     """Output and gradients against the definition; that of p is a small difference of large numbers."""
-    terms = {1: largest_term_of_grad_p(*args[:5])}
+    terms = {"p": largest_term_of_grad_p(*args[:5])}
     check_against_reference(ops.dechunk_spatial, *args, backend="triton", terms=terms)
 
 
 def largest_term_of_grad_p(h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float) -> float:
-    """The largest gradient of p under the cotangent of :func:`run`, if all its terms had one sign."""
-    cotangent = randn(*p.shape, h.shape[1], seed=7).to(h.device).double().abs()
+    """The largest gradient of p, if all its terms had one sign."""
+    of_output = cotangent(h.new_empty((*p.shape, h.shape[1])), (h, p)).double().abs()
     index = torch.arange(p.shape[1], device=h.device)
     position = torch.stack([index // grid[1], index % grid[1]], 1).double()
     starts, largest = sel.cu_seqlens.tolist(), 0.0
@@ -136,7 +88,7 @@ def largest_term_of_grad_p(h: Tensor, p: Tensor, sel: TokenSelection, grid: tupl
         norm = kernel @ q
         owner = torch.cdist(position, position[kept]).argmin(1)
         grad = torch.zeros(end - start, h.shape[1], dtype=torch.float64, device=h.device)
-        product = grad.index_add(0, owner, cotangent[image]) @ h[start:end].double().abs().T
+        product = grad.index_add(0, owner, of_output[image]) @ h[start:end].double().abs().T
         g_dot_s = (kernel * q * product).sum(1) / norm
         of_neighbors = (kernel * ((1 - q) / norm)[:, None] * (product + g_dot_s[:, None])).sum(0)
         largest = max(largest, float((product.diagonal() + g_dot_s + of_neighbors).max()))
@@ -167,7 +119,7 @@ def test_matches_the_definition(
     images: int, grid: tuple[int, int], width: int, dtype: torch.dtype, sigma: float, pattern: str, gate: bool,
     residual: bool, mode: dict[str, Any], seed: int, device: torch.device,
 ) -> None:  # fmt: skip
-    args = arguments(images, grid, width, device, dtype, sigma, pattern, gate, residual, seed, **mode)
+    args = cases.dechunk_spatial(images, grid, width, dtype, sigma, pattern, gate, residual, seed, device, **mode)
     check(*args)
 
 
@@ -176,7 +128,7 @@ def test_matches_the_definition(
 def test_grids_larger_than_the_blocks(
     grid: tuple[int, int], pattern: str, dtype: torch.dtype, device: torch.device, small_blocks: None
 ) -> None:
-    args = arguments(1, grid, 24, device, dtype, sigma=0.5, pattern=pattern, seed=4)
+    args = cases.dechunk_spatial(1, grid, 24, dtype, device=device, sigma=0.5, pattern=pattern, seed=4)
     check(*args)
 
 
@@ -231,7 +183,7 @@ def gradients(args: tuple[Any, ...], cotangent: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("mode", MODES[1:3], ids=str)
 def test_an_image_does_not_depend_on_its_batch(mode: dict[str, Any], device: torch.device, small_blocks: None) -> None:
     grid, images = (4, 7), 2
-    h, p, sel, _, sigma, gate, residual = arguments(images, grid, 24, device, seed=3, **mode)
+    h, p, sel, _, sigma, gate, residual = cases.dechunk_spatial(images, grid, 24, device=device, seed=3, **mode)
     cotangent = randn(*residual.shape, seed=9).to(device)
     whole = gradients((h, p, sel, grid, sigma, gate, residual), cotangent)
     starts = sel.cu_seqlens.tolist()
@@ -251,7 +203,7 @@ def test_an_image_does_not_depend_on_its_batch(mode: dict[str, Any], device: tor
 
 
 def test_nan_stays_in_its_image(device: torch.device) -> None:
-    h, p, sel, grid, sigma, _, residual = arguments(2, (4, 5), 8, device)
+    h, p, sel, grid, sigma, _, residual = cases.dechunk_spatial(2, (4, 5), 8, device=device)
     first = int(sel.cu_seqlens[1])
     broken = h.clone()
     broken[:first] = float("nan")
@@ -263,14 +215,14 @@ def test_nan_stays_in_its_image(device: torch.device) -> None:
 
 
 def test_repeats_to_the_bit(device: torch.device) -> None:
-    args = arguments(2, (6, 7), 24, device, torch.bfloat16)
+    args = cases.dechunk_spatial(2, (6, 7), 24, torch.bfloat16, device=device)
     assert all(torch.equal(a, b) for a, b in zip(run(*args), run(*args), strict=True))
 
 
 def test_garbage_in_padding_rows_stays_there(device: torch.device) -> None:
-    h, *rest = arguments(2, (4, 5), 8, device, capacity=30)
+    h, *rest = cases.dechunk_spatial(2, (4, 5), 8, device=device, capacity=30)
     real = int(rest[1].cu_seqlens[-1])
-    clean = run(h, *rest)
+    clean = run(h.nan_to_num(), *rest)
     dirty = h.clone()
     dirty[real:] = float("nan")
     assert real < 30
@@ -280,19 +232,16 @@ def test_garbage_in_padding_rows_stays_there(device: torch.device) -> None:
 
 @pytest.mark.parametrize("wanted", range(4))
 def test_each_gradient_alone(wanted: int, device: torch.device) -> None:
-    args = arguments(1, (4, 4), 8, device)
+    args = cases.dechunk_spatial(1, (4, 4), 8, device=device)
     expected = run(*args)[1 + wanted]
-    position = [0, 1, 5, 6][wanted]
-    alone = list(args)
-    alone[position] = args[position].detach().requires_grad_()
     with ops.use_backend("triton"):
-        out = ops.dechunk_spatial(*alone)
-    (grad,) = torch.autograd.grad(out, alone[position], randn(*out.shape, seed=7).to(device))
-    assert torch.equal(grad, expected)
+        _, (alone,) = differentiate(ops.dechunk_spatial, args, wanted=[[0, 1, 5, 6][wanted]])
+    assert torch.equal(alone, expected)
 
 
 def test_strided_inputs(device: torch.device) -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(2, (4, 5), 8, device)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(2, (4, 5), 8, device=device)
+    h, residual = h.contiguous(), residual.contiguous()
     strided = (
         torch.stack([h, h], 1).flatten(1)[:, :8], torch.stack([p, p], 2)[..., 0], sel, grid, sigma,
         gate.t().contiguous().t(), residual.transpose(1, 2).contiguous().transpose(1, 2),
@@ -303,7 +252,7 @@ def test_strided_inputs(device: torch.device) -> None:
 
 
 def test_no_images(device: torch.device) -> None:
-    outputs = run(*arguments(0, (3, 4), 8, device))
+    outputs = run(*cases.dechunk_spatial(0, (3, 4), 8, device=device))
     assert [tuple(x.shape) for x in outputs] == [(0, 12, 8), (0, 8), (0, 12), (0, 12), (0, 12, 8)]
 
 
@@ -311,7 +260,7 @@ def test_gradient_of_p_is_as_accurate_as_pytorch(device: torch.device) -> None:
     """Chance averages out over many inputs, so the tolerance needs no minimum."""
     check_rms_against_reference(
         ops.dechunk_spatial,
-        lambda seed: arguments(1, (4, 4), 24, device, gate=False, residual=False, seed=seed),
+        lambda seed: cases.dechunk_spatial(1, (4, 4), 24, device=device, gate=False, residual=False, seed=seed),
         seeds=10,
         backend="triton",
     )
@@ -319,11 +268,11 @@ def test_gradient_of_p_is_as_accurate_as_pytorch(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("width", "dtype"), [(1152, torch.bfloat16), (2048, torch.float16)])
 def test_wide_rows(width: int, dtype: torch.dtype, device: torch.device) -> None:
-    check(*arguments(1, (3, 4), width, device, dtype))
+    check(*cases.dechunk_spatial(1, (3, 4), width, dtype, device=device))
 
 
 def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
-    h, p, *rest = arguments(1, (3, 4), 8, device, residual=False)
+    h, p, *rest = cases.dechunk_spatial(1, (3, 4), 8, device=device, residual=False)
     with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
         ops.dechunk_spatial(h.double(), p, *rest)
     packed_rows = torch.empty(1, 32768, dtype=torch.int32, device=device)
@@ -360,7 +309,7 @@ def test_window_is_wide_enough_for_a_lone_token(
     assert lone >= 0
     h = torch.full((sel.indices.numel(), 8), 1000.0)
     h[lone] = 1.0
-    args = [moved(x, device) for x in (h, p, sel, (side, side), sigma)]
+    args = [cases.moved(x, device) for x in (h, p, sel, (side, side), sigma)]
     with ops.use_backend("triton"):
         found = ops.dechunk_spatial(*args)[0, side * side // 2]
     exact = reference.dechunk_spatial(*(to_float64(x) for x in args))[0, side * side // 2]
@@ -369,7 +318,7 @@ def test_window_is_wide_enough_for_a_lone_token(
 
 
 def test_op_registration(device: torch.device) -> None:
-    h, p, sel, grid, sigma, gate, residual = arguments(2, (3, 4), 8, device)
+    h, p, sel, grid, sigma, gate, residual = cases.dechunk_spatial(2, (3, 4), 8, device=device)
     floats = [x.requires_grad_() for x in (h, p, gate, residual.flatten(0, 1))]
     geometry = Geometry(sel.packed_rows, sel.cu_seqlens, grid, sigma, 6)
     torch.library.opcheck(_dechunk.op._opoverload, (*floats, *leaves(geometry)))
@@ -382,7 +331,7 @@ def test_op_registration(device: torch.device) -> None:
 
 @pytest.mark.parametrize("options", [{"gate": True, "residual": True}, {"gate": False, "residual": False}], ids=str)
 def test_compiles_without_a_break(options: dict[str, bool], device: torch.device) -> None:
-    args = arguments(2, (3, 4), 8, device, **options)
+    args = cases.dechunk_spatial(2, (3, 4), 8, device=device, **options)
     compiled = torch.compile(ops.dechunk_spatial, fullgraph=True, backend="aot_eager")
     with ops.use_backend("triton"):
         outputs, grads = differentiate(compiled, args)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models.test_parity import NOISE, gradients, relative
 from support.golden import CASES, NUM_HEADS, RATIO_WEIGHT, TARGET, Golden
-from support.helpers import random_probs
+from support.inputs import random_probs
 from support.small import batch, small_dc_dit
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend

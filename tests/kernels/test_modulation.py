@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import assert_equal_but_rounding, check_against_reference, differentiate, randn, random_cu_seqlens
+from support import cases
+from support.accuracy import assert_equal_but_rounding, check_against_reference, differentiate
+from support.inputs import randn, random_cu_seqlens
 from torch import Tensor
 
 from dcdit import ops
@@ -25,28 +27,6 @@ lengths_strategy = st.one_of(
     st.lists(st.integers(0, 20), max_size=5),
     st.permutations([50, 1, 0, 2]),
 )
-
-
-def arguments(
-    op: Callable[..., Any],
-    lengths: list[int],
-    width: int,
-    dtype: torch.dtype = torch.float32,
-    table_dtype: torch.dtype = torch.float32,
-    padding: int = 0,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> tuple[Any, ...]:
-    """Arguments in the op's order. Modulation tensors are column slices of one (B, 6D) tensor, y of wider rows."""
-    rows = sum(lengths) + padding
-    x = randn(rows, width, dtype=dtype, seed=seed).to(device)
-    y = randn(rows, 2 * width, dtype=dtype, seed=seed + 1).to(device)[:, width:]
-    table = randn(len(lengths), 6 * width, dtype=table_dtype, seed=seed + 2).to(device)
-    gate, shift, scale = table.chunk(6, dim=1)[1:4]
-    cu_seqlens = random_cu_seqlens(*lengths).to(device)
-    if op is NORM:
-        return x, shift, scale, cu_seqlens, 1e-6
-    return (x, y, gate, cu_seqlens) if op is ADD else (x, y, gate, shift, scale, cu_seqlens, 1e-6)
 
 
 def run(op: Callable[..., Any], *args: Any) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -70,19 +50,19 @@ def test_matches_the_definition(
     op: Callable[..., Any], lengths: list[int], width: int, dtype: torch.dtype, table_dtype: torch.dtype, padding: int,
     seed: int, device: torch.device,
 ) -> None:  # fmt: skip
-    args = arguments(op, lengths, width, dtype, table_dtype, padding, seed, device)
+    args = cases.modulation(op, lengths, width, dtype, table_dtype, padding, seed, device)
     check_against_reference(op, *args, backend="triton")
 
 
 @pytest.mark.parametrize("width", [1152, 2048])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_wide_rows(op: Callable[..., Any], width: int, device: torch.device) -> None:
-    check_against_reference(op, *arguments(op, [2, 3], width, torch.bfloat16, device=device), backend="triton")
+    check_against_reference(op, *cases.modulation(op, [2, 3], width, torch.bfloat16, device=device), backend="triton")
 
 
 def test_more_images_than_one_search_step(device: torch.device) -> None:
     lengths = [5 if i in (0, 255, 256, 299) else 0 for i in range(300)]
-    args = arguments(ADD, lengths, 8, padding=2, device=device)
+    args = cases.modulation(ADD, lengths, 8, padding=2, device=device)
     with ops.use_backend("triton"):
         actual = ADD(*args)
     with ops.use_backend("reference"):
@@ -90,7 +70,7 @@ def test_more_images_than_one_search_step(device: torch.device) -> None:
 
 
 def test_a_sequence_of_many_chunks(device: torch.device) -> None:
-    args = arguments(PAIR, [3, 75], 8, device=device)
+    args = cases.modulation(PAIR, [3, 75], 8, device=device)
     with force_config("modulation_sum", {"CHUNKS": 2, "BLOCK": 16, "num_warps": 1}):
         check_against_reference(PAIR, *args, backend="triton")
 
@@ -105,7 +85,7 @@ def test_a_sequence_of_many_chunks(device: torch.device) -> None:
 def test_packed_equals_each_sequence_alone(
     op: Callable[..., Any], lengths: list[int], dtype: torch.dtype, seed: int, device: torch.device
 ) -> None:
-    args = arguments(op, lengths, 8, dtype, dtype, 4, seed, device)
+    args = cases.modulation(op, lengths, 8, dtype, dtype, 4, seed, device)
     rows = 1 if op is NORM else 2  # arguments that are tokens; the rest are modulation
 
     def evaluate(*some: Any) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -135,7 +115,7 @@ def test_packed_equals_each_sequence_alone(
 def test_garbage_in_padding_rows_stays_there(dtype: torch.dtype, device: torch.device) -> None:
     lengths, padding = [5, 0, 18], 20
     real = sum(lengths)
-    clean = arguments(PAIR, lengths, 24, dtype, dtype, padding, device=device)
+    clean = cases.modulation(PAIR, lengths, 24, dtype, dtype, padding, device=device)
     dirty = tuple(a.detach().clone() if i < 2 else a for i, a in enumerate(clean))
     dirty[1][real:] = float("nan")
 
@@ -165,7 +145,7 @@ def test_garbage_in_padding_rows_stays_there(dtype: torch.dtype, device: torch.d
 def test_fused_pair_is_the_two_operations(
     lengths: list[int], dtype: torch.dtype, seed: int, device: torch.device
 ) -> None:
-    x, y, gate, shift, scale, cu_seqlens, eps = arguments(PAIR, lengths, 40, dtype, dtype, 3, seed, device)
+    x, y, gate, shift, scale, cu_seqlens, eps = cases.modulation(PAIR, lengths, 40, dtype, dtype, 3, seed, device)
     with ops.use_backend("triton"):
         added, normed = PAIR(x, y, gate, shift, scale, cu_seqlens, eps)
         torch.testing.assert_close(added, ADD(x, y, gate, cu_seqlens), rtol=0, atol=0)
@@ -174,16 +154,13 @@ def test_fused_pair_is_the_two_operations(
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_each_gradient_alone(op: Callable[..., Any], device: torch.device) -> None:
-    args = arguments(op, [6, 20], 24, padding=3, device=device)
+    args = cases.modulation(op, [6, 20], 24, padding=3, device=device)
     floats = sum(isinstance(a, Tensor) and a.is_floating_point() for a in args)
     _, together = run(op, *args)
     for i in range(floats):
-        only = args[i].detach().requires_grad_()
         with ops.use_backend("triton"):
-            out = op(*args[:i], only, *args[i + 1 :])
-        out = out if isinstance(out, tuple) else (out,)
-        cotangents = [randn(*o.shape, seed=7 + j).to(device) for j, o in enumerate(out)]
-        assert_equal_but_rounding(torch.autograd.grad(out, only, cotangents)[0], together[i])
+            _, (alone,) = differentiate(op, args, wanted=[i])
+        assert_equal_but_rounding(alone, together[i])
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -192,7 +169,7 @@ def test_one_output_of_the_pair_unused(used: int, device: torch.device) -> None:
         return PAIR(*args)[used]
 
     one.__name__ = PAIR.__name__
-    args = arguments(PAIR, [6, 20], 24, padding=3, device=device)
+    args = cases.modulation(PAIR, [6, 20], 24, padding=3, device=device)
     _, grads = run(one, *args)
     leaves = [a.detach().double().requires_grad_() for a in args[:5]]
     with ops.use_backend("reference"):
@@ -205,20 +182,20 @@ def test_one_output_of_the_pair_unused(used: int, device: torch.device) -> None:
 
 
 def test_one_modulation_row_for_all_images(device: torch.device) -> None:
-    x, shift, scale, cu_seqlens, eps = arguments(NORM, [4, 9, 2], 24, device=device)
+    x, shift, scale, cu_seqlens, eps = cases.modulation(NORM, [4, 9, 2], 24, device=device)
     shared = [table[:1].expand(3, -1) for table in (shift, scale)]
     check_against_reference(NORM, x, *shared, cu_seqlens, eps, backend="triton")
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_transposed_tokens(op: Callable[..., Any], device: torch.device) -> None:
-    args = arguments(op, [4, 9], 24, device=device)
+    args = cases.modulation(op, [4, 9], 24, device=device)
     check_against_reference(op, args[0].t().contiguous().t(), *args[1:], backend="triton")
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_float64_is_refused(op: Callable[..., Any]) -> None:
-    args = arguments(op, [4], 24)
+    args = cases.modulation(op, [4], 24)
     args = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     with ops.use_backend("triton"), pytest.raises(TypeError, match="float64"):
         op(*args)
@@ -229,14 +206,14 @@ def test_float64_is_refused(op: Callable[..., Any]) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registration(kernel_op: Any, op: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> None:
-    args = arguments(op, [3, 0, 19], 24, dtype, padding=2, device=device)
+    args = cases.modulation(op, [3, 0, 19], 24, dtype, padding=2, device=device)
     args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     torch.library.opcheck(kernel_op.op._opoverload, args)
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
 def test_registration_of_the_backward(wanted: tuple[bool, bool, bool], device: torch.device) -> None:
-    x, y, gate, shift, scale, cu_seqlens, eps = arguments(PAIR, [3, 0, 19], 24, padding=2, device=device)
+    x, y, gate, shift, scale, cu_seqlens, eps = cases.modulation(PAIR, [3, 0, 19], 24, padding=2, device=device)
     added, _, stats = modulation._add_norm(*map(unit_stride, (x, y, gate, shift, scale, cu_seqlens)), eps)
     grads = (randn(24, 24, seed=seed).to(device) for seed in (8, 9))
     args = (*grads, added, unit_stride(y), gate, scale, stats, cu_seqlens, *wanted)
@@ -245,7 +222,7 @@ def test_registration_of_the_backward(wanted: tuple[bool, bool, bool], device: t
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_compiles_without_a_graph_break(op: Callable[..., Any], device: torch.device) -> None:
-    args = arguments(op, [3, 0, 19], 24, padding=2, device=device)
+    args = cases.modulation(op, [3, 0, 19], 24, padding=2, device=device)
     eager, eager_grads = run(op, *args)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     traced, traced_grads = run(compiled, *args)

@@ -6,14 +6,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import (
-    check_against_reference,
-    differentiate,
-    randn,
-    random_cu_seqlens,
-    random_probs,
-    random_selection,
-)
+from support import cases
+from support.accuracy import check_against_reference, differentiate
+from support.inputs import randn, random_cu_seqlens, random_probs, random_selection
 from torch import Tensor
 
 from dcdit import ops
@@ -51,13 +46,9 @@ def selections(draw: st.DrawFn) -> TokenSelection:
     return reference.select_tokens(p if cu_seqlens is None else p.flatten(), cu_seqlens, capacity=capacity)
 
 
-def on(device: torch.device, sel: TokenSelection) -> TokenSelection:
-    return TokenSelection(*(field.to(device) if isinstance(field, Tensor) else field for field in sel))
-
-
 @given(sel=selections(), width=st.sampled_from(WIDTHS), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 def test_moves_every_bit(sel: TokenSelection, width: int, dtype: torch.dtype, seed: int, device: torch.device) -> None:
-    sel = on(device, sel)
+    sel = cases.moved(sel, device)
     assert_exact(ops.gather_tokens, randn(*sel.mask.shape, width, dtype=dtype, seed=seed).to(device), sel)
     tokens = randn(sel.indices.shape[0], width, dtype=dtype, seed=seed).to(device)
     tokens[int(sel.cu_seqlens[-1]) :] = float("nan")  # no padding row may reach the output
@@ -77,7 +68,7 @@ def test_moves_every_bit(sel: TokenSelection, width: int, dtype: torch.dtype, se
 def test_adds_a_bias(
     sel: TokenSelection, width: int, dtype: torch.dtype, bias_dtype: torch.dtype, device: torch.device
 ) -> None:
-    sel = on(device, sel)
+    sel = cases.moved(sel, device)
     x = randn(*sel.mask.shape, width, dtype=dtype).to(device)
     bias = randn(sel.mask.shape[1], width, dtype=bias_dtype, seed=1).to(device)
     check_against_reference(ops.gather_tokens, x, sel, bias, backend="triton")
@@ -86,7 +77,7 @@ def test_adds_a_bias(
 @pytest.mark.parametrize("width", [1152, 2048])
 def test_wide_rows(width: int, device: torch.device) -> None:
     _, sel = random_selection(2, 5, capacity=9)
-    sel = on(device, sel)
+    sel = cases.moved(sel, device)
     assert_exact(ops.gather_tokens, randn(2, 5, width, dtype=torch.bfloat16).to(device), sel)
     assert_exact(ops.scatter_tokens, randn(9, width, dtype=torch.bfloat16).to(device), sel)
     bias = randn(5, width, seed=1).to(device)
@@ -107,7 +98,7 @@ def strided(strides: str, rows: tuple[int, ...], width: int) -> Tensor:
 @pytest.mark.parametrize("strides", ["rows", "elements", "broadcast", "transposed"])
 def test_any_strides(strides: str, device: torch.device) -> None:
     _, sel = random_selection(2, 7, capacity=11)
-    sel = on(device, sel)
+    sel = cases.moved(sel, device)
     x, t, bias = (strided(strides, rows, 24).to(device) for rows in ((2, 7), (11,), (7,)))
     assert_exact(ops.gather_tokens, x, sel)
     assert_exact(ops.scatter_tokens, t, sel)
@@ -125,14 +116,14 @@ def test_no_images(capacity: int | None, device: torch.device) -> None:
 
 def test_gathers_what_it_scattered(device: torch.device) -> None:
     _, sel = random_selection(3, 17)
-    sel, tokens = on(device, sel), randn(sel.indices.shape[0], 24).to(device)
+    sel, tokens = cases.moved(sel, device), randn(sel.indices.shape[0], 24).to(device)
     with ops.use_backend("triton"):
         assert torch.equal(ops.gather_tokens(ops.scatter_tokens(tokens, sel, 9.0), sel), tokens)
 
 
 def test_only_the_gradients_asked_for(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     _, sel = random_selection(2, 6)
-    sel, x, bias = on(device, sel), randn(2, 6, 8).to(device), randn(6, 8).to(device).requires_grad_()
+    sel, x, bias = cases.moved(sel, device), randn(2, 6, 8).to(device), randn(6, 8).to(device).requires_grad_()
     monkeypatch.setattr(kernels, "scatter_fwd", None)  # the gradient of x would need it
     with ops.use_backend("triton"):
         ops.gather_tokens(x, sel, bias).sum().backward()
@@ -142,7 +133,7 @@ def test_only_the_gradients_asked_for(device: torch.device, monkeypatch: pytest.
 def test_bias_gradient_adds_the_images_in_order(device: torch.device) -> None:
     """A sum in the order of the images, in float32: the same bits every time and for every tiling."""
     p = random_probs(9, 6, keep=0.7)
-    sel = on(device, reference.select_tokens(p))
+    sel = cases.moved(reference.select_tokens(p), device)
     grad = randn(sel.indices.shape[0], 24, seed=3).to(device)
     total = torch.zeros(6, 24, device=device)
     for image_rows in sel.packed_rows:
@@ -173,7 +164,7 @@ def test_output_beyond_two_to_the_31_elements(device: torch.device, monkeypatch:
 
 def arguments(device: torch.device) -> dict[packing.KernelOp, tuple[Any, ...]]:
     _, sel = random_selection(2, 6, capacity=8)
-    sel = on(device, sel)
+    sel = cases.moved(sel, device)
     x, bias, t = randn(12, 8).to(device), randn(6, 8).to(device), randn(8, 8).to(device)
     return {
         packing._gather: (x.requires_grad_(), sel.indices, sel.packed_rows, bias.requires_grad_()),

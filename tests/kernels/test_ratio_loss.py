@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import check_against_reference, differentiate, random_probs
+from support.accuracy import check_against_reference, differentiate
+from support.inputs import random_probs
 
 from dcdit import ops
 from dcdit.kernels import launch

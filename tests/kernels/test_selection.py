@@ -1,5 +1,6 @@
 """Selection kernels: every field equals the definition exactly, for all ties, modes and tile sizes."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 import triton
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.helpers import generator, random_cu_seqlens, random_probs
+from support import cases
+from support.accuracy import assert_same_selection
+from support.inputs import generator, random_cu_seqlens, random_probs
 from torch import Tensor
 
 from dcdit import ops
@@ -16,24 +19,7 @@ from dcdit.ops import TokenSelection
 from dcdit.ops._triton import selection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PATTERNS = ["random", "ties", "extreme", "none", "all", "equal", "half", "signed"]
-
-
-def probs(*shape: int, pattern: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """The patterns of ``random_probs``, and three more.
-
-    "equal": all equal. "half": 0.5 and its neighbours. "signed": a little outside [0, 1], with both zeros.
-    """
-    rng = generator(seed)
-    if pattern == "equal":
-        return torch.full(shape, 0.75, dtype=dtype)
-    if pattern == "half":
-        half = torch.tensor(0.5, dtype=dtype)
-        below, above = (torch.nextafter(half, torch.tensor(end, dtype=dtype)) for end in (0.0, 1.0))
-        return torch.stack([below, half, above])[torch.randint(0, 3, shape, generator=rng)]
-    if pattern == "signed":
-        return torch.tensor([-0.25, -0.125, -0.0, 0.0, 1.0, 1.125])[torch.randint(0, 6, shape, generator=rng)].to(dtype)
-    return random_probs(*shape, pattern=pattern, keep=0.5, seed=seed).to(dtype)
+probs = partial(random_probs, keep=0.5)
 
 
 def tiles(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
@@ -41,64 +27,22 @@ def tiles(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(launch, "config_for", lambda *_: {"BLOCK": block, "num_warps": 1})
 
 
-def assert_same(actual: TokenSelection, expected: TokenSelection) -> None:
-    for name, got, wanted in zip(TokenSelection._fields, actual, expected, strict=True):
-        if isinstance(wanted, Tensor):
-            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
-            assert torch.equal(got.cpu(), wanted.cpu()), f"{name}: {got.tolist()}, expected {wanted.tolist()}"
-        else:
-            assert got == wanted, f"{name}: {got}, expected {wanted}"
-
-
 def check(p: Tensor, cu_seqlens: Tensor | None = None, **mode: Any) -> TokenSelection:
     with ops.use_backend("reference"):
         expected = ops.select_tokens(p, cu_seqlens, **mode)
     with ops.use_backend("triton"):
         actual = ops.select_tokens(p, cu_seqlens, **mode)
-    assert_same(actual, expected)
+    assert_same_selection(actual, expected)
     return actual
 
 
-def source(draw: st.DrawFn, shortest: int = 0) -> tuple[Tensor, Tensor | None, int]:
-    """p, cu_seqlens of a packed source, and the positions of the shortest image."""
-    pattern, dtype = draw(st.sampled_from(PATTERNS)), draw(st.sampled_from(DTYPES))
-    seed = draw(st.integers(0, 99))
-    if draw(st.booleans()):
-        images, length = draw(st.integers(0, 3)), draw(st.integers(1, 40))
-        return probs(images, length, pattern=pattern, dtype=dtype, seed=seed), None, length
-    lengths = draw(st.lists(st.integers(shortest, 20), max_size=5))
-    p = probs(sum(lengths), pattern=pattern, dtype=dtype, seed=seed)
-    return p, random_cu_seqlens(*lengths), min(lengths, default=0)
-
-
-@st.composite
-def cases(draw: st.DrawFn, mode: str) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    p, cu_seqlens, shortest = source(draw, shortest=1 if mode == "budget" else 0)
-    images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if mode == "budget":
-        return p, cu_seqlens, {"budget": draw(st.integers(1, max(shortest, 1)))} if images else {}
-    threshold = draw(st.sampled_from([0.5, 0.5, 0.3, 0.0, 0.75, 1.0]))
-    drops = st.floats(0, 1, exclude_max=True, width=32) | st.sampled_from([0.0, 0.3, 0.5])
-    if draw(st.booleans()):
-        drop: float | Tensor = draw(drops)
-    else:
-        drop = torch.tensor(draw(st.lists(drops, min_size=images, max_size=images)), dtype=torch.float32)
-    arguments = {"threshold": threshold, "drop_fraction": drop}
-    if mode == "capacity":
-        with ops.use_backend("reference"):
-            natural = ops.select_tokens(p, cu_seqlens, **arguments).indices.shape[0]
-        near = st.integers(natural - 3, natural + 1)
-        arguments["capacity"] = max(images, draw(near | st.integers(0, natural) | st.just(2 * p.numel() + 40)))
-    return p, cu_seqlens, arguments
-
-
-@pytest.mark.parametrize("mode", ["exact", "budget", "capacity"])
+@pytest.mark.parametrize("mode", cases.SELECTION_MODES)
 @given(data=st.data())
 def test_matches_the_definition(
     mode: str, data: st.DataObject, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles(monkeypatch, 16)
-    p, cu_seqlens, arguments = data.draw(cases(mode))
+    p, cu_seqlens, arguments = data.draw(cases.select_tokens(mode))
     if isinstance(arguments.get("drop_fraction"), Tensor):
         arguments["drop_fraction"] = arguments["drop_fraction"].to(device)
     check(p.to(device), None if cu_seqlens is None else cu_seqlens.to(device), **arguments)
@@ -227,7 +171,7 @@ def test_fullgraph(mode: dict[str, Any], device: torch.device) -> None:
     with torch._dynamo.config.patch(capture_scalar_outputs=not mode):
         for seed in range(2):
             p = probs(2, 12, pattern="random", seed=seed).to(device)
-            assert_same(compiled(p), route(p))
+            assert_same_selection(compiled(p), route(p))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import randn, random_cu_seqlens
+from support.inputs import randn, random_cu_seqlens
 from torch import Tensor, nn
 
 from dcdit import ops
@@ -251,3 +251,25 @@ def test_the_documentation_runs(capsys):
     assert blocks
     exec(compile("\n".join(blocks), "docs/hnet.md", "exec"), {"__name__": "hnet_example"})
     assert "largest difference" in capsys.readouterr().out
+
+
+class Wrapped(nn.Module):
+    """An adapter without an attribute ``weight``, around a weight that is kept in integers."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter((base.weight * 127).to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(1 / 127, dtype=base.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.numbers * self.scale).T
+
+
+@torch.no_grad()
+def test_a_replaced_projection_decodes():
+    routing = hnet.RoutingModule(DIM).double()
+    routing.query, routing.key = Wrapped(routing.query), Wrapped(routing.key)
+    x, cache = randn(2, 5, DIM, dtype=torch.float64), routing.allocate_inference_cache(2)
+    assert cache.query.dtype == torch.float64 and cache.query.shape == (2, DIM)
+    stepped = torch.stack([routing.step(x[:, t], cache) for t in range(5)], 1)
+    torch.testing.assert_close(stepped, routing(x), rtol=1e-12, atol=1e-12)

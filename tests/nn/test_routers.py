@@ -54,6 +54,23 @@ def test_probability_is_float32_whatever_the_precision(name: str) -> None:
         assert (p - exact).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("case", ["float64", "float32", "autocast", "bfloat16"])
+def test_modules_that_are_called_give_the_same_probability(case: str) -> None:
+    """Each module is called, because it has a hook. The hooks do nothing."""
+    torch.manual_seed(0)
+    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(case, torch.float32)
+    tolerance = {"float64": 1e-12, "float32": 1e-5}.get(case, 0.02)
+    router = PredictabilityRouter(DIM, GRID).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        fused = router(tokens(dtype))
+        for module in (router.predictor, router.norm, router.out):
+            module.register_forward_hook(lambda *_: None)
+        called = router(tokens(dtype))
+    assert called.dtype == fused.dtype == (torch.float64 if case == "float64" else torch.float32)
+    assert (called[:, [0, -1]] == 1).all()
+    torch.testing.assert_close(called, fused, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", ["cosine2d", "cosine1d"])
 def test_cosine_is_computed_in_float32_under_autocast(name: str) -> None:
     """Tokens, identity projections and filter are exact in bfloat16 here, so any difference is the router's own."""

@@ -6,7 +6,6 @@ from support import cases
 from support.accuracy import (
     assert_close_to_reference,
     check_against_reference,
-    check_predictability,
     check_rms_against_reference,
 )
 from support.inputs import randn, random_cu_seqlens
@@ -100,24 +99,24 @@ def test_cosine2d_zero_rows() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 2, 3), (2, 8, 1, 1), (2, 96, 5, 7), (1, 288, 16, 16)])
-@pytest.mark.parametrize("order", ["planes", "rows"])
-def test_predictability(order: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    features = cases.predictability_features(order, *shape, dtype=dtype)
-    check_predictability(features, *cases.predictability_parameters(shape[1]))
+@pytest.mark.parametrize("memory_format", ["channels_first", "channels_last"])
+def test_predictability(memory_format: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    features = cases.predictability_features(memory_format, *shape, dtype=dtype)
+    check_against_reference(ops.boundary_prob_predictability, features, *cases.predictability_parameters(shape[1]))
 
 
 def test_predictability_gradient_of_the_bias() -> None:
     check_rms_against_reference(
         ops.boundary_prob_predictability,
         lambda seed: (
-            cases.predictability_features("planes", 2, 96, 5, 7, seed=seed),
+            cases.predictability_features("channels_first", 2, 96, 5, 7, seed=seed),
             *cases.predictability_parameters(96, seed=seed),
         ),
     )
 
 
-def test_predictability_memory_orders_and_groups() -> None:
-    features = cases.predictability_features("planes", 2, 24, 5, 7)
+def test_predictability_memory_formats_and_groups() -> None:
+    features = cases.predictability_features("channels_first", 2, 24, 5, 7)
     norm_weight, norm_bias, out_weight, out_bias = rest = cases.predictability_parameters(24)
     expected = reference.boundary_prob_predictability(features.double(), *(x.double() for x in rest), 4, 1e-3)
     same = reference.boundary_prob_predictability(features, *rest, 4, 1e-3)
@@ -132,7 +131,7 @@ def test_predictability_memory_orders_and_groups() -> None:
 
 
 def test_predictability_forces_the_ends() -> None:
-    features = cases.predictability_features("planes", 2, 8, 3, 3).requires_grad_()
+    features = cases.predictability_features("channels_first", 2, 8, 3, 3).requires_grad_()
     rest = cases.predictability_parameters(8)
     p = ops.boundary_prob_predictability(features, *rest)
     assert (p[:, [0, -1]] == 1).all()

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from support import interpreter_launch, interpreter_rounding, interpreter_scan
-from support.definition import check_workload
+from support import poison, without_a_gpu
+from support.accuracy import check_workload
 
 from benchmarks.harness.equality import check_equal
 from dcdit import ops
@@ -25,17 +25,18 @@ NO_ENTRY = {"TokenSelection", "use_backend", "varlen_attention"}
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpreter_launch.install(monkeypatch)
-    interpreter_scan.install(monkeypatch)
-    interpreter_rounding.install(monkeypatch)
+def as_kernel_tests_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_a_gpu.install(monkeypatch)
+    poison.install(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_definition(name: str, backend: str, dtype: torch.dtype) -> None:
-    check_workload(create_workload(name, SHAPE._replace(dtype=dtype)), backend)
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    shape = SHAPE._replace(dtype=dtype, device=torch.device("cuda" if on_gpu else "cpu"))
+    check_workload(create_workload(name, shape), backend)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

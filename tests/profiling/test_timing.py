@@ -8,7 +8,15 @@ import torch
 from dcdit.models import DCDiT, DCDiTConfig
 from dcdit.nn import STAGES, stage
 from dcdit.profiling import timing
-from dcdit.profiling.timing import copy_bandwidth, time_graph, time_kernels, time_stages, time_variants
+from dcdit.profiling.rounds import Rounds
+from dcdit.profiling.timing import (
+    copy_bandwidth,
+    time_graph,
+    time_kernels,
+    time_rounds,
+    time_stages,
+    time_variants,
+)
 
 CPU = torch.device("cpu")
 
@@ -52,6 +60,49 @@ def test_seconds_are_spent_per_variant(clock: list[float]) -> None:
 def test_nothing_to_time_is_refused(variants: dict, least: int) -> None:
     with pytest.raises(ValueError, match="accepted: at least one of each"):
         time_variants(variants, CPU, least=least)
+
+
+def test_rounds_hold_one_time_of_each_call_in_order(clock: list[float]) -> None:
+    a, b = iter([9.0, 1.0, 2.0, 3.0]), iter([9.0, 4.0, 5.0, 6.0])
+    calls = {"a": lambda: spend(clock, next(a)), "b": lambda: spend(clock, next(b))}
+    rounds = time_rounds(calls, CPU, 0.0, warmup=1, least=3)
+    assert rounds.times("a") == pytest.approx([1e3, 2e3, 3e3])
+    assert rounds.times("b") == pytest.approx([4e3, 5e3, 6e3])
+    assert rounds.seconds == pytest.approx(1 + 2 + 3 + 4 + 5 + 6)
+
+
+def test_stages_are_timed_in_the_same_rounds(clock: list[float]) -> None:
+    def forward() -> None:
+        with stage("encoder"):
+            spend(clock, 0.3)
+        with stage("decoder"):
+            spend(clock, 0.2)
+
+    rounds = time_rounds({"plain": forward, "by stage": forward}, CPU, 0.0, staged={"by stage"}, least=4)
+    assert set(rounds.stage_times("plain")) == {"whole"}
+    stages = rounds.stage_times("by stage")
+    assert {name: len(times) for name, times in stages.items()} == {"whole": 4, "encoder": 4, "decoder": 4}
+    assert stages["encoder"] == pytest.approx([300.0] * 4)
+    assert stages["whole"] == pytest.approx([500.0] * 4)
+
+
+def test_enough_ends_the_rounds_before_their_time(clock: list[float]) -> None:
+    seen: list[int] = []
+
+    def enough(rounds: Rounds) -> bool:
+        seen.append(len(rounds))
+        return len(rounds) >= 30
+
+    rounds = time_rounds({"a": lambda: spend(clock, 0.1)}, CPU, 100.0, least=50, enough=enough)
+    assert seen[0] == 3
+    assert len(rounds) == seen[-1] < 35
+    assert len(seen) < 25  # not after each round: the judgement sorts all of them
+    assert rounds.seconds == pytest.approx(0.1 * len(rounds))
+
+
+def test_the_time_ends_the_rounds_otherwise(clock: list[float]) -> None:
+    rounds = time_rounds({"a": lambda: spend(clock, 0.1)}, CPU, 5.0, enough=lambda _: False)
+    assert len(rounds) == pytest.approx(50, abs=1)
 
 
 def test_stages_come_from_the_median_pass(clock: list[float]) -> None:

@@ -1,5 +1,8 @@
 """Choosing a drop fraction from measured costs."""
 
+import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,63 @@ def test_a_profile_of_an_earlier_version_is_read(monkeypatch):
     assert table.drop_fractions == [0.0, 0.2, 0.4, 0.6]
     # Two calls, the first of them with both branches of guidance: three rows of 833.8 ms / 8.
     assert table.costs[0] == pytest.approx(3 * 0.8338417959985236 / 8)
+
+
+@pytest.fixture
+def pilot(monkeypatch):
+    """The seconds table of a pilot whose calls take these seconds in turn."""
+
+    def pilot(seconds: Iterator[float], **guidance):
+        now = [0.0]
+
+        class Clock:
+            milliseconds = staticmethod(lambda start, end: 1e3 * (end - start))
+
+            def __init__(self, device):
+                self.marks = 0
+
+            def mark(self):
+                now[0] += next(seconds) if self.marks else 0.0
+                self.marks += 1
+                return now[0]
+
+        monkeypatch.setattr(budget, "Clock", Clock)
+        model, labels = small_dc_dit(grid=(8, 8)), torch.tensor([1, 2])
+        return measure_costs(model, labels, 16, "euler", Guidance(**{"scale": 1.0} | guidance), progress=False)[1]
+
+    return pilot
+
+
+def test_a_quiet_pilot_warns_of_nothing(pilot):
+    """Calls that get faster as the router keeps less are no noise."""
+    falling = (0.1 * 0.97**n for n in range(1000))
+    table = pilot(falling)
+    assert table.spread == pytest.approx(0, abs=1e-6)
+    assert table.warnings == []
+
+
+@pytest.mark.parametrize("guidance", [{}, {"scale": 2.0, "interval": (0.3, 0.6)}])
+def test_a_noisy_pilot_warns(pilot, guidance):
+    source = random.Random(0)
+    table = pilot(iter(lambda: source.uniform(0.05, 0.3), None), **guidance)
+    assert table.spread > 0.2
+    assert table.warnings[0].startswith("the times of the pilot's calls scatter by ±")
+
+
+def test_a_pilot_that_gets_slower_warns(pilot):
+    """Dropping more cannot cost more; choose() replaces such a cost, and the table says that it was there."""
+    rising = (0.1 + 0.05 * (n > 2 * 16) for n in range(1000))  # after a first call and two fractions
+    table = pilot(rising)
+    assert table.warnings == ["the pilot took 0.8 s at drop fraction 0.3 and 1.2 s at 0.6"]
+
+
+@pytest.mark.parametrize(("reliable", "warned"), [({}, 0), ({"reliable": True}, 0), ({"reliable": False}, 1)])
+def test_an_unreliable_profile_is_read_with_a_warning(reliable, warned, tmp_path):
+    variants = [{"drop_fraction": rho, "ms": 80.0 * (1 - rho), "spread": 0.4 * rho} for rho in (0.0, 0.5)]
+    conditions = {"device": "cpu", "dtype": "float32", "threads": torch.get_num_threads(), "batch": 8}
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({**conditions, "variants": variants, "warnings": ["it was busy"], **reliable}))
+    table = seconds_from_profile(path, [900.0, 100.0], Guidance(1.0), "cpu", "float32")
+    assert table.costs == pytest.approx([0.02, 0.01])
+    assert table.spread == pytest.approx(0.2)
+    assert table.warnings == [f"{path} is unreliable: it was busy"] * warned

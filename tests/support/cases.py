@@ -69,22 +69,22 @@ def boundary_prob_cosine2d(
     return q, k, weight, grid
 
 
-MEMORY_ORDERS = ["planes", "rows", "sliced planes", "sliced rows", "neither"]
+MEMORY_FORMATS = ["channels_first", "channels_last", "sliced channels_first", "sliced channels_last", "neither"]
 """Positions side by side, channels side by side, each cut from more channels too, or strided both ways."""
 
 
 def predictability_features(
-    order: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: Device = "cpu"
+    memory_format: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: Device = "cpu"
 ) -> Tensor:
-    """(B, C, H, W) in one of :data:`MEMORY_ORDERS`."""
+    """(B, C, H, W) in one of :data:`MEMORY_FORMATS`."""
     b, c, h, w = shape
-    if order == "neither":
+    if memory_format == "neither":
         return randn(b, h, w, 2 * c, dtype=dtype, seed=seed).to(device).permute(0, 3, 1, 2)[:, ::2]
     x = randn(b, 2 * c, h, w, dtype=dtype, seed=seed).to(device)
-    if "rows" in order:
+    if "channels_last" in memory_format:
         x = x.contiguous(memory_format=torch.channels_last)
-    memory = torch.channels_last if order == "rows" else torch.contiguous_format
-    return x[:, c:] if "sliced" in order else x[:, c:].contiguous(memory_format=memory)
+    memory = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+    return x[:, c:] if "sliced" in memory_format else x[:, c:].contiguous(memory_format=memory)
 
 
 def predictability_parameters(
@@ -156,9 +156,9 @@ def select_tokens(
 # --- de-chunking --------------------------------------------------------------------------------------------------
 
 
-def packed_tokens(sel: TokenSelection, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+def packed_tokens(sel: TokenSelection, width: int, dtype: torch.dtype, seed: int, device: Device) -> Tensor:
     """h (T, D), a slice of wider rows; NaN in padding rows."""
-    h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed)[:, width:]
+    h = randn(sel.indices.shape[0], 2 * width, dtype=dtype, seed=seed).to(device)[:, width:]
     h[int(sel.cu_seqlens[-1]) :] = float("nan")
     return h
 
@@ -173,10 +173,11 @@ def dechunk_ema(
     seed: int = 0,
     device: Device = "cpu",
 ) -> tuple[Any, ...]:
-    h = packed_tokens(sel, width, dtype, seed + 1)
-    c = ste_coefficient(p) if gate else None
-    added = randn(*p.shape, 2 * width, dtype=dtype, seed=seed + 2)[..., :width] if residual else None
-    return tuple(moved(value, device) for value in (h, p, sel, c, added))
+    h = packed_tokens(sel, width, dtype, seed + 1, device)
+    c = ste_coefficient(p).to(device) if gate else None
+    # Moved before it is sliced: a move would make the slice contiguous.
+    added = randn(*p.shape, 2 * width, dtype=dtype, seed=seed + 2).to(device)[..., :width] if residual else None
+    return h, moved(p, device), moved(sel, device), c, added
 
 
 def dechunk_spatial(

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from support.definition import check_workload
+from support.accuracy import check_workload
 
 from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload
 from tools.ptx.launch import Launcher

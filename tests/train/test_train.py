@@ -373,6 +373,7 @@ def test_a_run_killed_at_any_moment_goes_on_bitwise(config, tmp_path, overrides)
         assert_same_weights(whole.checkpoint, again.checkpoint)
         assert without_speed(whole) == without_speed(again)
         assert [path.name for path in (out / "checkpoints").iterdir()] == [whole.checkpoint.name]
+        assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "config.yaml", "log.jsonl"]
     assert len(steps) >= 4 and min(steps) == 0 and max(steps) >= 2
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers import randn, random_cu_seqlens, random_selection
+from support.inputs import randn, random_cu_seqlens, random_selection
 
 from dcdit import evaluate, nn, ops
 

@@ -23,9 +23,8 @@ class ArrayStore(LatentStore):
         arrays = read_arrays(path)
         if "latents" not in arrays:
             raise ValueError(f"{path} holds images; accepted: latents and labels (images: data.kind=npz)")
-        check_arrays(path, arrays)
+        self.labels = check_arrays(path, arrays)
         self.path, self.latents = path, arrays["latents"]
-        self.labels = np.asarray(arrays["labels"], np.int64)
         self.shape = self.latents.shape[1:]
 
     def read(self, item: int, mirrored: bool, rng: np.random.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dcdit.data.autoencoder import load_autoencoder, shift_and_scale
-from dcdit.data.folder import image_files, read_centre
+from dcdit.data.decode import RULES
+from dcdit.data.folder import check_size, image_files, read_centre
 from dcdit.data.latents.manifest import (
     MANIFEST_FILE,
     Manifest,
     ShardEntry,
     content_problem,
     read_manifest,
-    sha256,
     size_problem,
     write_manifest,
 )
@@ -27,6 +26,9 @@ from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
 from dcdit.data.samples import sample_rng, to_sample
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import atomically
+from dcdit.utils.outputs import check_not_read
+from dcdit.utils.reading import sha256
+from dcdit.utils.tensors import save_tensors
 
 VAE_WEIGHTS = "diffusion_pytorch_model*"
 STORED_DTYPE = {"fp32": torch.float32, "bf16": torch.float16}
@@ -64,13 +66,15 @@ def encode_images(
 
     Raises:
         FileNotFoundError, ValueError: no images, an unreadable one (named), no autoencoder, a size that is no multiple
-            of its stride, or ``out`` holds something else.
+            of its stride, or ``out`` holds something else or is in ``images``.
     """
-    for name, value in {"batch_size": batch_size, "shard_size": shard_size, "size": size}.items():
+    for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; accepted: at least 1")
+    check_size(size)
     out = Path(out)
     files, labels, class_names = image_files(Path(images))
+    check_not_read(out, {"--images": images})
     encoder = _Encoder(vae, resolve_device(device), size, seed, precision)
     image_list = "".join(f"{label} {file.relative_to(images)}\n" for file, label in zip(files, labels, strict=True))
     recipe = {
@@ -78,6 +82,7 @@ def encode_images(
         "seed": seed,
         "precision": precision,
         "shard_size": shard_size,
+        "decoding": RULES,
         "image_list": hashlib.sha256(image_list.encode(errors="surrogateescape")).hexdigest(),
         **encoder.identity(vae),
     }
@@ -192,7 +197,7 @@ def _finished_shards(out: Path, manifest: Manifest) -> dict[str, ShardEntry]:
     """
     earlier = read_manifest(out)
     if earlier is None:
-        stray = next(out.glob("*.safetensors"), None)
+        stray = next((file for pattern in ("*.safetensors", STATISTICS) for file in out.glob(pattern)), None)
         if stray is not None:
             raise ValueError(f"{stray} is not of dcdit extract ({out} has no {MANIFEST_FILE}); choose another --out")
         return {}
@@ -213,12 +218,10 @@ def _short(value: Any) -> str:
 
 
 def _write_shard(path: Path, latents: Tensor, mirrored: Tensor, labels: list[int]) -> ShardEntry:
-    from safetensors.torch import save_file
-
     if not (latents.isfinite().all() and mirrored.isfinite().all()):
         raise ValueError(f"the autoencoder gives numbers that are not finite for images of {path.name}")
     tensors = {LATENTS: latents, MIRRORED: mirrored, LABELS: torch.tensor(labels)}
-    atomically(path, lambda file: save_file(tensors, file, {"format": "pt"}))
+    atomically(path, lambda file: save_tensors(file, tensors, {"format": "pt"}))
     channels = latents.double().movedim(1, 0).flatten(1)  # [C, N * h * w]
     return ShardEntry(
         file=path.name,
@@ -239,10 +242,7 @@ def _write_statistics(path: Path, manifest: Manifest) -> None:
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()
     stored = {name: value.float().reshape(1, channels, 1, 1) for name, value in {"mean": mean, "std": std}.items()}
-    # torch.save puts the name of its file into the file. Through memory the temporary name stays out of it.
-    data = io.BytesIO()
-    torch.save(stored, data)
-    atomically(path, lambda file: file.write_bytes(data.getvalue()))
+    atomically(path, lambda file: torch.save(stored, file))
 
 
 def _progress(total: int, unit: str = "image") -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from dcdit.data.samples import DamagedFile
+from dcdit.utils.reading import open_regular
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
@@ -71,9 +72,10 @@ class FolderFiles:
         return str(self.path / self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The file's content. DamagedFile if there is no such file."""
+        """The file's content. DamagedFile if there is no such file, or no regular one."""
         try:
-            return (self.path / self.names[index]).read_bytes()
+            with open_regular(self.path / self.names[index]) as file:
+                return file.read()
         except OSError as error:
             raise DamagedFile(f"cannot read {self.path_of(index)}: {error.strerror}") from None
 

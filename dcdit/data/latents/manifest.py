@@ -1,19 +1,18 @@
 """``manifest.json`` beside shards of latents: what they were made from and how, and the checksum of every file."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dcdit.utils.files import atomically
+from dcdit.utils.files import write_text
+from dcdit.utils.inside import is_inside
+from dcdit.utils.reading import sha256
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dcdit-latents-1"
-BLOCK = 1 << 20
-"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,15 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path} is not readable: {' '.join(str(error).split())}") from None
     if manifest.format != FORMAT:
         raise ValueError(f"{path} has the format {manifest.format!r}; accepted: {FORMAT}")
+    outside = next((shard.file for shard in manifest.shards if not is_inside(shard.file)), None)
+    if outside is not None:
+        raise ValueError(f"{path} lists {outside!r}; accepted: files inside the folder")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``. It appears complete or not at all."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    atomically(folder / MANIFEST_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1))
 
 
 def size_problem(folder: Path, shard: ShardEntry) -> str | None:
@@ -95,13 +96,3 @@ def content_problem(folder: Path, shard: ShardEntry, progress: Callable[[int], A
     if found is None and sha256(folder / shard.file, progress) != shard.sha256:
         found = f"{folder / shard.file} has another SHA-256 than the manifest says"
     return found
-
-
-def sha256(path: Path, progress: Callable[[int], Any] = lambda count: None) -> str:
-    """Of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            progress(len(block))
-    return digest.hexdigest()

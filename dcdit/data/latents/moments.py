@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from dcdit.data.autoencoder import SD_VAE_SCALE
+from dcdit.data.labels import MAX_CLASSES
 from dcdit.data.latents.files import Files, FolderFiles, ZipFiles, read_npy
 from dcdit.data.latents.store import LatentStore, as_latent, finite, first_readable
 from dcdit.data.samples import DamagedFile
+from dcdit.utils.inside import is_inside
 
 INDEX = "dataset.json"
 FOLDER = "vae-sd"
@@ -91,13 +93,22 @@ def _parse_index(path: Path, data: bytes, present: Iterable[str]) -> tuple[list[
     """(names of the arrays, sorted; label of each). ``present`` are the names of all files there are."""
     try:
         given = json.loads(data)["labels"]
-        pairs = dict(given if given is not None else [(name, 0) for name in present if name.endswith(".npy")])
-    except (ValueError, KeyError, TypeError) as error:
+        given = given if given is not None else [(name, 0) for name in present if name.endswith(".npy")]
+        pairs = dict(given)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {INDEX} is not readable: {type(error).__name__} {error}") from None
     for name, label in pairs.items():
-        if not isinstance(label, int) or label < 0 or not name.endswith(".npy"):
-            raise ValueError(f"{path}: {INDEX} lists {name!r} with label {label!r}; accepted: .npy, integers from 0")
+        # bool is a kind of int in Python
+        if type(name) is not str or not name.endswith(".npy") or type(label) is not int or not 0 <= label < MAX_CLASSES:
+            raise ValueError(
+                f"{path}: {INDEX} lists {name!r} with label {label!r}; accepted: .npy, integers from 0 to "
+                f"{MAX_CLASSES - 1}"
+            )
+        if not is_inside(name):
+            raise ValueError(f"{path}: {INDEX} lists {name!r}; accepted: files inside the folder")
     if not pairs:
         raise ValueError(f"{path} holds no moments")
+    if len(pairs) < len(given):
+        raise ValueError(f"{path}: {INDEX} lists {len(given) - len(pairs)} files twice; accepted: one label for each")
     names = sorted(pairs)
     return names, [pairs[name] for name in names]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from dcdit.data.labels import MAX_CLASSES
 from dcdit.data.latents.files import FolderFiles, read_npy
 from dcdit.data.latents.store import LatentStore, as_latent, first_readable
 from dcdit.data.samples import DamagedFile, skip_or_raise
@@ -82,8 +83,8 @@ def _read_labels(files: FolderFiles, skip_damaged: bool) -> list[int | None]:
                     raise DamagedFile(f"{files.path_of(index)} is {array.dtype} {array.shape}; accepted: one integer")
                 label = int(array.item())
                 header = data[:-8] if array.dtype == np.dtype("<i8") else None
-            if label < 0:
-                raise DamagedFile(f"{files.path_of(index)} holds the label {label}; accepted: at least 0")
+            if not 0 <= label < MAX_CLASSES:
+                raise DamagedFile(f"{files.path_of(index)} holds the label {label}; accepted: 0 to {MAX_CLASSES - 1}")
             labels.append(label)
         except DamagedFile as error:
             skip_or_raise(error, skip_damaged)

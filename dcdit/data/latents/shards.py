@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcdit.data.labels import MAX_CLASSES, as_labels
 from dcdit.data.latents.files import PerProcess
 from dcdit.data.latents.manifest import MANIFEST_FILE, Manifest, read_manifest, size_problem
 from dcdit.data.latents.store import LatentStore, PerChannel, finite
@@ -84,20 +85,31 @@ class ShardStore(LatentStore):
         count, *shape = slices[LATENTS].get_shape()
         if first:
             self.shape, self.has_mirrored = tuple(shape), MIRRORED in slices
-        labels = slices[LABELS][:].numpy()
+        labels = _integers(slices[LABELS][:], file)
         expected = {LATENTS: [count, *self.shape], MIRRORED: [count, *self.shape], LABELS: [count]}
         for name, accepted in expected.items():
             found = slices[name].get_shape() if name in slices else None
             if found != accepted and (name != MIRRORED or self.has_mirrored):
                 raise DamagedFile(f"{file}: {name} has the shape {found}; accepted: {accepted}")
-        if len(self.shape) != 3 or labels.dtype.kind not in "iu" or (labels < 0).any():
-            raise DamagedFile(f"{file} is not latents (N, C, H, W) with labels (N,) of at least 0")
-        return labels.astype(np.int64)
+        if len(self.shape) != 3:
+            raise DamagedFile(f"{file}: {LATENTS} has the shape {[count, *shape]}; accepted: (N, C, H, W)")
+        return as_labels(labels, count, str(file), len(self.class_names or ()) or MAX_CLASSES)
 
 
 def holds_shards(path: Path) -> bool:
     """Whether a path looks like this file format."""
     return (path / MANIFEST_FILE).is_file() or next(path.glob("*.safetensors"), None) is not None
+
+
+def _integers(labels: Tensor, file: Path) -> np.ndarray[Any, Any]:
+    """Labels as stored. Floating ones become int64, if their dtype has room for every whole number up to them."""
+    if labels.is_floating_point():
+        exact = round(2 / torch.finfo(labels.dtype).eps)  # 256 in bfloat16
+        values = labels.double()
+        if not ((values == values.trunc()) & (values.abs() < exact)).all():
+            raise DamagedFile(f"{file}: labels are {labels.dtype}; accepted: integers, or whole numbers below {exact}")
+        labels = values.long()
+    return labels.numpy()
 
 
 def _of_right_size(path: Path, manifest: Manifest, skip_damaged: bool) -> list[Path]:

@@ -6,28 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdit.ops.autograd import first_derivative_only
-from dcdit.ops.numerics import NORM_EPS, upcast
+from dcdit.ops._torch import host_reads
+from dcdit.ops.autograd import apply, first_derivative_only, matmul
+from dcdit.ops.numerics import LARGE, NORM_EPS, shrinking_factor, upcast_all
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    if q.shape[-2] == 0:
-        return upcast(q).sum(-1)
-    cosine = _Cosine.apply(upcast(q)[..., :-1, :], upcast(k)[..., 1:, :])
-    p = F.pad(_dissimilarity(cosine), (1, 0), value=1.0)
+    q, k = upcast_all(q, k)
+    length = q.shape[-2]
+    cosine = apply(_Cosine, *_rows_and_norms(q[..., : length - 1, :]), *_rows_and_norms(k[..., 1:, :]))
+    p = F.pad(_dissimilarity(cosine), (min(length, 1), 0), value=1.0)
     if cu_seqlens is None:
         return p
-    first = torch.zeros(q.shape[0] + 1, dtype=torch.bool, device=q.device).index_fill(0, cu_seqlens.long(), True)
+    first = torch.zeros(length + 1, dtype=torch.bool, device=q.device).index_fill(0, cu_seqlens.long(), True)
     return p.masked_fill(first[:-1], 1.0)
 
 
 def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, d = q.shape
-    k_hat = _Unit.apply(upcast(k))
-    # (B, L, D) is a channels-last image already, so nothing moves in memory.
-    k_grid = k_hat.reshape(b, *grid, d).permute(0, 3, 1, 2)
-    k_bar = F.conv2d(k_grid, upcast(weight)[:, None], padding=1, groups=d).permute(0, 2, 3, 1).reshape(q.shape)
-    return _dissimilarity((_Unit.apply(upcast(q)) * k_bar).sum(-1))
+    q, k, weight = upcast_all(q, k, weight)
+    k_hat = apply(_Unit, *_rows_and_norms(k))
+    if k.numel() == 0:  # a convolution needs a position
+        k_bar = k_hat * weight.sum()
+    else:
+        # (B, L, D) is a channels-last image already, so nothing moves in memory.
+        k_grid = k_hat.reshape(b, *grid, d).permute(0, 3, 1, 2)
+        k_bar = F.conv2d(k_grid, weight[:, None], padding=1, groups=d).permute(0, 2, 3, 1).reshape(q.shape)
+    return _dissimilarity((apply(_Unit, *_rows_and_norms(q)) * k_bar).sum(-1))
 
 
 def boundary_prob_predictability(
@@ -39,53 +44,83 @@ def boundary_prob_predictability(
     num_groups: int,
     eps: float,
 ) -> Tensor:
-    x = upcast(features)
-    x = F.silu(F.group_norm(x, num_groups, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps))
-    p = torch.sigmoid(torch.matmul(out_weight.to(x.dtype), x.flatten(2)) + out_bias.to(x.dtype))
+    x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
+        features, norm_weight, norm_bias, out_weight, out_bias
+    )  # fmt: skip
+    if x.numel() == 0:  # the norm of no position would be NaN, and so would its gradients
+        x = x * (norm_weight + norm_bias)[:, None, None]
+    else:
+        x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
+    x = x.flatten(2)
+    if x.stride(1) == 1 and not torch.compiler.is_compiling():
+        logit = matmul(x.mT.reshape(1, -1, x.shape[1]), out_weight[None, :, None]).view(x.shape[0], -1)
+    else:
+        # Faster where the positions are adjacent, and the compiler makes one pass of this and what is above. A backward
+        # that it compiled would round a matrix product under autocast.
+        logit = (x * out_weight[:, None]).sum(1)
+    p = torch.sigmoid(logit + out_bias)
     position = torch.arange(p.shape[1], device=p.device)
     return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
+
+
+def _rows_and_norms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x (..., D), shrunk where their squares would overflow, and their norms (..., 1), at least 1e-12."""
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    if not (host_reads.reads_are_free(x) and _squares_fit(norm)):
+        x = x * shrinking_factor(norm)
+        norm = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
+    return x, norm.clamp(min=NORM_EPS)
+
+
+def _squares_fit(norm: Tensor) -> bool:
+    """Whether no row is to be shrunk; reads a number on the host."""
+    return norm.numel() == 0 or norm.max().item() <= LARGE
 
 
 class _Cosine(torch.autograd.Function):
     """Cosine of pairs of rows. Its gradient is a combination of the two rows, so only the rows themselves are saved."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        norm_a, norm_b = (torch.linalg.vector_norm(x, dim=-1).clamp(min=NORM_EPS) for x in (a, b))
-        cosine = (a * b).sum(-1) / norm_a / norm_b
-        ctx.save_for_backward(a, b, norm_a, norm_b, cosine)
-        return cosine
+    def forward(a: Tensor, norm_a: Tensor, b: Tensor, norm_b: Tensor) -> Tensor:
+        return (a * b).sum(-1) / norm_a.squeeze(-1) / norm_b.squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, norm_a, norm_b, cosine = ctx.saved_tensors
-        of_product = (grad / norm_a / norm_b)[..., None]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        a, norm_a, b, norm_b, cosine = ctx.saved_tensors
+        grad, cosine = grad[..., None], cosine[..., None]
+        of_product = grad / norm_a / norm_b
 
         def of_norm(norm: Tensor) -> Tensor:
             # A clamped norm is a constant: it passes no gradient.
-            return torch.where(norm > NORM_EPS, -grad * cosine / norm / norm, 0)[..., None]
+            return torch.where(norm > NORM_EPS, -grad * cosine / norm / norm, 0)
 
-        return torch.addcmul(of_product * b, of_norm(norm_a), a), torch.addcmul(of_product * a, of_norm(norm_b), b)
+        grad_a = torch.addcmul(of_product * b, of_norm(norm_a), a)
+        return grad_a, None, torch.addcmul(of_product * a, of_norm(norm_b), b), None
 
 
 class _Unit(torch.autograd.Function):
     """Rows divided by their norm."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=NORM_EPS)
-        unit = x / norm
-        ctx.save_for_backward(unit, norm)
-        return unit
+    def forward(x: Tensor, norm: Tensor) -> Tensor:
+        return x / norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         unit, norm = ctx.saved_tensors
         # A clamped norm is a constant: it passes no gradient.
         g_dot_unit = torch.where(norm > NORM_EPS, (grad * unit).sum(-1, keepdim=True), 0)
-        return torch.addcmul(grad, g_dot_unit, unit, value=-1).div_(norm)
+        return torch.addcmul(grad, g_dot_unit, unit, value=-1).div_(norm), None
 
 
 def _dissimilarity(cosine: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Functions that the compiler must not look into."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from dcdit.ops.autocast import without_autocast
 
 
 def as_custom_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -12,11 +15,16 @@ def as_custom_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     For functions that loop over slices or leave a loop early: tracing would unroll the loop or break the graph.
 
     Args:
-        fake: same signature; returns empty tensors of the right shape and dtype.
+        fake: same signature; returns empty tensors of the right shape, strides and dtype.
     """
 
     def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
-        op = torch.library.custom_op(f"dcdit_torch::{fn.__name__.lstrip('_')}", fn, mutates_args=())
+        @functools.wraps(fn)
+        def operator(*args: Any) -> Any:
+            with without_autocast(args[0]):  # a compiled backward may run under autocast
+                return fn(*args)
+
+        op = torch.library.custom_op(f"dcdit_torch::{fn.__name__.lstrip('_')}", operator, mutates_args=())
         op.register_fake(fake)
 
         def call(*args: Any) -> Any:

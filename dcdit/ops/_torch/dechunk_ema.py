@@ -10,8 +10,8 @@ from dcdit.ops._torch.clamped_prob import packed_clamped_prob
 from dcdit.ops._torch.custom_op import as_custom_op
 from dcdit.ops._torch.segments import may_have_padding
 from dcdit.ops._torch.upsample import upsample_rows
-from dcdit.ops.autograd import first_derivative_only
-from dcdit.ops.numerics import upcast
+from dcdit.ops.autograd import apply, first_derivative_only
+from dcdit.ops.numerics import upcast, widest
 from dcdit.ops.token_selection import TokenSelection
 
 BLOCK = 16
@@ -19,17 +19,18 @@ BLOCK = 16
 
 
 def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> Tensor:
-    tokens = upcast(h)
+    dtype = widest(h, residual)
+    tokens = upcast(h.to(dtype))
     if may_have_padding(sel.cu_seqlens, tokens.shape[0]):
         tokens = torch.where((sel.indices >= 0)[:, None], tokens, 0)
     q = packed_clamped_prob(p, sel, tokens.dtype)
     decay = (1 - q).masked_fill(_first_rows(sel.cu_seqlens, tokens.shape[0]), 0)
     out = upsample_rows(
-        _Scan.apply(tokens, q, decay),
+        apply(_Scan, tokens, q, decay),
         _last_kept(sel),
         None if gate is None else gate.reshape(-1),
         None if residual is None else residual.reshape(-1, h.shape[1]),
-        h.dtype,
+        dtype,
     )
     return out.view(*p.shape, h.shape[1])
 
@@ -55,10 +56,12 @@ class _Scan(torch.autograd.Function):
     """``s_m = decay_m s_{m-1} + q_m h_m``, starting from 0; h (T, D), q and decay (T,)."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, q: Tensor, decay: Tensor) -> Tensor:
-        state = _scan(h, q, decay)
-        ctx.save_for_backward(h, q, decay, state)
-        return state
+    def forward(h: Tensor, q: Tensor, decay: Tensor) -> Tensor:
+        return _scan(h, q, decay)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @first_derivative_only
@@ -72,7 +75,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _scan_fake(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @as_custom_op(_scan_fake)
@@ -83,7 +86,7 @@ def _scan(x: Tensor, scale: Tensor, decay: Tensor) -> Tensor:
     """
     total, width = x.shape
     if total == 0:
-        return torch.empty_like(x)
+        return x.new_empty(x.shape)
     missing = -total % BLOCK
     if missing:
         x, scale, decay = F.pad(x, (0, 0, 0, missing)), F.pad(scale, (0, missing)), F.pad(decay, (0, missing))

@@ -7,7 +7,7 @@ from dcdit.ops._torch.clamped_prob import packed_clamped_prob
 from dcdit.ops._torch.nearest import nearest_kept
 from dcdit.ops._torch.smoothing import smooth
 from dcdit.ops._torch.upsample import upsample_rows
-from dcdit.ops.numerics import upcast, window_radius
+from dcdit.ops.numerics import upcast, widest, window_radius
 from dcdit.ops.token_selection import TokenSelection
 
 
@@ -21,8 +21,9 @@ def dechunk_spatial(
     residual: Tensor | None,
 ) -> Tensor:
     images, length = p.shape
-    tokens = upcast(h)
-    packed_rows = sel.packed_rows.view(images, *grid)
+    dtype = widest(h, residual)
+    tokens = upcast(h.to(dtype))
+    packed_rows = sel.packed_rows.reshape(images, *grid)
     radius = window_radius(sigma, sel.prob_floor, tokens.dtype)
     smoothed = smooth(tokens, packed_clamped_prob(p, sel, tokens.dtype), packed_rows, sel.indices, radius, sigma)
     nearest = nearest_kept(packed_rows >= 0).view(images, length)
@@ -32,6 +33,6 @@ def dechunk_spatial(
         nearest_row.flatten(),
         None if gate is None else gate.reshape(-1),
         None if residual is None else residual.reshape(-1, h.shape[1]),
-        h.dtype,
+        dtype,
     )
     return out.view(images, length, h.shape[1])

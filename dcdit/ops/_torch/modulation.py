@@ -12,22 +12,26 @@ from torch import Tensor
 from dcdit.ops._torch import host_reads
 from dcdit.ops._torch.segment_modulation import SegmentGatedAdd, SegmentLayerNorm
 from dcdit.ops._torch.segments import segment_of_rows
-from dcdit.ops.numerics import upcast
+from dcdit.ops.autograd import apply
+from dcdit.ops.numerics import upcast_all, widest
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
     if host_reads.reads_are_free(t):
-        return SegmentLayerNorm.apply(t, shift, scale, cu_seqlens.tolist(), eps)
+        normed, *_ = apply(SegmentLayerNorm, t, shift, scale, cu_seqlens.tolist(), eps)
+        return normed
     segment = segment_of_rows(cu_seqlens, t.shape[0])
-    normed = F.layer_norm(_without_padding(t, segment, cu_seqlens), t.shape[-1:], eps=eps)
+    tokens, shift, scale = upcast_all(t, shift, scale)
+    normed = F.layer_norm(_without_padding(tokens, segment, cu_seqlens), t.shape[-1:], eps=eps)
     return torch.addcmul(_rows(shift, segment), normed, 1 + _rows(scale, segment)).to(t.dtype)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     if host_reads.reads_are_free(x):
-        return SegmentGatedAdd.apply(x, y, gate, cu_seqlens.tolist())
-    segment = segment_of_rows(cu_seqlens, x.shape[0])
-    return torch.addcmul(upcast(x), _rows(gate, segment), _without_padding(y, segment, cu_seqlens)).to(x.dtype)
+        return apply(SegmentGatedAdd, x, y, gate, cu_seqlens.tolist())
+    segment, dtype = segment_of_rows(cu_seqlens, x.shape[0]), widest(x, y)
+    x, y, gate = upcast_all(x, y, gate)
+    return torch.addcmul(x, _rows(gate, segment), _without_padding(y, segment, cu_seqlens)).to(dtype)
 
 
 def gated_add_modulated_layer_norm(
@@ -38,10 +42,10 @@ def gated_add_modulated_layer_norm(
 
 
 def _rows(table: Tensor, segment: Tensor) -> Tensor:
-    """(T, D) upcast: the row of the table (B, D) for each packed row, 0 for padding rows."""
-    return F.pad(upcast(table), (0, 0, 0, 1)).index_select(0, segment)
+    """(T, D): the row of the table (B, D) for each packed row, 0 for padding rows."""
+    return F.pad(table, (0, 0, 0, 1)).index_select(0, segment)
 
 
 def _without_padding(t: Tensor, segment: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T, D) upcast: t with zeros in its padding rows, which may hold anything."""
-    return torch.where((segment < cu_seqlens.shape[0] - 1)[:, None], upcast(t), 0)
+    """(T, D): t with zeros in its padding rows, which may hold anything."""
+    return torch.where((segment < cu_seqlens.shape[0] - 1)[:, None], t, 0)

@@ -11,7 +11,7 @@ FAR = torch.iinfo(torch.int64).max // 2
 
 
 def _nearest_fake(kept: Tensor) -> Tensor:
-    return torch.empty_like(kept, dtype=torch.int64)
+    return kept.new_empty(kept.shape, dtype=torch.int64)
 
 
 @as_custom_op(_nearest_fake)

@@ -6,81 +6,95 @@ import torch
 from torch import Tensor
 
 from dcdit.ops._torch import host_reads
-from dcdit.ops.numerics import upcast
+from dcdit.ops.autograd import apply
+from dcdit.ops.numerics import upcast_all
 from dcdit.ops.token_selection import TokenSelection
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
-    tokens = _GatherRows.apply(x.reshape(-1, x.shape[-1]), sel.indices)
+    packed_rows = sel.packed_rows.flatten()
+    tokens = apply(_TakeRows, x.reshape(-1, x.shape[-1]), sel.indices, packed_rows)
     if bias is None:
         return tokens
-    padding = sel.indices < 0
-    position = torch.where(padding, -1, sel.indices % bias.shape[0])
-    return (upcast(tokens) + _GatherShared.apply(upcast(bias), position, sel.indices, sel.mask.shape[0])).to(x.dtype)
+    position = torch.where(sel.indices < 0, -1, sel.indices % max(bias.shape[0], 1))
+    tokens, bias = upcast_all(tokens, bias)
+    return (tokens + apply(_TakeShared, bias, position, sel.indices, packed_rows, sel.mask.shape[0])).to(x.dtype)
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
-    rows = _ScatterRows.apply(t, sel.indices, sel.mask.numel(), fill)
+    rows = apply(_PutRows, t, sel.indices, sel.packed_rows.flatten(), fill)
     return rows.view(*sel.mask.shape, t.shape[-1])
 
 
-def take_rows(source: Tensor, indices: Tensor) -> Tensor:
-    """Rows of ``source`` (n, D) at ``indices`` (m,): (m, D), zeros where the index is negative."""
+def take_rows(source: Tensor, indices: Tensor, fill: float = 0.0) -> Tensor:
+    """Rows of ``source`` (n, D) at ``indices`` (m,): (m, D), ``fill`` where the index is negative."""
     if source.shape[0] == 0:
-        return source.new_zeros(indices.shape[0], source.shape[1])
+        return source.new_full((indices.shape[0], source.shape[1]), fill)
     rows = source.index_select(0, indices.clamp(min=0))
     absent = indices < 0
     if host_reads.reads_are_free(source) and not absent.any():
         return rows
     if torch.compiler.is_compiling():
         # torch 2.11 traces wrong gradients for the in-place fill (PyTorch issue 180642).
-        return rows.masked_fill(absent[:, None], 0)
-    return rows.masked_fill_(absent[:, None], 0)
+        return rows.masked_fill(absent[:, None], fill)
+    return rows.masked_fill_(absent[:, None], fill)
 
 
-def put_rows(rows: Tensor, indices: Tensor, total: int, fill: float = 0.0) -> Tensor:
-    """(total, D): each row at its index, ``fill`` elsewhere. Indices are distinct; negative ones drop their row."""
-    out = rows.new_full((total + 1, rows.shape[1]), fill)
-    out.index_put_((torch.where(indices < 0, total, indices),), rows)
-    return out[:total]
+def put_rows(rows: Tensor, indices: Tensor, inverse: Tensor, fill: float = 0.0) -> Tensor:
+    """(n, D): each of the rows (m, D) at its index, ``fill`` elsewhere. A negative index drops its row.
+
+    ``inverse`` (n,) says the same the other way round: which row comes to each place, negative where none does.
+    """
+    if not host_reads.reads_are_free(rows):
+        return take_rows(rows, inverse, fill)
+    kept = indices >= 0
+    if not kept.all():
+        rows, indices = rows[kept], indices[kept]
+    return rows.new_full((inverse.shape[0], rows.shape[1]), fill).index_put_((indices,), rows)
 
 
-class _GatherRows(torch.autograd.Function):
+class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, source: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.total = source.shape[0]
+    def forward(source: Tensor, indices: Tensor, inverse: Tensor) -> Tensor:
         return take_rows(source, indices)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return _ScatterRows.apply(grad, indices, ctx.total, 0.0), None
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
-
-class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, indices: Tensor, total: int, fill: float) -> Tensor:
-        ctx.save_for_backward(indices)
-        return put_rows(rows, indices, total, fill)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return apply(_PutRows, grad, *ctx.saved_tensors, 0.0), None, None
+
+
+class _PutRows(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, indices: Tensor, inverse: Tensor, fill: float) -> Tensor:
+        return put_rows(rows, indices, inverse, fill)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (indices,) = ctx.saved_tensors
-        return _GatherRows.apply(grad, indices), None, None, None
+        return apply(_TakeRows, grad, *ctx.saved_tensors), None, None, None
 
 
-class _GatherShared(torch.autograd.Function):
+class _TakeShared(torch.autograd.Function):
     """Rows of a table (L, D) that all images share. Its gradient sums over the images in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, position: Tensor, indices: Tensor, images: int) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.shape = (images, *table.shape)
+    def forward(table: Tensor, position: Tensor, indices: Tensor, inverse: Tensor, images: int) -> Tensor:
         return take_rows(table, position)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (indices,) = ctx.saved_tensors
-        images, length, width = ctx.shape
-        return put_rows(grad, indices, images * length).view(images, length, width).sum(0), None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        table, _, indices, inverse, images = inputs
+        ctx.shape = (images, *table.shape)
+        ctx.save_for_backward(indices, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        per_image = apply(_PutRows, grad, *ctx.saved_tensors, 0.0).view(ctx.shape)
+        return per_image.sum(0), None, None, None, None

@@ -7,30 +7,40 @@ import torch
 from torch import Tensor
 
 from dcdit.ops.autograd import first_derivative_only
-from dcdit.ops.numerics import upcast
+from dcdit.ops.numerics import accumulation_dtype, upcast_all, widest
 
 
 class SegmentLayerNorm(torch.autograd.Function):
     """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]``; padding rows, past the last bound, come out as 0."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, shift: Tensor, scale: Tensor, bounds: list[int], eps: float) -> Tensor:
-        real = upcast(t[: bounds[-1]])
+    def forward(
+        t: Tensor, shift: Tensor, scale: Tensor, bounds: list[int], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the mean and 1 / standard deviation of each row."""
+        real, shift, scale = upcast_all(t[: bounds[-1]], shift, scale)
         out, mean, rstd = torch.native_layer_norm(real, real.shape[1:], None, None, eps)
-        ctx.save_for_backward(t, scale, mean, rstd)
-        ctx.bounds, ctx.shift_dtype = bounds, shift.dtype
-        shift, factor = upcast(shift), 1 + upcast(scale)
+        factor = 1 + scale
         for b, (lo, hi) in enumerate(pairwise(bounds)):
             torch.addcmul(shift[b], out[lo:hi], factor[b], out=out[lo:hi])
-        return _with_padding(out.to(t.dtype), t.shape[0])
+        return _with_padding(out.to(t.dtype), t.shape[0]), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        t, shift, scale, ctx.bounds, _ = inputs
+        _, mean, rstd = output
+        ctx.shift_dtype = shift.dtype
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(t, scale, mean, rstd)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None, None]:
         t, scale, mean, rstd = ctx.saved_tensors
         bounds = ctx.bounds
-        real, grad = upcast(t[: bounds[-1]]), upcast(grad)
-        factor = 1 + upcast(scale)
+        # The statistics have the dtype of the arithmetic.
+        real, grad, factor = t[: bounds[-1]].to(mean.dtype), grad.to(mean.dtype), 1 + scale.to(mean.dtype)
         grad_shift, grad_scale, grad_normed = torch.zeros_like(factor), torch.zeros_like(factor), torch.empty_like(real)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
             g = grad[lo:hi]
@@ -54,26 +64,31 @@ class SegmentGatedAdd(torch.autograd.Function):
     """``x + gate[seg] * y``; padding rows, past the last bound, come out as they are in x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gate: Tensor, bounds: list[int]) -> Tensor:
-        ctx.save_for_backward(y, gate)
-        ctx.bounds = bounds
-        out, row = torch.empty_like(x), upcast(gate)
+    def forward(x: Tensor, y: Tensor, gate: Tensor, bounds: list[int]) -> Tensor:
+        out, dtype = x.new_empty(x.shape, dtype=widest(x, y)), accumulation_dtype(x, y, gate)
+        row = gate.to(dtype)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
-            out[lo:hi] = torch.addcmul(upcast(x[lo:hi]), row[b], upcast(y[lo:hi]))
+            out[lo:hi] = torch.addcmul(x[lo:hi].to(dtype), row[b], y[lo:hi].to(dtype))
         out[bounds[-1] :] = x[bounds[-1] :]
         return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, gate, ctx.bounds = inputs
+        ctx.x_dtype, ctx.dtype = x.dtype, accumulation_dtype(x, y, gate)
+        ctx.save_for_backward(y, gate)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         y, gate = ctx.saved_tensors
-        row = upcast(gate)
-        grad_y, grad_gate = torch.zeros_like(y), torch.zeros_like(row)
+        row = gate.to(ctx.dtype)
+        grad_y, grad_gate = y.new_zeros(y.shape), row.new_zeros(row.shape)
         for b, (lo, hi) in enumerate(pairwise(ctx.bounds)):
-            g = upcast(grad[lo:hi])
+            g = grad[lo:hi].to(row.dtype)
             torch.mul(g, row[b], out=grad_y[lo:hi])
             torch.sum(g * y[lo:hi], 0, out=grad_gate[b])
-        return grad, grad_y, grad_gate.to(gate.dtype), None
+        return grad.to(ctx.x_dtype), grad_y, grad_gate.to(gate.dtype), None
 
 
 def _with_padding(rows: Tensor, total: int) -> Tensor:

@@ -17,7 +17,7 @@ from dcdit.ops._torch import host_reads
 from dcdit.ops._torch.custom_op import as_custom_op
 from dcdit.ops._torch.packing import take_rows
 from dcdit.ops._torch.row_slices import row_slices, rows_per_slice
-from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.autograd import apply, first_derivative_only
 from dcdit.ops.numerics import ROW_EPS
 
 
@@ -35,22 +35,28 @@ def smooth(h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: i
         radius: reach of the window in grid cells.
         sigma: standard deviation in grid cells.
     """
-    return _Smooth.apply(h, q, packed_rows, indices, radius, sigma)
+    smoothed, *_ = apply(_Smooth, h.contiguous(), q, packed_rows, indices, radius, sigma)
+    return smoothed
 
 
 class _Smooth(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
-    ) -> Tensor:
-        rows, sums, z = _smooth_forward(h, q, packed_rows, indices, radius, sigma)
+        h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _smooth_forward(h, q, packed_rows, indices, radius, sigma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        h, q, packed_rows, indices, *ctx.window = inputs
+        _, sums, z = output
+        ctx.mark_non_differentiable(sums, z)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, q, sums, z, packed_rows, indices)
-        ctx.window = radius, sigma
-        return rows
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_h, grad_q = _smooth_backward(grad, *ctx.saved_tensors, *ctx.window)
         return grad_h, grad_q, None, None, None, None
 
@@ -58,7 +64,7 @@ class _Smooth(torch.autograd.Function):
 def _forward_fake(
     h: Tensor, q: Tensor, packed_rows: Tensor, indices: Tensor, radius: int, sigma: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(h), torch.empty_like(h), q.new_empty(q.shape[0], 1)
+    return h.new_empty(h.shape), h.new_empty(h.shape), q.new_empty(q.shape[0], 1)
 
 
 @as_custom_op(_forward_fake)
@@ -83,7 +89,7 @@ def _backward_fake(
     radius: int,
     sigma: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(sums), torch.empty_like(q)
+    return sums.new_empty(sums.shape), q.new_empty(q.shape)
 
 
 @as_custom_op(_backward_fake)
@@ -132,7 +138,7 @@ def _window_totals(scale: Tensor, packed_rows: Tensor, indices: Tensor, radius: 
     image = take_rows(scale[:, None], packed_rows.flatten()).view(packed_rows.shape)
     for axis in (1, 2):
         size = packed_rows.shape[axis]
-        reach = min(radius, size - 1)
+        reach = min(radius, max(size - 1, 0))
         padded = F.pad(image, (0, 0, reach, reach) if axis == 1 else (reach, reach))
         image = torch.zeros_like(image)
         for step in range(2 * reach + 1):
@@ -145,7 +151,9 @@ def _window_sums(
 ) -> Tensor:
     """(T, D): ``sum_j K_ij scale_j rows_j`` over the window; 0 in padding rows."""
     _, height, width = packed_rows.shape
-    out = torch.zeros_like(rows)
+    out = rows.new_zeros(rows.shape)
+    if packed_rows.numel() == 0:
+        return out
     down, across = min(radius, height - 1), min(radius, width - 1)
     windows = F.pad(packed_rows, (0, 0, down, down), value=-1).unfold(1, 2 * down + 1, 1)
     for images, grid_rows, tokens in _pieces(packed_rows, rows):

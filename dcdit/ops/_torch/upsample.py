@@ -12,7 +12,7 @@ from torch import Tensor
 from dcdit.ops._torch.custom_op import as_custom_op
 from dcdit.ops._torch.packing import take_rows
 from dcdit.ops._torch.row_slices import row_slices
-from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.autograd import apply, first_derivative_only
 
 
 def upsample_rows(
@@ -27,30 +27,37 @@ def upsample_rows(
         residual: (S, D).
         dtype: of the result.
     """
-    return _Upsample.apply(rows, row_of, gate, residual, dtype)
+    return apply(_Upsample, rows, row_of, gate, residual, dtype)
 
 
 class _Upsample(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, row_of: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+        rows: Tensor, row_of: Tensor, gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
+        return _upsample(rows, row_of, residual, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, row_of, gate, residual, _ = inputs
         # Only the gradient of the gate reads the rows.
         ctx.save_for_backward(row_of, None if gate is None else rows)
         ctx.total, ctx.dtype = rows.shape[0], rows.dtype
         ctx.gate_dtype = None if gate is None else gate.dtype
-        return _upsample(rows, row_of, residual, dtype)
+        ctx.residual_dtype = None if residual is None else residual.dtype
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         row_of, rows = ctx.saved_tensors
-        grad_rows = grad_gate = None
+        grad_rows = grad_gate = grad_residual = None
         if ctx.needs_input_grad[0]:
             grad_rows = _sum_by_row(grad.to(ctx.dtype), row_of, ctx.total)
         if ctx.needs_input_grad[2]:
             grad_gate = _row_dots(grad, rows, row_of).to(ctx.gate_dtype)
-        return grad_rows, None, grad_gate, grad if ctx.needs_input_grad[3] else None, None
+        if ctx.needs_input_grad[3]:
+            grad_residual = grad.to(ctx.residual_dtype)
+        return grad_rows, None, grad_gate, grad_residual, None
 
 
 def _upsample_fake(rows: Tensor, row_of: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import boundary_cosine, boundary_cosine2d, boundary_predictability
-from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, without_gradient
 
 
 def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -41,12 +41,6 @@ def boundary_prob_predictability(
 
 def _rows(x: Tensor) -> Tensor:
     return unit_stride(x.reshape(-1, x.shape[-1]))
-
-
-def _without_gradient(ctx: Any, stats: Tensor) -> None:
-    """Statistics have no gradient. Autograd must not allocate zeros for one either."""
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
 
 
 # --- sequence -----------------------------------------------------------------------------------------------------
@@ -92,7 +86,7 @@ def _cosine2d_fake(q: Tensor, k: Tensor, weight: Tensor, height: int, width: int
 
 def _cosine2d_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, weight, ctx.height, ctx.width = inputs
-    _without_gradient(ctx, output[1])
+    without_gradient(ctx, output[1])
     ctx.save_for_backward(q, k, weight, output[1])
 
 
@@ -134,7 +128,7 @@ def _predictability_fake(
 def _predictability_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, norm_weight, norm_bias, out_weight, out_bias, _, _ = inputs
     p, stats = output
-    _without_gradient(ctx, stats)
+    without_gradient(ctx, stats)
     ctx.save_for_backward(x, norm_weight, norm_bias, out_weight, p, stats)
     ctx.dtypes = [parameter.dtype for parameter in (norm_weight, norm_bias, out_weight, out_bias)]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dcdit.kernels import dechunk_ema as kernels
 from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops.numerics import widest
 from dcdit.ops.token_selection import TokenSelection
 
 
@@ -28,19 +29,21 @@ def _forward(
 def _fake(
     h: Tensor, p: Tensor, gate: Tensor | None, residual: Tensor | None, token_map: kernels.TokenMap
 ) -> Tensor:  # fmt: skip
-    return h.new_empty(p.numel(), h.shape[1])
+    return h.new_empty(p.numel(), h.shape[1], dtype=widest(h, residual))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, p, gate, _, token_map = inputs
+    h, p, gate, residual, token_map = inputs
     ctx.gate_dtype = None if gate is None else gate.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(h, p, *token_map)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     want_h, want_p, want_gate, want_residual, *_ = ctx.needs_input_grad
+    grad_residual = grad.to(ctx.residual_dtype) if want_residual else None
     if not (want_h or want_p or want_gate):
-        return None, None, None, grad, None
+        return None, None, None, grad_residual, None
     h, p, *token_map = ctx.saved_tensors
     grad_h, grad_p, grad_gate = _gradients(
         unit_stride(grad), h, p, kernels.TokenMap(*token_map), want_h, want_p, want_gate
@@ -49,7 +52,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h if want_h else None,
         grad_p if want_p else None,
         grad_gate.to(ctx.gate_dtype) if want_gate else None,
-        grad if want_residual else None,
+        grad_residual,
         None,
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dcdit.kernels import dechunk_spatial as kernels
 from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
 from dcdit.ops._triton.nested import save, saved
-from dcdit.ops.numerics import window_radius
+from dcdit.ops.numerics import widest, window_radius
 from dcdit.ops.token_selection import TokenSelection
 
 
@@ -54,13 +54,14 @@ def _fake(
         clamped_prob=floats(tokens),
     )
     left = kernels.Saved(h_minus_s=floats(tokens, d), c=floats(tokens), nearest=ints(p.numel()), index=index)
-    return h.new_empty(p.numel(), d), left
+    return h.new_empty(p.numel(), d, dtype=widest(h, residual)), left
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, kernels.Saved]) -> None:
-    h, p, gate, _, geometry = inputs
+    h, p, gate, residual, geometry = inputs
     _, left = output
     ctx.gate_dtype = None if gate is None else gate.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
     save(ctx, h, p, geometry, left)
 
 
@@ -74,7 +75,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
         grad_h if want_h else None,
         grad_p if want_p else None,
         grad_gate if want_gate else None,
-        grad if want_residual else None,
+        grad.to(ctx.residual_dtype) if want_residual and grad is not None else None,
         None,
     )
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dcdit.ops._triton.nested import builder, leaf_types, leaves, parts
-from dcdit.ops.autograd import first_derivative_only
+from dcdit.ops.autograd import apply, first_derivative_only
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset([Tensor, torch.nn.Parameter])
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class KernelOp:
@@ -58,15 +59,22 @@ class KernelOp:
 
     def __call__(self, *args: Any) -> Any:
         """What the launcher returns; its leaves while a trace is made."""
-        if _holds_float64(args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.float64 in [x.dtype for x in tensors]:
             raise TypeError(
                 f"{self.op._name} has a float64 argument; the triton backend accepts float32, bfloat16, float16: "
                 "use dcdit.ops.use_backend('torch') or 'reference'"
             )
-        if torch.compiler.is_compiling() or _traced(args):
+        if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+            # Fake and functional tensors belong to a trace, which must see the registered op.
             return self.op(*leaves(args))
-        if self._function is not None and torch.is_grad_enabled() and _wants_grad(args):
-            return self._function.apply(*args)
+        if any(map(_is_wrapped, tensors)):
+            # A tensor of torch.func has no memory of its own. A backward may keep it until after the transform.
+            if self._function is not None and torch._C._are_functorch_transforms_active():
+                return self._function.apply(*args)
+            return self.op(*leaves(args))
+        if self._function is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return apply(self._function, *args)
         return self.launcher(*args)
 
     def _on_leaves(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,11 +106,9 @@ class KernelOp:
         def setup_on_leaves(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if many:
                 output = build_result(iter(output))
-                without_gradient = leaves(tuple(part for part in output if isinstance(part, tuple)))
-                if without_gradient:
-                    ctx.mark_non_differentiable(*without_gradient)
-                    # Spares the zeros that would stand for their gradients.
-                    ctx.set_materialize_grads(False)
+                for_backward = leaves(tuple(part for part in output if isinstance(part, tuple)))
+                if for_backward:
+                    without_gradient(ctx, *for_backward)
             setup_context(ctx, self._nest_arguments(inputs), output)
 
         def backward_on_leaves(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -116,17 +122,14 @@ class KernelOp:
         return tuple([build(rest) for build in self._argument_builders])
 
 
-def _holds_float64(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+def without_gradient(ctx: Any, *outputs: Tensor) -> None:
+    """Outputs that only the backward reads, such as statistics, have no gradient.
 
-
-def _traced(args: tuple[Any, ...]) -> bool:
-    """Fake and functional tensors belong to a trace, which must see the registered op."""
-    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
-
-
-def _wants_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    Autograd must not allocate zeros for one either, nor for an output that nothing reads, such as the sum of the last
+    block.
+    """
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
 
 
 def unit_stride(rows: Tensor) -> Tensor:

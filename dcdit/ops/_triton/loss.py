@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import ratio_loss as kernels
-from dcdit.ops._triton.kernel_op import KernelOp
+from dcdit.ops._triton.kernel_op import KernelOp, without_gradient
 
 
 def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int | None) -> Tensor:
@@ -22,8 +22,7 @@ def _fake(p: Tensor, mask: Tensor, target: float, groups: int) -> tuple[Tensor, 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     p, *_ = inputs
     _, grad_p = output
-    ctx.mark_non_differentiable(grad_p)
-    ctx.set_materialize_grads(False)
+    without_gradient(ctx, grad_p)
     ctx.save_for_backward(grad_p)
     ctx.shape, ctx.dtype = p.shape, p.dtype
 

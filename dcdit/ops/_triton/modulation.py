@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import modulation
-from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, without_gradient
+from dcdit.ops.numerics import widest
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
@@ -31,63 +32,64 @@ def _norm_fake(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps:
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     t, _, scale, cu_seqlens, _ = inputs
-    _without_gradient(ctx, output[1])
+    without_gradient(ctx, output[1])
     ctx.save_for_backward(t, scale, output[1], cu_seqlens)
 
 
 def _norm_backward(ctx: Any, grad: Tensor, _stats: None) -> tuple[Tensor | None, ...]:
     t, scale, stats, cu_seqlens = ctx.saved_tensors
     want_t, want_shift, want_scale = ctx.needs_input_grad[:3]
-    wanted = (want_t, False, False, want_shift or want_scale)
+    wanted = (t.dtype if want_t else None, None, False, want_shift or want_scale)
     grad_t, _, _, grad_shift, grad_scale = _gradients(wanted, None, grad, t, None, None, scale, stats, cu_seqlens)
     return grad_t, grad_shift, grad_scale, None, None
 
 
 def _add_fake(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=widest(x, y))
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, y, gate, cu_seqlens = inputs
+    x, y, gate, cu_seqlens = inputs
+    ctx.dtypes = x.dtype, y.dtype
     ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gate, cu_seqlens)
 
 
 def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     y, gate, cu_seqlens = ctx.saved_tensors
-    wanted = (*ctx.needs_input_grad[:3], False)
+    wanted = (*_wanted_dtypes(ctx), ctx.needs_input_grad[2], False)
     return *_gradients(wanted, grad, None, None, y, gate, None, None, cu_seqlens)[:3], None
 
 
 def _add_norm_fake(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+    added, normed = (x.new_empty(x.shape, dtype=widest(x, y)) for _ in range(2))
+    return added, normed, x.new_empty((2, x.shape[0]), dtype=torch.float32)
 
 
 def _add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, y, gate, _, scale, cu_seqlens, _ = inputs
+    x, y, gate, _, scale, cu_seqlens, _ = inputs
     added, _, stats = output
-    _without_gradient(ctx, stats)
+    ctx.dtypes = x.dtype, y.dtype
+    without_gradient(ctx, stats)
     ctx.save_for_backward(added, y if ctx.needs_input_grad[2] else None, gate, scale, stats, cu_seqlens)
 
 
 def _add_norm_backward(
     ctx: Any, grad_added: Tensor | None, grad_normed: Tensor | None, _stats: None
 ) -> tuple[Tensor | None, ...]:
-    want_x, want_y, want_gate, want_shift, want_scale = ctx.needs_input_grad[:5]
-    wanted = (want_x, want_y, want_gate, want_shift or want_scale)
+    want_gate, want_shift, want_scale = ctx.needs_input_grad[2:5]
+    wanted = (*_wanted_dtypes(ctx), want_gate, want_shift or want_scale)
     return *_gradients(wanted, grad_added, grad_normed, *ctx.saved_tensors), None, None
 
 
-def _without_gradient(ctx: Any, stats: Tensor) -> None:
-    """Statistics have no gradient. Autograd must not allocate zeros for one either, nor for an output that nothing
-    reads, such as the sum of the last block."""
-    ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)
+def _wanted_dtypes(ctx: Any) -> tuple[torch.dtype | None, ...]:
+    """The dtypes of the gradients of x and y, None where not wanted."""
+    return tuple(dtype if need else None for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=False))
 
 
 def _gradients(
-    wanted: tuple[bool, bool, bool, bool],
+    wanted: tuple[torch.dtype | None, torch.dtype | None, bool, bool],
     grad_added: Tensor | None,
     grad_normed: Tensor | None,
     added: Tensor | None,
@@ -99,23 +101,24 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, gate, shift and scale, None where not wanted.
 
-    ``wanted`` has four flags: for x, for y, for the gate, and for shift and scale together.
+    ``wanted`` has the dtypes for x and for y (None: not wanted), and two flags: for the gate, and for shift and scale.
     """
-    want_x, want_y, want_gate, want_norm = wanted
+    x_dtype, y_dtype, want_gate, want_norm = wanted
     if grad_normed is None:
         # Without a norm, the gradient of x is the gradient of the sum, and no kernel computes it.
-        grad_x = grad_added if want_x else None
-        if not (want_y or want_gate):
+        assert grad_added is not None
+        grad_x = None if x_dtype is None else grad_added.to(x_dtype)
+        if y_dtype is None and not want_gate:
             return grad_x, None, None, None, None
-        added, scale, stats, want_x, want_norm = grad_added, None, None, False, False
+        added, scale, stats, x_dtype, want_norm = grad_added, None, None, None, False
     rows = (tensor if tensor is None else unit_stride(tensor) for tensor in (grad_added, grad_normed))
     computed_x, grad_y, modulation_grads = _backward(
-        *rows, added, y if want_gate else None, gate, scale, stats, cu_seqlens, want_x, want_y, want_norm
+        *rows, added, y if want_gate else None, gate, scale, stats, cu_seqlens, x_dtype, y_dtype, want_norm
     )
     parts = modulation_grads.unbind(1)
     return (
-        grad_x if grad_normed is None else computed_x if want_x else None,
-        grad_y if want_y else None,
+        grad_x if grad_normed is None else None if x_dtype is None else computed_x,
+        None if y_dtype is None else grad_y,
         parts[-1] if want_gate else None,
         parts[0] if want_norm else None,
         parts[1] if want_norm else None,
@@ -131,16 +134,16 @@ def _backward_fake(
     scale: Tensor | None,
     stats: Tensor | None,
     cu_seqlens: Tensor,
-    want_x: bool,
-    want_y: bool,
+    x_dtype: torch.dtype | None,
+    y_dtype: torch.dtype | None,
     want_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     table = gate if scale is None else scale
     assert table is not None
     parts = 2 * want_norm + (y is not None)
     return (
-        added.new_empty(added.shape if want_x else (0,)),
-        added.new_empty(added.shape if want_y else (0,)),
+        added.new_empty(0) if x_dtype is None else added.new_empty(added.shape, dtype=x_dtype),
+        added.new_empty(0) if y_dtype is None else added.new_empty(added.shape, dtype=y_dtype),
         table.new_empty(table.shape[0], parts, table.shape[1]),
     )
 

@@ -164,7 +164,10 @@ class Workload:
 
     def call(self) -> Tensor | tuple[Any, ...]:
         """The outputs that are used, as the operation returns them."""
-        result = self.operation.op(**self.arguments)
+        return self.used(self.operation.op(**self.arguments))
+
+    def used(self, result: Any) -> Any:
+        """The outputs that are used, of what the operation or its definition returns."""
         return result if self._outputs is None else tuple(result[number] for number in self._outputs)
 
     def plain(self) -> Call:

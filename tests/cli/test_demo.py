@@ -1,0 +1,60 @@
+"""``dcdit demo``, made small: its report says how the timings were measured, and marks them where they are noise."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dcdit.cli import demo
+from dcdit.config import load_config
+from dcdit.profiling import profile as profile_module
+
+DOUBT = "threads waited for a processor 70% of the time: other work runs on this machine"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """The report of a demo on a busy machine, and its demo.json."""
+    out = tmp_path_factory.mktemp("demo")
+    measure = profile_module.profile
+
+    def config(folder: Path, minutes: float, seed: int = 0):
+        small = {"model.overrides.depth": 1, "router.group_size": None}
+        run = {"run.out": str(folder), "run.log_every": 1, "run.eval_every": 0, "optim.steps": 2, "optim.batch_size": 2}
+        return load_config(demo.CONFIG, {**small, **run})
+
+    def busy(*args, **options):
+        return replace(measure(*args, **options, seconds=0.01), reliable=False, waited=0.7, warnings=[DOUBT])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "demo_config", config)
+        patch.setattr(demo, "SAMPLING_STEPS", 1)
+        patch.setattr(demo, "SAMPLES_PER_CLASS", 1)
+        patch.setattr(demo, "STUDY_IMAGES", 3)
+        patch.setattr(demo, "TIMED_IMAGES", 2)
+        patch.setattr(profile_module, "profile", busy)
+        page = demo.demo(out, minutes=1.0)
+    return page.read_text(), json.loads((out / "demo.json").read_text())
+
+
+def test_noise_is_said_before_the_tables(report) -> None:
+    page, _ = report
+    timing = page[page.index("## Time against the static DiT") :]
+    assert timing.index("UNRELIABLE") < timing.index(DOUBT) < timing.index("| model")
+    assert "Threads waited for a processor 70% of the time" in timing
+    assert timing.count("unreliable (") == 2 * len(demo.DROP_FRACTIONS)
+
+
+def test_the_whole_has_its_flops(report) -> None:
+    page, facts = report
+    (row,) = (line for line in page.splitlines() if line.startswith("| whole"))
+    dynamic = [v for v in facts["profile"]["variants"] if v["stage_ms"]]
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    assert cells[2::3] == [f"{v['gflops']:.2f}" for v in dynamic]
+    assert facts["profile"]["reliable"] is False
+
+
+def test_every_picture_is_there(report) -> None:
+    page, _ = report
+    assert page.count("![") == 3 + len(demo.DROP_FRACTIONS)

@@ -1,0 +1,171 @@
+"""No command replaces what it reads, what somebody else made, or a folder; each says so before it works."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.small import small_dc_dit
+from support.tiny import images
+
+from dcdit.checkpoint import save_model
+from dcdit.cli.main import main
+from dcdit.utils.files import claimed
+
+PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
+
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working directory, with a model, an extractor and images as a file and as a folder."""
+    monkeypatch.chdir(tmp_path)
+    save_model("model.safetensors", small_dc_dit(**PIXELS))
+    torch.jit.script(Net()).save("net.pt")
+    np.savez("real.npz", arr_0=images(12))
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images(12)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("months of work")
+    return tmp_path
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(place, capsys, words, match):
+    """The command fails in one line, and every file is as before."""
+    before = contents(place)
+    capsys.readouterr()
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dcdit: error: ") and err.count("\n") == 1 and match in err, err
+    assert contents(place) == before
+
+
+MEASURE = "evaluate --extractor net.pt --device cpu --cache cache --out out "
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--images real.npz --write-statistics results", "results is a folder; accepted: the name of a file"),
+        ("--images real.npz --write-statistics real.npz", "real.npz is where --images is read from"),
+        ("--images real.npz --write-statistics linked.npz", "linked.npz is where --images is read from"),
+        ("--images images --reference real.npz --write-statistics real.npz", "real.npz is where --reference is read"),
+        ("--images images --write-statistics images/0.png", "images/0.png is where --images is read from"),
+        ("--images real.npz --write-statistics net.pt", "net.pt is where --extractor is read from"),
+        ("--checkpoint model.safetensors --write-statistics model.safetensors", "is where --checkpoint is read from"),
+        ("--images real.npz --write-statistics out/images.png", "out/images.png, which --out also writes"),
+        ("--checkpoint model.safetensors --write-statistics out/samples.npz", "which --out also writes"),
+        ("--images images --out images", "images is where --images is read from"),
+        ("--images images --out images/deep/er", "images/deep/er is where --images is read from"),
+        ("--images real.npz --reference images --out images/out", "is where --reference is read from"),
+        ("--checkpoint model.safetensors --reference out/samples.npz", "out/samples.npz is where --reference is read"),
+        ("--images real.npz --out net.pt", "net.pt is no folder and cannot become one"),
+        ("--images real.npz --cache real.npz", "real.npz is no folder and cannot become one"),
+        ("--images real.npz --out mine", "mine/report.md is already there and would be replaced"),
+    ],
+)
+def test_evaluate(place, capsys, words, message):
+    (place / "linked.npz").symlink_to("real.npz")
+    for folder, file in [("mine", "report.md"), ("out", "samples.npz")]:
+        (place / folder).mkdir()
+        (place / folder / file).write_bytes((place / "real.npz").read_bytes())
+    refused(place, capsys, MEASURE + words, message)
+
+
+def test_evaluate_replaces_its_own_files_and_the_target_of_a_link(place):
+    (place / "out").mkdir()
+    (place / "out" / "notes.txt").write_text("mine")
+    (place / "stats.npz").symlink_to("results/stats.npz")
+    for _ in range(2):
+        assert main((MEASURE + "--images real.npz --write-statistics stats.npz").split()) == 0
+    assert (place / "stats.npz").is_symlink() and (place / "results/thesis.txt").read_text() == "months of work"
+    assert {"mu", "sigma"} < set(np.load(place / "results/stats.npz"))
+    assert sorted(contents(place / "out")) == ["images.png", "metrics.json", "notes.txt", "report.md"]
+
+
+def test_a_result_that_the_terminal_cannot_show_is_no_error(place, monkeypatch):
+    import io
+
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main((MEASURE + "--images real.npz --reference images").split()) == 0
+    terminal.flush()
+    assert rb"\xb1" in terminal.buffer.getvalue()
+
+
+SAMPLE = "sample --checkpoint model.safetensors --steps 1 --labels 0 --device cpu --out "
+
+
+@pytest.mark.parametrize("file", ["drop_0.png", "samples.json", "report.md", "drop_0/00000_class0.png"])
+def test_sample(place, capsys, file):
+    (place / "results" / file).parent.mkdir(exist_ok=True)
+    (place / "results" / file).write_text("mine")
+    refused(place, capsys, f"{SAMPLE} results --individual --report", "is already there and would be replaced")
+    refused(place, capsys, f"{SAMPLE} results/thesis.txt", "is no folder and cannot become one")
+
+
+def test_sample_replaces_its_own_files(place):
+    for flags in ("--individual", "--individual --seed 1"):
+        assert main(f"{SAMPLE} results {flags}".split()) == 0
+    files = ["drop_0.png", "drop_0/00000_class0.png", "samples.json", "thesis.txt"]
+    assert sorted(contents(place / "results")) == files
+    assert json.loads((place / "results/samples.json").read_text())["seed"] == 1
+
+
+def test_profile(place, capsys):
+    (place / "results" / "profile.json").write_text('{"model": "mine"}')
+    command = "profile --checkpoint model.safetensors --device cpu --seconds 0.01 "
+    refused(place, capsys, command + "--out results", "results/profile.json is already there and would be replaced")
+    refused(place, capsys, command + "--trace results", "results is a folder; accepted: the name of a file")
+    refused(
+        place, capsys, command + "--trace model.safetensors", "model.safetensors is where --checkpoint is read from"
+    )
+
+
+def test_demo(place, capsys):
+    (place / "results" / "training.png").write_text("mine")
+    refused(place, capsys, "demo --out results", "results/training.png is already there and would be replaced")
+
+
+def test_tune(place, capsys, monkeypatch):
+    """It adds to its own tables, and looks at them before it tunes for hours."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [1]})
+    refused(place, capsys, "tune --out results", "results is a folder; accepted: the name of a file")
+    for text in ("months of work", "[1]"):
+        (place / "table.json").write_text(text)
+        refused(place, capsys, "tune --out table.json", "table.json holds no launch configurations; accepted: ")
+    (place / "table.json").write_text('{"scatter": [2], "gather": [3]}')
+    assert main(["tune", "--out", "table.json"]) == 0
+    assert json.loads((place / "table.json").read_text()) == {"scatter": [2], "gather": [1]}
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("images/latents", "images/latents is where --images is read from"),
+        ("images", "images is where --images is read from"),
+        ("results", "results/latents_stats.pt is not of dcdit extract"),
+        ("real.npz", "real.npz is no folder and cannot become one"),
+        ("busy", "busy is in use by process "),
+    ],
+)
+def test_extract(place, capsys, out, message):
+    from support.autoencoder import SIZE, save_autoencoder
+
+    save_autoencoder(place / "vae")
+    (place / "results" / "latents_stats.pt").write_bytes(b"mine")
+    with claimed(place / "busy"):
+        refused(place, capsys, f"extract --images images --vae vae --size {SIZE} --workers 0 --out {out}", message)
+    assert not (place / "busy").exists()

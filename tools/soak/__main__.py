@@ -1,0 +1,48 @@
+"""Long runs that look for what a test of a few seconds misses, and print what they found as tables.
+
+    python -m tools.soak [PART ...] [--out FILE]
+
+Each part is a module of this package with a function ``run() -> Part``.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from tools.soak.part import Part
+
+PARTS = {"kills": "training and checkpoint writing, killed at random moments"}
+"""Name of a module to what it does."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the page to this file")
+    args = parser.parse_args()
+    unknown = set(args.parts) - PARTS.keys()
+    if unknown:
+        parser.error(f"part {min(unknown)!r}; accepted: {', '.join(PARTS)}")
+    pages, faults = [], 0
+    for name in args.parts or PARTS:
+        began = time.monotonic()
+        part: Part = importlib.import_module(f"tools.soak.{name}").run()
+        minutes = (time.monotonic() - began) / 60
+        pages.append(f"## {name}\n\n{part.page}\n\n{part.faults} faults in {minutes:.0f} minutes.")
+        print(f"\n{pages[-1]}\n", flush=True)
+        faults += part.faults
+    if args.out is not None:
+        conditions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%F')}"
+        page = ["# Soak", f"`make soak` printed this: {conditions}.", *pages]
+        args.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
