@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
-from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
 from dcdit.utils.tensors import save_tensors
@@ -53,10 +52,15 @@ def write_model(path: Path, model: Model, state: Tensors | None, notes: Mapping[
         **({} if model.objective is None else {"objective": model.objective}),
         **(notes or {}),
         "format": FORMAT,
-        "architecture": type(model).__name__,
+        "architecture": architecture_of(model),
         "config": json.dumps(model.config.to_dict()),
     }
     write_tensors(path, model.state_dict() if state is None else state, metadata)
+
+
+def architecture_of(model: Model) -> str:
+    """The name of the model's class in :data:`ARCHITECTURES`, also where PyTorch made a subclass of it."""
+    return next(name for name, (model_class, _) in ARCHITECTURES.items() if isinstance(model, model_class))
 
 
 def load_model_file(path: Path) -> Model:
@@ -71,7 +75,7 @@ def load_model_file(path: Path) -> Model:
         model = _build(architecture, config, path)
     load_weights(model, weights, path, assign=True)
     model.objective = read_file_metadata(path).get("objective")
-    return (channels_last(model) if isinstance(model, DCDiT) else model).eval()
+    return model.eval()
 
 
 def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:

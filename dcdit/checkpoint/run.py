@@ -69,33 +69,35 @@ def save_checkpoint(
     folder: str | Path,
     model: Model,
     ema: Tensors,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Tensors,
     trainer: dict[str, Any],
     notes: Mapping[str, str] | None = None,
+    state: Tensors | None = None,
 ) -> Path:
     """Write a checkpoint folder. It appears under its name only when it is complete.
 
     Args:
         folder: its name. An older checkpoint of that name is replaced, and a link is followed.
         ema: averaged weights, with the names of ``model.state_dict()``.
-        optimizer: over ``model.parameters()`` in one group.
+        optimizer: over ``model.parameters()`` in one group, or its :func:`optimizer_tensors`.
         trainer: JSON values, e.g. the step.
-        notes: as in :func:`dcdit.checkpoint.save_model`.
+        notes, state: as in :func:`dcdit.checkpoint.save_model`.
 
     Raises:
         ValueError: ``folder`` exists and is no checkpoint (:func:`is_checkpoint`).
         FloatingPointError: one of the tensors is not finite. Nothing is written.
     """
     folder = Path(folder)
-    tensors = _optimizer_tensors(model, optimizer)
-    for what, checked in (("weights", model.state_dict()), ("averaged weights", ema), ("moments", tensors)):
+    weights = model.state_dict() if state is None else state
+    moments = optimizer_tensors(model, optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    for what, checked in (("weights", weights), ("averaged weights", ema), ("moments", moments)):
         check_finite(checked, f"the {what} for {folder}")
 
     def write(target: Path) -> None:
         target.mkdir()
-        write_model(target / MODEL_FILE, model, None, notes)
+        write_model(target / MODEL_FILE, model, weights, notes)
         write_model(target / EMA_FILE, model, ema, notes)
-        write_tensors(target / OPTIMIZER_FILE, tensors, {"format": FORMAT})
+        write_tensors(target / OPTIMIZER_FILE, moments, {"format": FORMAT})
         (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
 
     if folder.exists() and not is_checkpoint(folder):
@@ -153,7 +155,8 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
 
 
-def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser over ``model.parameters()``, by ``<parameter>/<entry>``."""
     state = optimizer.state_dict()["state"]
     names = [name for name, _ in model.named_parameters()]
     return {f"{names[i]}/{entry}": torch.as_tensor(v) for i, entries in state.items() for entry, v in entries.items()}

@@ -11,6 +11,7 @@ from dcdit.data.autoencoder import create_decoder
 from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, DiT
+from dcdit.nn.memory_format import channels_last
 from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
 from dcdit.sample.options import SamplingOptions
 
@@ -49,6 +50,8 @@ def load_for_sampling(options: SamplingOptions, device: torch.device) -> tuple[D
     """
     file = model_file(options.checkpoint, options.ema)  # once: a training run may write another one meanwhile
     model = load_model(file, options.ema).to(device)
+    if isinstance(model, DCDiT):
+        channels_last(model)
     if options.precision == "bf16":
         model = model.bfloat16()
     notes = read_metadata(file, options.ema)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.train.sharding import local
+
 
 def check_metrics(names: Sequence[str], rows: Sequence[Sequence[float]], step: int) -> None:
     """Raise FloatingPointError if a metric is not finite.
@@ -59,7 +61,7 @@ def router_errors_explained(
 
 
 def _all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    flags = [tensor.isfinite().all().to(device) for tensor in tensors]
+    flags = [local(tensor).isfinite().all().to(device) for tensor in tensors]
     return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
 
 

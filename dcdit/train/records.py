@@ -121,6 +121,12 @@ def append(log: Path, record: LogRecord) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def is_validated(log: Path, step: int) -> bool:
+    """Whether the log has the validation of a step."""
+    records = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    return any(record["step"] == step and "val_loss" in record for record in records)
+
+
 def cut_log(log: Path, step: int) -> None:
     """Remove the records of steps that a resumed run will do again, and a line that a kill left unfinished.
 

@@ -13,6 +13,7 @@ from dcdit.train.compute import SpentFlops
 from dcdit.train.divergence import check_tensors
 from dcdit.train.ema import EMA
 from dcdit.train.records import MetricMeans
+from dcdit.train.sharding import divided, gathered
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,13 @@ class TrainState:
         """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""
         folder = ckpt.checkpoint_path(config.run.out, step)
         flops = self.flops.read(accelerator)
-        if accelerator.is_main_process:
+        main_process = accelerator.is_main_process
+        moments = ckpt.optimizer_tensors(self.model, self.optimizer)
+        parts = (self.model.state_dict(), self.ema.state, moments)
+        weights, averages, moments = (gathered(part, main_process) for part in parts)
+        if main_process:
             trainer = {"step": step, "flops": flops, "config": to_dict(config)}
-            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, data.notes)
+            ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, data.notes, weights)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder
@@ -54,16 +59,24 @@ class TrainState:
         Raises:
             ValueError: a checkpoint of another model, or without step and FLOPs.
         """
-        kind = type(self.model).__name__
+        kind = ckpt.architecture_of(self.model)
         if saved.architecture != kind:
             raise ValueError(
                 f"{saved.path} holds a {saved.architecture}; accepted: a {kind}, as the configuration says"
             )
-        ckpt.load_weights(self.model, saved.model, saved.path)
+        own = self.model.state_dict()
+        weights = {name: divided(tensor, own.get(name, tensor)) for name, tensor in saved.model.items()}
+        moments = {key: divided(tensor, own.get(_weight_of(key), tensor)) for key, tensor in saved.optimizer.items()}
+        ckpt.load_weights(self.model, weights, saved.path)
         self.ema.load(saved.ema)
-        ckpt.load_optimizer(self.model, self.optimizer, saved.optimizer, saved.path)
+        ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path)
         step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))
         return step
+
+
+def _weight_of(key: str) -> str:
+    """The name of the weight that an entry ``<weight>/<entry>`` of the optimiser belongs to."""
+    return key.rpartition("/")[0]
 
 
 def _whole_number(saved: ckpt.Checkpoint, key: str) -> int:

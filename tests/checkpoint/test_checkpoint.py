@@ -159,7 +159,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("dcdit.checkpoint.run._optimizer_tensors", full)
+    monkeypatch.setattr("dcdit.checkpoint.run.optimizer_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
