@@ -209,8 +209,8 @@ def _train(
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-    if saved is None:  # a resumed run that had nothing left to do
-        saved = ckpt.find_checkpoint(resume or out)
+    if saved is None:  # nothing was left to do, or a signal came before the first step
+        saved = state.save(step, config, dataset, accelerator) if resume is None else ckpt.find_checkpoint(resume)
     return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
 
