@@ -209,8 +209,13 @@ def _train(
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-    if saved is None:  # nothing was left to do, or a signal came before the first step
-        saved = state.save(step, config, dataset, accelerator) if resume is None else ckpt.find_checkpoint(resume)
+    if saved is None:
+        if resume is None:  # a signal came before the first step
+            saved = state.save(step, config, dataset, accelerator)
+        else:  # nothing was left to do, but a kill may have come between the last checkpoint and this
+            saved = ckpt.find_checkpoint(resume)
+            if main_process:
+                ckpt.keep_newest(ckpt.checkpoint_path(out, step), run.keep_checkpoints)
     return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
 

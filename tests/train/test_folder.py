@@ -122,6 +122,13 @@ def test_a_finished_run_is_not_written_again(config, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_finished_run_deletes_the_checkpoints_that_a_kill_left(config, tmp_path):
+    """Killed between its last checkpoint and the deletion of those before it."""
+    train(config())
+    result = train(config("run.keep_checkpoints=1"), resume="a")
+    assert result.checkpoint.is_dir() and steps(tmp_path / "a") == (["2"], [1, 2])
+
+
 # --- a file decides neither where a run writes nor what it reads -----------------------------------------------------
 
 
