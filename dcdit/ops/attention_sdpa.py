@@ -20,7 +20,9 @@ def sdpa_varlen(
     """
     images = cu_seqlens.shape[0] - 1
     if not padding and known_true(q.shape[0] == images * max_seqlen):
-        out = _fused_attention(*(x.unflatten(0, (images, max_seqlen)) for x in (q, k, v)), causal).flatten(0, 1)
+        shape = (images, max_seqlen)
+        out = _fused_attention(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), causal)
+        out = out.flatten(0, 1)
         # The backward reads the result of the kernel. A copy may be changed in place before that.
         return out.clone() if out.requires_grad else out
     if torch.compiler.is_compiling():
@@ -56,7 +58,7 @@ def _call_per_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, caus
     starts = cu_seqlens.tolist()
     out = []
     for lo, hi in pairwise(starts):
-        out.append(_fused_attention(*(x[None, lo:hi] for x in (q, k, v)), causal)[0])
+        out.append(_fused_attention(q[None, lo:hi], k[None, lo:hi], v[None, lo:hi], causal)[0])
     return torch.cat([*out, q.new_zeros(q.shape[0] - starts[-1], *q.shape[1:])])
 
 

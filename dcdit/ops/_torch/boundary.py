@@ -52,15 +52,17 @@ def boundary_prob_predictability(
     else:
         x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
     x = x.flatten(2)
+    images, channels, length = x.shape
     if x.stride(1) == 1 and not torch.compiler.is_compiling():
-        logit = matmul(x.mT.reshape(1, -1, x.shape[1]), out_weight[None, :, None]).view(x.shape[0], -1)
+        rows = x.mT.reshape(1, images * length, channels)
+        logit = matmul(rows, out_weight[None, :, None]).view(images, length)
     else:
         # Faster where the positions are adjacent, and the compiler makes one pass of this and what is above. A backward
         # that it compiled would round a matrix product under autocast.
         logit = (x * out_weight[:, None]).sum(1)
     p = torch.sigmoid(logit + out_bias)
-    position = torch.arange(p.shape[1], device=p.device)
-    return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
+    position = torch.arange(length, device=p.device)
+    return p.masked_fill((position == 0) | (position == length - 1), 1.0)
 
 
 def _rows_and_norms(x: Tensor) -> tuple[Tensor, Tensor]:
