@@ -207,9 +207,9 @@ def _train(
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-    if saved is None:  # a resumed run that had no step left, killed perhaps before it deleted old checkpoints
-        saved = ckpt.find_checkpoint(resume or out)
-        if main_process:
+    if saved is None:  # nothing was left to do, or a signal came before the first step
+        saved = state.save(step, config, dataset, accelerator) if resume is None else ckpt.find_checkpoint(resume)
+        if main_process:  # an earlier part may have been killed before it deleted old checkpoints
             ckpt.keep_newest(saved, run.keep_checkpoints)
     return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
