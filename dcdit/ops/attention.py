@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from dcdit.ops import attention_kernels, checks
-from dcdit.ops.attention_sdpa import known_true, sdpa_varlen
+from dcdit.ops.attention_sdpa import sdpa_varlen
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for, backend_name
 from dcdit.ops.numerics import widest
+from dcdit.ops.sizes import known_true
 from dcdit.utils.deprecation import warn_renamed
 from dcdit.utils.text import shape_of
 

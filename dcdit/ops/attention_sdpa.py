@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.numerics import upcast
+from dcdit.ops.sizes import known_true
 
 
 def sdpa_varlen(
@@ -42,15 +43,6 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     q, k, v = (F.pad(x, (0, missing)) if missing else x for x in (q, k, v))
     q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=width**-0.5).transpose(1, 2)[..., :width]
-
-
-def known_true(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds; False where the compiler cannot tell because a size depends on data."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import guard_or_false
-
-        return guard_or_false(condition)
-    return bool(condition)
 
 
 def _call_per_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:

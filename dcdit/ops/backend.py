@@ -57,12 +57,12 @@ class keep_backend(use_backend):
     """Run every operation inside the ``with`` block on the backend that was asked for where this object was made."""
 
     def __init__(self) -> None:
-        self.name = _forced()
+        self.name = _asked_for()
 
 
 def backend_name(tensor: Tensor) -> str:
     """The name of the backend that an operation on this tensor runs on."""
-    return _forced() or ("triton" if tensor.is_cuda else "torch")
+    return _asked_for() or ("triton" if tensor.is_cuda else "torch")
 
 
 def backend_for(tensor: Tensor) -> ModuleType:
@@ -82,7 +82,7 @@ def backend_for(tensor: Tensor) -> ModuleType:
     return reference
 
 
-def _forced() -> str | None:
+def _asked_for() -> str | None:
     blocks = _get_blocks()
     return blocks[-1] if blocks else None
 

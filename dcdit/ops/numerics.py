@@ -47,7 +47,7 @@ def shrinking_factor(norm: Tensor) -> Tensor:
     of two, so it rounds nothing, and a cosine does not depend on it.
     """
     large, factor = _SHRINKING[norm.dtype]
-    return torch.where(norm > large, factor, 1.0).to(norm.dtype)
+    return torch.where(norm > large, factor, torch.ones_like(norm))
 
 
 def window_radius(sigma: float, prob_floor: float, dtype: torch.dtype = torch.float32) -> int:

@@ -5,6 +5,7 @@ from torch import Tensor
 from dcdit.ops import checks
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
+from dcdit.ops.sizes import differ
 from dcdit.ops.token_selection import TokenSelection
 from dcdit.utils.text import shape_of
 
@@ -60,7 +61,7 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
 
 def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
     """t must be (T, D) with the T of the selection, on its device."""
-    if t.dim() != 2 or t.shape[0] != sel.indices.shape[0]:
+    if t.dim() != 2 or differ(t.shape[0], sel.indices.shape[0]):
         raise ValueError(
             f"{name} has shape {shape_of(t)}; accepted: (T, D) with T = {sel.indices.shape[0]} selected tokens"
         )

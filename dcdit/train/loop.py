@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from dcdit.nn.memory_format import channels_last
 from dcdit.train.checks import check_fit, check_sharding, local_batch_size
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
-from dcdit.train.divergence import router_errors_explained
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
@@ -149,7 +147,8 @@ def _train(
 
         def validate() -> None:
             # A sharded model computes on all processes or none.
-            losses = validation.losses() if main_process or sharded else None
+            with state.router_errors_explained(step - 1, means):
+                losses = validation.losses() if main_process or sharded else None
             if losses is not None:
                 records.write({"step": step, **losses})
 
@@ -171,10 +170,9 @@ def _train(
                 t, noise, dropped = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
-                read = {"weights": model.parameters(), "images": [x]}
                 last = number == optim.accumulate - 1
                 with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
-                    with router_errors_explained(partial(means.check, step), read, step + 1, device):
+                    with state.router_errors_explained(step, means):
                         metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
@@ -209,13 +207,10 @@ def _train(
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-    if saved is None:
-        if resume is None:  # a signal came before the first step
-            saved = state.save(step, config, dataset, accelerator)
-        else:  # nothing was left to do, but a kill may have come between the last checkpoint and this
-            saved = ckpt.find_checkpoint(resume)
-            if main_process:
-                ckpt.keep_newest(ckpt.checkpoint_path(out, step), run.keep_checkpoints)
+    if saved is None:  # nothing was left to do, or a signal came before the first step
+        saved = state.save(step, config, dataset, accelerator) if resume is None else ckpt.find_checkpoint(resume)
+        if main_process:  # an earlier part may have been killed before it deleted old checkpoints
+            ckpt.keep_newest(ckpt.checkpoint_path(out, step), run.keep_checkpoints)
     return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
 

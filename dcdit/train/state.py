@@ -1,16 +1,19 @@
 """What a run saves in its checkpoints, and how it continues from one."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, to_dict
 from dcdit.data import Samples
 from dcdit.train.compute import SpentFlops
-from dcdit.train.divergence import check_tensors
+from dcdit.train.divergence import check_tensors, diverged
 from dcdit.train.ema import EMA
 from dcdit.train.records import MetricMeans
 from dcdit.train.sharding import divided, gathered
@@ -32,11 +35,32 @@ class TrainState:
             step: steps done.
             means: of the steps since the last record.
         """
+
+        def agreed(finite: Tensor) -> Tensor:
+            return accelerator.gather(finite[None].int()).amin(0)
+
         if means.values:
             means.read(step, accelerator)
         moments = [torch.as_tensor(entry) for entries in self.optimizer.state.values() for entry in entries.values()]
-        parts = {"weights": self.model.parameters(), "averaged weights": self.ema.state.values()}
-        check_tensors({**parts, "moments of the optimiser": moments}, step, accelerator)
+        parts = {"weights": [*self.model.parameters()], "averaged weights": [*self.ema.state.values()]}
+        check_tensors({**parts, "moments of the optimiser": moments}, step, agreed)
+
+    @contextlib.contextmanager
+    def router_errors_explained(self, step: int, means: MetricMeans) -> Iterator[None]:
+        """Turn the router's error about NaN, which comes before there is a loss, into one that says what diverged.
+
+        Args:
+            step: done before the forward pass inside the block.
+            means: of the steps since the last record.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            means.check(step)
+            check_tensors({"weights": [*self.model.parameters()]}, step)
+            raise diverged("the router's probabilities are not finite", step + 1) from None
 
     def save(self, step: int, config: TrainConfig, data: Samples, accelerator: Any) -> Path:
         """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""

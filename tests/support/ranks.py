@@ -1,7 +1,11 @@
-"""Several ranks of one program, forked from a process that has imported what they need."""
+"""Several ranks of one program, forked from a process that has imported what they need.
+
+``python -m support.ranks COUNT ARGUMENT...`` is ``dcdit ARGUMENT...`` in so many ranks; it prints their exit codes.
+"""
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -31,3 +35,14 @@ def _become(rank: int, count: int, port: int, work: Callable[[int], int | None])
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+if __name__ == "__main__":
+    import accelerate  # noqa: F401
+    import diffusers  # noqa: F401
+    import torch
+
+    from dcdit.cli import main
+
+    torch.set_num_threads(1)
+    print(fork_ranks(int(sys.argv[1]), lambda rank: main(sys.argv[2:])))

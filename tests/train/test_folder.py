@@ -122,10 +122,11 @@ def test_a_finished_run_is_not_written_again(config, tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_finished_run_deletes_the_checkpoints_that_a_kill_left(config, tmp_path):
+def test_a_finished_run_deletes_the_checkpoints_that_a_kill_left(config, tmp_path, monkeypatch):
     """Killed between its last checkpoint and the deletion of those before it."""
     train(config())
-    result = train(config("run.keep_checkpoints=1"), resume="a")
+    monkeypatch.chdir(tmp_path / "a/checkpoints/step_00000002")
+    result = train(config("run.keep_checkpoints=1"), resume=".")
     assert result.checkpoint.is_dir() and steps(tmp_path / "a") == (["2"], [1, 2])
 
 

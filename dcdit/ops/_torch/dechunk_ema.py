@@ -68,7 +68,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, q, decay, state = ctx.saved_tensors
         # The adjoint is the same scan from the end: a_m = g_m + decay_{m+1} a_{m+1}.
-        adjoint = _scan(grad.flip(0), torch.ones_like(q), decay.roll(-1).flip(0)).flip(0)
+        # (Written without roll, which the compiler cannot trace for a number of rows that depends on data.)
+        later_decay = torch.cat([decay[1:], decay[:1]])
+        adjoint = _scan(grad.flip(0), torch.ones_like(q), later_decay.flip(0)).flip(0)
         grad_decay = torch.zeros_like(decay)
         grad_decay[1:] = (adjoint[1:] * state[:-1]).sum(-1)
         return adjoint * q[:, None], (adjoint * h).sum(-1), grad_decay

@@ -8,6 +8,7 @@ from torch import Tensor
 from dcdit.ops._torch import host_reads
 from dcdit.ops.autograd import apply
 from dcdit.ops.numerics import upcast_all
+from dcdit.ops.sizes import known_true
 from dcdit.ops.token_selection import TokenSelection
 
 
@@ -28,7 +29,7 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
 
 def take_rows(source: Tensor, indices: Tensor, fill: float = 0.0) -> Tensor:
     """Rows of ``source`` (n, D) at ``indices`` (m,): (m, D), ``fill`` where the index is negative."""
-    if source.shape[0] == 0:
+    if known_true(source.shape[0] == 0):
         return source.new_full((indices.shape[0], source.shape[1]), fill)
     rows = source.index_select(0, indices.clamp(min=0))
     absent = indices < 0

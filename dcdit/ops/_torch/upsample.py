@@ -94,7 +94,7 @@ def _sum_by_row(grad: Tensor, row_of: Tensor, total: int) -> Tensor:
 
     The sum runs in ascending order of position, so it repeats to the bit.
     """
-    if total == 0 or grad.shape[0] == 0:
+    if grad.shape[0] == 0:
         return grad.new_zeros(total, grad.shape[1])
     # Positions that took no row sort to the end. Their sum is computed and cut off.
     sorted_rows, position = torch.where(row_of < 0, total, row_of).to(torch.int32).sort(stable=True)

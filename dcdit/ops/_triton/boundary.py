@@ -36,7 +36,8 @@ def boundary_prob_predictability(
     p, _ = _predictability(
         x, norm_weight.contiguous(), norm_bias.contiguous(), out_weight.contiguous(), out_bias, num_groups, eps
     )
-    return p
+    # The backward reads p. A copy may be changed in place before that.
+    return p.clone() if p.requires_grad else p
 
 
 def _rows(x: Tensor) -> Tensor:
