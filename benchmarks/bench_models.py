@@ -20,6 +20,7 @@ from benchmarks.harness.counting import count_work
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from dcdit import ops
 from dcdit.models import DCDiT, DiT, count_flops, create_model
+from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.profile import static_counterparts
 from dcdit.profiling.rounds import spread
@@ -100,7 +101,7 @@ def _create(scale: str, size: int) -> DCDiT:
     tiny = {"depth": 2, "hidden_size": 128, "num_heads": 2} if scale == "tiny" else {}
     model = create_model("DC-DiT-S" if tiny else f"DC-DiT-{scale}", size, **tiny)
     assert isinstance(model, DCDiT)
-    return model
+    return channels_last(model)
 
 
 def _batch(model: DCDiT, size: int) -> Batch:

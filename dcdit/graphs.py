@@ -36,7 +36,7 @@ class GraphedDenoiser:
         if (budget is None) == (capacity is None):
             raise ValueError(f"budget is {budget} and capacity is {capacity}; accepted: exactly one, for static shapes")
         config = model.config
-        self.config = config
+        self.config, self.objective = config, model.objective
         self.batch = batch
         self._x = torch.zeros(batch, config.in_channels, *config.grid, dtype=weight.dtype, device=weight.device)
         self._t = torch.zeros(batch, dtype=torch.float32, device=weight.device)

@@ -109,6 +109,7 @@ WRITERS = {
     "dcdit/utils/lock.py",
     "dcdit/utils/outputs.py",
     "dcdit/checkpoint/run.py",  # what is inside a checkpoint, while that is written
+    "dcdit/data/latents/manifest.py",  # deletes the entries that the manifest has taken over
     "dcdit/evaluate/generate.py",  # deletes the batches that it has put together
 }
 

@@ -111,7 +111,7 @@ class _Operators(TorchDispatchMode):
                 self.known.add(storage)
                 self.work.hold(storage)
         is_view = bool(outputs) and all(_aliases(returned) for returned in func._schema.returns)
-        if not is_view and name not in ALLOCATIONS:
+        if (inputs or outputs) and not is_view and name not in ALLOCATIONS:  # promote_types touches no tensor
             self.work.operators[name.removeprefix("aten::")] += 1
             self.work.touch(*inputs, *outputs)
 

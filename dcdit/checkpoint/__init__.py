@@ -5,7 +5,7 @@
 """
 
 from dcdit.checkpoint.foreign import read_state_dict
-from dcdit.checkpoint.model import Model, load_weights, save_model
+from dcdit.checkpoint.model import Model, architecture_of, load_weights, save_model
 from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
     CHECKPOINTS,
@@ -22,6 +22,7 @@ from dcdit.checkpoint.run import (
     load_checkpoint,
     load_optimizer,
     model_file,
+    optimizer_tensors,
     read_trainer,
     run_folder,
     save_checkpoint,
@@ -35,6 +36,7 @@ __all__ = [
     "TRAINER_FILE",
     "Checkpoint",
     "Model",
+    "architecture_of",
     "checkpoint_path",
     "find_checkpoint",
     "is_checkpoint",
@@ -46,6 +48,7 @@ __all__ = [
     "load_static_dit",
     "load_weights",
     "model_file",
+    "optimizer_tensors",
     "read_metadata",
     "read_objective",
     "read_state_dict",

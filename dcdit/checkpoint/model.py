@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
-from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically
+from dcdit.utils.finite import first_not_finite
 from dcdit.utils.tensors import save_tensors
 
 Model = DCDiT | DiT
@@ -36,23 +36,31 @@ def save_model(
     Args:
         path: of the file. An older file is replaced, and a link is followed.
         state: weights to write instead of the model's own, e.g. averaged ones.
-        notes: further metadata; ``dcdit sample`` takes its method from ``objective`` ("dit" or "flow").
+        notes: further metadata. ``objective`` is ``model.objective`` unless the notes say another one.
 
     Raises:
+        FloatingPointError: a weight is not finite. Nothing is written.
         ValueError, OSError: ``path`` is a folder, or the file cannot be written there.
     """
+    check_finite(model.state_dict() if state is None else state, f"the weights for {path}")
     atomically(Path(path), lambda file: write_model(file, model, state, notes))
 
 
 def write_model(path: Path, model: Model, state: Tensors | None, notes: Mapping[str, str] | None) -> None:
-    """Write the file of :func:`save_model`, but under its final name from the start."""
+    """Write the file of :func:`save_model`, but under its final name from the start and without looking at weights."""
     metadata = {
+        **({} if model.objective is None else {"objective": model.objective}),
         **(notes or {}),
         "format": FORMAT,
-        "architecture": type(model).__name__,
+        "architecture": architecture_of(model),
         "config": json.dumps(model.config.to_dict()),
     }
     write_tensors(path, model.state_dict() if state is None else state, metadata)
+
+
+def architecture_of(model: Model) -> str:
+    """The name of the model's class in :data:`ARCHITECTURES`, also where PyTorch made a subclass of it."""
+    return next(name for name, (model_class, _) in ARCHITECTURES.items() if isinstance(model, model_class))
 
 
 def load_model_file(path: Path) -> Model:
@@ -66,7 +74,8 @@ def load_model_file(path: Path) -> Model:
     with torch.device("meta"):
         model = _build(architecture, config, path)
     load_weights(model, weights, path, assign=True)
-    return (channels_last(model) if isinstance(model, DCDiT) else model).eval()
+    model.objective = read_file_metadata(path).get("objective")
+    return model.eval()
 
 
 def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -117,6 +126,28 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
     model.load_state_dict(state, assign=assign)
 
 
+def check_finite(tensors: Tensors, what: str) -> None:
+    """Raise FloatingPointError if one of the tensors to be written is not finite.
+
+    Args:
+        what: they are, in the plural, for the message.
+    """
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise FloatingPointError(f"{what} are not written, because {name!r} is not finite")
+
+
+def refuse_not_finite(tensors: Tensors, source: str | Path) -> None:
+    """Raise ValueError if one of the tensors that were read is not finite.
+
+    Args:
+        source: where they come from, for the message.
+    """
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise ValueError(f"{source} holds numbers that are not finite, in {name!r} for one; its training diverged")
+
+
 # --- any safetensors file -----------------------------------------------------------------------------------------
 
 
@@ -134,6 +165,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def holds_finite(path: Path) -> bool:
+    """Whether a safetensors file can be read and all its numbers are finite."""
+    try:
+        with _opened(path) as file:
+            return all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def read_file_metadata(path: Path) -> dict[str, str]:

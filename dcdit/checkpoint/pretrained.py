@@ -5,6 +5,7 @@ The functions here recognise what is at the path; :mod:`~dcdit.checkpoint.model`
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 from dcdit.checkpoint.foreign import (
     PICKLE_SUFFIXES,
@@ -14,7 +15,14 @@ from dcdit.checkpoint.foreign import (
     load_official_file,
     read_state_dict,
 )
-from dcdit.checkpoint.model import FORMAT, Model, load_model_file, read_file_metadata, read_tensors
+from dcdit.checkpoint.model import (
+    FORMAT,
+    Model,
+    load_model_file,
+    read_file_metadata,
+    read_tensors,
+    refuse_not_finite,
+)
 from dcdit.checkpoint.run import MODEL_FILE, list_checkpoints, model_file
 from dcdit.models import DiT
 
@@ -30,12 +38,14 @@ def load_model(path: str | Path, ema: bool = True) -> Model:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a damaged file, one that does not say what model it holds, or weights that do not fit it.
+        ValueError: a damaged file, one that does not say what model it holds, weights that do not fit it or that are
+            not finite.
     """
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
-        return load_official_file(path, ema)
-    return load_model_file(model_file(path, ema))
+        return _finite(load_official_file(path, ema), path)
+    file = model_file(path, ema)
+    return _finite(load_model_file(file), file)
 
 
 def read_metadata(path: str | Path, ema: bool = True) -> dict[str, str]:
@@ -60,9 +70,13 @@ def load_static_dit(path: str | Path, num_heads: int | None = None) -> DiT:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a damaged file, one that needs unpickling, or weights of something else.
+        ValueError: a damaged file, one that needs unpickling, weights of something else, or weights that are not
+            finite.
     """
-    path = Path(path)
+    return _finite(_load_static_dit(Path(path), num_heads), path)
+
+
+def _load_static_dit(path: Path, num_heads: int | None) -> DiT:
     if not path.exists():
         raise FileNotFoundError(f"no pretrained DiT {str(path)!r}")
     diffusers = find_diffusers_dit(path)
@@ -84,6 +98,15 @@ def read_objective(path: str | Path) -> str | None:
     path = Path(path)
     foreign = path.is_dir() and not (path / MODEL_FILE).is_file() and not list_checkpoints(path)
     return None if foreign or not path.exists() else read_metadata(path).get("objective")
+
+
+AnyModel = TypeVar("AnyModel", bound=Model)
+
+
+def _finite(model: AnyModel, source: str | Path) -> AnyModel:
+    """The model itself. ValueError if a weight is not finite: it draws garbage, on a GPU without any other error."""
+    refuse_not_finite(model.state_dict(), source)
+    return model
 
 
 def _load_own_dit(path: Path) -> DiT:

@@ -11,6 +11,7 @@ checkpoint or the file.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,12 @@ from dcdit.checkpoint.model import (
     FORMAT,
     Model,
     Tensors,
+    check_finite,
+    holds_finite,
     is_written_here,
     read_model_file,
     read_tensors,
+    refuse_not_finite,
     write_model,
     write_tensors,
 )
@@ -34,7 +38,8 @@ from dcdit.utils.files import interrupted_replacements, remove_folder, replace_f
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
-CHECKPOINT_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE, TRAINER_FILE)
+TENSOR_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
+CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE)
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 
@@ -64,34 +69,41 @@ def save_checkpoint(
     folder: str | Path,
     model: Model,
     ema: Tensors,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Tensors,
     trainer: dict[str, Any],
     notes: Mapping[str, str] | None = None,
+    state: Tensors | None = None,
 ) -> Path:
     """Write a checkpoint folder. It appears under its name only when it is complete.
 
     Args:
         folder: its name. An older checkpoint of that name is replaced, and a link is followed.
         ema: averaged weights, with the names of ``model.state_dict()``.
-        optimizer: over ``model.parameters()`` in one group.
+        optimizer: over ``model.parameters()`` in one group, or its :func:`optimizer_tensors`.
         trainer: JSON values, e.g. the step.
-        notes: as in :func:`dcdit.checkpoint.save_model`.
+        notes, state: as in :func:`dcdit.checkpoint.save_model`.
 
     Raises:
         ValueError: ``folder`` exists and is no checkpoint (:func:`is_checkpoint`).
+        FloatingPointError: one of the tensors is not finite. Nothing is written.
     """
+    folder = Path(folder)
+    weights = model.state_dict() if state is None else state
+    moments = optimizer_tensors(model, optimizer) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    for what, checked in (("weights", weights), ("averaged weights", ema), ("moments", moments)):
+        check_finite(checked, f"the {what} for {folder}")
 
     def write(target: Path) -> None:
         target.mkdir()
-        write_model(target / MODEL_FILE, model, None, notes)
+        write_model(target / MODEL_FILE, model, weights, notes)
         write_model(target / EMA_FILE, model, ema, notes)
-        write_tensors(target / OPTIMIZER_FILE, _optimizer_tensors(model, optimizer), {"format": FORMAT})
+        write_tensors(target / OPTIMIZER_FILE, moments, {"format": FORMAT})
         (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
 
-    folder = Path(folder)
     if folder.exists() and not is_checkpoint(folder):
         raise ValueError(f"{folder} is no checkpoint of dcdit; accepted: a checkpoint, or a name that is free")
     replace_folder(folder, write)
+    _known.update({_state_of(folder / name): True for name in TENSOR_FILES})
     return folder
 
 
@@ -100,7 +112,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: nothing there, or one of its files is missing.
-        ValueError: a damaged file. Both errors name the previous checkpoint of the run, if there is one.
+        ValueError: a damaged file, or numbers that are not finite. Both errors name the newest earlier checkpoint of
+            the run that a run can go on from, if there is one.
     """
     folder = find_checkpoint(path)
     trainer = read_trainer(folder)
@@ -108,6 +121,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         architecture, config, model = read_model_file(folder / MODEL_FILE)
         _, _, ema = read_model_file(folder / EMA_FILE)
         optimizer, _ = read_tensors(folder / OPTIMIZER_FILE)
+        for name, tensors in zip(TENSOR_FILES, (model, ema, optimizer), strict=True):
+            refuse_not_finite(tensors, folder / name)
     return Checkpoint(folder, architecture, config, model, ema, optimizer, trainer)
 
 
@@ -140,7 +155,8 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
 
 
-def _optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser over ``model.parameters()``, by ``<parameter>/<entry>``."""
     state = optimizer.state_dict()["state"]
     names = [name for name, _ in model.named_parameters()]
     return {f"{names[i]}/{entry}": torch.as_tensor(v) for i, entries in state.items() for entry, v in entries.items()}
@@ -165,10 +181,36 @@ def _naming_the_previous(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError) as error:
         run = folder.absolute().parents[1]
-        before = [other for other in list_checkpoints(run) if other.name < folder.name]
-        if not before:
+        earlier = (other for other in reversed(list_checkpoints(run)) if other.name < folder.name)
+        previous = next(filter(_is_sound, earlier), None)
+        if previous is None:
             raise
-        raise type(error)(f"{error}; the checkpoint before it can be resumed: --resume {before[-1]}") from None
+        raise type(error)(f"{error}; the checkpoint before it can be resumed: --resume {previous}") from None
+
+
+_known: dict[tuple[Path, float, int], bool] = {}
+"""Which files were found finite or not, so that no file is read twice for this: path, time of change and size."""
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether a run can go on from a checkpoint: every file can be read, and every tensor is finite."""
+    try:
+        _read_json_object(folder / TRAINER_FILE)
+        return all(_is_finite(folder / name) for name in TENSOR_FILES)
+    except (ValueError, OSError):
+        return False
+
+
+def _is_finite(file: Path) -> bool:
+    key = _state_of(file)
+    if key not in _known:
+        _known[key] = holds_finite(file)
+    return _known[key]
+
+
+def _state_of(file: Path) -> tuple[Path, float, int]:
+    status = file.stat()
+    return file.absolute(), status.st_mtime, status.st_size
 
 
 # --- the folders of a run -----------------------------------------------------------------------------------------
@@ -257,8 +299,13 @@ def keep_newest(newest: Path, count: int | None) -> None:
 
     Checkpoints after ``newest`` stay and do not count. A run that was resumed from an earlier checkpoint has them; it
     replaces them when it gets there. A link stays, and so does a folder with files that are not of this package.
+    Checkpoints that are damaged or not finite do not count either, so that they never take the place of one that a run
+    can go on from.
     """
+    if count is None:
+        return
     folders = [folder for folder in list_checkpoints(newest.parents[1]) if folder.name <= newest.name]
-    for folder in folders[: -count if count else 0]:
+    kept = list(itertools.islice(filter(_is_sound, reversed(folders)), count))
+    for folder in folders[: folders.index(kept[-1])] if len(kept) == count else ():
         if not folder.is_symlink() and is_checkpoint(folder):
             remove_folder(folder)

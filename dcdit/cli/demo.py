@@ -19,6 +19,7 @@ from torch import Tensor
 from dcdit.config import RECIPES, TrainConfig, load_config
 from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.models import DCDiT
+from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically, write_text
 from dcdit.utils.outputs import check_own
 
@@ -87,6 +88,7 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     plot_training(log, config.router.target, out / "training.png")
     model = load_model(result.checkpoint).eval()
     assert isinstance(model, DCDiT)
+    channels_last(model)
 
     print(f"2/4 sampling at drop fractions {', '.join(map(str, DROP_FRACTIONS))}", flush=True)
     samples = {rho: _sample_grid(model, rho, out, seed) for rho in DROP_FRACTIONS}

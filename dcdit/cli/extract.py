@@ -6,7 +6,9 @@ from pathlib import Path
 
 from dcdit.data.latents.encode import STORED_DTYPE, encode_images, verify_shards
 from dcdit.data.latents.manifest import MANIFEST_FILE
+from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import claimed
+from dcdit.utils.processes import on_main_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,10 @@ def run(args: argparse.Namespace) -> None:
     for name in ("images", "vae", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; accepted: --images, --vae and --out, or --verify")
-    with claimed(Path(args.out)):
+    from accelerate import PartialState
+
+    state = PartialState(cpu=resolve_device(args.device).type == "cpu")
+    with on_main_process(state.is_main_process, lambda: claimed(Path(args.out))):
         manifest = encode_images(
             args.images,
             args.vae,
@@ -45,9 +50,16 @@ def run(args: argparse.Namespace) -> None:
             shard_size=args.shard_size,
             workers=args.workers,
             seed=args.seed,
-            device=args.device,
+            device=args.device,  # of several GPUs, accelerate has made one the current device of this process
             precision=args.precision,
+            rank=state.process_index,
+            world=state.num_processes,
+            wait=state.wait_for_everyone,
         )
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    if manifest is None:
+        return
     print(
         f"{args.out}: {manifest.images} latents {tuple(manifest.shape)} in {len(manifest.shards)} shards, "
         f"{sum(shard.bytes for shard in manifest.shards) / 1e9:.3g} GB; "

@@ -1,6 +1,7 @@
 """The ``dcdit`` command.
 
-Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``. It is imported when it is called.
+Each subcommand is a module with ``add_arguments(parser)`` and ``run(args)``, which returns the exit code or None for 0.
+It is imported when it is called.
 """
 
 import argparse
@@ -67,14 +68,18 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 @_warnings_in_one_line()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code is 0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1)."""
+    """Run a command line and return its exit code.
+
+    0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of a signal that ended
+    it: 130 after Ctrl-C, and of training also 143 after SIGTERM and 129 after SIGHUP, when the checkpoint is saved.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character of a result is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = create_parser(arguments).parse_args(arguments)
-        importlib.import_module(COMMANDS[args.command][0]).run(args)
+        return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
     except KeyboardInterrupt:
         print("dcdit: interrupted", file=sys.stderr)
         return 130
@@ -83,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dcdit: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

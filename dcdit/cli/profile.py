@@ -11,6 +11,7 @@ import torch
 from dcdit.checkpoint import load_model, model_file
 from dcdit.cli.options import add_device_option
 from dcdit.models import DCDiT, create_model
+from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.profile import advice, profile, write_trace
 from dcdit.utils.environment import resolve_device
@@ -83,4 +84,4 @@ def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
         model, name = create_model(args.model, args.image_size), args.model
     if not isinstance(model, DCDiT):
         raise ValueError(f"{name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
-    return model, name
+    return channels_last(model), name

@@ -9,6 +9,7 @@ from dcdit.checkpoint import read_metadata
 from dcdit.cli.options import check_counts
 from dcdit.diffusion import METHODS
 from dcdit.diffusion.drop_schedules import FORMS
+from dcdit.diffusion.sampling import check_method
 from dcdit.models import DCDiT, DiT
 from dcdit.sample.options import DEFAULT_METHOD, CostTarget, SamplingOptions
 
@@ -58,13 +59,20 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: values out of range, or options that contradict one another.
+        ValueError: values out of range, options that contradict one another, or a method that does not fit the
+            objective of the checkpoint.
     """
     check_counts(args, "steps", "batch_size")
-    objective = read_metadata(args.checkpoint, ema=not args.no_ema).get("objective", "dit")
+    objective = read_metadata(args.checkpoint, ema=not args.no_ema).get("objective")
+    if objective not in (None, *DEFAULT_METHOD):
+        raise ValueError(
+            f"{args.checkpoint} was trained with the objective {objective!r}; accepted: {', '.join(DEFAULT_METHOD)}"
+        )
+    method = args.method or DEFAULT_METHOD[objective or "dit"]
+    check_method(method, objective, args.checkpoint)
     options = SamplingOptions(
         checkpoint=args.checkpoint,
-        method=args.method or DEFAULT_METHOD[objective],
+        method=method,
         ema=not args.no_ema,
         steps=args.steps,
         cfg_scale=args.cfg_scale,

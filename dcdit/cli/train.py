@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=key, metavar="VALUE", help=f"{option.metadata['doc']} ({key})")
 
 
-def run(args: argparse.Namespace) -> None:
-    start(args, {})
+def run(args: argparse.Namespace) -> int:
+    return start(args, {})
 
 
-def start(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
-    """Train with the configuration of the command line.
+def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
+    """Train with the configuration of the command line; returns the exit code.
 
     Args:
         args: parsed arguments.
@@ -68,6 +68,7 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
     result = train(settings, resume=args.resume)
     if result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")
+    return 128 + result.signal if result.signal else 0
 
 
 PLACES = ("data.path", "upcycle.source", "run.trackers")

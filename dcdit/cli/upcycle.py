@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     if (args.source is None) == (args.resume is None):
         raise ValueError("give --from to start, or --resume to continue a run (whose configuration names its source)")
-    train.start(args, {} if args.source is None else _from_source(args))
+    return train.start(args, {} if args.source is None else _from_source(args))
 
 
 def _from_source(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """Batches of a dataset, divided over processes."""
 
+import contextlib
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.data.samples import Samples
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def batches(
@@ -19,7 +25,7 @@ def batches(
 
     Args:
         rank, world: which process this is, and of how many.
-        workers: loading processes; 0 loads in this one.
+        workers: loading processes; 0 loads in this one. They leave signals to this one.
 
     Yields:
         x float32 (batch_size / world, C, H, W) and labels int64 (batch_size / world,).
@@ -32,4 +38,39 @@ def batches(
     local_batch = batch_size // world
     firsts = (k * batch_size + rank * local_batch for k in range(start, stop))
     order = (list(range(first, first + local_batch)) for first in firsts)
-    yield from DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
+    )
+    with _signals_held():
+        loaded = iter(loader)
+    yield from loaded
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ignore the signals that ask a job to end, unless they come from the process that this one works for.
+
+    Schedulers send them to every process of a job, and launchers to every process of a group. What is still to be done
+    then is decided by that process, which ends its loading processes itself.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver signals after the block. A process that starts inside begins with them held, so none comes too early."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)

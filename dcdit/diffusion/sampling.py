@@ -14,8 +14,9 @@ from dcdit.diffusion.samplers import Noise, Predict, Step
 from dcdit.diffusion.schedule import space_timesteps
 from dcdit.utils.modules import dtype_of, evaluating, name_of, unwrap_model
 
-METHODS = ("ddpm", "ddim", "euler", "heun")
-"""ddpm and ddim for :class:`DiTObjective`, euler and heun for :class:`FlowMatchingObjective`."""
+FITTING_METHODS = {"dit": ("ddpm", "ddim"), "flow": ("euler", "heun")}
+"""An objective, as :func:`dcdit.diffusion.create_objective` names it, to the methods that sample what it trained."""
+METHODS = tuple(method for methods in FITTING_METHODS.values() for method in methods)
 
 
 @torch.no_grad()
@@ -50,7 +51,9 @@ def sample(
         labels: (B,) integer classes.
         num_steps: 1 to 1000, or ``"ddimN"``, for ddpm and ddim (see :func:`space_timesteps`); any positive number for
             euler and heun. Heun calls the model twice per step.
-        method: one of :data:`METHODS`; it must fit the objective that trained the model.
+        method: one of :data:`METHODS`. It must fit the objective that trained the model: ddpm and ddim fit
+            :class:`DiTObjective`, euler and heun :class:`FlowMatchingObjective`. A model that says what trained it, as
+            those of :func:`dcdit.checkpoint.load_model` do in ``model.objective``, is checked.
         shape: (C, H, W) of a sample; taken from ``model.config`` if None.
         cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget: see :func:`guided`.
         null_class: label of the unconditional branch; taken from ``model.config`` if None.
@@ -68,6 +71,7 @@ def sample(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
+    check_method(method, getattr(unwrap_model(model), "objective", None), name_of(model))
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; accepted: (B,), integer")
     config = getattr(unwrap_model(model), "config", None)
@@ -89,6 +93,21 @@ def sample(
             if callback is not None:
                 callback(step)
     return x
+
+
+def check_method(method: str, objective: object, source: str) -> None:
+    """Raise ValueError where a method does not fit the objective that trained a model.
+
+    Args:
+        objective: as in :data:`FITTING_METHODS`. Anything else does not say what trained the model and is not checked.
+        source: the model or its file, for the message.
+    """
+    methods = FITTING_METHODS.get(objective, METHODS) if isinstance(objective, str) else METHODS
+    if method not in methods:
+        raise ValueError(
+            f"{source} was trained with the objective {objective!r}, which the method {method!r} does not fit; "
+            f"accepted: {', '.join(methods)}"
+        )
 
 
 def _sampler(

@@ -28,7 +28,7 @@ from dcdit.nn import (
     sincos_position,
     stage,
 )
-from dcdit.nn.memory_format import channels_last, to_grid, to_tokens
+from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.ops import TokenSelection, gated_add
 from dcdit.utils.modules import dtype_of
 
@@ -61,10 +61,15 @@ class DCDiT(nn.Module):
     the dtype of the encoder's output (under autocast: the autocast dtype). Router probabilities and the de-chunk are
     always computed in float32.
 
+    Parameters are contiguous, as ``torch.distributed.fsdp.fully_shard`` needs them. For inference on small batches,
+    :func:`dcdit.nn.memory_format.channels_last` makes the model faster.
+
     Args:
         config: see :class:`DCDiTConfig`.
     """
 
+    objective: str | None = None
+    """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
     pos_embed: Tensor
 
     def __init__(self, config: DCDiTConfig) -> None:
@@ -91,7 +96,6 @@ class DCDiT(nn.Module):
         self.decoder = ConvStack((dim, narrow, narrow), dim)
         self.final_layer = PackedFinalLayer(narrow, config.out_channels, dim)
         self._initialize()
-        channels_last(self)
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer, those of submodules too: with the same seed, as in a new model.

@@ -30,6 +30,8 @@ class DiT(nn.Module):
     """
 
     pos_embed: Tensor
+    objective: str | None = None
+    """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

@@ -23,5 +23,9 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def channels_last(module: Module) -> Module:
-    """Store convolution weights channels-last, in place. A convolution then converts neither them nor the grid."""
+    """Store convolution weights channels-last, in place, so that a convolution need not convert them at every call.
+
+    On a CPU, a forward pass of one image takes 1 % (DC-DiT-S) and 4 % (DC-DiT-B) less time, and one of several images
+    as long as before. The results are the same bits.
+    """
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

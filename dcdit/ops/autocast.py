@@ -17,6 +17,8 @@ _AS_IT_IS = nullcontext()
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which PyTorch computes in the dtype of its inputs, also where autocast is on for x's device."""
     device = x.device.type
+    if device == "meta":  # which autocast does not know
+        return _AS_IT_IS
     # The compiler traces a backward together with its forward: it may yet run under autocast.
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

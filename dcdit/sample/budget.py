@@ -174,7 +174,7 @@ class _Pilot:
     """
 
     def __init__(self, model: DCDiT, images: int, rho: float, guidance: Guidance) -> None:
-        self.config, self.images = model.config, images
+        self.config, self.objective, self.images = model.config, model.objective, images
         null = rho if guidance.null_drop_fraction is None else guidance.null_drop_fraction
         self._rho = torch.tensor([rho] * images + [null] * images)
         self._both_ways = guidance.scale != 1 and guidance.interval is not None

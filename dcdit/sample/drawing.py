@@ -11,6 +11,7 @@ from dcdit.data.autoencoder import create_decoder
 from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, DiT
+from dcdit.nn.memory_format import channels_last
 from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
 from dcdit.sample.options import SamplingOptions
 
@@ -49,6 +50,8 @@ def load_for_sampling(options: SamplingOptions, device: torch.device) -> tuple[D
     """
     file = model_file(options.checkpoint, options.ema)  # once: a training run may write another one meanwhile
     model = load_model(file, options.ema).to(device)
+    if isinstance(model, DCDiT):
+        channels_last(model)
     if options.precision == "bf16":
         model = model.bfloat16()
     notes = read_metadata(file, options.ema)
@@ -73,6 +76,9 @@ def draw(
         first_index: number of the first image; the noise of an image depends on its number and the seed.
         trace: also record how the first image was drawn.
         progress: show a bar for each batch.
+
+    Raises:
+        FloatingPointError: an image is not finite.
     """
     images, records = [], []
     first_image = None
@@ -104,7 +110,10 @@ def draw(
         records.append((len(batch), calls.records()))
         if trace and start == 0:
             first_image = FirstImage(calls.maps(), expected)
-    return DrawnImages(torch.cat(images), mean_records(records), first_image)
+    x = torch.cat(images)
+    if not x.isfinite().all():
+        raise FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
+    return DrawnImages(x, mean_records(records), first_image)
 
 
 def clips(model: DCDiT | DiT, method: str) -> bool:

@@ -35,7 +35,8 @@ class ModelCalls:
     """
 
     def __init__(self, model: DCDiT | DiT, images: int, maps: bool = False) -> None:
-        self.config, self.model, self.images = model.config, model, images
+        self.config, self.objective = model.config, model.objective
+        self.model, self.images = model, images
         self._maps = maps
         self._calls: list[dict[str, Tensor]] = []
 

@@ -1,5 +1,7 @@
 """What is refused before the first step: data, model and configuration that do not fit one another."""
 
+import os
+
 from dcdit.checkpoint import Model
 from dcdit.config import TrainConfig
 from dcdit.data import Samples
@@ -28,6 +30,15 @@ def local_batch_size(config: TrainConfig, processes: int, dynamic: bool) -> int:
             f"images per forward pass{'' if split else ', or null'}"
         )
     return local_batch
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Raise ValueError where weights are to be divided over the processes in a way that training does not support."""
+    if config.optim.shard and config.optim.compile:
+        raise ValueError("optim.shard and optim.compile are both true; accepted: one of them")
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true":
+            raise ValueError(f"ACCELERATE_USE_{plugin} is true; accepted: false, and optim.shard to divide the weights")
 
 
 def check_fit(data: Samples, model: Model) -> None:

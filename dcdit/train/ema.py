@@ -1,16 +1,20 @@
 """Exponential moving average of a model's weights."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from dcdit.train.sharding import divided, local
 
 
 class EMA:
     """``average <- decay * average + (1 - decay) * weight`` after every step, beginning with the initial weights.
 
     Args:
-        model: the model whose weights are averaged. Its buffers are copied once.
+        model: the model whose weights are averaged. Its buffers are copied once. Where its parameters are divided over
+            processes, the averages are too.
         decay: in [0, 1).
     """
 
@@ -24,9 +28,27 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Include the current weights of the model."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay)
+        averages, weights = ([local(tensor) for tensor in tensors] for tensors in (self._averages, self._weights))
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a stored average with the same names."""
         for name, tensor in self.state.items():
-            tensor.copy_(state[name])
+            tensor.copy_(divided(state[name], tensor))
+
+    @contextlib.contextmanager
+    def as_weights(self) -> Iterator[None]:
+        """Inside the block the model has the averages as its weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for pair in zip(self._weights, self._averages, strict=True):
+            weight, average = map(local, pair)
+            held = weight.clone()
+            weight.copy_(average)
+            average.copy_(held)

@@ -16,19 +16,29 @@ from dcdit.data import batches, create_dataset
 from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
-from dcdit.train.checks import check_fit, local_batch_size
+from dcdit.nn.memory_format import channels_last
+from dcdit.train.checks import check_fit, check_sharding, local_batch_size
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
 from dcdit.train.losses import training_losses
-from dcdit.train.records import LogRecord, MetricMeans, RecordWriter, cut_log, summary, training_record
+from dcdit.train.records import (
+    LogRecord,
+    MetricMeans,
+    RecordWriter,
+    cut_log,
+    is_validated,
+    summary,
+    training_record,
+)
 from dcdit.train.schedule import learning_rate
+from dcdit.train.sharding import shard, unsynchronised, whole
 from dcdit.train.state import TrainState
-from dcdit.train.stopping import Signals, StopCheck
+from dcdit.train.stopping import NO_STOP, Signals, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
-from dcdit.train.validate import validation_losses
+from dcdit.train.validate import Validation
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class TrainResult:
     """log.jsonl"""
     main_process: bool
     """Whether this is the process that wrote them."""
+    signal: int = 0
+    """Number of the signal that interrupted the run; 0 if none did."""
 
 
 def train(
@@ -52,9 +64,9 @@ def train(
 ) -> TrainResult:
     """Train a model; see :class:`dcdit.config.TrainConfig` for what can be set.
 
-    A run that is interrupted (Ctrl-C, SIGTERM, ``run.minutes``) saves a checkpoint. Resumed from it, the run continues
-    as if it had never stopped: bit for bit on a CPU. ``optim.flops`` ends a run at the first record in log.jsonl whose
-    ``flops`` reach it, so runs are compared at compute that is equal to within ``run.log_every`` steps.
+    A run that is interrupted (Ctrl-C, SIGTERM, SIGHUP, ``run.minutes``) saves a checkpoint. Resumed from it, the run
+    continues as if it had never stopped: bit for bit on a CPU. ``optim.flops`` ends a run at the first record in
+    log.jsonl whose ``flops`` reach it, so runs are compared at compute that is equal to within ``run.log_every`` steps.
 
     Args:
         config: everything about the run.
@@ -67,7 +79,7 @@ def train(
         ValueError, FileNotFoundError: the data, the model and the configuration do not fit one another, or ``run.out``
             holds something else.
         FolderInUseError: another run is in the folder.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss, the gradient norm or the weights are no longer finite. Such weights are not saved.
     """
     config = placed(config, resume)
     accelerator = create_accelerator(config)
@@ -92,19 +104,24 @@ def _train(
     model = create_model(preset.name, preset.image_size, preset.num_classes, **preset.overrides).to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.
     model.y_embedder.dropout_prob = 0.0
+    model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
     local_batch = local_batch_size(config, processes, isinstance(model, DCDiT))
     dataset = create_dataset(config.data, "train", optim.seed)
     check_fit(dataset, model)
-    held_out = create_dataset(config.data, "held_out") if run.eval_every and config.data.held_out else None
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
+    sharded = optim.shard and processes > 1
+    if sharded:
+        shard(model, device)
+    elif isinstance(model, DCDiT):
+        channels_last(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
     )
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume))
-    net = accelerator.prepare(torch.compile(model) if optim.compile else model)
+    net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
@@ -114,7 +131,7 @@ def _train(
     data = batches(dataset, first, end, local_batch * processes, rank, processes, config.data.workers)
     model.train()
     means, stop_check = MetricMeans(), StopCheck(config, accelerator, flops)
-    step, saved, reason = start, None, stop_check.reason(at_record=start % run.log_every == 0)
+    step, saved = start, None
     began = time.monotonic()
     with (
         Trackers(accelerator, config, start) as trackers,
@@ -122,7 +139,24 @@ def _train(
         progress_bar(start, optim.steps, shown=main_process) as bar,
     ):
         records = RecordWriter(log, trackers, callbacks, main_process)
-        while step < optim.steps and reason == "steps":
+
+        def interrupted() -> bool:
+            return bool(stop_check.largest(signals.caught) if sharded else signals.caught)
+
+        validation = Validation(model, ema, objective, config, local_batch, device, interrupted)
+
+        def validate() -> None:
+            # A sharded model computes on all processes or none.
+            with state.router_errors_explained(step - 1, means):
+                losses = validation.losses() if main_process or sharded else None
+            if losses is not None:
+                records.write({"step": step, **losses})
+
+        # A signal ends a run without the validation of its last step. It is done here when the run is resumed.
+        if validation.due(start) and stop_check.largest(main_process and not is_validated(log, start)):
+            validate()
+        stop = stop_check.stop(start % run.log_every == 0, signals.caught)
+        while step < optim.steps and stop == NO_STOP:
             # One step: forward and backward passes, then weights and averages.
             if step >= config.upcycle.distill_steps:
                 teacher = None
@@ -136,12 +170,14 @@ def _train(
                 t, noise, dropped = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
-                with contextlib.nullcontext() if number == optim.accumulate - 1 else accelerator.no_sync(net):
-                    metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
+                last = number == optim.accumulate - 1
+                with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
+                    with state.router_errors_explained(step, means):
+                        metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update()
@@ -161,16 +197,21 @@ def _train(
 
             # Whether to stop; validation; the checkpoint.
             if not done:
-                reason = stop_check.reason(at_record, signals.caught, (time.monotonic() - began) / 60)
+                stop = stop_check.stop(at_record, signals.caught, (time.monotonic() - began) / 60)
             with means.paused():
-                if held_out is not None and main_process and step % run.eval_every == 0:
-                    losses = validation_losses(model, ema.state, objective, held_out, config, local_batch, device)
-                    records.write({"step": step, **losses})
-                if done or reason != "steps" or step % run.checkpoint_every == 0:
+                if validation.due(step) and not stop.signal:
+                    state.check_finite(step, means, accelerator)
+                    validate()
+                    interrupt = stop_check.stop(at_record=False, caught=signals.caught)
+                    stop = interrupt if interrupt.signal else stop
+                if done or stop != NO_STOP or step % run.checkpoint_every == 0:
+                    state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
-    if saved is None:  # a resumed run that had nothing left to do
-        saved = ckpt.find_checkpoint(resume or out)
-    return TrainResult(step, reason, saved, log, main_process)
+    if saved is None:  # nothing was left to do, or a signal came before the first step
+        saved = state.save(step, config, dataset, accelerator) if resume is None else ckpt.find_checkpoint(resume)
+        if main_process:  # an earlier part may have been killed before it deleted old checkpoints
+            ckpt.keep_newest(saved, run.keep_checkpoints)
+    return TrainResult(step, stop.reason, saved, log, main_process, stop.signal)
 
 
 def create_accelerator(config: TrainConfig) -> Any:
@@ -178,6 +219,7 @@ def create_accelerator(config: TrainConfig) -> Any:
 
     Raises:
         ModuleNotFoundError: accelerate or a tracker of ``run.trackers`` is not installed.
+        ValueError: weights are to be divided in a way that training does not support.
     """
     try:
         from accelerate import Accelerator
@@ -185,6 +227,7 @@ def create_accelerator(config: TrainConfig) -> Any:
         raise ModuleNotFoundError("training needs accelerate: pip install 'dcdit[train]'") from None
     run = config.run
     check_trackers(run.trackers)
+    check_sharding(config)
     cpu = config.optim.device == "cpu"
     return Accelerator(cpu=cpu, mixed_precision="no", log_with=run.trackers, project_dir=run.out)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dcdit.config import TrainConfig
 from dcdit.train.compute import SpentFlops
+from dcdit.train.divergence import check_metrics
 from dcdit.train.schedule import compression_target, learning_rate
 from dcdit.train.trackers import Trackers
 from dcdit.utils.files import write_text
@@ -36,11 +36,28 @@ class MetricMeans:
         self.values.append(values)
         self.images += images
 
-    def read(self) -> tuple[list[str], Tensor]:
-        """Names, and their means (names,) on the device."""
+    def read(self, step: int, accelerator: Any) -> dict[str, float]:
+        """Means over the steps and the processes, each of which has to call this.
+
+        Args:
+            step: the last of the steps.
+
+        Raises:
+            FloatingPointError: a metric is not finite.
+        """
+        rows = accelerator.reduce(self._rows(), reduction="mean").cpu()
         names = list(self.values[0])
-        rows = torch.stack([torch.stack([values[name].float() for name in names]) for values in self.values])
-        return names, rows.mean(0)
+        check_metrics(names, rows.tolist(), step)
+        return dict(zip(names, rows.mean(0).tolist(), strict=True))
+
+    def check(self, step: int) -> None:
+        """Raise FloatingPointError if a metric of this process is not finite; ``step`` is the last of the steps."""
+        if self.values:
+            check_metrics(list(self.values[0]), self._rows().tolist(), step)
+
+    def _rows(self) -> Tensor:
+        """(steps, names) on the device."""
+        return torch.stack([torch.stack([value.float() for value in values.values()]) for values in self.values])
 
     def images_per_second(self) -> float:
         return self.images / (time.monotonic() - self.began)
@@ -64,13 +81,9 @@ def training_record(
         flops: spent so far.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: a metric is not finite.
     """
-    names, values = means.read()
-    values = accelerator.reduce(values, reduction="mean")
-    record: LogRecord = {"step": step, **dict(zip(names, values.tolist(), strict=True))}
-    if not math.isfinite(record["loss"]):
-        raise FloatingPointError(f"the loss is {record['loss']} at step {step}; lower optim.lr or check the data")
+    record: LogRecord = {"step": step, **means.read(step, accelerator)}
     record["lr"] = learning_rate(config.optim, step - 1)
     if "ratio_loss" in record:
         record["target"] = compression_target(config.router, step - 1)
@@ -106,6 +119,12 @@ class RecordWriter:
 def append(log: Path, record: LogRecord) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def is_validated(log: Path, step: int) -> bool:
+    """Whether the log has the validation of a step."""
+    records = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    return any(record["step"] == step and "val_loss" in record for record in records)
 
 
 def cut_log(log: Path, step: int) -> None:

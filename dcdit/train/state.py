@@ -1,16 +1,22 @@
 """What a run saves in its checkpoints, and how it continues from one."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, to_dict
 from dcdit.data import Samples
 from dcdit.train.compute import SpentFlops
+from dcdit.train.divergence import check_tensors, diverged
 from dcdit.train.ema import EMA
+from dcdit.train.records import MetricMeans
+from dcdit.train.sharding import divided, gathered
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,51 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     flops: SpentFlops
 
+    def check_finite(self, step: int, means: MetricMeans, accelerator: Any) -> None:
+        """Raise FloatingPointError, on every process, if the run has diverged. Every process has to call this.
+
+        Args:
+            step: steps done.
+            means: of the steps since the last record.
+        """
+
+        def agreed(finite: Tensor) -> Tensor:
+            return accelerator.gather(finite[None].int()).amin(0)
+
+        if means.values:
+            means.read(step, accelerator)
+        moments = [torch.as_tensor(entry) for entries in self.optimizer.state.values() for entry in entries.values()]
+        parts = {"weights": [*self.model.parameters()], "averaged weights": [*self.ema.state.values()]}
+        check_tensors({**parts, "moments of the optimiser": moments}, step, agreed)
+
+    @contextlib.contextmanager
+    def router_errors_explained(self, step: int, means: MetricMeans) -> Iterator[None]:
+        """Turn the router's error about NaN, which comes before there is a loss, into one that says what diverged.
+
+        Args:
+            step: done before the forward pass inside the block.
+            means: of the steps since the last record.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            means.check(step)
+            check_tensors({"weights": [*self.model.parameters()]}, step)
+            raise diverged("the router's probabilities are not finite", step + 1) from None
+
     def save(self, step: int, config: TrainConfig, data: Samples, accelerator: Any) -> Path:
         """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""
         folder = ckpt.checkpoint_path(config.run.out, step)
         flops = self.flops.read(accelerator)
-        if accelerator.is_main_process:
+        main_process = accelerator.is_main_process
+        moments = ckpt.optimizer_tensors(self.model, self.optimizer)
+        parts = (self.model.state_dict(), self.ema.state, moments)
+        weights, averages, moments = (gathered(part, main_process) for part in parts)
+        if main_process:
             trainer = {"step": step, "flops": flops, "config": to_dict(config)}
-            notes = {"objective": config.diffusion.objective, **data.notes}
-            ckpt.save_checkpoint(folder, self.model, self.ema.state, self.optimizer, trainer, notes)
+            ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, data.notes, weights)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder
@@ -40,16 +83,24 @@ class TrainState:
         Raises:
             ValueError: a checkpoint of another model, or without step and FLOPs.
         """
-        kind = type(self.model).__name__
+        kind = ckpt.architecture_of(self.model)
         if saved.architecture != kind:
             raise ValueError(
                 f"{saved.path} holds a {saved.architecture}; accepted: a {kind}, as the configuration says"
             )
-        ckpt.load_weights(self.model, saved.model, saved.path)
+        own = self.model.state_dict()
+        weights = {name: divided(tensor, own.get(name, tensor)) for name, tensor in saved.model.items()}
+        moments = {key: divided(tensor, own.get(_weight_of(key), tensor)) for key, tensor in saved.optimizer.items()}
+        ckpt.load_weights(self.model, weights, saved.path)
         self.ema.load(saved.ema)
-        ckpt.load_optimizer(self.model, self.optimizer, saved.optimizer, saved.path)
+        ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path)
         step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))
         return step
+
+
+def _weight_of(key: str) -> str:
+    """The name of the weight that an entry ``<weight>/<entry>`` of the optimiser belongs to."""
+    return key.rpartition("/")[0]
 
 
 def _whole_number(saved: ckpt.Checkpoint, key: str) -> int:

@@ -10,7 +10,9 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def to_pixels(x: Tensor) -> Pixels:
-    """(B, 3, H, W) in [-1, 1], clamped, to uint8 (B, H, W, 3)."""
+    """(B, 3, H, W) in [-1, 1], clamped, to uint8 (B, H, W, 3). FloatingPointError if it is not finite."""
+    if not x.isfinite().all():
+        raise FloatingPointError("an image holds numbers that are not finite, so it has no pixels")
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 

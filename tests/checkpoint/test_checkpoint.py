@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support.killing import dies_before
 
 from dcdit import checkpoint as ckpt
-from dcdit.models import create_model, presets, to_official
+from dcdit.models import create_model, load_official, presets, to_dit, to_official
 from dcdit.utils.files import recover
 
 TINY = {"hidden_size": 128, "depth": 1, "num_heads": 2, "grid": (8, 8), "num_classes": 3}
@@ -65,6 +65,19 @@ def test_model_round_trip(tmp_path, name):
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), torch.tensor([0, 3])
     with torch.no_grad():
         assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+def test_a_model_says_what_trained_it(tmp_path):
+    """Through files and back, and of a file of the reference implementation, which predicts noise."""
+    model = tiny()
+    ckpt.save_model(tmp_path / "a.safetensors", model)
+    assert ckpt.load_model(tmp_path / "a.safetensors").objective is None
+    model.objective = "flow"
+    for _ in range(2):
+        ckpt.save_model(tmp_path / "a.safetensors", model)
+        model = ckpt.load_model(tmp_path / "a.safetensors")
+        assert model.objective == "flow" == ckpt.read_metadata(tmp_path / "a.safetensors")["objective"]
+    assert load_official(to_official(tiny()), num_heads=2).objective == "dit"
 
 
 def test_dtype_is_kept(tmp_path):
@@ -146,7 +159,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("dcdit.checkpoint.run._optimizer_tensors", full)
+    monkeypatch.setattr("dcdit.checkpoint.run.optimizer_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -291,6 +304,82 @@ def test_the_run_of_a_path(saved, tmp_path, monkeypatch):
         ckpt.run_folder(tmp_path)
 
 
+# --- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[torch.nan, torch.inf, -torch.inf], ids=str)
+def poison(request):
+    """Makes one number of a set of tensors not finite, in a copy."""
+
+    def poison(tensors):
+        name = list(tensors)[len(tensors) // 2]
+        changed = tensors[name].clone()
+        changed.view(-1)[-1] = request.param
+        return {**tensors, name: changed}
+
+    return poison
+
+
+def test_weights_that_are_not_finite_are_not_saved(saved, tmp_path, poison):
+    """Not over others, and not as new files."""
+    folder, model, ema, optimizer = saved
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with one_line(
+        FloatingPointError, r"weights for \S*model\.safetensors are not written, because '\S+' is not finite$"
+    ):
+        ckpt.save_model(folder / ckpt.MODEL_FILE, model, poison(model.state_dict()))
+    for path in (folder, tmp_path / "new"):
+        with one_line(FloatingPointError, rf"the averaged weights for {path} are not written"):
+            ckpt.save_checkpoint(path, model, poison(ema), optimizer, {"step": 3})
+    optimizer.state[model.x_embedder.weight]["exp_avg"][0] = torch.nan
+    with one_line(FloatingPointError, rf"the moments for {folder} are not written, because 'x_embedder\.weight/"):
+        ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    model.load_state_dict(poison(model.state_dict()))
+    with one_line(FloatingPointError, rf"the weights for {folder} are not written"):
+        ckpt.save_checkpoint(folder, model, ema, optimizer, {"step": 3})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name] and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("file", [ckpt.EMA_FILE, ckpt.MODEL_FILE])
+def test_a_model_that_is_not_finite_is_not_loaded(saved, file, poison):
+    rewrite(saved[0] / file, change=poison)
+    with one_line(ValueError, rf"{file} holds numbers that are not finite, in '\S+' for one"):
+        ckpt.load_model(saved[0], ema=file == ckpt.EMA_FILE)
+
+
+def test_a_foreign_model_that_is_not_finite_is_not_loaded(tmp_path, official, poison):
+    torch.save(poison(official), tmp_path / "a.pt")
+    with one_line(ValueError, r"a\.pt holds numbers that are not finite"):
+        ckpt.load_model(tmp_path / "a.pt")
+    save_file(poison(to_dit(tiny("DiT-S/2"))), tmp_path / "dit.safetensors")
+    with one_line(ValueError, r"dit\.safetensors holds numbers that are not finite"):
+        ckpt.load_static_dit(tmp_path / "dit.safetensors", num_heads=2)
+
+
+@pytest.mark.parametrize("file", [ckpt.MODEL_FILE, ckpt.EMA_FILE, ckpt.OPTIMIZER_FILE])
+def test_a_run_resumes_from_the_last_finite_checkpoint(saved, file, poison):
+    """Another release saved two that are not finite, and a third was damaged since."""
+    folder, model, ema, optimizer = saved
+    later = [ckpt.save_checkpoint(folder.with_name(f"step_0000000{n}"), model, ema, optimizer, {}) for n in (4, 6, 8)]
+    for newer in later[::2]:
+        rewrite(newer / file, change=poison)
+    (later[1] / ckpt.TRAINER_FILE).write_text("{")
+    with one_line(ValueError, rf"step_00000008/{file} holds numbers that are not finite.*: --resume {folder}$"):
+        ckpt.load_checkpoint(folder.parents[1])
+
+
+def test_finite_checkpoints_are_not_deleted_for_others(saved, poison):
+    folder, model, ema, optimizer = saved
+    run = folder.parents[1]
+    later = [ckpt.save_checkpoint(ckpt.checkpoint_path(run, n), model, ema, optimizer, {}) for n in (4, 6, 8)]
+    rewrite(later[1] / ckpt.MODEL_FILE, change=poison)
+    (later[2] / ckpt.EMA_FILE).write_bytes(b"")
+    for count, first in ((3, 2), (2, 2), (1, 4)):
+        ckpt.keep_newest(later[2], count)
+        assert [path.name[-1] for path in ckpt.list_checkpoints(run)] == [f"{n}" for n in range(first, 10, 2)]
+
+
 # --- damaged or foreign files ---------------------------------------------------------------------------------------
 
 
@@ -332,8 +421,9 @@ def rewrite(path, architecture=None, config=None, change=lambda state: state):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    stored = {**json.loads(metadata["config"]), **(config or {})}
-    metadata |= {"architecture": architecture or metadata["architecture"], "config": json.dumps(stored)}
+    stored = {**json.loads(metadata.get("config", "{}")), **(config or {})}
+    if "config" in metadata:
+        metadata |= {"architecture": architecture or metadata["architecture"], "config": json.dumps(stored)}
     save_file(change(state), path, metadata)
 
 

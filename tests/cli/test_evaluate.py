@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.small import small_dc_dit, small_dit
+from support.small import save_diverged, small_dc_dit, small_dit
 from support.tiny import images
 from torch import nn
 
@@ -34,7 +34,8 @@ def files(tmp_path_factory):
     path = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     save_model(path / "model.safetensors", small_dc_dit(**PIXELS))
-    save_model(path / "static.safetensors", small_dit(**PIXELS, patch_size=2))
+    save_model(path / "static.safetensors", small_dit(**PIXELS, patch_size=2), notes={"objective": "flow"})
+    save_diverged(path / "diverged.safetensors", small_dc_dit(**PIXELS))
     save_model(path / "latents.safetensors", small_dc_dit(**{**PIXELS, "in_channels": 4}))
     torch.jit.script(Net()).save(str(path / "net.pt"))
     np.savez(path / "real.npz", arr_0=images(40))
@@ -236,8 +237,10 @@ def test_statistics_are_checked_before_anything_is_drawn(files, tmp_path, evalua
         ("--images {files}/real.npz --extractor {files}/net.pt --reference {files}/b", "no images at"),
         ("--checkpoint {files}/model.safetensors --num 0", "--num is 0; accepted: at least 1"),
         ("--checkpoint {files}/a.safetensors", "no file"),
+        ("--checkpoint {files}/diverged.safetensors", "diverged.safetensors holds numbers that are not finite"),
         ("--checkpoint {files}/latents.safetensors", "makes latents of 4 channels; --vae decodes them"),
         ("--checkpoint {files}/static.safetensors --drop-fraction 0.5", "drops no tokens"),
+        ("--checkpoint {files}/static.safetensors --method ddpm", "trained with the objective 'flow', which"),
         ("--checkpoint {files}/model.safetensors --drop-fraction 1", "accepted: a number in [0, 1)"),
         ("--checkpoint {files}/model.safetensors --reference {files}/b --extractor {files}/net.pt", "no images at"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support.small import small_dc_dit, small_dit
+from support.small import save_diverged, small_dc_dit, small_dit
 
 from dcdit import checkpoint as ckpt
 from dcdit.cli import main
@@ -281,6 +281,32 @@ def test_budgets_that_do_not_fit(dynamic, fails, flags, match):
 @pytest.mark.parametrize("flags", ["--target-flops 1", "--drop-schedule constant:0", "--report"])
 def test_a_static_model_has_no_budget(static, fails, flags):
     fails(static, flags, f"holds a static DiT, which drops no tokens; leave {flags.split()[0]} out")
+
+
+@pytest.mark.parametrize(
+    ("objective", "method"), [("flow", "ddim"), ("flow", "ddpm"), ("dit", "euler"), ("dit", "heun")]
+)
+def test_a_method_that_does_not_fit_the_objective(tmp_path, fails, objective, method):
+    model = small_dit(**GRID)
+    model.objective = objective
+    ckpt.save_model(tmp_path / "a.safetensors", model)
+    match = f"a.safetensors was trained with the objective '{objective}', which the method '{method}' does not fit; acc"
+    fails(tmp_path / "a.safetensors", f"--method {method} --out {tmp_path / 'out'}", match)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_of_another_version(tmp_path, fails):
+    ckpt.save_model(tmp_path / "a.safetensors", small_dit(**GRID), notes={"objective": "edm"})
+    for flags in ("", "--method ddim"):
+        fails(tmp_path / "a.safetensors", flags, "was trained with the objective 'edm'; accepted: dit, flow")
+
+
+@pytest.mark.parametrize("make", [small_dc_dit, small_dit])
+def test_a_diverged_model_draws_nothing(tmp_path, fails, make):
+    save_diverged(tmp_path / "a.safetensors", make(**GRID))
+    match = r"a\.safetensors holds numbers that are not finite, in 'x_embedder\.bias' for one; its training diverged$"
+    fails(tmp_path / "a.safetensors", f"--out {tmp_path / 'out'}", match)
+    assert not (tmp_path / "out").exists()
 
 
 # --- the documentation ------------------------------------------------------------------------------------------------

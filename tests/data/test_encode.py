@@ -141,6 +141,23 @@ def test_stopped_and_continued_is_the_same_bit_for_bit(extracted, images, vae, t
     assert contents(out) == contents(extracted[0])
 
 
+def test_shards_of_stopped_processes_are_kept(extracted, images, vae, tmp_path):
+    """The first of three processes finishes shard 0 and waits in vain; of two more, one finishes shard 2."""
+    options = {"size": SIZE, "batch_size": 2, "shard_size": 3}
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="out holds 3 of 7 images; run the same command again"):
+        encode_images(images, vae, out, **options, rank=0, world=3)
+    assert encode_images(images, vae, out, **options, rank=1, world=2) is None
+    assert (out / "latents_shard00002.entry.json").is_file()
+    written = {file: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
+    assert len(written) == 2
+    with pytest.raises(ValueError, match="out holds 3 of 7 images; dcdit extract goes on where it stopped"):
+        LatentDataset(out)
+    encode_images(images, vae, out, **options)
+    assert all(file.stat().st_mtime_ns == time for file, time in written.items())
+    assert contents(out) == contents(extracted[0])
+
+
 def test_only_what_is_missing_is_made_anew(extracted, images, vae, copied):
     (copied / "latents_shard00001.safetensors").unlink()
     others = {file: file.stat().st_mtime_ns for file in copied.glob("*.safetensors")}

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from dcdit.diffusion import METHODS, sample
+from dcdit.diffusion.sampling import FITTING_METHODS
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
+from dcdit.sample import ModelCalls
 
 SHAPE = (2, 4, 4)
 
@@ -173,6 +175,21 @@ def test_a_static_model_samples_but_takes_no_drop():
 def test_a_model_without_null_class_cannot_be_guided():
     with pytest.raises(ValueError, match="no null class"):
         sample(static(class_dropout_prob=0.0), torch.tensor([0]), 2, cfg_scale=2.0)
+
+
+@pytest.mark.parametrize(("objective", "fitting"), FITTING_METHODS.items())
+def test_a_method_fits_the_objective_that_trained_the_model(objective, fitting):
+    """Whatever wraps the model. A model that does not say what trained it takes every method."""
+    model = static()
+    for method in METHODS:
+        model.objective = objective
+        wrapped = model, torch.compile(model, backend="eager"), torch.nn.DataParallel(model), ModelCalls(model, 1)
+        for each in wrapped if method not in fitting else ():
+            message = f"trained with the objective '{objective}', which the method '{method}' does not fit; accepted: "
+            with pytest.raises(ValueError, match=message + ", ".join(fitting)):
+                sample(each, torch.tensor([0]), 2, method)
+        model.objective = objective if method in fitting else None
+        sample(model, torch.tensor([0]), 1, method, progress=False)
 
 
 def test_dtypes():

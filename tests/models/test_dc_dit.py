@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor, nn
 
 import dcdit.models.dc_dit as module
 from dcdit import ops
-from dcdit.models import DCDiT, DCDiTConfig, create_model
+from dcdit.checkpoint import load_model, save_model
+from dcdit.models import DCDiT, DCDiTConfig, create_model, load_official, to_official
+from dcdit.nn.memory_format import channels_last
 
 
 def keeps_some(routing) -> bool:
@@ -164,6 +167,19 @@ def test_bfloat16_weights_and_autocast_stay_close() -> None:
         assert (other.prob - routing.prob).abs().max() < 0.05
     for out in (autocast, converted):
         assert ((out.float() - exact).norm() / exact.norm()).item() < 0.05
+
+
+def test_parameters_are_contiguous_and_channels_last_changes_no_bit(tmp_path: Path) -> None:
+    """``fully_shard`` takes contiguous parameters only, whether a model is created, loaded or converted."""
+    model = small_dc_dit()
+    save_model(tmp_path / "model.safetensors", model)
+    official = load_official(to_official(small_dc_dit(grid=(8, 8))), num_heads=4)
+    for each in (model, load_model(tmp_path / "model.safetensors"), official):
+        assert all(parameter.is_contiguous() for parameter in each.parameters())
+    inputs = batch(model.config)
+    expected = model(*inputs)
+    assert torch.equal(channels_last(model)(*inputs), expected)
+    assert not model.encoder.blocks[0].conv1.weight.is_contiguous()
 
 
 def test_null_class() -> None:

@@ -71,8 +71,9 @@ def test_dynamic_stages_match_pytorchs_counter(router: str) -> None:
     # The papers add 3 FLOPs per attention score for the softmax; PyTorch counts the two products only.
     ours["transformer"] -= config.depth * config.num_heads * batch * budget**2 * SOFTMAX_FLOPS
     if router != "predictability":
-        # The dot product of q and k is elementwise work to PyTorch.
-        ours["router"] -= 2 * batch * positions * config.hidden_size
+        # The dot product of q and k is elementwise work to PyTorch, and so is the 3x3 filter of each channel.
+        taps = 1 + 9 * (router == "cosine2d")
+        ours["router"] -= taps * 2 * batch * positions * config.hidden_size
     assert counted == {name: ours[name] for name in counted}
     assert counted.keys() == ours.keys() - {"total"}
 

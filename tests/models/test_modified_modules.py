@@ -316,7 +316,7 @@ def test_one_graph_for_all_calls_and_another_after_a_replacement():
     counter = CompileCounter()
     compiled = torch.compile(router, fullgraph=True, backend=counter)
     for _ in range(3):
-        assert torch.equal(compiled(x), router(x))
+        assert difference(compiled(x), router(x)) < 1e-9  # the compiler sums over channels in another order
     assert counter.frame_count == 1
     for graphs, name in enumerate(("predictor", "out"), 2):
         before = router(x)

@@ -12,6 +12,7 @@ import torch
 from dcdit.cli import main
 from dcdit.models import DCDiT, DCDiTConfig, count_flops
 from dcdit.nn import STAGES
+from dcdit.nn.memory_format import channels_last
 from dcdit.profiling import profile as profile_module
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.plots import plot_profile
@@ -24,7 +25,7 @@ CONFIG = {"grid": (8, 12), "hidden_size": 128, "depth": 2, "num_heads": 4, "num_
 @pytest.fixture(scope="module")
 def model() -> DCDiT:
     torch.manual_seed(0)
-    return DCDiT(DCDiTConfig(**CONFIG)).eval()
+    return channels_last(DCDiT(DCDiTConfig(**CONFIG))).eval()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from dcdit.diffusion import sample
 from dcdit.sample.drawing import class_labels, draw
 from dcdit.sample.options import CostTarget, SamplingOptions
 from dcdit.sample.plan import make_plans
+from dcdit.utils.images import to_pixels
 
 LABELS = torch.tensor([1, 2, 0, 3, 1])
 OPTIONS = SamplingOptions(
@@ -42,6 +43,17 @@ def test_a_trace_follows_the_first_image():
         torch.testing.assert_close(seen.prob, other.prob, rtol=1e-3, atol=1e-4)
     *_, last = drawn.first_image.expected.values()
     torch.testing.assert_close(last, drawn.x[0])  # ddim ends on the clean data that it expects
+
+
+@pytest.mark.parametrize("make", [small_dc_dit, small_dit])
+def test_images_that_are_not_finite_are_not_handed_on(make):
+    model = make(grid=(8, 8))
+    torch.nn.init.constant_(model.final_layer.linear.bias, torch.inf)
+    options = SamplingOptions("run", "ddim", steps=1)
+    with pytest.raises(FloatingPointError, match=r"^run draws numbers that are not finite in fp32$"):
+        draw(model, options, LABELS, None, progress=False)
+    with pytest.raises(FloatingPointError, match="an image holds numbers that are not finite"):
+        to_pixels(torch.full((1, 3, 2, 2), torch.nan))
 
 
 def test_labels():

@@ -1,8 +1,13 @@
 """Small models in which every weight has an effect: none stays at the zeros of adaLN-Zero."""
 
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dcdit.checkpoint import save_model
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 
 GRID = (8, 12)
@@ -32,6 +37,15 @@ def randomize_zero_weights(model: nn.Module) -> None:
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
+
+
+def save_diverged(path: Path, model: DCDiT | DiT) -> None:
+    """A file of the model with one weight that is NaN, as :func:`dcdit.checkpoint.save_model` refuses to write it."""
+    save_model(path, model)
+    with safe_open(path, framework="pt") as file:
+        metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights["x_embedder.bias"][0] = torch.nan
+    save_file(weights, path, metadata)
 
 
 def batch(config: DCDiTConfig | DiTConfig, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:

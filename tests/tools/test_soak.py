@@ -16,7 +16,7 @@ SMALL = {"optim.steps": 3, "run.checkpoint_every": 1, "model.name": "DiT-S/2"}
 
 
 def test_two_kills_find_nothing():
-    found = kills.run(2, (kills.Setting("training", 0.5, SMALL),))
+    found = kills.run(2, (kills.Setting("training", 0.5, kills.IN_TRAINING, SMALL),))
     assert found.faults == 0
     cells = [cell.strip() for cell in found.page.splitlines()[-1].strip("|").split("|")]
     assert cells[:2] == ["training", "2"] and int(cells[4]) >= 1 and cells[5:] == ["0"] * 4

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
+import torch
 
 from dcdit import checkpoint as ckpt
 from dcdit.cli.main import main
 from dcdit.config import dump_yaml, override
 from dcdit.train import train
 from dcdit.train.records import cut_log
+from dcdit.train.stopping import Signals
 
 MODEL = {"in_channels": 3, "grid": [8, 8], "hidden_size": 32, "depth": 1, "num_heads": 1}
 
@@ -206,6 +209,29 @@ def test_a_run_that_stopped_before_its_first_checkpoint_begins_again(config, tmp
         train(config("optim.lr=0.5"))
     train(config("run.checkpoint_every=2"))
     assert steps(tmp_path / "a") == (["2"], [1, 2])
+
+
+def test_a_signal_before_the_first_step(config, tmp_path, monkeypatch):
+    """A new run saves what it began with, and a resumed one has its checkpoint; both go on as ever."""
+
+    class AtOnce(Signals):
+        def __enter__(self):
+            self.caught = signal.SIGTERM
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    train(config(out="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("dcdit.train.loop.Signals", AtOnce)
+        for resume in (None, "a"):
+            result = train(config(), resume=resume)
+            assert (result.step, result.reason, result.checkpoint.name) == (0, "interrupt", "step_00000000")
+    train(config(), resume="a")
+    ours, theirs = (ckpt.load_checkpoint(run).optimizer for run in ("a", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert steps(tmp_path / "a") == (["0", "1", "2"], [1, 2])
 
 
 def test_an_error_before_training_leaves_no_folder(config, tmp_path):

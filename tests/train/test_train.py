@@ -1,6 +1,7 @@
 """Whole runs of a tiny model on a CPU: what a step does, exact resuming, and the errors of what does not fit."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dcdit import checkpoint as ckpt
 from dcdit import ops
@@ -78,6 +80,12 @@ def assert_same_weights(a, b):
 def stop_at(step):
     """A callback that presses Ctrl-C when this step's record is written."""
     return lambda record: os.kill(os.getpid(), signal.SIGINT) if record["step"] == step else None
+
+
+def environment():
+    """Of a program in this folder: one thread, and the modules that this process finds."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 # --- what a step does ---------------------------------------------------------------------------------------------
@@ -218,6 +226,45 @@ def test_the_split_of_a_batch_changes_nothing(config, name, tmp_path):
             assert theirs[key] == (ours[key] if exact else pytest.approx(ours[key], rel=1e-5)), key
 
 
+def test_sharded_training(config, tmp_path):
+    """Two processes that divide every weight: the losses of one process, exact resuming, and whole checkpoints.
+
+    Losses differ by the order of sums in float32 only, as in the test above.
+    """
+    settings = config("optim.batch_size=8", "optim.accumulate=2", "run.eval_every=2", "run.checkpoint_every=2")
+    one = train(settings)
+    (tmp_path / "config.yaml").write_text(dump_yaml(override(settings, {"optim.shard": True})))
+    command = [sys.executable, str(Path(__file__).with_name("sharded_runs.py")), str(tmp_path / "config.yaml")]
+    done = subprocess.run([*command, str(tmp_path)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = {name: tmp_path / name / "log.jsonl" for name in ("run", "whole", "stopped", "static")}
+    logs = {name: [json.loads(line) for line in log.open()] for name, log in logs.items()}
+    for log in logs.values():
+        for record in log:
+            record.pop("images_per_s", None)
+    assert logs["stopped"] == logs["whole"] and len(logs["whole"]) == 6
+    for ours, theirs in zip(logs["whole"], logs["run"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5) and ours["step"] == theirs["step"]
+    whole, stopped = (ckpt.find_checkpoint(tmp_path / name) for name in ("whole", "stopped"))
+    assert_same_weights(whole, stopped)
+    sharded, plain = ckpt.load_checkpoint(whole), ckpt.load_checkpoint(one.checkpoint)
+    for part in ("model", "ema", "optimizer"):
+        for name, tensor in getattr(plain, part).items():
+            assert getattr(sharded, part)[name].shape == tensor.shape, f"{part} {name}"
+    # A whole checkpoint goes on in any number of processes.
+    settings.run.out = str(tmp_path / "whole")
+    again = train(settings, resume=ckpt.checkpoint_path(settings.run.out, 2))
+    assert records(again)[-2]["loss"] == pytest.approx(logs["run"][-2]["loss"], rel=1e-5)
+    assert type(ckpt.load_model(tmp_path / "static")).__name__ == "DiT"
+
+
+@pytest.mark.parametrize("plugin", ["FSDP", "DEEPSPEED"])
+def test_plugins_of_accelerate_are_refused(config, monkeypatch, plugin):
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(ValueError, match=f"^ACCELERATE_USE_{plugin} is true; accepted: false, and optim.shard"):
+        train(config())
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
@@ -316,9 +363,7 @@ def test_a_run_killed_at_any_moment_goes_on_bitwise(config, tmp_path, overrides)
     whole = train(config(*overrides, *saving, out="whole"))
     (tmp_path / "config.yaml").write_text(dump_yaml(config(*overrides, *saving)))
     command = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(tmp_path / "config.yaml")]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([*command, str(tmp_path / "runs"), "31"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, str(tmp_path / "runs"), "31"], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     steps = []
     for out in sorted((tmp_path / "runs").iterdir(), key=lambda out: int(out.name)):
@@ -347,6 +392,36 @@ def test_a_run_killed_at_some_time_goes_on_bitwise(config, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert ckpt.read_trainer(settings.run.out)["step"] < 30
     assert_same_weights(whole.checkpoint, train(settings, resume=settings.run.out).checkpoint)
+
+
+def test_a_run_asked_to_end_at_any_moment_saves_and_goes_on_bitwise(config, tmp_path):
+    """Signals to a whole job with loading processes, as schedulers send them; of two ranks also to one alone."""
+    settings = config("optim.steps=5", "run.eval_every=2", "run.log_every=50", "run.checkpoint_every=3")
+    settings.data.workers = 1
+    whole = train(settings)
+    (tmp_path / "config.yaml").write_text(dump_yaml(settings))
+    command = [sys.executable, str(Path(__file__).with_name("signalled_runs.py")), str(tmp_path / "config.yaml")]
+    (tmp_path / "runs").mkdir()
+    done = subprocess.run([*command, str(tmp_path / "runs")], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ended = {
+        "loading": (1, [143]),
+        "stepping": (2, [130]),
+        "validating": (2, [143]),
+        "saving": (4, [129]),
+        "ranks": (2, [143, 143]),
+        "rank": (2, [143, 143]),
+    }
+    for name, (step, codes) in ended.items():
+        out = tmp_path / "runs" / name
+        assert json.loads((tmp_path / "runs" / f"{name}.json").read_text()) == codes, done.stderr
+        assert f"interrupt: {step} steps done; checkpoint {ckpt.checkpoint_path(out, step)}" in done.stdout
+        if len(codes) == 1:
+            again = train(override(settings, {"run.out": str(out), "data.workers": 0}), resume=out)
+            assert_same_weights(whole.checkpoint, again.checkpoint)
+            validations = [record for record in records(whole) if "val_loss" in record]
+            assert [record for record in records(again) if "val_loss" in record] == validations
+            assert [record["step"] for record in records(again)] == [2, 4, 5]
 
 
 def test_tensorboard_shows_the_records_of_a_resumed_run(config):
@@ -405,6 +480,7 @@ def test_signal_handlers_come_back(config):
         (["optim.accumulate=3"], r"optim\.batch_size is 4; accepted: a multiple of .* = 3"),
         (["optim.accumulate=8"], r"optim\.batch_size is 4; accepted: a multiple of .* = 8"),
         (["model.overrides.grid=[4, 4]"], r"the data has shape \(3, 8, 8\), the model takes \(3, 4, 4\)"),
+        (["optim.shard=true", "optim.compile=true"], r"optim\.shard and optim\.compile are both true; accepted: one"),
         (["model.num_classes=2"], r"the data has 3 classes; model\.num_classes is 2"),
         (["data.kind=folder", "data.path=null"], r"data\.path is null"),
     ],
@@ -429,8 +505,80 @@ def test_resume_of_another_architecture(config):
         train(config("model.overrides.depth=2"), resume=saved)
 
 
-def test_diverged_loss_stops_the_run(config, tmp_path):
-    path = tmp_path / "nan.npz"
-    np.savez(path, latents=np.full((8, 3, 8, 8), np.nan, np.float32), labels=np.zeros(8, int))
-    with pytest.raises((FloatingPointError, ValueError), match=r"nan|NaN"):
-        train(override(config("model.name=DiT-S/2"), {"data.path": str(path)}))
+# --- training that diverges -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=DiT-S/2"], "the loss is nan at step 4;"),
+        (["model.name=DiT-S/2", "run.log_every=50"], "the loss is nan at step 4;"),
+        (["model.name=DiT-S/2", "run.log_every=50", "run.eval_every=5"], "the loss is nan at step 4;"),
+        (["run.log_every=50"], "the router's probabilities are not finite at step 4;"),
+    ],
+)
+def test_a_run_that_diverges_keeps_its_good_checkpoints(config, overrides, message):
+    """Step 3 gets an enormous learning rate. Nothing that is not finite is saved or logged, and the run can go on."""
+    settings = config(*overrides, "run.checkpoint_every=2", "run.keep_checkpoints=1", "optim.steps=2")
+    good = train(settings)
+    settings.optim.steps, settings.optim.lr = 20, 1e30
+    with pytest.raises(FloatingPointError, match=f"^{message} lower optim.lr or check the data$"):
+        train(settings, resume=settings.run.out)
+    assert ckpt.list_checkpoints(settings.run.out) == [good.checkpoint]
+    assert all(np.isfinite(list(record.values())).all() for record in records(good))
+    settings.optim.steps, settings.optim.lr = 4, 1e-3
+    assert train(settings, resume=settings.run.out).step == 4
+
+
+def spoil_gradient(optimizer, ema):
+    optimizer.param_groups[0]["params"][-1].register_hook(lambda grad: grad * torch.nan)
+
+
+def spoil_weights(optimizer, ema):
+    optimizer.param_groups[0]["params"][-1].data.view(-1)[0] = torch.inf
+
+
+def spoil_averages(optimizer, ema):
+    ema.state["x_embedder.bias"][0] = torch.nan
+
+
+def spoil_moments(optimizer, ema):
+    optimizer.state[optimizer.param_groups[0]["params"][-1]]["exp_avg_sq"].view(-1)[0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("spoil", "step", "message"),
+    [
+        (spoil_gradient, 2, "the gradient norm is nan at step 3;"),
+        (spoil_weights, 3, "the weights are not finite at step 3;"),
+        (spoil_averages, 3, "the averaged weights are not finite at step 3;"),
+        (spoil_moments, 3, "the moments of the optimiser are not finite at step 3;"),
+    ],
+)
+def test_what_diverged_is_named_before_it_is_saved(config, monkeypatch, spoil, step, message):
+    """Between two records, in the step after a checkpoint."""
+    optimizers, steps, update = [], itertools.count(1), EMA.update
+
+    def spoiled_update(self):
+        update(self)
+        if next(steps) == step:
+            spoil(optimizers[0], self)
+
+    hook = register_optimizer_step_post_hook(lambda optimizer, *arguments: optimizers.append(optimizer))
+    monkeypatch.setattr(EMA, "update", spoiled_update)
+    settings = config("run.log_every=50", "run.checkpoint_every=1", "run.keep_checkpoints=1")
+    with pytest.raises(FloatingPointError, match=f"^{message}"):
+        train(settings)
+    hook.remove()
+    assert ckpt.read_trainer(settings.run.out)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("DC-DiT-S", "the router's probabilities are not finite at step 1;"), ("DiT-S/2", "the loss is")],
+)
+def test_images_that_overflow(config, tmp_path, name, message):
+    path = tmp_path / "huge.npz"
+    np.savez(path, latents=np.full((8, 3, 8, 8), 3e38, np.float32), labels=np.zeros(8, int))
+    with pytest.raises(FloatingPointError, match=message):
+        train(override(config(f"model.name={name}"), {"data.path": str(path)}))

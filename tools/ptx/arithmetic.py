@@ -1,5 +1,6 @@
 """Integer, logical and floating-point instructions."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -72,8 +73,8 @@ def _extreme(pick: np.ufunc, ignore: np.ufunc) -> Callable[[Instruction], Step]:
         relu = "relu" in instruction.opcode
         of_floats = pick if "NaN" in instruction.opcode else ignore
 
-        def function(a: Array, b: Array) -> Array:
-            found = of_floats(a, b) if a.dtype.kind == "f" else pick(a, b)
+        def function(*values: Array) -> Array:  # two, and three on sm_100
+            found = functools.reduce(of_floats if values[0].dtype.kind == "f" else pick, values)
             return np.maximum(found, 0) if relu else found
 
         return elementwise(function, "NaN", "relu", "ftz")(instruction)

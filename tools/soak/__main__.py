@@ -7,9 +7,13 @@ Each part is a module of this package with a function ``run() -> Part``.
 
 import argparse
 import importlib
+import os
+import platform
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from tools.soak.part import Part
 
@@ -34,7 +38,9 @@ def main() -> int:
         print(f"\n{pages[-1]}\n", flush=True)
         faults += part.faults
     if args.out is not None:
-        args.out.write_text("\n\n".join(["# Soak", "`make soak` printed this.", *pages]) + "\n", encoding="utf-8")
+        conditions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%F')}"
+        page = ["# Soak", f"`make soak` printed this: {conditions}.", *pages]
+        args.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return int(faults > 0)
 
 

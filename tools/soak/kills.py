@@ -57,18 +57,21 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is killed, and after how many seconds at most."""
+    """What is killed, after how many seconds at most, and which column counts the kills that are wanted."""
 
     name: str
     seconds: float
+    counted: str
     overrides: dict[str, Any]
 
 
+IN_TRAINING, IN_WRITING = "kills", "while a checkpoint was written or deleted"
 SETTINGS = (
-    Setting("training", 3.0, {"optim.steps": 60, "run.checkpoint_every": 5, "data.workers": 1}),
+    Setting("training", 3.0, IN_TRAINING, {"optim.steps": 60, "run.checkpoint_every": 5, "data.workers": 1}),
     Setting(
         "checkpoint writing",
         3.0,
+        IN_WRITING,
         {
             "optim.steps": 12,
             "run.checkpoint_every": 1,
@@ -79,8 +82,8 @@ SETTINGS = (
     ),
 )
 COLUMNS = (
-    "kills",
-    "while a checkpoint was written or deleted",
+    IN_TRAINING,
+    IN_WRITING,
     "before the first checkpoint",
     "runs finished",
     "checkpoints incomplete or lost",
@@ -92,7 +95,7 @@ FAULTS = COLUMNS[4:]
 
 
 def run(kills: int = KILLS, settings: tuple[Setting, ...] = SETTINGS) -> Part:
-    """Kill each setting so often."""
+    """Kill in each setting until ``kills`` of them count."""
     torch.set_num_threads(1)
     # By default all forked processes share the lock of the progress bars, and a killed one may hold it for ever.
     tqdm.set_lock(threading.RLock())
@@ -102,8 +105,7 @@ def run(kills: int = KILLS, settings: tuple[Setting, ...] = SETTINGS) -> Part:
             found = _kill(setting, Path(name) / setting.name.replace(" ", "-"), kills)
             faults += sum(found[column] for column in FAULTS)
             rows.append([setting.name, *(f"{found[column]:,}" for column in COLUMNS)])
-    text = " ".join(line.strip() for line in (__doc__ or "").split("\n\n")[1].splitlines())
-    return Part(f"{text}\n\n{markdown_table(['SIGKILL during', *COLUMNS], rows)}", faults)
+    return Part(f"{(__doc__ or '').strip()}\n\n{markdown_table(['SIGKILL during', *COLUMNS], rows)}", faults)
 
 
 def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
@@ -118,17 +120,17 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
     found: Counter[str] = Counter()
     moments = random.Random(SEED)
     with tqdm(total=kills, desc=setting.name, unit="kill") as bar:
-        while found["kills"] < kills:
+        while found[setting.counted] < kills:
             out = folder / f"run-{found['runs finished']}"
             newest = _newest(out)
             process = _start(_training(config, out), folder)
             if _ends_within(moments.uniform(0, setting.seconds), process, folder):
                 _compare(whole, out, found)
             else:
-                found["kills"] += 1
-                found["while a checkpoint was written or deleted"] += any((out / "checkpoints").glob(".*/*/*"))
+                found[IN_TRAINING] += 1
+                found[IN_WRITING] += any((out / "checkpoints").glob(".*/*/*"))
                 found["before the first checkpoint"] += _newest(out) is None
-                bar.update()
+                bar.update(found[setting.counted] - bar.n)
             found["checkpoints incomplete or lost"] += not _is_kept(newest, _newest(out), out)
     out = folder / f"run-{found['runs finished']}"
     _end(_start(_training(config, out), folder), folder)

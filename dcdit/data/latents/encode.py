@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from dcdit.data.latents.manifest import (
     Manifest,
     ShardEntry,
     content_problem,
+    read_entries,
     read_manifest,
+    remove_entries,
     size_problem,
+    write_entry,
     write_manifest,
 )
 from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
@@ -30,6 +34,7 @@ from dcdit.utils.outputs import check_not_read
 from dcdit.utils.reading import sha256
 from dcdit.utils.tensors import save_tensors
 
+SHARD = "latents_shard{:05d}.safetensors"
 VAE_WEIGHTS = "diffusion_pytorch_model*"
 STORED_DTYPE = {"fp32": torch.float32, "bf16": torch.float16}
 """Of the latents on disk, by precision of the arithmetic. At the size of latents, float16 is finer than bfloat16."""
@@ -46,7 +51,10 @@ def encode_images(
     seed: int = 0,
     device: str = "auto",
     precision: str = "fp32",
-) -> Manifest:
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], object] = lambda: None,
+) -> Manifest | None:
     """Encode every image and its mirror image into shards in ``out``. Shards that are already there are kept.
 
     Images are cropped as in :func:`dcdit.data.folder.read_centre`. A latent is drawn once from the autoencoder's
@@ -63,10 +71,15 @@ def encode_images(
         workers: processes that read images; 0 reads in this one.
         device: see :func:`dcdit.utils.environment.resolve_device`.
         precision: "fp32", or "bf16", which stores float16.
+        rank, world: number of this process, and how many there are; they take turns over the missing shards.
+        wait: returns when all processes have called it.
+
+    Returns:
+        The finished manifest. None for all processes but the first, which puts it together.
 
     Raises:
         FileNotFoundError, ValueError: no images, an unreadable one (named), no autoencoder, a size that is no multiple
-            of its stride, or ``out`` holds something else or is in ``images``.
+            of its stride, ``out`` holds something else or is in ``images``, or another process left a shard out.
     """
     for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
         if value < 1:
@@ -74,7 +87,7 @@ def encode_images(
     check_size(size)
     out = Path(out)
     files, labels, class_names = image_files(Path(images))
-    check_not_read(out, {"images": images})
+    check_not_read(out, {"--images": images})
     encoder = _Encoder(vae, resolve_device(device), size, seed, precision)
     image_list = "".join(f"{label} {file.relative_to(images)}\n" for file, label in zip(files, labels, strict=True))
     recipe = {
@@ -89,19 +102,32 @@ def encode_images(
     (shift,), (scale,) = shift_and_scale(encoder.autoencoder)
     manifest = Manifest(len(files), encoder.shape, shift, scale, list(class_names), recipe)
     finished = _finished_shards(out, manifest)
-    manifest.shards = list(finished.values())
-    with _progress(len(files)) as bar:
-        for number, first in enumerate(range(0, len(files), shard_size)):
-            path = out / f"latents_shard{number:05d}.safetensors"
+    wait()  # all processes look before any of them writes
+    if rank == 0:
+        _write_finished(out, manifest, finished)
+        remove_entries(out, finished)
+    names = [SHARD.format(number) for number in range(-(-len(files) // shard_size))]
+    missing = [number for number, name in enumerate(names) if name not in finished]
+    with _progress(len(files), disable=rank > 0) as bar:
+        bar.update(sum(shard.images for shard in finished.values()))
+        for number in missing[rank::world]:
+            first = number * shard_size
             members = slice(first, first + shard_size)
-            if path.name in finished:
-                bar.update(len(files[members]))
-                continue
             pixels = DataLoader(_Images(files[members], size), batch_size, num_workers=workers)
             latents, mirrored = _encode(encoder, pixels, first, bar)
-            finished[path.name] = _write_shard(path, latents, mirrored, labels[members])
-            manifest.shards = [finished[name] for name in sorted(finished)]
-            write_manifest(out, manifest)
+            shard = _write_shard(out / names[number], latents, mirrored, labels[members])
+            if rank == 0:
+                finished[shard.file] = shard
+                _write_finished(out, manifest, finished)
+            else:
+                write_entry(out, shard)
+    wait()
+    if rank:
+        return None
+    _write_finished(out, manifest, {**read_entries(out), **finished})
+    remove_entries(out, names)
+    if manifest.done < manifest.images:
+        raise FileNotFoundError(f"{out} holds {manifest.done} of {manifest.images} images; run the same command again")
     _write_statistics(out / STATISTICS, manifest)
     return manifest
 
@@ -209,7 +235,13 @@ def _finished_shards(out: Path, manifest: Manifest) -> dict[str, ShardEntry]:
                     f"{out} holds latents with another {key} ({_short(before.get(key))}, not {_short(now[key])}); "
                     "choose another --out"
                 )
-    return {shard.file: shard for shard in earlier.shards if size_problem(out, shard) is None}
+    known = {**read_entries(out), **{shard.file: shard for shard in earlier.shards}}
+    return {name: shard for name, shard in known.items() if size_problem(out, shard) is None}
+
+
+def _write_finished(out: Path, manifest: Manifest, finished: dict[str, ShardEntry]) -> None:
+    manifest.shards = [finished[name] for name in sorted(finished)]
+    write_manifest(out, manifest)
 
 
 def _short(value: Any) -> str:
@@ -245,7 +277,7 @@ def _write_statistics(path: Path, manifest: Manifest) -> None:
     atomically(path, lambda file: torch.save(stored, file))
 
 
-def _progress(total: int, unit: str = "image") -> Any:
+def _progress(total: int, unit: str = "image", disable: bool = False) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
+    return tqdm(total=total, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, disable=disable)

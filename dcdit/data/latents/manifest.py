@@ -1,8 +1,9 @@
 """``manifest.json`` beside shards of latents: what they were made from and how, and the checksum of every file."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from dcdit.utils.inside import is_inside
 from dcdit.utils.reading import sha256
 
 MANIFEST_FILE = "manifest.json"
+ENTRY = ".entry.json"
+"""End of the name of a file that holds the entry of one shard, until the manifest has it."""
 FORMAT = "dcdit-latents-1"
 
 
@@ -75,6 +78,32 @@ def read_manifest(folder: Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``. It appears complete or not at all."""
     write_text(folder / MANIFEST_FILE, json.dumps(dataclasses.asdict(manifest), indent=1))
+
+
+def write_entry(folder: Path, shard: ShardEntry) -> None:
+    """Write a file beside a shard with its entry, for the process that writes the manifest."""
+    write_text(_entry_file(folder, shard.file), json.dumps(dataclasses.asdict(shard)))
+
+
+def read_entries(folder: Path) -> dict[str, ShardEntry]:
+    """What :func:`write_entry` wrote, by the shards' file names. Other files of such names are ignored."""
+    found = {}
+    for file in sorted(folder.glob(f"*{ENTRY}")):
+        with contextlib.suppress(ValueError, TypeError):
+            shard = ShardEntry(**json.loads(file.read_text(encoding="utf-8")))
+            if file == _entry_file(folder, shard.file):
+                found[shard.file] = shard
+    return found
+
+
+def remove_entries(folder: Path, names: Iterable[str]) -> None:
+    """Remove what :func:`write_entry` wrote for these shards."""
+    for name in read_entries(folder).keys() & set(names):
+        _entry_file(folder, name).unlink()
+
+
+def _entry_file(folder: Path, name: str) -> Path:
+    return folder / f"{name.removesuffix('.safetensors')}{ENTRY}"
 
 
 def size_problem(folder: Path, shard: ShardEntry) -> str | None:

@@ -19,7 +19,6 @@ from dcdit.models.convert.mapping import (
     weight_and_bias,
 )
 from dcdit.models.dc_dit import DCDiT
-from dcdit.nn.memory_format import channels_last
 
 SOURCE = "a DC-DiT state dict of the reference implementation"
 ROUTER = "hnet.routing_module"
@@ -90,7 +89,8 @@ def load_official(state_dict: StateDict, num_heads: int, dechunk_sigma: float = 
     with torch.device("meta"):
         model = DCDiT(config)
     import_weights(model, state_dict, key_table(config.depth), SOURCE)
-    return channels_last(model)
+    model.objective = "dit"  # the only one of the reference implementation
+    return model
 
 
 def to_official(model: DCDiT) -> dict[str, Tensor]:
