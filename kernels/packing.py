@@ -108,7 +108,7 @@ def gather_fwd(x: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     out = launch.empty((rows, d), x.dtype, x.device)
     config = launch.config_for("gather", x.device, D=d)
     grid = _grid(rows, d, config)
-    length = 1 if bias is None else bias.shape[0]
+    length = 1 if bias is None else max(bias.shape[0], 1)  # a divisor
     launch.launch(
         _gather_kernel, grid, x, indices, x if bias is None else bias, out, rows, length, x.stride(0),
         D=d, HAS_BIAS=bias is not None, **config,

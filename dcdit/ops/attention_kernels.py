@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dcdit.ops.sizes import known_true
+
 
 class AttentionKernel(NamedTuple):
     """A varlen attention function and what it needs."""
@@ -116,7 +118,7 @@ choose_attention_backend._dynamo_marked_constant = True  # type: ignore[attr-def
 def run_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
     """Call one of :data:`KERNELS` after it was chosen. What it returns in padding rows is undefined."""
     function, accepted = _LOADED[name]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if known_true(x.stride(-1) == 1) else x.contiguous() for x in (q, k, v))
     if name == "torch_varlen":
         args = (q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         # torch 2.10 takes causal as a flag, later versions as a window.

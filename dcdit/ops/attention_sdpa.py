@@ -41,7 +41,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     width = q.shape[-1]
     missing = -width % 8 if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)) if missing else x for x in (q, k, v))
-    q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
+    q, k, v = ((x if known_true(x.stride(-1) == 1) else x.contiguous()).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=width**-0.5).transpose(1, 2)[..., :width]
 
 

@@ -17,7 +17,10 @@ import torch
 
 from tools.soak.part import Part
 
-PARTS = {"kills": "training and checkpoint writing, killed at random moments"}
+PARTS = {
+    "kills": "training and checkpoint writing, killed at random moments",
+    "operations": "random calls of every operation against the float64 definition",
+}
 """Name of a module to what it does."""
 
 

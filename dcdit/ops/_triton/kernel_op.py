@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dcdit.ops._triton.nested import builder, leaf_types, leaves, parts
 from dcdit.ops.autograd import apply, first_derivative_only
+from dcdit.ops.sizes import known_true
 
 _PLAIN = frozenset([Tensor, torch.nn.Parameter])
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -134,4 +135,4 @@ def without_gradient(ctx: Any, *outputs: Tensor) -> None:
 
 def unit_stride(rows: Tensor) -> Tensor:
     """Rows that a kernel can read: any stride between rows, elements side by side; other tensors are copied."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows if known_true(rows.stride(-1) == 1) else rows.contiguous()

@@ -1,0 +1,287 @@
+"""Random calls of the operations: small sizes down to 0, any strides, dtypes and modes; the same for the same seed."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcdit import ops
+from dcdit.ops import TokenSelection
+
+SIZES = (0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 33, 40)
+WIDTHS = (1, 2, 3, 4, 7, 8, 8, 16, 20, 33)
+SCALES = (1.0, 1.0, 1.0, 1e-3, 1e3)
+_KERNEL_DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
+EVERY_DTYPE = {"torch": (*_KERNEL_DTYPES, torch.float64), "triton": _KERNEL_DTYPES}
+"""The dtypes that a backend has; a likely one stands there twice."""
+LARGE_SCALES = (1e-14, 1e20, 1e30)
+"""Of rows whose cosine is taken."""
+
+
+class Call(NamedTuple):
+    """An operation and its arguments."""
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+class Maker:
+    """What random arguments are made of.
+
+    Args:
+        seed: of everything.
+        dtypes: to choose from.
+    """
+
+    def __init__(self, seed: str, dtypes: tuple[torch.dtype, ...]) -> None:
+        self.random = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(self.random.getrandbits(62))
+        self._dtypes = dtypes
+
+    def one_of(self, *choices: Any) -> Any:
+        return self.random.choice(choices)
+
+    def dtype(self) -> torch.dtype:
+        return self.random.choice(self._dtypes)
+
+    def dtypes(self, count: int) -> list[torch.dtype]:
+        """Mostly one dtype for all, sometimes several."""
+        if self.random.random() < 0.7:
+            return [self.dtype()] * count
+        return [self.dtype() for _ in range(count)]
+
+    def size(self) -> int:
+        return self.random.choice(SIZES)
+
+    def lengths(self) -> list[int]:
+        """Of a few sequences, which may be empty."""
+        return [self.random.choice(SIZES) for _ in range(self.random.randrange(5))]
+
+    def grid(self) -> tuple[int, int]:
+        return self.random.randrange(8), self.random.randrange(8)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float | None = None) -> Tensor:
+        """Normal numbers in random strides."""
+        x = torch.randn(shape, generator=self._generator) * (self.random.choice(SCALES) if scale is None else scale)
+        return self._strided(x.to(dtype or self.dtype()))
+
+    def rows(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Rows whose cosine is taken: some of them zeros, tiny or huge."""
+        x = torch.randn(shape, generator=self._generator)
+        if dtype != torch.float16 and self.random.random() < 0.3:
+            exponent = torch.rand((*shape[:-1], 1), generator=self._generator)
+            x = torch.where(exponent < 0.3, x * self.random.choice(LARGE_SCALES), x)
+        if self.random.random() < 0.2:
+            x = torch.where(torch.rand((*shape[:-1], 1), generator=self._generator) < 0.3, 0.0, x)
+        return self._strided(x.to(dtype))
+
+    def _strided(self, x: Tensor) -> Tensor:
+        """The same numbers in another layout."""
+        kind = self.random.randrange(6)
+        if x.dim() < 2 or kind == 0:
+            return torch.stack([x, x], -1)[..., 0] if x.dim() == 1 and kind else x
+        if kind == 1:
+            return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if kind == 2:
+            return x.movedim(0, -1).contiguous().movedim(-1, 0)
+        if kind == 3:
+            return torch.cat([x, x], -1)[..., x.shape[-1] :]
+        if kind == 4:
+            return torch.stack([x, x], -1)[..., 0]
+        return x[:1].expand(x.shape) if x.shape[0] else x
+
+    def cu_seqlens(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    def probabilities(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        kind, count = self.random.randrange(6), math.prod(shape)
+        uniform = torch.rand(count, generator=self._generator)
+        values = [
+            uniform,
+            (uniform * 9).floor() / 8,
+            uniform.round(),
+            torch.full((count,), 0.75),
+            0.49 * uniform,
+            0.5 + (uniform * 3 - 1).floor() * 2.0**-8,
+        ][kind]
+        return values.clamp(0, 1).view(shape).to(dtype)
+
+    def mode(self, images: int, shortest: int) -> dict[str, Any]:
+        """Keyword arguments of ``select_tokens``."""
+        kind = self.random.randrange(4)
+        if kind == 0 and images and shortest:
+            return {"budget": self.random.randint(1, shortest)}
+        found: dict[str, Any] = {"threshold": self.one_of(0.5, 0.5, 0.25, 0.0, 1.0)}
+        if kind == 1:
+            found["drop_fraction"] = self.random.random() * 0.999
+        if kind == 2:
+            found["drop_fraction"] = torch.rand(images, generator=self._generator) * 0.999
+        if self.random.random() < 0.4:
+            found["capacity"] = images + self.random.randrange(60)
+        return found
+
+    def grid_selection(self, grid: tuple[int, int]) -> tuple[Tensor, TokenSelection]:
+        """Probabilities of a grid batch, and a selection of it; sometimes one in which images keep nothing."""
+        images, length = self.random.randrange(4), grid[0] * grid[1]
+        p = self.probabilities(images, length, dtype=self.dtype())
+        if self.random.random() < 0.2:
+            return p, _selection_of_mask(torch.rand(images, length, generator=self._generator) < self.random.random())
+        return p, ops.select_tokens(p, **self.mode(images, length))
+
+    def any_selection(self) -> tuple[Tensor, TokenSelection]:
+        """Of a grid batch, or of packed sequences."""
+        if self.random.random() < 0.5:
+            return self.grid_selection(self.grid())
+        lengths = self.lengths()
+        p = self.probabilities(sum(lengths), dtype=self.dtype())
+        return p, ops.select_tokens(p, self.cu_seqlens(lengths), **self.mode(len(lengths), min(lengths, default=0)))
+
+    def packed(self, sel: TokenSelection, width: int, dtype: torch.dtype) -> Tensor:
+        """(T, D) with NaN in padding rows."""
+        rows = self.normal(sel.indices.shape[0], width, dtype=dtype)
+        return torch.where((sel.indices >= 0)[:, None], rows, float("nan"))
+
+
+def _selection_of_mask(mask: Tensor) -> TokenSelection:
+    lengths = mask.sum(1).to(torch.int32)
+    return TokenSelection(
+        indices=mask.flatten().nonzero().squeeze(1),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        lengths=lengths,
+        max_seqlen=max(lengths.tolist(), default=0),
+        mask=mask,
+        natural_mask=mask,
+        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
+        overflow=torch.zeros((), dtype=torch.int32),
+        source_cu_seqlens=None,
+        prob_floor=0.0,
+    )
+
+
+def boundary_prob_cosine(make: Maker) -> Call:
+    a, b = make.dtypes(2)
+    width = make.one_of(*WIDTHS)
+    if make.one_of(False, True):
+        lengths = make.lengths()
+        q, k = (make.rows(sum(lengths), width, dtype=dtype) for dtype in (a, b))
+        return Call(ops.boundary_prob_cosine, (q, k, make.cu_seqlens(lengths)))
+    shape = make.random.randrange(4), make.size(), width
+    return Call(ops.boundary_prob_cosine, (make.rows(*shape, dtype=a), make.rows(*shape, dtype=b), None))
+
+
+def boundary_prob_cosine2d(make: Maker) -> Call:
+    a, b, of_weight = make.dtypes(3)
+    grid, width = make.grid(), make.one_of(*WIDTHS)
+    shape = make.random.randrange(4), grid[0] * grid[1], width
+    weight = make.normal(width, 3, 3, dtype=of_weight, scale=make.one_of(0.1, 0.1, 1.0))
+    return Call(
+        ops.boundary_prob_cosine2d, (make.rows(*shape, dtype=a), make.rows(*shape, dtype=b), weight, grid)
+    )  # fmt: skip
+
+
+def boundary_prob_predictability(make: Maker) -> Call:
+    groups, width = make.random.randint(1, 4), make.one_of(1, 2, 3, 8)
+    channels, dtypes = groups * width, make.dtypes(2)
+    features = make.normal(make.random.randrange(4), channels, *make.grid(), dtype=dtypes[0])
+    parameters = [make.normal(channels, dtype=dtypes[1], scale=1.0) for _ in range(3)]
+    bias = make.normal(dtype=dtypes[1], scale=1.0)
+    return Call(ops.boundary_prob_predictability, (features, *parameters, bias, groups))
+
+
+def select_tokens(make: Maker) -> Call:
+    cu_seqlens, shape, lengths = None, (make.random.randrange(5), make.size()), make.lengths()
+    images, shortest = shape
+    if make.one_of(False, True):
+        images, shortest = len(lengths), min(lengths, default=0)
+        cu_seqlens, shape = make.cu_seqlens(lengths), (sum(lengths),)  # type: ignore[assignment]
+    p, mode = make.probabilities(*shape, dtype=make.dtype()), make.mode(images, shortest)
+    defaults = {"threshold": 0.5, "drop_fraction": 0.0, "budget": None, "capacity": None}
+    return Call(ops.select_tokens, (p, cu_seqlens, *(mode.get(name, value) for name, value in defaults.items())))
+
+
+def gather_tokens(make: Maker) -> Call:
+    _, sel = make.any_selection()
+    (a, b), width = make.dtypes(2), make.one_of(*WIDTHS)
+    bias = None
+    if sel.source_cu_seqlens is None and make.one_of(False, True):
+        bias = make.normal(sel.mask.shape[1], width, dtype=b)
+    return Call(ops.gather_tokens, (make.normal(*sel.mask.shape, width, dtype=a), sel, bias))
+
+
+def scatter_tokens(make: Maker) -> Call:
+    _, sel = make.any_selection()
+    t = make.packed(sel, make.one_of(*WIDTHS), make.dtype())
+    return Call(ops.scatter_tokens, (t, sel, make.one_of(0.0, 0.0, 1.0, -3.5)))
+
+
+def _gate_and_residual(make: Maker, p: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    gate = torch.where(p > 0.5, p, 1 - p).to(make.dtype()) if make.one_of(False, True) else None
+    residual = make.normal(*p.shape, width, dtype=dtype) if make.one_of(False, True) else None
+    return gate, residual
+
+
+def dechunk_spatial(make: Maker) -> Call:
+    grid, (a, b), width = make.grid(), make.dtypes(2), make.one_of(*WIDTHS)
+    p, sel = make.grid_selection(grid)
+    args = make.packed(sel, width, a), p, sel, grid, make.one_of(0.3, 1.0, 1.0, 2.0, 5.0)
+    return Call(ops.dechunk_spatial, (*args, *_gate_and_residual(make, p, width, b)))
+
+
+def dechunk_ema(make: Maker) -> Call:
+    (p, sel), (a, b), width = make.any_selection(), make.dtypes(2), make.one_of(*WIDTHS)
+    return Call(ops.dechunk_ema, (make.packed(sel, width, a), p, sel, *_gate_and_residual(make, p, width, b)))
+
+
+def ratio_loss(make: Maker) -> Call:
+    group_size, groups = make.random.randint(1, 3), make.random.randint(1, 3)
+    p = make.probabilities(groups * group_size, make.random.randint(1, 40), dtype=make.dtype())
+    args = p, p > 0.5, 1 + 10 * make.random.random()
+    return Call(ops.ratio_loss, (*args, make.one_of(None, group_size)))
+
+
+def _modulated(make: Maker, tokens: int, tables: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    lengths, width, dtypes = make.lengths(), make.one_of(*WIDTHS), make.dtypes(tokens + 1)
+    rows = sum(lengths) + make.one_of(0, 0, 3)
+    found = [make.normal(rows, width, dtype=dtype) for dtype in dtypes[:tokens]]
+    return (
+        found,
+        [make.normal(len(lengths), width, dtype=dtypes[-1], scale=1.0) for _ in range(tables)],
+        make.cu_seqlens(lengths),
+    )
+
+
+def modulated_layer_norm(make: Maker) -> Call:
+    tokens, tables, cu_seqlens = _modulated(make, 1, 2)
+    return Call(ops.modulated_layer_norm, (*tokens, *tables, cu_seqlens, make.one_of(1e-6, 1e-6, 1e-2)))
+
+
+def gated_add(make: Maker) -> Call:
+    tokens, tables, cu_seqlens = _modulated(make, 2, 1)
+    return Call(ops.gated_add, (*tokens, *tables, cu_seqlens))
+
+
+def gated_add_modulated_layer_norm(make: Maker) -> Call:
+    tokens, tables, cu_seqlens = _modulated(make, 2, 3)
+    return Call(ops.gated_add_modulated_layer_norm, (*tokens, *tables, cu_seqlens, make.one_of(1e-6, 1e-2)))
+
+
+def varlen_attention(make: Maker) -> Call:
+    lengths = make.lengths() if make.one_of(False, True) else [make.size()] * make.random.randrange(4)
+    padding = make.one_of(0, 0, 3)
+    shape = sum(lengths) + padding, make.random.randint(1, 3), make.one_of(1, 2, 8, 16)
+    q, k, v = (make.normal(*shape, dtype=dtype, scale=1.0) for dtype in make.dtypes(3))
+    longest = max(lengths, default=0) + make.one_of(0, 0, 2)
+    return Call(
+        ops.varlen_attention,
+        (q, k, v, make.cu_seqlens(lengths), longest, make.one_of(False, True), "auto", padding > 0),
+    )
+
+
+MAKERS: dict[str, Callable[[Maker], Call]] = {
+    name: value for name, value in list(globals().items()) if name in ops.__all__ and name.islower()
+}
+"""By the name of the operation."""
