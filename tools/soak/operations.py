@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 from dcdit.utils.tables import markdown_table
 from tools.soak.part import Part
+from tools.soak.processes import end_with
 from tools.soak.random_calls import EVERY_DTYPE, MAKERS, Call, random_call
 from tools.soak.verdict import error_over_allowed
 
@@ -111,14 +112,19 @@ def _read(state: Path | None) -> dict[Work, Found]:
 
 def _in_processes(work: list[Work], jobs: int) -> Iterator[Found]:
     # Spawned: a forked process may inherit a lock of PyTorch's threads.
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        rest = iter(work)
-        running = {pool.submit(_try, one) for one in islice(rest, 2 * jobs)}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-            running |= {pool.submit(_try, one) for one in islice(rest, len(done))}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), end_with, (os.getpid(),)) as pool:
+        try:
+            rest = iter(work)
+            running = {pool.submit(_try, one) for one in islice(rest, 2 * jobs)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                running |= {pool.submit(_try, one) for one in islice(rest, len(done))}
+        except BaseException:  # the pool would wait for what its processes have begun
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def _try(work: Work) -> Found:

@@ -1,9 +1,10 @@
 """Whether the numbers of a backend are right, beside those of the float64 definition.
 
 An error is small if it is at most ``ULPS`` units in the last place of the largest number of a result. Where terms
-cancel, a result is small beside them, and this asks too much. Then the error may also be ``SAFETY`` times the larger of
-two others: that of the definition itself in the dtypes of the arguments, and what happens to the exact result when all
-inputs and cotangents move by half a unit in the last place.
+cancel, a result is small beside them, and this asks too much. Then the error may also be ``SAFETY`` times the largest
+of these: the errors of the definition itself, in the dtypes of the arguments, and in the dtype in which a backend
+computes when all inputs and cotangents move by half a unit in its last place. Inputs that are moved are rounded
+otherwise, so the moves show what rounding does to a result.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def error_over_allowed(call: Call, backend: str) -> float:
         return 0.0 if repr(expected) == repr(found) else float("inf")
     if call.op is ops.select_tokens or not all(map(_same_kind, found, expected)):
         return 0.0 if all(map(_equal, found, expected)) else float("inf")
-    exact = _results(_in_float64(plain), "reference")
+    exact = _results(_in(torch.float64, plain), "reference")
     sizes, terms, moved_rows = _sizes(call), _terms(call), _moved_rows(call)
     moved: list[list[Tensor]] = []
     worst = 0.0
@@ -56,7 +57,7 @@ def error_over_allowed(call: Call, backend: str) -> float:
             if error <= allowed or error != error:
                 break
             moved += [_moved(plain, seed) for seed in range(len(moved), count)]
-            estimates = [_difference(same, truth), *(other[i] - truth for other in moved)]
+            estimates = [_difference(same, truth), *(_difference(other[i], truth) for other in moved)]
             allowed = small + SAFETY[backend] * max(_largest(size * _finite(estimate)) for estimate in estimates)
         if error != error or error > allowed == 0:
             return float("inf")
@@ -95,26 +96,32 @@ def _cotangent(output: Tensor) -> Tensor:
     return ((16 * normal).round() / 16).to(output.dtype)
 
 
-def _in_float64(call: Call) -> Call:
-    return call._replace(args=tuple(a.double() if _is_float(a) else a for a in call.args))
+def _in(dtype: torch.dtype, call: Call) -> Call:
+    return call._replace(args=tuple(a.to(dtype) if _is_float(a) else a for a in call.args))
 
 
 def _moved(call: Call, seed: int) -> list[Tensor]:
-    """The exact results where every input and every cotangent is moved by at most half an ulp, at random."""
+    """The definition where every input and every cotangent is moved by about half an ulp, at random."""
     generator, half_ulp = torch.Generator().manual_seed(seed), _half_ulp(call)
 
     def move(x: Tensor) -> Tensor:
-        return x * (1 + half_ulp * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1))
+        factor = 1 + half_ulp * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1)
+        return (x * factor).to(x.dtype)
 
-    return _results(_in_float64(call), "reference", move)
+    return _results(_in(_accumulation_dtype(call), call), "reference", move)
 
 
 def _half_ulp(call: Call) -> float:
-    """Of the dtype in which a backend computes: float32, unless all is float64. Attention rounds to its own dtype."""
+    """Of the dtype in which a backend computes. Attention rounds to its own dtype."""
     dtypes = {a.dtype for a in _floats(call.args)}
     if call.op is ops.varlen_attention and torch.float32 not in dtypes and len(dtypes) == 1:
         return torch.finfo(*dtypes).eps / 2
-    return torch.finfo(torch.float64 if dtypes == {torch.float64} else torch.float32).eps / 2
+    return torch.finfo(_accumulation_dtype(call)).eps / 2
+
+
+def _accumulation_dtype(call: Call) -> torch.dtype:
+    """float32, unless all is float64."""
+    return torch.float64 if {a.dtype for a in _floats(call.args)} == {torch.float64} else torch.float32
 
 
 def _sizes(call: Call) -> dict[int, Tensor]:
