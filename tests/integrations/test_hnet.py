@@ -9,6 +9,7 @@ from support import other_hnet
 from torch import nn
 
 import dcdit
+from dcdit.nn.hnet import RoutingModule
 
 DIM = 16
 LENGTHS = (7, 1, 12)
@@ -157,6 +158,20 @@ def test_a_long_decode_in_bfloat16_does_not_drift():
         q = torch.full((200, 1), 0.6, dtype=torch.float64).expand(200, 2)
         expected = exact(x[0].double()[None], torch.ones(1, 200, dtype=torch.bool), q[None])
     torch.testing.assert_close(torch.cat(found, 1).double(), expected, rtol=2**-8, atol=1e-7)
+
+
+def test_weights_under_the_original_names():
+    """Inside a larger module too; what is missing or unknown is still an error."""
+    theirs = other_hnet.RoutingModule(DIM)
+    ours = nn.ModuleDict({"routing": RoutingModule(DIM)})
+    state = {f"routing.{name}": weight for name, weight in theirs.state_dict().items()}
+    ours.load_state_dict(state)
+    assert torch.equal(ours["routing"].query.weight, theirs.q_proj_layer.weight)
+    assert torch.equal(ours["routing"].key.weight, theirs.k_proj_layer.weight)
+    assert set(ours.state_dict()) == {"routing.query.weight", "routing.key.weight"}
+    ours.load_state_dict(ours.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*routing\.key\.weight"):
+        ours.load_state_dict({"routing.q_proj_layer.weight": theirs.q_proj_layer.weight})
 
 
 def test_what_is_refused():
