@@ -35,6 +35,7 @@ from dcdit.checkpoint.model import (
     write_tensors,
 )
 from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
+from dcdit.utils.reading import read_json
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
@@ -164,11 +165,9 @@ def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[st
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {str(file)!r}; it is no complete checkpoint") from None
-    except ValueError:
-        raise ValueError(f"{file} is damaged: it is not JSON") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged: it holds a {type(value).__name__}; accepted: an object")
     return value

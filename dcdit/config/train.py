@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dcdit.config import schema
-from dcdit.config.schema import option
+from dcdit.utils import schema
+from dcdit.utils.schema import option
 
 RECIPES = Path(__file__).with_name("recipes")
 """Folder of the training configurations that come with the package."""

@@ -1,13 +1,17 @@
 """Configurations of the models: frozen, validated, and plain enough to be stored as JSON in a checkpoint."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from dcdit.nn.conv_block import ConvBlock
 from dcdit.nn.routers import ROUTERS
 from dcdit.ops.dechunk import MAX_SIGMA
+from dcdit.utils.schema import check_types, from_mapping
 
 DECHUNKS = ("spatial", "ema")
+LARGEST = {"in_channels": 1 << 16, "hidden_size": 1 << 16, "depth": 1 << 9, "num_heads": 1 << 12, "num_classes": 1 << 24}
+MAX_SIDE, MAX_MLP_RATIO = 1 << 13, 64
+"""Far above every published model. Without them, one number of a stranger's file takes all time and memory there is."""
 
 Config = TypeVar("Config", bound="_TransformerConfig")
 
@@ -30,17 +34,22 @@ class _TransformerConfig:
     """Whether to predict a variance for every channel, too."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        if len(self.grid) != 2 or any(not isinstance(side, int) or side < 1 for side in self.grid):
-            raise ValueError(f"grid is {self.grid}; accepted: (H, W), two positive integers")
-        for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        if isinstance(self.grid, list):
+            object.__setattr__(self, "grid", tuple(self.grid))
+        sides = self.grid if isinstance(self.grid, tuple) else ()
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+            raise ValueError(f"grid is {self.grid}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
+        check_types(self)
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; accepted: a positive integer")
+            if not 1 <= value <= largest:
+                raise ValueError(f"{name} is {value}; accepted: a positive integer up to {largest}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; accepted: a divisor of hidden_size = {self.hidden_size}")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; accepted: a positive number")
+        if not 1 / self.hidden_size <= self.mlp_ratio <= MAX_MLP_RATIO:
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio}; accepted: a number up to {MAX_MLP_RATIO} that gives at least one unit"
+            )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}; accepted: a number in [0, 1)")
 
@@ -59,14 +68,7 @@ class _TransformerConfig:
         Raises:
             ValueError: an unknown key, a missing key, or a value that is not accepted.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"unknown {cls.__name__} keys: {', '.join(unknown)}; accepted: {', '.join(known)}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from None
+        return from_mapping(cls, values, cls.__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class DiTConfig(_TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.patch_size, int) or self.patch_size < 1 or any(n % self.patch_size for n in self.grid):
+        if self.patch_size < 1 or any(n % self.patch_size for n in self.grid):
             raise ValueError(
                 f"patch_size is {self.patch_size!r}; accepted: a positive divisor of both sides of {self.grid}"
             )
@@ -127,5 +129,5 @@ class DiTConfig(_TransformerConfig):
             raise ValueError(f"hidden_size is {self.hidden_size}; accepted: a multiple of 4 (sine-cosine positions)")
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift is {self.frequency_shift}; accepted: 0, 1")
-        if not self.mlp_norm_eps > 0:
-            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a positive number")
+        if not 0 < self.mlp_norm_eps < 1:
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a number in (0, 1)")

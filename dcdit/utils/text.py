@@ -1,8 +1,31 @@
-"""How error messages write values."""
+"""How messages write values."""
 
 from torch import Tensor
+
+LONGEST = 2000
+"""Characters of a message; a longer one loses its middle."""
 
 
 def shape_of(tensor: Tensor) -> str:
     """A shape as ``(2, 16, 64)``. Works under ``torch.compile`` too, where a size may be symbolic."""
     return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
+
+
+def printable(text: object, longest: int = LONGEST) -> str:
+    r"""A text in one line that a terminal shows as it is.
+
+    Names and messages in files of strangers may hold escape codes, which move the cursor or retitle the window, line
+    ends, which forge a second message, and marks of writing direction, which show a name backwards. They become
+    ``\x1b``, ``\n``, ``\u202e``.
+
+    >>> printable("a\x1b[31mb\n")
+    'a\\x1b[31mb\\n'
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    half = (longest - 5) // 2
+    return shown if len(shown) <= longest else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one printable line; the name of its kind if it has none."""
+    return printable(" ".join(str(error).split())) or type(error).__name__

@@ -6,7 +6,9 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def option(
@@ -14,12 +16,14 @@ def option(
     doc: str,
     *,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field with its documentation and the values that it accepts (None is never out of bounds)."""
-    metadata = {"doc": doc, "at_least": at_least, "above": above, "below": below, "choices": choices}
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    metadata = {"doc": doc, **bounds, "choices": choices}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,6 +71,7 @@ def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
         return value in bounds["choices"]
     return (
         (bounds["at_least"] is None or value >= bounds["at_least"])
+        and (bounds["at_most"] is None or value <= bounds["at_most"])
         and (bounds["above"] is None or value > bounds["above"])
         and (bounds["below"] is None or value < bounds["below"])
     )
@@ -75,8 +80,12 @@ def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
 def _accepted(bounds: typing.Mapping[str, Any]) -> str:
     if bounds["choices"]:
         return ", ".join(bounds["choices"])
-    words = {"at_least": "at least", "above": "above", "below": "below"}
-    return " and ".join(f"{word} {bounds[key]:g}" for key, word in words.items() if bounds[key] is not None)
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
+    return " and ".join(f"{word} {_number(bounds[key])}" for key, word in words.items() if bounds[key] is not None)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -98,9 +107,63 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 def _finite(value: int | float | str) -> float | None:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # of text that is no number, of a whole number beyond 1e308
         return None
     return number if math.isfinite(number) else None
+
+
+# --- dataclasses that say by themselves what they accept ----------------------------------------------------------
+
+
+def from_mapping(cls: type[T], data: Any, where: str) -> T:
+    """An instance of the dataclass ``cls``, which checks its values itself, from a mapping as it comes from a file.
+
+    Args:
+        where: the mapping comes from, for error messages.
+
+    Raises:
+        ValueError: no mapping, an unknown key (with the nearest known one), a missing one, or a value that ``cls``
+            refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {data!r}; accepted: a mapping with the keys {', '.join(fields)}")
+    unknown = next((key for key in data if key not in fields), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, fields)
+        raise ValueError(f"unknown key {unknown!r} in {where}; accepted: {', '.join(fields)}{hint}")
+    for name, field in fields.items():
+        if name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the key {name!r}")
+    return cls(**data)
+
+
+def check_types(instance: Any) -> None:
+    """Raise ValueError unless every field of a dataclass instance has the type that it is declared with.
+
+    A bool is no number here, a float may be a whole number, and numbers are finite.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if not _is(value, hints[field.name]):
+            raise ValueError(f"{field.name} is {value!r}; accepted: {type_name(hints[field.name])}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is(value, part) for part in typing.get_args(hint))
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value) is not None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    if kind is tuple:
+        return len(value) == len(parts) and all(_is(*pair) for pair in zip(value, parts, strict=True))
+    return kind is not list or all(_is(item, parts[0]) for item in value)
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def type_name(hint: Any) -> str:
@@ -110,6 +173,8 @@ def type_name(hint: Any) -> str:
     kind = typing.get_origin(hint) or hint
     if kind is list:
         return f"list of {type_name(typing.get_args(hint)[0])}"
+    if kind is tuple:
+        return f"({', '.join(map(type_name, typing.get_args(hint)))})"
     return {type(None): "null", dict: "mapping", str: "text"}.get(kind, kind.__name__)
 
 
