@@ -131,7 +131,11 @@ def read_trainer(path: str | Path) -> dict[str, Any]:
     """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`."""
     folder = find_checkpoint(path)
     with _naming_the_previous(folder):
-        return _read_json_object(folder / TRAINER_FILE)
+        trainer = _read_json_object(folder / TRAINER_FILE)
+        step = trainer.get("step", 0)
+        if type(step) is not int or step < 0:  # bool is a kind of int in Python
+            raise ValueError(f"{folder / TRAINER_FILE} has the step {step!r}; accepted: a whole number from 0")
+        return trainer
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tensors, source: str | Path) -> None:

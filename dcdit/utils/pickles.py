@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dcdit.utils.reading import BLOCK, kind_of, open_regular
+from dcdit.utils.reading import BEGINNING, kind_of, open_regular
 from dcdit.utils.text import printable
 
 GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -43,7 +43,7 @@ def load_pickled(path: str | Path, allowed: Sequence[type] = ()) -> Any:
 
 
 def _load(path: Path, file: BinaryIO, allowed: Sequence[type]) -> Any:
-    beginning = file.read(BLOCK)
+    beginning = file.read(BEGINNING)
     zipped = beginning.startswith(b"PK")
     problem = _archive_problem(file) if zipped else None
     if problem is not None:

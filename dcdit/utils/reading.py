@@ -14,6 +14,8 @@ from dcdit.utils.text import one_line
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
+BEGINNING = 4096
+"""Bytes by which a file is known."""
 JSON_BYTES = 1 << 26
 """A JSON file may have so many bytes; an index of a million images has that many."""
 KINDS = {
@@ -114,7 +116,7 @@ def kind_of_file(path: str | Path) -> str | None:
     """:func:`kind_of` for a file. None also if it cannot be read."""
     try:
         with open_regular(path) as file:
-            return kind_of(file.read(BLOCK))
+            return kind_of(file.read(BEGINNING))
     except OSError:
         return None
 
@@ -135,7 +137,7 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda count: None) -> s
 
 def _not_regular(path: str | Path, kind: int) -> OSError:
     number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
-    return OSError(number, f"it is {KINDS.get(kind, 'no regular file')}; accepted: a regular file", str(path))
+    return OSError(number, f"no regular file but {KINDS.get(kind, 'something else')}", str(path))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

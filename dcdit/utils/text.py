@@ -27,5 +27,8 @@ def printable(text: object, longest: int = LONGEST) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one printable line; the name of its kind if it has none."""
+    """The message of an error in one printable line: its path first, and the name of its kind if it has no message."""
+    if isinstance(error, OSError) and error.strerror:
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        return printable(": ".join([" -> ".join(paths), error.strerror] if paths else [error.strerror]))
     return printable(" ".join(str(error).split())) or type(error).__name__
