@@ -15,7 +15,7 @@ from torch import Tensor
 from dcdit.checkpoint.model import Tensors, read_tensors
 from dcdit.models import DCDiT, DiT, load_dit, load_official
 from dcdit.models.presets import SCALES
-from dcdit.utils.inside import is_inside
+from dcdit.utils.inside import listed_files
 from dcdit.utils.pickles import check_dense, load_pickled
 from dcdit.utils.reading import read_json
 
@@ -113,22 +113,11 @@ def load_diffusers_dit(folder: Path) -> DiT:
             raise ValueError(f"{folder / CONFIG} has the {key} {value!r}; accepted: a positive integer")
     index = folder / f"{WEIGHTS}.index.json"
     state: dict[str, Tensor] = {}
-    for name in _listed_files(index) if index.is_file() else [WEIGHTS]:
+    for name in listed_files(index) if index.is_file() else [WEIGHTS]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= read_tensors(folder / name)[0]
     return _convert_dit(folder, state, num_heads, grid=(side, side), frequency_shift=0, mlp_norm_eps=1e-6)
-
-
-def _listed_files(index: Path) -> list[str]:
-    """The files that an index of shards names. ValueError if one is not inside the folder."""
-    listed = _entry(index, "weight_map")
-    if not isinstance(listed, dict):
-        raise ValueError(f"{index} has a weight_map of another kind; accepted: names of weights to names of files")
-    outside = next((name for name in listed.values() if not is_inside(name)), None)
-    if outside is not None:
-        raise ValueError(f"{index} lists {outside!r}; accepted: files inside the folder")
-    return sorted(set(listed.values()))
 
 
 def published_heads() -> dict[int, int]:

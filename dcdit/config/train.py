@@ -65,7 +65,9 @@ class DataSection:
     skip_damaged: bool = option(
         False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
     )
-    workers: int = option(0, "loading processes per training process; 0 loads in the training process", at_least=0, at_most=256)
+    workers: int = option(
+        0, "loading processes per training process; 0 loads in the training process", at_least=0, at_most=256
+    )
 
 
 @dataclass
@@ -87,7 +89,9 @@ class OptimSection:
         "stop once training has spent this many FLOPs, checked at every log line; null runs all steps",
         above=0,
     )
-    batch_size: int = option(256, "images per step, over all processes and accumulation passes", at_least=1, at_most=1_000_000)
+    batch_size: int = option(
+        256, "images per step, over all processes and accumulation passes", at_least=1, at_most=1_000_000
+    )
     accumulate: int = option(1, "forward and backward passes per step", at_least=1)
     lr: float = option(1e-4, "learning rate", at_least=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises linearly", at_least=0)
@@ -138,7 +142,9 @@ class RunSection:
     out: str = option("runs/dcdit", "folder for config.yaml, log.jsonl and checkpoints/")
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
     eval_every: int = option(1000, "steps between validations; 0 never validates", at_least=0)
-    eval_images: int = option(64, "held-out images per validation, with the same noise each time", at_least=1, at_most=1_000_000)
+    eval_images: int = option(
+        64, "held-out images per validation, with the same noise each time", at_least=1, at_most=1_000_000
+    )
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
     trackers: list[str] | None = option(  # noqa: RUF009

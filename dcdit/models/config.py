@@ -1,15 +1,17 @@
 """Configurations of the models: frozen, validated, and plain enough to be stored as JSON in a checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from dcdit.nn.conv_block import ConvBlock
 from dcdit.nn.routers import ROUTERS
 from dcdit.ops.dechunk import MAX_SIGMA
-from dcdit.utils.schema import check_types, from_mapping
+from dcdit.utils.schema import check_values, from_mapping
+from dcdit.utils.text import short
 
 DECHUNKS = ("spatial", "ema")
-LARGEST = {"in_channels": 1 << 16, "hidden_size": 1 << 16, "depth": 1 << 9, "num_heads": 1 << 12, "num_classes": 1 << 24}
+LARGEST = {"in_channels": 65536, "hidden_size": 65536, "depth": 512, "num_heads": 4096, "num_classes": 1 << 24}
 MAX_SIDE, MAX_MLP_RATIO = 1 << 13, 64
 """Far above every published model. Without them, one number of a stranger's file takes all time and memory there is."""
 
@@ -37,16 +39,8 @@ class _TransformerConfig:
     """Whether to predict a variance for every channel, too."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.grid, list):
-            object.__setattr__(self, "grid", tuple(self.grid))
-        sides = self.grid if isinstance(self.grid, tuple) else ()
-        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
-            raise ValueError(f"grid is {self.grid}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
-        check_types(self)
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if not 1 <= value <= largest:
-                raise ValueError(f"{name} is {value}; accepted: a positive integer up to {largest}")
+        object.__setattr__(self, "grid", _as_tuple(self.grid))
+        self.check_fields(vars(self))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; accepted: a divisor of hidden_size = {self.hidden_size}")
         if not 1 / self.hidden_size <= self.mlp_ratio <= MAX_MLP_RATIO:
@@ -65,13 +59,35 @@ class _TransformerConfig:
         return {**asdict(self), "grid": list(self.grid)}
 
     @classmethod
+    def check_fields(cls, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first of some values that is not accepted, whatever the other fields are."""
+        values = {name: _as_tuple(value) if name == "grid" else value for name, value in values.items()}
+        sides = values.get("grid", (1, 1))
+        if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_size(side, MAX_SIDE) for side in sides):
+            raise ValueError(f"grid is {short(sides)}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
+        for name, largest in LARGEST.items():
+            if name in values and not _is_size(values[name], largest):
+                raise ValueError(f"{name} is {short(values[name])}; accepted: a positive integer up to {largest}")
+        check_values(cls, values, cls.__name__)
+
+    @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """The inverse of :meth:`to_dict`.
 
         Raises:
             ValueError: an unknown key, a missing key, or a value that is not accepted.
         """
+        if isinstance(values, dict) and "grid" in values:
+            values = {**values, "grid": _as_tuple(values["grid"])}
         return from_mapping(cls, values, cls.__name__)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_size(value: Any, largest: int) -> bool:
+    return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ from dcdit.utils.text import printable
 GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 """The name of what a pickle would run, in PyTorch's message."""
 ADVICE = (
-    "accepted: tensors and plain values as torch.save(model.state_dict(), ...) writes them, which its author can do, or "
-    "safetensors"
+    "accepted: tensors and plain values, as its author gets from torch.save(model.state_dict(), ...), or safetensors"
 )
 NAMED = 3
 """Names in a message; it counts all of them."""
@@ -32,7 +31,7 @@ def load_pickled(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     Raises:
         FileNotFoundError: nothing there.
         OSError: it cannot be opened, or is no regular file.
-        ValueError: a damaged file, one of another kind, or one that would run code; the message says what it would run.
+        ValueError: a damaged file, one of another kind, or one that would run code; the message says what.
     """
     path = Path(path)
     try:

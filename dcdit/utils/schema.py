@@ -8,6 +8,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from dcdit.utils.text import printable, short
+
 T = TypeVar("T")
 
 
@@ -37,13 +39,15 @@ def build(cls: type, data: Any, where: str = "") -> Any:
         TypeError: a value of another type. Both messages name the key with its section.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"{where.rstrip('.') or 'configuration'} is {data!r}; accepted: a section of keys")
+        raise TypeError(f"{where.rstrip('.') or 'configuration'} is {short(data)}; accepted: a section of keys")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
         if key not in hints:
             known = ", ".join(hints)
-            raise ValueError(f"unknown configuration key '{where}{key}'; accepted: {known}{did_you_mean(key, hints)}")
+            raise ValueError(
+                f"unknown configuration key '{where}{printable(key, 100)}'; accepted: {known}{did_you_mean(key, hints)}"
+            )
         if dataclasses.is_dataclass(hints[key]):
             values[key] = build(hints[key], {} if value is None else value, f"{where}{key}.")
         else:
@@ -63,7 +67,7 @@ def check_bounds(section: Any, where: str) -> None:
             hint = did_you_mean(value, field.metadata["choices"])
             items = "" if field.metadata["choices"] else "numbers "
             what = f"a non-empty list of {items}" if isinstance(value, list) else ""
-            raise ValueError(f"{where}{field.name} is {value!r}; accepted: {what}{accepted}{hint}")
+            raise ValueError(f"{where}{field.name} is {short(value)}; accepted: {what}{accepted}{hint}")
 
 
 def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
@@ -101,7 +105,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return [_convert(v, item, f"{name}[{i}]") for i, v in enumerate(value)]
         elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
-    raise TypeError(f"{name} is {value!r}; accepted: {type_name(hint)}")
+    raise TypeError(f"{name} is {short(value)}; accepted: {type_name(hint)}")
 
 
 def _finite(value: int | float | str) -> float | None:
@@ -116,38 +120,50 @@ def _finite(value: int | float | str) -> float | None:
 
 
 def from_mapping(cls: type[T], data: Any, where: str) -> T:
-    """An instance of the dataclass ``cls``, which checks its values itself, from a mapping as it comes from a file.
+    """An instance of the dataclass ``cls`` from a mapping as it comes from a file.
 
     Args:
         where: the mapping comes from, for error messages.
 
     Raises:
-        ValueError: no mapping, an unknown key (with the nearest known one), a missing one, or a value that ``cls``
-            refuses.
+        ValueError: no mapping, a missing key, what :func:`check_values` refuses, or a value that ``cls`` refuses.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     if not isinstance(data, dict):
-        raise ValueError(f"{where} is {data!r}; accepted: a mapping with the keys {', '.join(fields)}")
-    unknown = next((key for key in data if key not in fields), None)
-    if unknown is not None:
-        hint = did_you_mean(unknown, fields)
-        raise ValueError(f"unknown key {unknown!r} in {where}; accepted: {', '.join(fields)}{hint}")
-    for name, field in fields.items():
-        if name not in data and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where} lacks the key {name!r}")
+        known = ", ".join(field.name for field in fields)
+        raise ValueError(f"{where} is {short(data)}; accepted: a mapping with the keys {known}")
+    check_values(cls, data, where)
+    for field in fields:
+        if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the key {field.name!r}")
     return cls(**data)
 
 
-def check_types(instance: Any) -> None:
-    """Raise ValueError unless every field of a dataclass instance has the type that it is declared with.
+def check_values(cls: type, values: typing.Mapping[str, Any], where: str) -> None:
+    """Check names and types of some of the values of a dataclass, whatever the others are.
 
     A bool is no number here, a float may be a whole number, and numbers are finite.
+
+    Raises:
+        ValueError: a name that is no field of ``cls`` (with the nearest that is one), or a value of another type than
+            the field is declared with.
     """
-    hints = typing.get_type_hints(type(instance))
-    for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
-        if not _is(value, hints[field.name]):
-            raise ValueError(f"{field.name} is {value!r}; accepted: {type_name(hints[field.name])}")
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(
+                f"unknown key {short(name)} in {where}; accepted: {', '.join(known)}{did_you_mean(name, known)}"
+            )
+        if not _is(value, hints[name]):
+            finite = "finite " if isinstance(value, float) else ""
+            raise ValueError(f"{name} is {short(value)}; accepted: {finite}{type_name(hints[name])}")
+
+
+def check_types(instance: Any) -> None:
+    """:func:`check_values` for all values of a dataclass instance."""
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    check_values(type(instance), values, type(instance).__name__)
 
 
 def _is(value: Any, hint: Any) -> bool:

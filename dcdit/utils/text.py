@@ -1,12 +1,16 @@
 """How messages write values."""
 
-from torch import Tensor
+import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LONGEST = 2000
 """Characters of a message; a longer one loses its middle."""
 
 
-def shape_of(tensor: Tensor) -> str:
+def shape_of(tensor: "Tensor") -> str:
     """A shape as ``(2, 16, 64)``. Works under ``torch.compile`` too, where a size may be symbolic."""
     return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
 
@@ -24,6 +28,15 @@ def printable(text: object, longest: int = LONGEST) -> str:
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
     half = (longest - 5) // 2
     return shown if len(shown) <= longest else f"{shown[:half]} ... {shown[-half:]}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+
+
+def short(value: object) -> str:
+    """``repr`` of a value from a file, shortened if it is long."""
+    return _short.repr(value)
 
 
 def one_line(error: BaseException) -> str:

@@ -136,7 +136,10 @@ def refused(path, match, error=ValueError):
 
 def test_files_that_need_unpickling(tmp_path, dit):
     torch.save({"ema": to_dit(dit), "args": randomize_zero_weights}, tmp_path / "code.pt")
-    refused(tmp_path / "code.pt", r"code\.pt is refused, because loading it would call support\.small\.randomize_zero_weights")
+    refused(
+        tmp_path / "code.pt",
+        r"code\.pt is refused, because loading it would call support\.small\.randomize_zero_weights",
+    )
 
 
 def test_nothing_there(tmp_path):

@@ -223,7 +223,9 @@ def test_a_manifest_names_no_file_outside_of_its_folder(copied):
     shutil.move(copied / shard["file"], copied.parent)
     shard["file"] = f"../{shard['file']}"
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json is not readable: it lists '\.\./latents_shard00000\.safetensors'; accepted: "):
+    with pytest.raises(
+        ValueError, match=r"manifest\.json is not readable: it lists '\.\./latents_shard00000\.safetensors'; accepted: "
+    ):
         LatentDataset(copied)
 
 

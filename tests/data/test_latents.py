@@ -372,7 +372,9 @@ def test_statistics_are_required_and_never_unpickled(tmp_path, latents):
     with pytest.raises(ValueError, match=r"latents_stats\.pt cannot be read as a file of torch\.save"):
         LatentDataset(tmp_path)
     torch.save({"mean": torch.zeros(4), "std": torch.zeros(4)}, tmp_path / "latents_stats.pt")
-    with pytest.raises(ValueError, match=r"latents_stats\.pt holds the mean .* and the std .*; accepted: finite numbers, a std above 0"):
+    with pytest.raises(
+        ValueError, match=r"latents_stats\.pt holds the mean .* and the std .*; accepted: finite numbers, a std above 0"
+    ):
         LatentDataset(tmp_path)
     (tmp_path / "latents_stats.pt").unlink()
     with pytest.raises(ValueError, match=r"neither manifest\.json nor latents_stats\.pt; accepted: .*data\.scale"):

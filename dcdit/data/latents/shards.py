@@ -154,7 +154,9 @@ def _read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     check_dense(tensors, file)
     mean, std = tensors.get("mean"), tensors.get("std")
     if mean is None or std is None or mean.numel() != channels or std.numel() != channels:
-        raise ValueError(f"{file} holds no mean and std of {channels} channels; accepted: tensors (1, {channels}, 1, 1)")
+        raise ValueError(
+            f"{file} holds no mean and std of {channels} channels; accepted: tensors (1, {channels}, 1, 1)"
+        )
     mean, std = (tensor.float().reshape(channels, 1, 1) for tensor in (mean, std))
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         found = f"the mean {mean.flatten().tolist()} and the std {std.flatten().tolist()}"
