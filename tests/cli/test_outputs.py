@@ -52,7 +52,7 @@ def refused(place, capsys, words, match):
     assert contents(place) == before
 
 
-MEASURE = "evaluate --extractor net.pt --device cpu --cache cache --out out "
+MEASURE = "evaluate --trust-extractor --extractor net.pt --device cpu --cache cache --out out "
 
 
 @pytest.mark.parametrize(
