@@ -1,6 +1,7 @@
 """A pytest plugin: a line in the report for every test the moment it ends, on whatever process it ran."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """End a process whose GPU context an earlier test destroyed; xdist starts another one for the tests that follow."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
