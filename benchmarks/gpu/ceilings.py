@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.figures import figure
 from benchmarks.gpu.lines import Lines
 from benchmarks.gpu.setting import Setting
+from dcdit.kernels.launch import table_for
 from dcdit.profiling.device_timing import copy_bandwidth, gemm_rate
 from dcdit.utils.environment import package_versions
 
@@ -43,5 +44,6 @@ def _machine(setting: Setting) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory GiB": round(properties.total_memory / 2**30, 1),
             "L2 MB": round(properties.L2_cache_size / 1e6, 1),
+            "launch configurations": table_for(setting.device) or "defaults",
         }
     return found

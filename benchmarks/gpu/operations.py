@@ -17,7 +17,6 @@ from benchmarks.gpu.lines import Lines
 from benchmarks.gpu.setting import Setting
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from benchmarks.harness.traffic import least_bytes, least_flops
-from dcdit.ops import TokenSelection
 from dcdit.profiling.device_timing import NotCapturableError, copies_needed, time_graphs, time_kernels
 from dcdit.profiling.timing import Call
 from dcdit.profiling.workloads import WORKLOADS, Shape, Workload, create_workload, run_forward, tensors_of
@@ -44,7 +43,7 @@ class OperationCases:
         torch._dynamo.reset()
         moved = least_bytes(workload, workload.forward(), backward)
         copies = copies_needed(moved, self.setting.device, MOST_COPIES)
-        workloads = [workload, *(copied(workload) for _ in range(copies - 1))]
+        workloads = [workload, *(workload.copy() for _ in range(copies - 1))]
         sides = {OURS: [_call(each, each.call, backward) for each in workloads], PLAIN: []}
         for each in workloads:
             compiled = torch.compile(each.plain(), backend=self.setting.compiler, dynamic=False)
@@ -76,23 +75,6 @@ class OperationCases:
 
         ours = results(workload.call, sides[OURS][0]())
         check_equal(name, ours, results(workload.plain(), sides[PLAIN][0]()), TOLERANCE[self.setting.dtype])
-
-
-def copied(workload: Workload) -> Workload:
-    """The same workload on other memory."""
-    made = object.__new__(Workload)
-    made.__dict__ = {**workload.__dict__, "arguments": {k: _copy(v) for k, v in workload.arguments.items()}}
-    return made
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        # Strides are kept: the columns of one table of adaLN rows stay columns of a table.
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        return copy.copy_(value.detach()).requires_grad_(value.requires_grad)
-    if isinstance(value, TokenSelection):
-        return TokenSelection(*(_copy(part) for part in value))
-    return value
 
 
 def _call(workload: Workload, call: Any, backward: bool) -> Call:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcdit.config import RECIPES, TrainConfig, load_config
 from dcdit.diffusion import create_objective
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiTConfig, DiTConfig
 from dcdit.nn.embedding import drop_labels
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
@@ -25,19 +25,29 @@ class RecipeStep:
         x, y: (B, C, H, W) latents and (B,) labels.
         precision: of the recipe, ``bf16`` or ``fp32``.
         net: what is called in place of the model, such as a compiled form of it.
+        model_config: of a model of another package, which has none.
     """
 
     def __init__(
-        self, model: DCDiT | DiT, x: Tensor, y: Tensor, precision: str = "bf16", net: Callable[..., Any] | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        precision: str = "bf16",
+        net: Callable[..., Any] | None = None,
+        model_config: DCDiTConfig | DiTConfig | None = None,
     ) -> None:
         self.model, self.x, self.y = model, x, y
+        self.model_config: Any = model.config if model_config is None else model_config
         self.net = model if net is None else net
         self.config: TrainConfig = load_config(RECIPES / RECIPE, {"optim.precision": precision, "optim.lr": 0.0})
         self.config.router.drop_warmup_steps = 0
         self.config.router.group_size = None if len(x) % 16 else 16
-        model.y_embedder.dropout_prob = 0.0
+        for part in model.modules():
+            if hasattr(part, "dropout_prob"):  # the step itself decides which labels are dropped
+                part.dropout_prob = 0.0
         model.train()
-        self.objective = create_objective("dit", model.config.learn_sigma)
+        self.objective = create_objective("dit", self.model_config.learn_sigma)
         optim = self.config.optim
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=0.0, weight_decay=optim.weight_decay, fused=x.device.type == "cuda"
@@ -48,8 +58,8 @@ class RecipeStep:
         """What :func:`dcdit.train.losses.training_losses` returns, at the random numbers of step 0."""
         config, device = self.config, self.x.device
         config.router.drop_fractions = [drop]
-        draws = draw_step(self.objective, self.x.shape, self.model.config.class_dropout_prob, 0, 0, device)
-        y = drop_labels(self.y, draws.dropped, self.model.config.num_classes)
+        draws = draw_step(self.objective, self.x.shape, self.model_config.class_dropout_prob, 0, 0, device)
+        y = drop_labels(self.y, draws.dropped, self.model_config.num_classes)
         noisy = self.objective.noise(self.x, draws.t, draws.noise)
         return training_losses(config, 0, self.net, self.objective, noisy, y, None)
 

@@ -1,8 +1,8 @@
 """All benchmarks in one command, the most important first: `python -m benchmarks.harness.suite [--minutes M]`.
 
-`make bench` runs it; a rented GPU has benchmarks/gpu_report.py instead. Each part is a process of its own and writes its
-results when it ends. The page is written again after every part, so an interruption loses the current part only. A part
-that runs out of time skips the rest of its benchmarks, and the page says so.
+`make bench` runs it; for a rented GPU there is benchmarks/gpu_report.py. Each part is a process of its own and writes
+its results when it ends. The page is written again after every part, so an interruption loses the current part only. A
+part that runs out of time skips the rest of its benchmarks, and the page says so.
 """
 
 import argparse
