@@ -48,9 +48,10 @@ class Driver:
         say: Callable[[str], None] = print,
     ) -> None:
         self.lines, self.options, self.say = lines, options, say
-        self.began, self.seconds = time.time(), seconds
-        self.until = self.began + seconds
+        self.seconds, self.until = seconds, time.time() + seconds
         self.groups = [group for group in GROUPS if not only or group.name in only]
+        # Lines are compared and not their times: the clocks of two machines may differ.
+        self.earlier = {name: line for name, line in lines.last().items() if line["state"] != DONE}
 
     def run(self) -> None:
         """The groups, each within its share; the rest of those it was too short for; what an earlier call left open."""
@@ -70,14 +71,12 @@ class Driver:
 
     def _left_open(self, group: Group) -> list[str]:
         """Cases that an earlier call tried in vain or left out, and this one did not try."""
-        open_cases = [
-            name.removeprefix(f"{group.name}: ")
-            for name, line in self.lines.last().items()
-            if name.startswith(f"{group.name}: ") and line["state"] != DONE and line["at"] < self.began
-        ]
+        last = self.lines.last()
+        still_open = {name for name, line in self.earlier.items() if last[name] == line and line["state"] != LEFT_OUT}
         if group.name == "tests":
-            return [ALL] if open_cases else []
-        return [case for case in group.cases if case in open_cases]
+            return [ALL] if any("::" in name for name in still_open) else []
+        still_open |= {name for name, line in self.earlier.items() if last[name] == line}
+        return [case for case in group.cases if case_name(group.name, case) in still_open]
 
     def _run_group(self, group: Group, pending: Callable[[Group], list[str]], until: float) -> None:
         fruitless = 0

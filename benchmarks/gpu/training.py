@@ -14,7 +14,7 @@ from benchmarks.gpu.lines import Lines
 from benchmarks.gpu.setting import Setting
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from benchmarks.harness.recipe_step import RecipeStep
-from benchmarks.harness.static import CompiledDiT
+from benchmarks.harness.static import CompiledDiT, choose_sdpa
 from dcdit import ops
 from dcdit.models import count_flops
 from dcdit.profiling.timing import time_rounds
@@ -37,6 +37,7 @@ class TrainingCases:
         self.batch = sides.create_batch(dynamic, size)
         sides.calibrate(dynamic.eval(), self.batch)
         x, _, y = self.batch
+        choose_sdpa(static.config, size, self.device, torch.bfloat16)
         self.dynamic = RecipeStep(dynamic, x, y, self.precision)
         self.static = RecipeStep(static, x, y, self.precision, CompiledDiT(static, setting.compiler))
         self.static_flops = PASSES * count_flops(static.config, batch=size)["total"]

@@ -6,6 +6,7 @@ benchmarks/gpu/driver.py starts it.
 """
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -75,6 +76,7 @@ def run_cases(create: Callable[[], Cases], cases: Sequence[str], group: str, lin
                 return 3
         else:
             lines.write(name, DONE, seconds=round(time.time() - start, 2), **results)
+        _free_memory()
     return 0
 
 
@@ -92,10 +94,16 @@ def device_is_usable() -> bool:
     try:
         torch.cuda.synchronize()
         torch.zeros(1, device="cuda").item()
-        torch.cuda.empty_cache()
     except RuntimeError:
         return False
     return True
+
+
+def _free_memory() -> None:
+    """Graphs of the last case hold memory of their own, and may be part of a cycle."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,16 +5,21 @@ blocks is the residual addition at the end of a block with the norm at the start
 reaches from one block into the next, so nothing is lost.
 """
 
+import contextlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dcdit.models import DiT
+from dcdit.models import DiT, DiTConfig
 from dcdit.nn.dit_block import DenseDiTBlock, modulate
 from dcdit.nn.memory_format import to_tokens
 from dcdit.nn.modulation import Modulation
+from dcdit.profiling.device_timing import time_kernels
 
 
 class CompiledDiT:
@@ -38,6 +43,37 @@ class CompiledDiT:
             tokens, branch = self._block(block, tokens, branch, gate, mod)
             gate = mod.mlp_gate
         return self._end(model, tokens, branch, gate, cond)
+
+
+def choose_sdpa(config: DiTConfig, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Time PyTorch's attention kernels at the shape of a static DiT, and use the fastest from now on in this process.
+
+    Returns:
+        Milliseconds by kernel; empty without a GPU, where there is no choice.
+    """
+    if device.type != "cuda":
+        return {}
+    patches = math.prod(config.grid) // config.patch_size**2
+    head_dim = config.hidden_size // config.num_heads
+    qkv = torch.randn(batch, patches, 3, config.num_heads, head_dim, device=device, dtype=dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    found = {}
+    for backend in SDPA:
+        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):  # not every kernel takes every head dimension
+            ms = time_kernels(lambda: F.scaled_dot_product_attention(q, k, v), device)
+            found[backend] = ms if ms is not None else math.inf
+    if found:
+        fastest = min(found, key=lambda backend: found[backend])
+        for backend, enable in SDPA.items():
+            enable(backend is fastest)
+    return {backend.name: ms for backend, ms in found.items()}
+
+
+SDPA: dict[SDPBackend, Callable[[bool], None]] = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.enable_flash_sdp,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.enable_cudnn_sdp,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.enable_mem_efficient_sdp,
+}
 
 
 def _begin(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -219,7 +219,7 @@ def test_an_operation_is_compiled_once_for_all_copies(case: str, monkeypatch: py
 def test_the_static_model_in_pieces_is_the_static_model() -> None:
     """The same bits, and each of its four pieces is compiled once, however many blocks there are."""
     counter = CompileCounterWithBackend("eager")
-    model = create_model("DiT-S/2", 32, depth=5, hidden_size=64, num_heads=2)
+    model = create_model("DiT-S/2", 32, depth=5, hidden_size=64, num_heads=2).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([3, 500]), torch.tensor([1, 2])
