@@ -97,7 +97,7 @@ class Driver:
         self.say(f"gpu-report: {group.name}: {len(cases)} to do, at most {until - time.time():.0f} s")
         before = len(self.lines.read())
         command = [sys.executable, *WORKER, "--folder", str(self.lines.path.parent), *self.options]
-        command += ["--group", group.name, "--until", f"{until:.1f}", "--cases", *cases]
+        command += ["--parent", str(os.getpid()), "--group", group.name, "--until", f"{until:.1f}", "--cases", *cases]
         with open(self.lines.path.with_name(LOG_FILE), "ab") as log:
             if log.tell() > MOST_LOG_BYTES:
                 log.truncate(0)

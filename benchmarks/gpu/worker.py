@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.worker --folder FOLDER --group GROUP --until SECONDS --cases CASE ...
 
-benchmarks/gpu/driver.py starts it.
+benchmarks/gpu/driver.py starts it. torch is imported late: until then nobody would notice that the parent is gone.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def describe(error: BaseException) -> str:
 
 def device_is_usable() -> bool:
     """Whether this process can still use its GPU: after an illegal access it cannot."""
+
     if not torch.cuda.is_available():
         return True
     try:
@@ -101,6 +102,7 @@ def device_is_usable() -> bool:
 
 def _free_memory() -> None:
     """Graphs of the last case hold memory of their own, and may be part of a cycle."""
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -111,11 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--group", choices=MODULES, required=True)
     parser.add_argument("--until", type=float, required=True)
+    parser.add_argument("--parent", type=int, required=True, help="the process that started this one")
     parser.add_argument("--cases", nargs="+", required=True)
     parser.add_argument("--official")
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args(argv)
-    _end_with_parent()
+    _end_with(args.parent)
+
     setting = create_setting(args.rehearse)
     torch.manual_seed(0)
     if setting.rehearsal:
@@ -129,13 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_cases(create, args.cases, args.group, lines, args.until)
 
 
-def _end_with_parent() -> None:
-    """End when the process that started this one is gone: a report that was killed must not go on writing."""
-    parent = os.getppid()
+def _end_with(parent: int) -> None:
+    """End when the process that started this one is gone: a report that was killed must not go on measuring."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(0.2)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)  # with all that this process started
         os._exit(1)

@@ -76,27 +76,34 @@ def test_no_case_begins_after_the_end(tmp_path: Path) -> None:
     assert (code, list(lines)) == (0, ["g: preparation"])
 
 
-def test_a_process_ends_with_its_parent() -> None:
-    """The child is a session of its own, as in a report, so nothing else would end it."""
-    child = (
-        "import time; from benchmarks.gpu import worker; worker._end_with_parent(); print(flush=True); time.sleep(60)"
-    )
+@pytest.mark.parametrize("importing", [False, True], ids=["while it runs", "while it imports torch"])
+def test_a_process_ends_with_its_parent(importing: bool, tmp_path: Path) -> None:
+    """It is a session of its own, as in a report, so nothing else would end it."""
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", "--folder", str(tmp_path), "--group", "operations"]
+    command += ["--rehearse", "--until", "1e12", "--cases", *operations_of_a_while(), "--parent"]
     parent = (
-        "import subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True, stdout=subprocess.PIPE)\n"
-        "child.stdout.readline()\n"
+        "import os, subprocess\n"
+        f"child = subprocess.Popen([*{command!r}, str(os.getpid())], start_new_session=True)\n"
         "print(child.pid, flush=True)\n"
         "child.wait()"
     )
     started = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None
     pid = int(started.stdout.readline())
+    while not importing and not Lines(tmp_path).read():
+        assert started.poll() is None
+        time.sleep(0.05)
     started.send_signal(signal.SIGKILL)
     started.wait()
     end = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < end, "the child outlived its parent"
         time.sleep(0.05)
+
+
+def operations_of_a_while() -> list[str]:
+    """More cases than are done before the parent is killed."""
+    return [f"{op}, {direction}" for op in plan.OPERATIONS for direction in plan.DIRECTIONS]
 
 
 def test_tests_get_their_lines_and_what_passed_is_not_run_again(tmp_path: Path) -> None:
