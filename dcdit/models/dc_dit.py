@@ -132,6 +132,7 @@ class DCDiT(nn.Module):
         capacity: int | None = None,
         return_routing: bool = False,
         return_states: bool = False,
+        max_seqlen: int | None = None,
     ) -> Tensor | tuple[Tensor, Routing] | tuple[Tensor, Routing, BlockStates]:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
 
@@ -145,6 +146,8 @@ class DCDiT(nn.Module):
                 :func:`dcdit.ops.select_tokens`.
             return_routing: also return the router's decision.
             return_states: also return the router's decision and the output of every block.
+            max_seqlen: most tokens of one image; with a capacity, attention then starts fewer empty programs. See
+                :func:`dcdit.ops.select_tokens`, and :func:`dcdit.models.plan_capacity` for both.
 
         Returns:
             (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
@@ -166,7 +169,7 @@ class DCDiT(nn.Module):
             encoded = self.encoder(tokens, grid, conv_cond)
         with stage("router"):
             p = self.router(encoded)
-        packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
+        packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity, max_seqlen)
         states = BlockStates(cond, []) if return_states else None
         with stage("transformer"):
             varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=capacity is not None)
