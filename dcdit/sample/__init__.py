@@ -2,10 +2,11 @@
 
 from dcdit.sample.budget import CostTable, measure_costs
 from dcdit.sample.kept_share import measure_kept_share
-from dcdit.sample.model_calls import ModelCalls, tflops_per_image
+from dcdit.sample.model_calls import BoundaryMap, ModelCalls, tflops_per_image
 from dcdit.sample.options import Guidance
 
 __all__ = [
+    "BoundaryMap",
     "CostTable",
     "Guidance",
     "ModelCalls",

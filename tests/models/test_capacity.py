@@ -124,5 +124,5 @@ def test_measured_saved_and_used(tmp_path) -> None:
 def test_a_damaged_share_is_named(tmp_path) -> None:
     for text in ("{", "3", '{"mean": 2, "std": 0, "largest": 1, "images": 5}', '{"average": 1}', '{"mean": "a"}'):
         checkpoint.save_model(tmp_path / "model.safetensors", small_dc_dit(), notes={"kept_share": text})
-        with pytest.raises(ValueError, match="model.safetensors is damaged: its kept_share is"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its kept_share is"):
             checkpoint.load_model(tmp_path / "model.safetensors")
