@@ -574,7 +574,7 @@ def test_a_run_goes_on_where_no_label_changes(config, pictures, archive, tmp_pat
     ("overrides", "message"),
     [
         (["model.name=DC-DiT-M"], "unknown preset 'DC-DiT-M'; accepted: DC-DiT-S"),
-        (["model.overrides.widht=3"], "unknown DCDiTConfig keys: widht"),
+        (["model.overrides.widht=3"], "unknown key 'widht' in DCDiTConfig"),
         (["router.group_size=3"], r"router\.group_size is 3; accepted: a divisor of the 4 .* pass, or null$"),
         (
             ["router.group_size=4", "optim.accumulate=2"],

@@ -119,6 +119,8 @@ class Maker:
             found["drop_fraction"] = torch.rand(images, generator=self._generator) * 0.999
         if self.random.random() < 0.4:
             found["capacity"] = images + self.random.randrange(60)
+        if self.random.random() < 0.3:
+            found["max_seqlen"] = 1 + self.random.randrange(20)
         return found
 
     def grid_selection(self, grid: tuple[int, int]) -> tuple[Tensor, TokenSelection]:
@@ -224,7 +226,7 @@ def select_tokens(make: Maker) -> Call:
         images, shortest = len(lengths), min(lengths, default=0)
         cu_seqlens, shape = make.cu_seqlens(lengths), (sum(lengths),)  # type: ignore[assignment]
     p, mode = make.probabilities(*shape, dtype=make.dtype()), make.mode(images, shortest)
-    defaults = {"threshold": 0.5, "drop_fraction": 0.0, "budget": None, "capacity": None}
+    defaults = {"threshold": 0.5, "drop_fraction": 0.0, "budget": None, "capacity": None, "max_seqlen": None}
     return Call(ops.select_tokens, (p, cu_seqlens, *(mode.get(name, value) for name, value in defaults.items())))
 
 
