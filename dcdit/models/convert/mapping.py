@@ -125,8 +125,8 @@ def shapes_of(state_dict: StateDict, keys: Mapping[str, int], source: str) -> li
         )
     for key, dims in keys.items():
         if state_dict[key].dim() != dims or not state_dict[key].numel():
-            found = tuple(state_dict[key].shape)
-            raise ValueError(f"not {source}: {key} has shape {found}; accepted: {dims} dimensions, none of them 0")
+            shape = tuple(state_dict[key].shape)
+            raise ValueError(f"not {source}: {key} has shape {shape}; accepted: {dims} dimensions, none of them 0")
     return [state_dict[key].shape for key in keys]
 
 
