@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, KeptShare
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
 from dcdit.utils.reading import open_regular, parse_json
@@ -49,6 +50,7 @@ def write_model(path: Path, model: Model, state: Tensors | None, notes: Mapping[
     """Write the file of :func:`save_model`, but under its final name from the start and without looking at weights."""
     metadata = {
         **({} if model.objective is None else {"objective": model.objective}),
+        **_kept_share_note(model),
         **(notes or {}),
         "format": FORMAT,
         "architecture": architecture_of(model),
@@ -73,8 +75,24 @@ def load_model_file(path: Path) -> Model:
     with torch.device("meta"):
         model = _build(architecture, config, path)
     load_weights(model, weights, path, assign=True)
-    model.objective = read_file_metadata(path).get("objective")
+    notes = read_file_metadata(path)
+    model.objective = notes.get("objective")
+    if isinstance(model, DCDiT) and "kept_share" in notes:
+        model.kept_share = _read_kept_share(notes["kept_share"], path)
     return model.eval()
+
+
+def _kept_share_note(model: Model) -> dict[str, str]:
+    if not isinstance(model, DCDiT) or model.kept_share is None:
+        return {}
+    return {"kept_share": json.dumps(asdict(model.kept_share))}
+
+
+def _read_kept_share(text: str, path: Path) -> KeptShare:
+    try:
+        return KeptShare(**json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: its kept_share is {text[:80]!r}") from None
 
 
 def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
