@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dcdit.ops._torch.segments import segment_of_rows
 from dcdit.ops.numerics import upcast
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
+from dcdit.utils.cuda import PendingRead
 
 
 def select_tokens(
@@ -16,7 +17,7 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
-) -> TokenSelection:
+) -> PendingSelection:
     images = _Images(p, cu_seqlens)
     natural = upcast(p.flatten()) > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
@@ -33,14 +34,16 @@ def select_tokens(
     prefix_count = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
     kept_starts = prefix_count[images.starts]
     lengths = kept_starts.diff()
+    sizes = None
     if budget is not None:
         total, max_seqlen = budget * images.count, budget
     elif capacity is not None:
         total, max_seqlen = capacity, p.shape[-1]
     else:
         longest = lengths.max() if images.count else kept_starts[0]
-        total, max_seqlen = torch.stack([kept_starts[-1], longest]).tolist()
-    return TokenSelection(
+        sizes = PendingRead(torch.stack([kept_starts[-1], longest]))
+        total, max_seqlen = p.numel(), p.shape[-1]
+    selection = TokenSelection(
         indices=_kept_positions(mask, prefix_count, total),
         cu_seqlens=kept_starts,
         lengths=lengths,
@@ -52,6 +55,7 @@ def select_tokens(
         source_cu_seqlens=cu_seqlens,
         prob_floor=0.0 if budget is not None else threshold,
     )
+    return PendingSelection(selection, sizes)
 
 
 class _Images:

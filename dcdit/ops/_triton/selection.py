@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dcdit.kernels import selection as kernels
 from dcdit.ops._triton.kernel_op import KernelOp
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
+from dcdit.utils.cuda import PendingRead
 
 
 def select_tokens(
@@ -15,26 +16,19 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
-) -> TokenSelection:
+) -> PendingSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
     indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
         p.contiguous(), sequences, threshold, rho, per_image, budget, capacity
     )
-    if budget is not None:
-        max_seqlen = budget
-    elif capacity is not None:
-        max_seqlen = p.shape[-1]
-    else:
-        # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
-        total, max_seqlen = sizes.tolist()
-        indices = indices[:total]
-    return TokenSelection(
+    exact = budget is None and capacity is None
+    selection = TokenSelection(
         indices=indices,
         cu_seqlens=starts,
         lengths=lengths,
-        max_seqlen=max_seqlen,
+        max_seqlen=p.shape[-1] if budget is None else budget,
         mask=mask,
         natural_mask=natural,
         packed_rows=packed_rows,
@@ -42,6 +36,8 @@ def select_tokens(
         source_cu_seqlens=cu_seqlens,
         prob_floor=threshold if budget is None else 0.0,
     )
+    # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
+    return PendingSelection(selection, PendingRead(sizes) if exact else None)
 
 
 def _select_fake(
