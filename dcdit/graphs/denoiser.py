@@ -66,7 +66,7 @@ class GraphedDenoiser:
         self.pool = cuda.driver.new_pool() if pool is None else pool
         with torch.no_grad():
             what = f"a forward pass of {batch} images"
-            self._graph, self._out = cuda.capture(forward, device, self.pool, what, warmup)
+            self._graph = cuda.capture(forward, device, self.pool, what, warmup)
         self.overflow.zero_()
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Tensor:
@@ -87,4 +87,4 @@ class GraphedDenoiser:
             self._y.copy_(y)
             self._drop.copy_(drop_fraction) if isinstance(drop_fraction, Tensor) else self._drop.fill_(drop_fraction)
             self._graph.replay()
-            return self._out.clone()
+            return self._graph.outputs.clone()

@@ -46,7 +46,7 @@ def graph_obstacle(model: object, budget: int | None = None, capacity: int | Non
 
 def waits_in_attention(model: DCDiT) -> bool:
     """Whether attention over images of different lengths reads their lengths on the host."""
-    weight = model.blocks[0].qkv.weight
+    weight = next(model.parameters())
     head_dim = model.config.hidden_size // model.config.num_heads
     return weight.is_cuda and choose_attention_backend("auto", weight.device, weight.dtype, head_dim, False) == "sdpa"
 

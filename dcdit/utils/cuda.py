@@ -7,12 +7,11 @@ all of it on a CPU and sees the order of the calls.
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
 Pool = tuple[int, int]
 
 
@@ -56,8 +55,8 @@ class Driver:
         """End the allocation into a pool that a failed capture left open, and give its memory back."""
         # PyTorch has no public function for it: CUDAGraph.capture_end raises before it comes to this.
         index = torch.cuda.current_device() if device.index is None else device.index
-        torch._C._cuda_endAllocateToPool(index, pool)  # type: ignore[attr-defined]
-        torch._C._cuda_releasePool(index, pool)  # type: ignore[attr-defined]
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
 
     def multiprocessors(self, device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -87,8 +86,13 @@ class Captured(NamedTuple):
 
 
 def capture(
-    function: Callable[[], Result], device: torch.device, pool: Pool, what: str, warmup: int = 3
-) -> tuple[Captured, Result]:
+    function: Callable[[], object],
+    device: torch.device,
+    pool: Pool,
+    what: str,
+    warmup: int = 3,
+    undo: Callable[[], object] = lambda: None,
+) -> Captured:
     """Capture what a function starts on a device, without running it. Its tensors stay where they are at replay.
 
     Args:
@@ -99,9 +103,7 @@ def capture(
         pool: memory to share with other graphs. Graphs that share it must not run at the same time.
         what: the function in words, for the message.
         warmup: calls before the capture. They compile kernels and fill caches.
-
-    Returns:
-        The graph, and what the function returned.
+        undo: called after each of them, to take back what it changed.
 
     Raises:
         CaptureError: the capture failed; ``__cause__`` says why.
@@ -112,6 +114,7 @@ def capture(
         with driver.on_stream(side):
             for _ in range(warmup):
                 function()
+                undo()
         driver.current_stream(device).wait_stream(side)
         driver.synchronize(device)
         driver.empty_cache()
@@ -128,7 +131,7 @@ def capture(
             except BaseException:
                 _abandon(graph, device, pool)
                 raise
-    return Captured(graph, outputs), outputs
+    return Captured(graph, outputs)
 
 
 def _abandon(graph: Any, device: torch.device, pool: Pool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from dcdit.ops import checks
@@ -180,7 +180,8 @@ class Graph:
     def replay(self) -> None:
         self._driver.call(f"replay {self._driver.graphs.index(self)}")
         assert self.state == "captured", f"a graph is replayed that is {self.state}"
-        self._tape.run()
+        with _disable_current_modes():
+            self._tape.run()
         self.replays += 1
 
     def reset(self) -> None:

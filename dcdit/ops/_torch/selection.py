@@ -103,7 +103,9 @@ class _Images:
     def drop(self, natural: Tensor, fraction: float | Tensor) -> Tensor:
         """(S,) bool: ``natural`` without the given fraction of lowest p in each image."""
         counts = F.pad(natural.cumsum(0), (1, 0)).index_select(0, self.starts).diff().float()
-        n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
+        if not isinstance(fraction, Tensor):  # made on the device: a copy from the host is no part of a CUDA graph
+            fraction = torch.full((), fraction, dtype=torch.float32, device=counts.device)
+        n_drop = (counts * fraction).floor()
         return natural & (self.drop_order(natural) >= self.to_positions(n_drop))
 
 
