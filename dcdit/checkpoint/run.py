@@ -35,6 +35,7 @@ from dcdit.checkpoint.model import (
     write_tensors,
 )
 from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
+from dcdit.utils.reading import read_json
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
@@ -130,7 +131,11 @@ def read_trainer(path: str | Path) -> dict[str, Any]:
     """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`."""
     folder = find_checkpoint(path)
     with _naming_the_previous(folder):
-        return _read_json_object(folder / TRAINER_FILE)
+        trainer = _read_json_object(folder / TRAINER_FILE)
+        step = trainer.get("step", 0)
+        if type(step) is not int or step < 0:  # bool is a kind of int in Python
+            raise ValueError(f"{folder / TRAINER_FILE} has the step {step!r}; accepted: a whole number from 0")
+        return trainer
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tensors, source: str | Path) -> None:
@@ -164,11 +169,9 @@ def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[st
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {str(file)!r}; it is no complete checkpoint") from None
-    except ValueError:
-        raise ValueError(f"{file} is damaged: it is not JSON") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged: it holds a {type(value).__name__}; accepted: an object")
     return value

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dcdit.data.samples import DamagedFile
-from dcdit.utils.reading import open_regular
+from dcdit.utils.reading import kind_of_file, open_regular
+from dcdit.utils.text import one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,10 +99,10 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
     except DamagedFile:
         raise
     except UnidentifiedImageError:
-        reason = f"it is damaged or of another format; accepted: {', '.join(FORMATS)}"
+        reason = f"{kind_of_file(path) or 'it is damaged or of another format'}; accepted: {', '.join(FORMATS)}"
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
     except Exception as error:  # a damaged file raises anything in Pillow's decoders
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
 
 

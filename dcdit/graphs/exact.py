@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from dcdit.graphs.safety import FixedModel, graph_obstacle
-from dcdit.models import DCDiT, Routing
+from dcdit.models import DCDiT, DCDiTConfig, Routing
+from dcdit.models.capacity import TILE, last_row_of_waves, multiprocessors_of
 from dcdit.models.dc_dit import Encoded, Prepared
 from dcdit.ops import TokenSelection
 from dcdit.utils import cuda
-
-TILE = 128
-"""Rows and columns of a tile of a matrix product on a GPU."""
 
 
 class ExactGraphedDenoiser:
@@ -88,7 +86,6 @@ class _Batch:
         self._t = torch.zeros(images, dtype=torch.float32, device=weight.device)
         self._y = torch.zeros(images, dtype=torch.int64, device=weight.device)
         self._drop = torch.zeros(images, dtype=torch.float32, device=weight.device)
-        self._wave = wave_of(weight.device, model.blocks[0].fc1.weight.shape[0])
         self._routed: cuda.Captured | None = None
         self._prepared: cuda.Captured | None = None
         self._decoded: dict[tuple[int, int], cuda.Captured] = {}
@@ -132,7 +129,7 @@ class _Batch:
         self, total: int, longest: int, routed: _Routed, prepared: Prepared, max_graphs: int
     ) -> cuda.Captured:
         """The graph of the smallest size that holds so many rows, and images of that length."""
-        rows = min(self._rows, -(-total // self._wave) * self._wave)
+        rows = min(self._rows, size_of(total, self._model.config, self._device))
         bound = self._positions
         while bound % 2 == 0 and bound // 2 >= longest:
             bound //= 2
@@ -151,6 +148,12 @@ class _Batch:
         return graph
 
 
-def wave_of(device: torch.device, width: int) -> int:
-    """Rows that one wave of tiles covers in a product with this many columns; a multiple of the tile, at least one."""
-    return TILE * max(1, cuda.driver.multiprocessors(device) * TILE // width)
+def size_of(total: int, config: DCDiTConfig, device: torch.device) -> int:
+    """Rows of the packed buffer for so many tokens: the most that cost no wave of tiles more, a whole number of tiles.
+
+    On a device without multiprocessors these are the next whole tiles.
+    """
+    multiprocessors = multiprocessors_of(device)
+    if multiprocessors is None:
+        return TILE[0] * -(-total // TILE[0])
+    return last_row_of_waves(config, total, multiprocessors, TILE)

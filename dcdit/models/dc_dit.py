@@ -1,13 +1,15 @@
 """DC-DiT: a diffusion transformer that runs on the tokens that are hard to predict (arXiv 2603.06351)."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit.models import init
+from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_capacity
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
@@ -93,6 +95,9 @@ class DCDiT(nn.Module):
 
     objective: str | None = None
     """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
+    kept_share: KeptShare | None = None
+    """What the router keeps of an image, as :func:`dcdit.sample.measure_kept_share` found it; None if nobody measured.
+    ``capacity="auto"`` needs it."""
     pos_embed: Tensor
 
     def __init__(self, config: DCDiTConfig) -> None:
@@ -152,9 +157,10 @@ class DCDiT(nn.Module):
         y: Tensor,
         drop_fraction: float | Tensor = 0.0,
         budget: int | None = None,
-        capacity: int | None = None,
+        capacity: int | Literal["auto"] | None = None,
         return_routing: bool = False,
         return_states: bool = False,
+        max_seqlen: int | None = None,
     ) -> Tensor | tuple[Tensor, Routing] | tuple[Tensor, Routing, BlockStates]:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
 
@@ -165,9 +171,12 @@ class DCDiT(nn.Module):
             drop_fraction: rho in [0, 1), one number or one per image (B,): the fraction of kept tokens to drop.
             budget: keep exactly this many tokens per image instead.
             capacity: static number of packed tokens for the whole batch (CUDA graphs); see
-                :func:`dcdit.ops.select_tokens`.
+                :func:`dcdit.ops.select_tokens`. "auto" takes what this batch needs by ``kept_share``, with its
+                max_seqlen (:meth:`plan_capacity`); the drop fraction must then be a number.
             return_routing: also return the router's decision.
             return_states: also return the router's decision and the output of every block.
+            max_seqlen: most tokens of one image; with a capacity, attention then starts fewer empty programs. See
+                :func:`dcdit.ops.select_tokens`.
 
         Returns:
             (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
@@ -176,10 +185,13 @@ class DCDiT(nn.Module):
         Raises:
             ValueError: a shape, a label or an option that is not accepted.
         """
+        if capacity == "auto":
+            plan = self.plan_capacity(len(x), drop_fraction)
+            capacity, max_seqlen = plan.capacity, plan.max_seqlen if max_seqlen is None else max_seqlen
         encoded = self.encode(x, t, y)
         prepared: list[Prepared] = []
         packed, sel = self.chunk(
-            encoded.tokens, encoded.prob, self.pos_embed, drop_fraction, budget, capacity,
+            encoded.tokens, encoded.prob, self.pos_embed, drop_fraction, budget, capacity, max_seqlen,
             meanwhile=lambda: prepared.append(self.prepare(encoded)),
         )  # fmt: skip
         states = BlockStates(encoded.cond, []) if return_states else None
@@ -240,6 +252,24 @@ class DCDiT(nn.Module):
             tokens = self.decoder(tokens, grid, encoded.conv_cond)
         with stage("final"):
             return to_grid(self.final_layer(tokens, encoded.cond), grid).contiguous()
+
+    def plan_capacity(self, batch: int, drop_fraction: float | Sequence[float] | Tensor = 0.0) -> Capacity:
+        """The static sizes for ``batch`` images on this device, by ``kept_share``: :func:`dcdit.models.plan_capacity`.
+
+        Raises:
+            ValueError: nobody measured ``kept_share``, or the fractions are in a tensor: reading one is a sync.
+        """
+        if self.kept_share is None:
+            raise ValueError(
+                "capacity is 'auto' but model.kept_share is None; set it to what dcdit.sample.measure_kept_share finds"
+            )
+        if isinstance(drop_fraction, Tensor):
+            raise ValueError(
+                "capacity is 'auto' with drop fractions in a tensor; accepted: a number, or the capacity that "
+                "model.plan_capacity(batch, [fraction of each image]) gives"
+            )
+        multiprocessors = multiprocessors_of(self.pos_embed.device)
+        return plan_capacity(self.config, batch, self.kept_share, drop_fraction, multiprocessors=multiprocessors)
 
     def transform(
         self, tokens: Tensor, modulation: list[Modulation], varlen: VarlenMeta, outputs: list[Tensor] | None = None

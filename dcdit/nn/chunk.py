@@ -24,14 +24,15 @@ class ChunkLayer(nn.Module):
         drop_fraction: float | Tensor = 0.0,
         budget: int | None = None,
         capacity: int | None = None,
+        max_seqlen: int | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> tuple[Tensor, TokenSelection]:
         """(B, L, D), probabilities (B, L), position (L, D) -> packed tokens (T, D) and their selection.
 
-        ``drop_fraction``, ``budget`` and ``capacity`` are those of :func:`dcdit.ops.select_tokens`. ``meanwhile`` is
-        called before the number of kept tokens is waited for: what it starts keeps the device busy.
+        ``drop_fraction`` to ``max_seqlen`` are those of :func:`dcdit.ops.select_tokens`. ``meanwhile`` is called before
+        the number of kept tokens is waited for: what it starts keeps the device busy.
         """
-        pending = self.start(p, drop_fraction, budget, capacity)
+        pending = self.start(p, drop_fraction, budget, capacity, max_seqlen)
         if meanwhile is not None:
             meanwhile()
         sel = pending.wait()
@@ -43,10 +44,13 @@ class ChunkLayer(nn.Module):
         drop_fraction: float | Tensor = 0.0,
         budget: int | None = None,
         capacity: int | None = None,
+        max_seqlen: int | None = None,
     ) -> PendingSelection:
         """The selection alone, whose size need not be known yet."""
         with stage("select"):
-            return start_selection(p, drop_fraction=drop_fraction, budget=budget, capacity=capacity)
+            return start_selection(
+                p, drop_fraction=drop_fraction, budget=budget, capacity=capacity, max_seqlen=max_seqlen
+            )
 
     def pack(self, x: Tensor, sel: TokenSelection, position: Tensor | None = None) -> Tensor:
         """The kept tokens (T, D) of x (B, L, D), with their position added."""

@@ -107,6 +107,6 @@ def _weight_of(key: str) -> str:
 
 def _whole_number(saved: ckpt.Checkpoint, key: str) -> int:
     value = saved.trainer.get(key)
-    if not isinstance(value, int):
-        raise ValueError(f"{saved.path}/{ckpt.TRAINER_FILE} has the {key} {value!r}; accepted: a whole number")
+    if type(value) is not int or value < 0:  # bool is a kind of int in Python
+        raise ValueError(f"{saved.path}/{ckpt.TRAINER_FILE} has the {key} {value!r}; accepted: a whole number from 0")
     return value

@@ -58,9 +58,6 @@ class Driver:
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
 
-    def multiprocessors(self, device: torch.device) -> int:
-        return torch.cuda.get_device_properties(device).multi_processor_count
-
 
 driver = Driver()
 

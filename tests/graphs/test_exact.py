@@ -1,5 +1,7 @@
 """Exact mode: what runs while its size is read, and the part after the selection as a graph for each size."""
 
+import math
+
 import pytest
 import torch
 from support import capturable_attention, fake_device
@@ -7,8 +9,8 @@ from support.fake_device import FakeDriver
 from support.small import GRID, batch, small_dc_dit
 
 from dcdit.graphs import ExactGraphedDenoiser
-from dcdit.graphs.exact import wave_of
-from dcdit.models import DCDiT
+from dcdit.graphs.exact import size_of
+from dcdit.models import DCDiT, create_config
 
 POSITIONS = GRID[0] * GRID[1]
 IMAGES = 3
@@ -49,7 +51,7 @@ def test_a_static_size_is_not_read(fake: FakeDriver) -> None:
 
 @torch.no_grad()
 def test_graphs_give_the_bits_of_exact_mode(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcdit.graphs.exact.wave_of", lambda device, width: 32)
+    monkeypatch.setattr("dcdit.graphs.exact.size_of", lambda total, *_: -(-total // 32) * 32)
     model = small_dc_dit()
     graphed = ExactGraphedDenoiser(model)
     rows = set()
@@ -82,7 +84,7 @@ def test_results_outlive_the_next_call(fake: FakeDriver) -> None:
 
 @torch.no_grad()
 def test_sizes_and_batches_are_bounded(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dcdit.graphs.exact.wave_of", lambda device, width: 1)
+    monkeypatch.setattr("dcdit.graphs.exact.size_of", lambda total, *_: total)
     model = small_dc_dit()
     graphed = ExactGraphedDenoiser(model, max_graphs=2)
     for rho in (0.0, 0.3, 0.6, 0.9):
@@ -110,14 +112,15 @@ def test_the_host_starts_few_things_per_call(fake: FakeDriver) -> None:
     assert eager > 100
 
 
-def test_slack_is_at_most_one_wave() -> None:
-    """The widest product of a block (fc1) on 132 multiprocessors, tiles of 128 x 128."""
-
-    class H100:
-        def multiprocessors(self, device: torch.device) -> int:
-            return 132
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("dcdit.utils.cuda.driver", H100())
-        waves = [wave_of(torch.device("cpu"), 4 * width) for width in (384, 768, 1152, 8192)]
-    assert waves == [128 * 11, 128 * 5, 128 * 3, 128]
+@pytest.mark.parametrize("total", [1, 128, 129, 2000, 8192, 8200, 8449, 31_000])
+def test_slack_costs_no_wave(total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DC-DiT-XL on 132 multiprocessors: as many waves of tiles as the tokens alone, in each product of a block."""
+    monkeypatch.setattr("dcdit.graphs.exact.multiprocessors_of", lambda device: 132)
+    config = create_config("DC-DiT-XL")
+    rows = size_of(total, config, torch.device("cpu"))
+    assert rows >= total and rows % 128 == 0
+    for width in (3 * 1152, 1152, 4 * 1152):
+        waves = [math.ceil(math.ceil(count / 128) * math.ceil(width / 256) / 132) for count in (total, rows)]
+        assert waves[0] == waves[1]
+    monkeypatch.undo()
+    assert size_of(total, config, torch.device("cpu")) == 128 * math.ceil(total / 128)

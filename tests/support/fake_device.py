@@ -109,9 +109,6 @@ class FakeDriver(cuda.Driver):
             raise RuntimeError("not currently recording to this pool")
         self.open_pools.remove(pool)
 
-    def multiprocessors(self, device: torch.device) -> int:
-        return 4
-
     @contextmanager
     def operators(self) -> Iterator[None]:
         """Record the operators of PyTorch too, in the order in which they are started."""

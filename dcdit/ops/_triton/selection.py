@@ -16,19 +16,24 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> PendingSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
     indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
-        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity
+        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity, max_seqlen
     )
-    exact = budget is None and capacity is None
+    exact, bound = budget is None and capacity is None, p.shape[-1]
+    if budget is not None:
+        bound = budget
+    elif capacity is not None and max_seqlen is not None:
+        bound = min(max_seqlen, p.shape[-1])
     selection = TokenSelection(
         indices=indices,
         cu_seqlens=starts,
         lengths=lengths,
-        max_seqlen=p.shape[-1] if budget is None else budget,
+        max_seqlen=bound,
         mask=mask,
         natural_mask=natural,
         packed_rows=packed_rows,
@@ -48,6 +53,7 @@ def _select_fake(
     rho_per_image: Tensor | None,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, ...]:
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = capacity if capacity is not None else p.numel() if budget is None else images * budget
