@@ -56,6 +56,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+def _say(line: str) -> None:
+    """Print a line on stderr, above a progress bar where there is one."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(line, file=sys.stderr)
+    else:
+        bars.tqdm.write(line, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     """Print the warnings of this package without a place in its code."""
@@ -64,7 +73,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.partition(".")[0] == "dcdit":
-                print(f"dcdit: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+                _say(f"dcdit: warning: {printable(' '.join(str(message).split()))}")
             else:
                 usual(message, category, *place, **more)
 

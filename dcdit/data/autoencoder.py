@@ -12,7 +12,7 @@ from torch import Tensor
 from dcdit.utils.inside import listed_files
 from dcdit.utils.reading import read_json
 from dcdit.utils.tensors import open_tensors
-from dcdit.utils.text import one_line
+from dcdit.utils.text import one_line, short
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 """Names of diffusers."""
@@ -104,20 +104,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def shift_and_scale(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:
+def shift_and_scale(
+    autoencoder: Any, notes: Mapping[str, str] | None = None, source: str | Path = "the checkpoint"
+) -> tuple[list[float], list[float]]:
     """(shift, scale), each one number or one per channel: a model sees (z - shift) * scale of the autoencoder's z.
 
     Args:
         notes: of a checkpoint. If they have ``latent_range``, the model was trained with that, and it is returned
             instead of what the autoencoder's configuration says.
+        source: of the notes, for the message of the ValueError that they may cause.
     """
     if notes and "latent_range" in notes:
-        return _latent_range(notes["latent_range"], autoencoder.config.latent_channels)
+        return _latent_range(notes["latent_range"], autoencoder.config.latent_channels, source)
     config = autoencoder.config
     return [config.get("shift_factor") or 0.0], [config.get("scaling_factor") or SD_VAE_SCALE]
 
 
-def _latent_range(text: str, channels: int) -> tuple[list[float], list[float]]:
+def _latent_range(text: str, channels: int, source: str | Path) -> tuple[list[float], list[float]]:
     try:
         shift, scale = json.loads(text)
         for values in (shift, scale):
@@ -125,14 +128,18 @@ def _latent_range(text: str, channels: int) -> tuple[list[float], list[float]]:
                 raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise ValueError(
-            f"the checkpoint notes the latent_range {text!r}; accepted: a list of shifts and one of scales, each of 1 "
+            f"{source} notes the latent_range {short(text)}; accepted: a list of shifts and one of scales, each of 1 "
             f"or {channels} numbers"
         ) from None
     return shift, scale
 
 
 def create_decoder(
-    path: str | Path | None, in_channels: int, device: torch.device, notes: Mapping[str, str]
+    path: str | Path | None,
+    in_channels: int,
+    device: torch.device,
+    notes: Mapping[str, str],
+    source: str | Path = "the checkpoint",
 ) -> Callable[[Tensor], Tensor] | None:
     """A function from samples of a model, (B, in_channels, h, w), to images, (B, 3, H, W) in [-1, 1].
 
@@ -141,6 +148,7 @@ def create_decoder(
             decoder, and None is returned.
         in_channels: of the model.
         notes: what the model's checkpoint says about itself.
+        source: that checkpoint, for messages.
 
     Raises:
         ValueError: the autoencoder's latents have another number of channels. Other errors as in
@@ -153,7 +161,7 @@ def create_decoder(
     if channels != in_channels:
         raise ValueError(f"{path} decodes {channels} channels; the model makes {in_channels}")
     shift, scale = (
-        torch.tensor(value, device=device).reshape(-1, 1, 1) for value in shift_and_scale(autoencoder, notes)
+        torch.tensor(value, device=device).reshape(-1, 1, 1) for value in shift_and_scale(autoencoder, notes, source)
     )
 
     @torch.no_grad()

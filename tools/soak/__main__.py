@@ -20,6 +20,7 @@ from tools.soak.part import Part
 
 PARTS = {
     "kills": "training and checkpoint writing, killed at random moments",
+    "malformed": "malformed files, made and randomly damaged, given to the commands that read them",
     "operations": "random calls of every operation against the float64 definition",
 }
 """Name of a module to what it does."""

@@ -175,5 +175,6 @@ def read_npy(files: Files, index: int) -> Array:
     try:
         return parse_npy(io.BytesIO(data), len(data))
     except ValueError as error:
-        reason = kind_of(data) or one_line(error)
+        known = None if data.startswith(np.lib.format.MAGIC_PREFIX) else kind_of(data)
+        reason = known or one_line(error)
         raise DamagedFile(f"cannot read {files.path_of(index)}: {reason}") from None
