@@ -43,7 +43,7 @@ DEPTH, COUNTED_DEPTH = 28, 4
 MODES: dict[str, dict[str, Any]] = {
     "exact": {},
     "budget": {"budget": KEPT // BATCH},
-    "capacity": {"capacity": CAPACITY},
+    "capacity": {"capacity": CAPACITY, "max_seqlen": LONGEST},
     "static": {},
 }
 ATTENTION = "torch_varlen"
