@@ -4,7 +4,8 @@ Kernel files call ``launch.empty``, ``launch.config_for`` and ``launch.launch`` 
 replaces one of them here reaches every kernel.
 
 The default configurations of a kernel are in its own file (``set_default_configs``). Those tuned for one device are in
-``configs/<device>.json``; ``dcdit tune`` writes such a file, and its entries win over the defaults.
+``configs/<device>.<architecture>.json``; ``dcdit tune`` writes such a file, and its entries win over the defaults. A
+device without a file of its own takes that of another device of its architecture: an H200 that of an H100.
 """
 
 import functools
@@ -127,15 +128,34 @@ def shipped_configs() -> dict[str, list[Entry]]:
 
 @functools.cache
 def device_slug(device: torch.device) -> str:
-    """File name, without ``.json``, of the configurations tuned for a device."""
+    """File name, without ``.json``, of the configurations tuned for a device: its name and its architecture."""
     if device.type != "cuda":
         return device.type
-    return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_").replace(".", "_")
+    if torch.version.hip is not None:
+        return f"{name}.{torch.cuda.get_device_properties(device).gcnArchName.partition(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{name}.sm_{major}{minor}"
+
+
+@functools.cache
+def table_for(device: torch.device) -> str | None:
+    """The name, without ``.json``, of the tuned configurations that a device uses.
+
+    Its own, else those of another device of the same architecture, else None: then kernels use their defaults.
+    """
+    own = device_slug(device)
+    if (CONFIG_FOLDER / f"{own}.json").is_file():
+        return own
+    architecture = own.rpartition(".")[2]
+    same = sorted(CONFIG_FOLDER.glob(f"*.{architecture}.json")) if device.type == "cuda" else []
+    return same[0].stem if same else None
 
 
 @functools.cache
 def _lookup(kernel: str, device: torch.device, shape: tuple[tuple[str, int], ...]) -> Config:
-    entries = _tuned_configs(device_slug(device)).get(kernel) or _defaults[kernel]
+    table = table_for(device)
+    entries = (_tuned_configs(table).get(kernel) if table else None) or _defaults[kernel]
     sizes = dict(shape)
 
     def distance(entry: Entry) -> float:

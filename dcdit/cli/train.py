@@ -2,11 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dcdit import checkpoint, config
+from dcdit.cli.configurations import annotated, dry_run, list_configs
+from dcdit.models.presets import check_preset
 from dcdit.train.folder import CONFIG_FILE
 from dcdit.train.loop import train
 
@@ -30,12 +33,26 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "configuration keys (for the YAML file and --set):\n\n" + config.describe()
-    parser.add_argument("--config", metavar="FILE", help="YAML file; keys it leaves out take their defaults")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="a recipe of this package (--list-configs) or a YAML file; keys it leaves out take their defaults",
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. optim.lr=1e-4"
     )
     parser.add_argument(
         "--resume", metavar="DIR", help="continue this run (or checkpoint) with its own configuration and in its folder"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list-configs", action="store_true", help="show the recipes of this package and stop")
+    instead.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show what the run would use, as YAML that --config reads, with the meaning of every key, and stop",
+    )
+    instead.add_argument(
+        "--dry-run", action="store_true", help="check data, model and folder, show what the run would cost, and stop"
     )
     for flag, key in FLAGS.items():
         section, name = key.split(".")
@@ -54,21 +71,56 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
         args: parsed arguments.
         values: ``section.key`` to value; they override the file, and ``--set`` and the other flags override them.
     """
+    if args.list_configs:
+        print(list_configs())
+        return 0
     flags = {key: getattr(args, key) for key in FLAGS.values()}
     typed = {key: config.parse_value(key, text) for key, text in flags.items() if text is not None}
     overrides = {**values, **config.parse_overrides(args.set), **typed}
     if args.resume is None:
-        settings = config.load_config(args.config, overrides)
+        settings = _load(args.config, functools.partial(config.load_config, args.config), overrides)
     elif args.config is not None:
         raise ValueError(
             "--resume continues with the run's own configuration; change single keys with --set, not --config"
         )
     else:
         settings = _resumed(args.resume, overrides)
+    if args.print_config:
+        print(annotated(settings))
+        return 0
+    if args.dry_run:
+        print(dry_run(settings, args.resume))
+        return 0
     result = train(settings, resume=args.resume)
     if result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")
     return 128 + result.signal if result.signal else 0
+
+
+def _load(
+    source: str | None, load: Callable[[Mapping[str, Any]], config.TrainConfig], overrides: Mapping[str, Any]
+) -> config.TrainConfig:
+    """A configuration with overrides. An error in it names its source, unless the overrides have put it there."""
+    try:
+        return _checked(load(overrides))
+    except ValueError as error:
+        if source is None or str(error).startswith(source):
+            raise
+        try:
+            _checked(load({}))
+        except ValueError as own:
+            raise type(own)(f"{source}: {own}") from None
+        raise
+
+
+def _checked(settings: config.TrainConfig) -> config.TrainConfig:
+    """The configuration itself. ValueError if its model can never be made, before any data is read."""
+    overrides = {k: v for k, v in settings.model.overrides.items() if k not in ("name", "image_size", "num_classes")}
+    try:
+        check_preset(settings.model.name, overrides)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
+    return settings
 
 
 PLACES = ("data.path", "upcycle.source", "run.trackers")
@@ -100,7 +152,8 @@ def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
                 f"give --set {key}=..."
             )
     places = {key: _value(own, key) for key in PLACES}
-    return config.override(stored, {**places, **overrides, "run.out": str(folder)})
+    source = str(checkpoint.find_checkpoint(resume) / checkpoint.TRAINER_FILE)
+    return _load(source, lambda given: config.override(stored, {**places, **given, "run.out": str(folder)}), overrides)
 
 
 def _value(data: dict[str, Any], key: str) -> Any:

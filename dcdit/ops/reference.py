@@ -7,6 +7,7 @@ Letters: B images of L positions on a grid (H, W), or S positions of packed sequ
 Papers: DC-DiT is arXiv 2603.06351, H-Net arXiv 2507.07955, DiT arXiv 2212.09748.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -100,12 +101,13 @@ def select_tokens(
     drop_fraction: float | Tensor = 0.0,
     budget: int | None = None,
     capacity: int | None = None,
+    max_seqlen: int | None = None,
 ) -> TokenSelection:
     """Keep p > threshold, then drop the lowest p of each image (DC-DiT, routing and elastic inference).
 
-    ``budget`` keeps the highest p of each image instead. ``capacity`` then drops the lowest p of the batch. The best
-    token of an image always stays. Of equal p, the lower index is dropped first. p (B, L) or (S,), drop_fraction () or
-    (B,).
+    ``budget`` keeps the highest p of each image instead. ``max_seqlen`` then drops the lowest p of each image that
+    keeps more, and ``capacity`` the lowest p of the batch. The best token of an image always stays. Of equal p, the
+    lower index is dropped first. p (B, L) or (S,), drop_fraction () or (B,).
     """
     flat = p.flatten()
     starts = _image_starts(p, cu_seqlens).tolist()
@@ -114,6 +116,7 @@ def select_tokens(
     mask = natural.clone()
     rho = torch.as_tensor(drop_fraction, dtype=torch.float32, device="cpu").expand(images)
     best: list[int] = []
+    overflow = 0
     for image, (lo, hi) in enumerate(pairwise(starts)):
         if lo == hi:
             continue
@@ -127,25 +130,29 @@ def select_tokens(
         n_drop = int(len(kept) * rho[image])  # a product in float32
         mask[kept[:n_drop]] = False
         mask[drop_order[-1]] = True
-    overflow = 0
+        if max_seqlen is not None:
+            too_many = [i for i in drop_order if mask[i]][:-max_seqlen]
+            mask[too_many] = False
+            overflow += len(too_many)
     if capacity is not None:
-        overflow = max(0, int(mask.sum()) - capacity)
+        excess = max(0, int(mask.sum()) - capacity)
         spare = set(mask.nonzero().flatten().tolist()) - set(best)
-        mask[_drop_order(flat, spare)[:overflow]] = False
+        mask[_drop_order(flat, spare)[:excess]] = False
+        overflow += excess
     lengths = [int(mask[lo:hi].sum()) for lo, hi in pairwise(starts)]
     indices = mask.nonzero().flatten()
-    max_seqlen = max(lengths, default=0)
+    bound = max(lengths, default=0)
     if budget is not None:
-        max_seqlen = budget
+        bound = budget
     if capacity is not None:
-        max_seqlen = p.shape[-1]
+        bound = p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
         indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
     lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=p.device)
     return TokenSelection(
         indices=indices,
         cu_seqlens=F.pad(lengths_tensor.cumsum(0), (1, 0)).to(torch.int32),
         lengths=lengths_tensor,
-        max_seqlen=max_seqlen,
+        max_seqlen=bound,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
         packed_rows=torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32).view(p.shape),
@@ -382,6 +389,46 @@ def varlen_attention(
             scores = scores.masked_fill(later, float("-inf"))
         out.append(rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d"))
     return _join(out, zeros, cu_seqlens) + _zero(q, k, v)
+
+
+# --- noise --------------------------------------------------------------------------------------------------------
+
+
+def philox_normal(seed: Tensor, images: Tensor, step: Tensor, size: int) -> Tensor:
+    """Words (a, b, c, d) of Philox4x32-10 for the key seed and the counter (place // 4, step, image) -> four normals.
+
+    The transform of Box and Muller: ``sqrt(-2 ln u) * (cos v, sin v)`` with ``u = a / 2^32 + 1 / 2^33``, rounded to
+    float32 after the division and after the sum, and ``v = 2 pi b / 2^32``; the same of c and d. Computed in float64.
+
+    seed () int64, images (B,) int64, step () int64 -> (B, size) float32.
+    """
+    rows = []
+    for image in images.tolist():
+        normals: list[float] = []
+        for block in range(-(-size // 4)):
+            counter = (block, int(step), image, image >> 32)
+            a, b, c, d = _philox4x32(counter, (int(seed), int(seed) >> 32))
+            for word, other in ((a, b), (c, d)):
+                u = float(torch.tensor(word, device="cpu").float() * 2.0**-32 + 2.0**-33)
+                radius, angle = math.sqrt(-2 * math.log(u)), 2 * math.pi * other / 2**32
+                normals += [radius * math.cos(angle), radius * math.sin(angle)]
+        rows.append(normals[:size])
+    return torch.tensor(rows, dtype=torch.float32, device=images.device).reshape(len(rows), size)
+
+
+def _philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Ten rounds of Philox4x32 (Salmon et al. 2011, section 3.3); of each word the low 32 bits count."""
+    a, b, c, d = (word % 2**32 for word in counter)
+    for number in range(10):
+        left, right = key[0] + number * 0x9E3779B9, key[1] + number * 0xBB67AE85
+        from_a, from_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (
+            (from_c >> 32) ^ b ^ left % 2**32,
+            from_c % 2**32,
+            (from_a >> 32) ^ d ^ right % 2**32,
+            from_a % 2**32,
+        )
+    return a, b, c, d
 
 
 # --- segments -----------------------------------------------------------------------------------------------------

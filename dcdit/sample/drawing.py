@@ -1,7 +1,10 @@
 """Drawing images with :class:`SamplingOptions`, and what the model kept and cost at every call."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,23 +42,44 @@ class DrawnImages:
     """One entry per model call, averaged over the images."""
     first_image: FirstImage | None
     """If it was asked for."""
+    maps: list[list[BoundaryMap]]
+    """How the router saw each image, one entry per model call, if it was asked for; else empty."""
 
 
-def load_for_sampling(options: SamplingOptions, device: torch.device) -> tuple[DCDiT | DiT, Decoder | None]:
-    """The model of the checkpoint on the device, and the decoder of its samples: None for latents without a ``vae``.
+class SamplingModel(NamedTuple):
+    """A model that is ready to draw."""
+
+    model: DCDiT | DiT
+    decode: Decoder | None
+    """Makes pixels of its samples. None for latents without an autoencoder."""
+    notes: dict[str, str]
+    """What its file says about itself (:func:`dcdit.checkpoint.read_metadata`)."""
+
+
+def load_for_sampling(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    ema: bool = True,
+    precision: str = "fp32",
+    vae: str | Path | None = None,
+) -> SamplingModel:
+    """The model of a checkpoint on the device, and the decoder of its samples.
+
+    Args: as in :class:`SamplingOptions`.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: see :func:`dcdit.checkpoint.load_model` and
             :func:`dcdit.data.autoencoder.create_decoder`.
     """
-    file = model_file(options.checkpoint, options.ema)  # once: a training run may write another one meanwhile
-    model = load_model(file, options.ema).to(device)
+    file = model_file(checkpoint, ema)  # once: a training run may write another one meanwhile
+    model = load_model(file, ema).to(device)
     if isinstance(model, DCDiT):
         channels_last(model)
-    if options.precision == "bf16":
-        model = model.bfloat16()
-    notes = read_metadata(file, options.ema)
-    return model, create_decoder(options.vae, model.config.in_channels, device, notes)
+    # A file may hold other dtypes, and several of them.
+    model = model.bfloat16() if precision == "bf16" else model.float()
+    notes = read_metadata(file, ema)
+    return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes, file), notes)
 
 
 def draw(
@@ -66,6 +90,7 @@ def draw(
     *,
     first_index: int = 0,
     trace: bool = False,
+    maps: bool = False,
     progress: bool = True,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
@@ -75,23 +100,24 @@ def draw(
         drop: drop fraction of the conditional branch; None leaves the option out.
         first_index: number of the first image; the noise of an image depends on its number and the seed.
         trace: also record how the first image was drawn.
+        maps: also record how the router saw every image.
         progress: show a bar for each batch.
 
     Raises:
         FloatingPointError: an image is not finite.
     """
-    images, records = [], []
+    images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
         batch = labels[start : start + options.batch_size]
-        calls = ModelCalls(model, len(batch), maps=trace and start == 0)
+        calls = ModelCalls(model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
         expected: dict[float, Tensor] = {}
 
         def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
             expected[step.t] = step.x0[0]
 
-        images.append(
-            sample(
+        with _router_errors_explained(options):
+            drawn = sample(
                 calls,
                 batch,
                 options.steps,
@@ -106,14 +132,15 @@ def draw(
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
             )
-        )
+        images.append(drawn)
         records.append((len(batch), calls.records()))
+        seen += [calls.maps(image) for image in range(len(batch) if maps else 0)]
         if trace and start == 0:
             first_image = FirstImage(calls.maps(), expected)
     x = torch.cat(images)
     if not x.isfinite().all():
-        raise FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
-    return DrawnImages(x, mean_records(records), first_image)
+        raise _not_finite(options)
+    return DrawnImages(x, mean_records(records), first_image, seen)
 
 
 def clips(model: DCDiT | DiT, method: str) -> bool:
@@ -140,6 +167,21 @@ def class_labels(num_classes: int, chosen: Sequence[int] | None, per_class: int,
     if num is not None:
         return torch.tensor([classes[i % len(classes)] for i in range(num)])
     return torch.tensor(classes).repeat_interleave(per_class)
+
+
+@contextlib.contextmanager
+def _router_errors_explained(options: SamplingOptions) -> Iterator[None]:
+    """Turn the router's error about NaN, which comes before there is an image, into one that names the checkpoint."""
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise _not_finite(options) from None
+
+
+def _not_finite(options: SamplingOptions) -> FloatingPointError:
+    return FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
 
 
 def _both_branches(drop: Fraction | None, null: float | None) -> Fraction | tuple[Fraction, Fraction] | None:

@@ -11,6 +11,7 @@ from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, dump_yaml
 from dcdit.utils.files import claimed, recover, write_text
 from dcdit.utils.processes import on_main_process
+from dcdit.utils.reading import read_bytes
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
 TAKEN = (CONFIG_FILE, LOG_FILE, "samples.npz", "sampling.json")
@@ -46,11 +47,17 @@ def _claimed(config: TrainConfig, resume: str | Path | None) -> Iterator[None]:
     out = Path(config.run.out)
     with claimed(out):
         recover(out / ckpt.CHECKPOINTS)
-        if resume is None:
-            _check_free(out, config)
-        else:
-            _check_later_checkpoints(out, ckpt.find_checkpoint(resume))
+        check_folder(config, resume)
         yield
+
+
+def check_folder(config: TrainConfig, resume: str | Path | None) -> None:
+    """Raise ValueError if the folder of the run holds files that the run would replace."""
+    out = Path(config.run.out)
+    if resume is None:
+        _check_free(out, config)
+    else:
+        _check_later_checkpoints(out, ckpt.find_checkpoint(resume))
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:
@@ -77,8 +84,8 @@ def _check_later_checkpoints(out: Path, resumed: Path) -> None:
 
 def _reads(path: Path, text: str) -> bool:
     try:
-        return path.read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
+        return read_bytes(path, len(text.encode())) == text.encode()
+    except (OSError, ValueError):
         return False
 
 

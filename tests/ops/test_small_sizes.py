@@ -26,11 +26,13 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcome(backend: str, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Outputs and gradients (of a selection, its fields), or the error."""
+    """Outputs and gradients (of a selection its fields, of noise no gradients), or the error."""
     with ops.use_backend(backend):
         try:
             if op is ops.select_tokens:
                 return list(op(*args, **kwargs))
+            if op is ops.philox_normal:
+                return [op(*args, **kwargs)]
             outputs, grads = differentiate(lambda *a: op(*a, **kwargs), args)
         except (ValueError, TypeError) as error:
             return type(error), str(error)
@@ -102,7 +104,7 @@ def test_selections_of_packed_sequences(lengths: tuple[int, ...]) -> None:
     )
     modes: list[dict[str, Any]] = [{}, {"drop_fraction": 0.5}, {"drop_fraction": torch.full((len(lengths),), 0.9)}]
     modes += [{"budget": n} for n in (1, 2)] + [{"capacity": n} for n in range(5)]
-    modes += [{"threshold": 0.0}, {"threshold": 1.0, "capacity": len(lengths)}]
+    modes += [{"threshold": 0.0}, {"threshold": 1.0, "capacity": len(lengths)}, {"max_seqlen": 1}]
     for mode in modes:
         check(ops.select_tokens, p, cu_seqlens, **mode)
     for mode in ({}, {"capacity": len(lengths) + 2}):
@@ -120,6 +122,7 @@ def test_selections_of_a_grid(images: int, length: int) -> None:
     p = random_probs(images, length, pattern="ties") if images * length else torch.zeros(images, length)
     modes: list[dict[str, Any]] = [{}, {"drop_fraction": 0.9}, {"drop_fraction": torch.zeros(images)}]
     modes += [{"budget": n} for n in range(4)] + [{"capacity": n} for n in range(6)]
+    modes += [{"max_seqlen": 1}, {"max_seqlen": 9}]
     for mode in modes:
         check(ops.select_tokens, p, **mode)
     for group_size in (None, 0, 1, 2, 3):

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dcdit.ops._torch.segments import segment_of_rows
 from dcdit.ops.numerics import upcast
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
+from dcdit.utils.cuda import PendingRead
 
 
 def select_tokens(
@@ -16,7 +17,8 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
-) -> TokenSelection:
+    max_seqlen: int | None,
+) -> PendingSelection:
     images = _Images(p, cu_seqlens)
     natural = upcast(p.flatten()) > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
@@ -27,24 +29,29 @@ def select_tokens(
         mask = natural | best
         if isinstance(drop_fraction, Tensor) or drop_fraction > 0:
             mask = images.drop(natural, drop_fraction) | best
+        if max_seqlen is not None:
+            mask, overflow = images.limit(mask, max_seqlen)
         if capacity is not None:
-            mask, overflow = _fit_capacity(images.p, mask, best, capacity)
+            mask, excess = _fit_capacity(images.p, mask, best, capacity)
+            overflow = overflow + excess
     # (S + 1,): number of kept positions before each position.
     prefix_count = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
     kept_starts = prefix_count[images.starts]
     lengths = kept_starts.diff()
+    sizes = None
     if budget is not None:
-        total, max_seqlen = budget * images.count, budget
+        total, bound = budget * images.count, budget
     elif capacity is not None:
-        total, max_seqlen = capacity, p.shape[-1]
+        total, bound = capacity, p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
     else:
         longest = lengths.max() if images.count else kept_starts[0]
-        total, max_seqlen = torch.stack([kept_starts[-1], longest]).tolist()
-    return TokenSelection(
+        sizes = PendingRead(torch.stack([kept_starts[-1], longest]))
+        total, bound = p.numel(), p.shape[-1]
+    selection = TokenSelection(
         indices=_kept_positions(mask, prefix_count, total),
         cu_seqlens=kept_starts,
         lengths=lengths,
-        max_seqlen=max_seqlen,
+        max_seqlen=bound,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
         packed_rows=torch.where(mask, prefix_count[:-1], -1).view(p.shape),
@@ -52,6 +59,7 @@ def select_tokens(
         source_cu_seqlens=cu_seqlens,
         prob_floor=0.0 if budget is not None else threshold,
     )
+    return PendingSelection(selection, sizes)
 
 
 class _Images:
@@ -99,8 +107,15 @@ class _Images:
     def drop(self, natural: Tensor, fraction: float | Tensor) -> Tensor:
         """(S,) bool: ``natural`` without the given fraction of lowest p in each image."""
         counts = F.pad(natural.cumsum(0), (1, 0)).index_select(0, self.starts).diff().float()
-        n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
+        if not isinstance(fraction, Tensor):  # made on the device: a copy from the host is no part of a CUDA graph
+            fraction = torch.full((), fraction, dtype=torch.float32, device=counts.device)
+        n_drop = (counts * fraction).floor()
         return natural & (self.drop_order(natural) >= self.to_positions(n_drop))
+
+    def limit(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """The mask without the lowest p of each image that keeps more than ``longest``, and how many were dropped."""
+        excess = (F.pad(mask.cumsum(0), (1, 0)).index_select(0, self.starts).diff() - longest).clamp(min=0)
+        return mask & (self.drop_order(mask) >= self.to_positions(excess)), excess.sum().to(torch.int32)
 
 
 def _fit_capacity(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

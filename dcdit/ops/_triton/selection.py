@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dcdit.kernels import selection as kernels
 from dcdit.ops._triton.kernel_op import KernelOp
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
+from dcdit.utils.cuda import PendingRead
 
 
 def select_tokens(
@@ -15,26 +16,24 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
-) -> TokenSelection:
+    max_seqlen: int | None,
+) -> PendingSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
     indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
-        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity
+        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity, max_seqlen
     )
+    exact, bound = budget is None and capacity is None, p.shape[-1]
     if budget is not None:
-        max_seqlen = budget
-    elif capacity is not None:
-        max_seqlen = p.shape[-1]
-    else:
-        # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
-        total, max_seqlen = sizes.tolist()
-        indices = indices[:total]
-    return TokenSelection(
+        bound = budget
+    elif capacity is not None and max_seqlen is not None:
+        bound = min(max_seqlen, p.shape[-1])
+    selection = TokenSelection(
         indices=indices,
         cu_seqlens=starts,
         lengths=lengths,
-        max_seqlen=max_seqlen,
+        max_seqlen=bound,
         mask=mask,
         natural_mask=natural,
         packed_rows=packed_rows,
@@ -42,6 +41,8 @@ def select_tokens(
         source_cu_seqlens=cu_seqlens,
         prob_floor=threshold if budget is None else 0.0,
     )
+    # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
+    return PendingSelection(selection, PendingRead(sizes) if exact else None)
 
 
 def _select_fake(
@@ -52,6 +53,7 @@ def _select_fake(
     rho_per_image: Tensor | None,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, ...]:
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = capacity if capacity is not None else p.numel() if budget is None else images * budget
