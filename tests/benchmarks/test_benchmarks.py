@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench_scaling
-from benchmarks.baselines import mamba, official
+from benchmarks.baselines import apex, mamba, official
 from benchmarks.harness import report, sets, suite
 from benchmarks.harness.equality import NotEqualError, check_equal
 from benchmarks.harness.traffic import least_bytes, least_flops
@@ -81,6 +81,7 @@ def test_an_absent_baseline_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(official.VARIABLE, raising=False)
     assert official.VARIABLE in str(official.reason_unavailable())
     assert "mamba_ssm" in str(mamba.reason_unavailable(CPU))
+    assert "apex" in str(apex.reason_unavailable(CPU))
 
 
 def test_a_wrong_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
