@@ -10,6 +10,7 @@ import gc
 import importlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -147,4 +148,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at a normal end, PyTorch's pool of compiling processes may take minutes to shut down
