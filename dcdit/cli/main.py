@@ -41,8 +41,8 @@ EXTRAS = {
     "torchmetrics": "eval",
 }
 """Import names and the extra of this package that installs them."""
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
-"""Errors that a user can cause: these are printed in one line."""
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
+"""Errors that a user can cause: these are printed in one line. Others are faults of the program, with a traceback."""
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """Parts of PyTorch's messages about it, which are of RuntimeErrors."""
 LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker process .*\n {4}.*?\n(\S.*)", re.DOTALL)
