@@ -92,3 +92,14 @@ def test_the_result_shares_no_memory_with_x() -> None:
     ops.group_norm_silu(x, *rest).zero_()
     assert torch.equal(x, before)
     assert not torch.equal(before, randn(*x.shape))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_parameters_with_gaps_in_memory(backend: str) -> None:
+    """As columns of a larger tensor are. PyTorch's own kernel would read what lies between."""
+    x, tables = randn(2, 5, 8), randn(8, 3, seed=1)
+    shift = randn(2, 8, 2, seed=2)[..., 0]
+    plain = ops.reference.group_norm_silu(x, 4, tables[:, 0].clone(), tables[:, 1].clone(), shift.clone())
+    with ops.use_backend(backend):
+        y = ops.group_norm_silu(x, 4, tables[:, 0], tables[:, 1], shift)
+    torch.testing.assert_close(y, plain)

@@ -56,7 +56,8 @@ class _GroupNormSiLU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The result; what is added to x (B, C) and multiplied with the sum (B, groups) to get x_hat."""
         dtype = accumulation_dtype(x, weight, bias, *(() if shift is None else (shift,)))
-        weight, bias = weight.to(dtype), bias.to(dtype)
+        # native_group_norm reads the memory of the two as if it had no gaps.
+        weight, bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
         offset = offset_to_zero_mean(x, num_groups, None if shift is None else shift.to(dtype), dtype)
         images, length, channels = x.shape
         centred = (x + offset[:, None]).contiguous()
