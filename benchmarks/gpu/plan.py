@@ -15,8 +15,8 @@ OPERATIONS = (
     "gather_tokens",
     "dechunk_spatial",
     "boundary_prob_predictability",
+    "group_norm_silu",
     "select_tokens",
-    "scatter_tokens",
 )
 DIRECTIONS = ("forward", "forward+backward")
 FORWARD_ONLY = ("select_tokens",)
