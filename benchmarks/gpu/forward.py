@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,8 @@ from benchmarks.harness.equality import TOLERANCE, check_equal
 from benchmarks.harness.static import CompiledDiT, choose_sdpa
 from dcdit import ops
 from dcdit.graphs import GraphedDenoiser
-from dcdit.models import count_flops
+from dcdit.models import KeptShare, count_flops, plan_capacity
+from dcdit.models.capacity import multiprocessors_of
 from dcdit.profiling.device_timing import CapturedCalls
 from dcdit.profiling.rounds import WHOLE, Rounds
 from dcdit.profiling.timing import time_rounds, time_stages
@@ -33,9 +35,8 @@ Forward = Callable[[], Any]
 STATIC, STATIC_GRAPH = "static", "static graph"
 CHECKED_IMAGES = 4
 """Images of the comparison with the reference operations, which take one image at a time."""
-ROW_TILE = 128
-"""A capacity is a multiple of this: rows of a tile of a matrix product."""
-SLACK = 1.03
+MARGIN = 0.02
+"""A capacity holds so much more than the batch keeps, and is then rounded up within a wave of tiles."""
 
 
 class ForwardCases:
@@ -47,11 +48,14 @@ class ForwardCases:
             os.environ[official.VARIABLE] = checkout
         torch.backends.cudnn.allow_tf32 = False  # the models compute in bfloat16; this is for checks in float32
         # Several calls in a row, as a sampler makes them: the host may run ahead of the device.
-        self.chain = 1 if setting.rehearsal else max(1, 64 // size)
+        self.chain = 1 if setting.rehearsal else max(1, min(8, 64 // size))
         # Not in inference mode: the reference implementation is built from a copy of these weights.
         self.dynamic = sides.create_dynamic(setting).to(setting.dtype).eval()
         self.batch = sides.create_batch(self.dynamic, size)
         sides.calibrate(self.dynamic, self.batch)
+        with torch.no_grad():
+            _, routing = self.dynamic(*self.batch, return_routing=True)
+        self.shares: list[float] = routing.natural_mask.float().mean(1).tolist()
         static = sides.create_static(setting).to(setting.dtype).eval()
         self.static_flops = count_flops(static.config, batch=size)["total"]
         self.attention_ms = choose_sdpa(static.config, size, self.device, setting.dtype)
@@ -91,16 +95,24 @@ class ForwardCases:
         return forms
 
     def _equal(self) -> Mapping[str, Any]:
-        """The DC-DiT computes what the plain definitions say: the same tokens kept, the same output."""
+        """The DC-DiT computes what the plain definitions say: the same tokens kept, the same output, in every mode."""
         few = tuple(tensor[:CHECKED_IMAGES] for tensor in self.batch)
+        positions = len(self.dynamic.pos_embed)
+        modes: tuple[dict[str, Any], ...] = (
+            {},
+            {"drop_fraction": 0.4},
+            {"budget": positions // 8},
+            {"capacity": len(few[0]) * positions // 2, "drop_fraction": 0.2},
+        )
         off = {}
-        for rho in (0.0, 0.4):
-            out, routing = self.dynamic(*few, drop_fraction=rho, return_routing=True)
+        for options in modes:
+            name = ", ".join(f"{option} {value}" for option, value in options.items()) or "exact"
+            out, routing = self.dynamic(*few, **options, return_routing=True)
             with ops.use_backend("reference"):
-                expected, right = self.dynamic(*few, drop_fraction=rho, return_routing=True)
-            check_equal(f"kept tokens at drop {rho:g}", [routing.mask], [right.mask], 0.0)
-            check_equal(f"output at drop {rho:g}", [out], [expected], TOLERANCE[out.dtype])
-            off[f"drop {rho:g}"] = float((out.double() - expected.double()).norm() / expected.double().norm())
+                expected, right = self.dynamic(*few, **options, return_routing=True)
+            check_equal(f"kept tokens, {name}", [routing.mask], [right.mask], 0.0)
+            check_equal(f"output, {name}", [out], [expected], TOLERANCE[out.dtype])
+            off[name] = float((out.double() - expected.double()).norm() / expected.double().norm())
         return {"off": off}
 
     def _compare(self, rho: float, mode: str) -> Mapping[str, Any]:
@@ -144,14 +156,21 @@ class ForwardCases:
             options, fixed, comparable = {}, {"budget": budget}, False
             lengths = [budget] * size
         else:
-            capacity = math.ceil(SLACK * sum(lengths) / ROW_TILE) * ROW_TILE
-            options, fixed, comparable = {"drop_fraction": rho}, {"capacity": capacity}, True
+            options, fixed, comparable = {"drop_fraction": rho}, self._static_sizes(rho), True
         eager = partial(self.dynamic, *batch, **options, **fixed)
         if how == "eager":
             return eager, lengths, {**fixed, "comparable": comparable}
         graphed = _graphed_denoiser(self.dynamic, size, self.device, **fixed)
         check_equal(f"{mode}: graph", [graphed(*batch, **options)], [eager()], TOLERANCE[self.setting.dtype])
         return partial(graphed, *batch, **options), lengths, {**fixed, "comparable": comparable}
+
+    def _static_sizes(self, rho: float) -> dict[str, int]:
+        """Capacity and max_seqlen for this batch, as :func:`dcdit.models.plan_capacity` gives them."""
+        size, mean = len(self.batch[0]), sum(self.shares) / len(self.shares)
+        share = KeptShare(mean, MARGIN * mean * math.sqrt(size), max(self.shares), images=10**6)
+        multiprocessors = multiprocessors_of(self.device)
+        plan = plan_capacity(self.dynamic.config, size, share, rho, multiprocessors=multiprocessors, sigmas=1.0)
+        return {"capacity": plan.capacity, "max_seqlen": plan.max_seqlen}
 
     def _time(self, calls: Mapping[str, Forward], seconds: float) -> Rounds:
         """Milliseconds of one call, each measured as a few in a row."""
@@ -216,6 +235,8 @@ class _Graphed:
 def _graphed_denoiser(model: Any, size: int, device: torch.device, **fixed: int) -> Callable[..., Tensor]:
     if device.type != "cuda":  # a rehearsal
         return partial(model, **fixed)
+    if "max_seqlen" not in signature(GraphedDenoiser).parameters:
+        fixed = {name: value for name, value in fixed.items() if name != "max_seqlen"}
     return GraphedDenoiser(model, size, **fixed)
 
 

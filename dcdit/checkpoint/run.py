@@ -148,13 +148,19 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
     Raises:
         ValueError: state of a parameter that the model does not have.
     """
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
     state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
     index_of = {name: index for index, name in enumerate(names)}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
         if name not in index_of:
             raise ValueError(f"{source} has optimiser state for the unknown parameter {name!r}")
+        if tensor.shape not in ((), parameters[name].shape):
+            shape = list(parameters[name].shape)
+            raise ValueError(
+                f"{source}: {key} has shape {list(tensor.shape)}; accepted: {shape}, that of its parameter"
+            )
         state[index_of[name]][entry] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})

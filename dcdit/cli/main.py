@@ -41,8 +41,8 @@ EXTRAS = {
     "torchmetrics": "eval",
 }
 """Import names and the extra of this package that installs them."""
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
-"""Errors that a user can cause: these are printed in one line."""
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
+"""Errors that a user can cause: these are printed in one line. Others are faults of the program, with a traceback."""
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """Parts of PyTorch's messages about it, which are of RuntimeErrors."""
 LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker process .*\n {4}.*?\n(\S.*)", re.DOTALL)
@@ -56,6 +56,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+def _say(line: str) -> None:
+    """Print a line on stderr, above a progress bar where there is one."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(line, file=sys.stderr)
+    else:
+        bars.tqdm.write(line, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     """Print the warnings of this package without a place in its code."""
@@ -64,7 +73,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.partition(".")[0] == "dcdit":
-                print(f"dcdit: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+                _say(f"dcdit: warning: {printable(' '.join(str(message).split()))}")
             else:
                 usual(message, category, *place, **more)
 

@@ -87,5 +87,7 @@ def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
     else:
         model, name = create_model(args.model, args.image_size), args.model
     if not isinstance(model, DCDiT):
-        raise ValueError(f"{name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
+        raise ValueError(
+            f"{args.checkpoint or name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)"
+        )
     return channels_last(model), name

@@ -10,6 +10,7 @@ from typing import Any
 
 from dcdit.config.yaml_files import parse_yaml, pyyaml, read_yaml
 from dcdit.utils import schema
+from dcdit.utils.reading import kind_of_file
 from dcdit.utils.schema import option
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -270,7 +271,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"{', '.join(names)}{schema.did_you_mean(path, names)}"
         ) from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; accepted: a mapping of sections")
+        what = kind_of_file(path) or f"it holds a {type(data).__name__}"
+        raise ValueError(f"{path} is no configuration: {what}; accepted: a mapping of sections")
     return data
 
 

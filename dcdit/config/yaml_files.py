@@ -8,8 +8,9 @@ from typing import Any
 from dcdit.utils.reading import kind_of, read_bytes
 from dcdit.utils.text import one_line
 
-MAX_BYTES, MAX_VALUES, MAX_DEPTH = 1 << 20, 10_000, 20
-"""Of a file, and of what is in it with every alias written out. A configuration has about 100 values, 3 deep."""
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 100_000, 10_000, 20
+"""Of a file, and of what is in it with every alias written out. A configuration has about 100 values, 3 deep,
+in 3,000 bytes."""
 
 
 def read_yaml(path: Path) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcdit.utils.inside import listed_files
 from dcdit.utils.reading import read_json
 from dcdit.utils.tensors import open_tensors
-from dcdit.utils.text import one_line
+from dcdit.utils.text import one_line, short
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 """Names of diffusers."""
@@ -52,16 +52,19 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
 
 def _check_folder(path: Path) -> None:
     """Refuse a folder of another kind, with the folder that may be meant, and sizes that no autoencoder has."""
+    meant = next((f for f in (path / "vae", path.parent / "vae") if f != path and (f / CONFIG).is_file()), None)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path} is a whole pipeline; accepted: its autoencoder, {path / 'vae'}")
     if not (path / CONFIG).exists():
-        raise FileNotFoundError(f"no diffusers autoencoder ({CONFIG}) in {str(path)!r}; nothing is ever downloaded")
+        found = "" if meant is None else f"; there is one in {str(meant)!r}"
+        raise FileNotFoundError(
+            f"no diffusers autoencoder ({CONFIG}) in {str(path)!r}; nothing is ever downloaded{found}"
+        )
     config = read_json(path / CONFIG)
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != AUTOENCODER:
-        beside = path.parent / "vae"
-        meant = f", such as {beside}" if kind and beside.is_dir() and beside != path else ""
-        raise ValueError(f"{path / CONFIG} is of a {kind!r}; accepted: the folder of an {AUTOENCODER}{meant}")
+        beside = "" if meant is None else f", such as {meant}"
+        raise ValueError(f"{path / CONFIG} is of a {short(kind)}; accepted: the folder of an {AUTOENCODER}{beside}")
     for name, largest in LARGEST.items():
         if name in config and not _is_size(config[name], largest):
             raise ValueError(f"{path / CONFIG} has the {name} {config[name]!r}; accepted: 1 to {largest}")
@@ -104,20 +107,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def shift_and_scale(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:
+def shift_and_scale(
+    autoencoder: Any, notes: Mapping[str, str] | None = None, source: str | Path = "the checkpoint"
+) -> tuple[list[float], list[float]]:
     """(shift, scale), each one number or one per channel: a model sees (z - shift) * scale of the autoencoder's z.
 
     Args:
         notes: of a checkpoint. If they have ``latent_range``, the model was trained with that, and it is returned
             instead of what the autoencoder's configuration says.
+        source: of the notes, for the message of the ValueError that they may cause.
     """
     if notes and "latent_range" in notes:
-        return _latent_range(notes["latent_range"], autoencoder.config.latent_channels)
+        return _latent_range(notes["latent_range"], autoencoder.config.latent_channels, source)
     config = autoencoder.config
     return [config.get("shift_factor") or 0.0], [config.get("scaling_factor") or SD_VAE_SCALE]
 
 
-def _latent_range(text: str, channels: int) -> tuple[list[float], list[float]]:
+def _latent_range(text: str, channels: int, source: str | Path) -> tuple[list[float], list[float]]:
     try:
         shift, scale = json.loads(text)
         for values in (shift, scale):
@@ -125,14 +131,18 @@ def _latent_range(text: str, channels: int) -> tuple[list[float], list[float]]:
                 raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise ValueError(
-            f"the checkpoint notes the latent_range {text!r}; accepted: a list of shifts and one of scales, each of 1 "
+            f"{source} notes the latent_range {short(text)}; accepted: a list of shifts and one of scales, each of 1 "
             f"or {channels} numbers"
         ) from None
     return shift, scale
 
 
 def create_decoder(
-    path: str | Path | None, in_channels: int, device: torch.device, notes: Mapping[str, str]
+    path: str | Path | None,
+    in_channels: int,
+    device: torch.device,
+    notes: Mapping[str, str],
+    source: str | Path = "the checkpoint",
 ) -> Callable[[Tensor], Tensor] | None:
     """A function from samples of a model, (B, in_channels, h, w), to images, (B, 3, H, W) in [-1, 1].
 
@@ -141,6 +151,7 @@ def create_decoder(
             decoder, and None is returned.
         in_channels: of the model.
         notes: what the model's checkpoint says about itself.
+        source: that checkpoint, for messages.
 
     Raises:
         ValueError: the autoencoder's latents have another number of channels. Other errors as in
@@ -153,7 +164,7 @@ def create_decoder(
     if channels != in_channels:
         raise ValueError(f"{path} decodes {channels} channels; the model makes {in_channels}")
     shift, scale = (
-        torch.tensor(value, device=device).reshape(-1, 1, 1) for value in shift_and_scale(autoencoder, notes)
+        torch.tensor(value, device=device).reshape(-1, 1, 1) for value in shift_and_scale(autoencoder, notes, source)
     )
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
-from dcdit.utils.reading import parse_json, read_json, sha256
+from dcdit.utils.reading import JSON_BYTES, parse_json, read_bytes, sha256
 from dcdit.utils.schema import check_types, from_mapping
 from dcdit.utils.text import one_line
 
@@ -213,13 +213,14 @@ def _finished(out: Path, settings: SampleSettings) -> SamplingCost | None:
             raise ValueError(f"{out / SAMPLES} is there without {SAMPLING} and would be replaced; choose another --out")
         return None
     try:
-        stored = read_json(record)
+        stored = parse_json(read_bytes(record, JSON_BYTES), "it")
         parts = stored if isinstance(stored, dict) else {}
         earlier, cost = parts.get("settings"), from_mapping(SamplingCost, parts.get("work"), "work")
         if not isinstance(earlier, dict):
             raise ValueError("it has no settings")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{record} is not of dcdit evaluate ({one_line(error)}); choose another --out") from None
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise ValueError(f"{record} is not of dcdit evaluate ({reason}); choose another --out") from None
     _check(earlier, settings, record)
     return cost if (out / SAMPLES).exists() else None
 

@@ -95,7 +95,7 @@ class TrainState:
         moments = {key: divided(tensor, own.get(_weight_of(key), tensor)) for key, tensor in saved.optimizer.items()}
         ckpt.load_weights(self.model, weights, saved.path)
         self.ema.load(saved.ema)
-        ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path)
+        ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path / ckpt.OPTIMIZER_FILE)
         step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))
         return step
 

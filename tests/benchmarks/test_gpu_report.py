@@ -71,6 +71,11 @@ def test_a_preparation_that_fails_is_one_line(tmp_path: Path) -> None:
     assert [(name, line["state"]) for name, line in lines.items()] == [("g: preparation", FAILED)]
 
 
+def test_a_worker_watches_its_parent_before_it_imports_torch() -> None:
+    code = "import sys; from benchmarks.gpu import worker, driver; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_no_case_begins_after_the_end(tmp_path: Path) -> None:
     code, lines = run_cases(["good"], tmp_path, until=time.time() - 1)
     assert (code, list(lines)) == (0, ["g: preparation"])

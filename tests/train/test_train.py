@@ -484,6 +484,22 @@ def test_old_checkpoints_go(config):
     assert [path.name for path in ckpt.list_checkpoints(result.log.parent)] == ["step_00000003", "step_00000004"]
 
 
+@pytest.mark.parametrize("launcher", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", None])
+def test_a_run_ends_with_its_launcher(config, monkeypatch, launcher):
+    """That of one process dies of SIGTERM and passes nothing on. Without a launcher, the parent may end (nohup)."""
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "no")
+
+    def launcher_ends(record):
+        if record["step"] == 2:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+
+    result = train(config(), callbacks=[launcher_ends])
+    ended = (4, "steps", 0) if launcher is None else (2, "interrupt", signal.SIGTERM)
+    assert (result.step, result.reason, result.signal) == ended
+    assert ckpt.read_trainer(result.checkpoint)["step"] == result.step
+
+
 def test_signal_handlers_come_back(config):
     before = signal.getsignal(signal.SIGINT)
     train(config("optim.steps=1"), callbacks=[stop_at(1)])
