@@ -58,11 +58,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
-    device = next(argument.device for argument in args if isinstance(argument, Tensor))
+    for tensor in args:
+        if isinstance(tensor, Tensor):
+            break
     try:
         # Triton starts kernels on the current device, which can differ from the device of the tensors.
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
@@ -89,6 +91,11 @@ def record_launches() -> Iterator[list[Launch]]:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory for the output of a kernel. Tests replace this function to fill every output with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(made: Tensor) -> Tensor:
+    """The same for one more output of the shape and dtype of ``made``, which :func:`empty` returned: a cheaper call."""
+    return torch.empty_like(made)
 
 
 def set_default_configs(kernel: str, config: Config | None = None, **by_size: dict[int, Config]) -> None:

@@ -319,6 +319,14 @@ def varlen_attention(make: Maker) -> Call:
     )
 
 
+def philox_normal(make: Maker) -> Call:
+    def whole(bits: int, *shape: int) -> Tensor:
+        numbers = [make.random.getrandbits(make.one_of(3, bits)) for _ in range(math.prod(shape))]
+        return torch.tensor(numbers, dtype=torch.int64).reshape(shape)
+
+    return Call(ops.philox_normal, (whole(63), whole(63, make.random.randrange(4)), whole(63), make.size()))
+
+
 MAKERS: dict[str, Callable[[Maker], Call]] = {
     name: value for name, value in list(globals().items()) if name in ops.__all__ and name.islower()
 }
