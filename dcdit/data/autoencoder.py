@@ -81,13 +81,13 @@ def _check_folder(path: Path) -> None:
     for name in ("scaling_factor", "shift_factor"):
         if config.get(name) is not None and not _is_number(config[name]):
             raise ValueError(f"{path / CONFIG} has the {name} {config[name]!r}; accepted: a finite number")
-    found = sorted(path.glob(f"{WEIGHTS}*"))
-    if not any(file.suffix == ".safetensors" for file in found):
-        instead = f", not {found[0].name}, which may run code (save_pretrained converts it)" if found else ""
+    files = sorted(path.glob(f"{WEIGHTS}*"))
+    if not any(file.suffix == ".safetensors" for file in files):
+        instead = f", not {files[0].name}, which may run code (save_pretrained converts it)" if files else ""
         raise FileNotFoundError(f"no {WEIGHTS}.safetensors in {str(path)!r}; accepted: safetensors{instead}")
     for index in path.glob(f"{WEIGHTS}*.index.json"):
         listed_files(index)
-    widths = {width for file in found if file.suffix == ".safetensors" for width in _widths(file)}
+    widths = {width for file in files if file.suffix == ".safetensors" for width in _widths(file)}
     if not widths.issuperset(blocks):
         raise ValueError(f"{path / CONFIG} has the block_out_channels {blocks}, which the weights do not have")
 
