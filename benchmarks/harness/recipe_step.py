@@ -49,7 +49,7 @@ class RecipeStep:
         model.train()
         self.objective = create_objective("dit", self.model_config.learn_sigma)
         optim = self.config.optim
-        self.optimizer = create_optimizer(model, 0.0, optim.weight_decay, x.device)
+        self.optimizer = create_optimizer(model, optim.lr, optim.weight_decay, x.device)
         self.ema = EMA(model, optim.ema_decay)
 
     def losses(self, drop: float) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -135,7 +135,7 @@ def _check(args: argparse.Namespace) -> str | Statistics | None:
     if args.extractor is None and (args.images or args.reference or args.write_statistics):
         raise ValueError("--images, --reference and --write-statistics need features; give an --extractor")
     _check_outputs(args)
-    if args.images is not None:
+    if args.images is not None and not Path(args.images).is_dir():
         open_images(args.images, args.size)
     if args.reference is None:
         return None

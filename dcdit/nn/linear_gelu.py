@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from dcdit.nn.plain import is_plain
 
 DTYPES = (torch.float16, torch.bfloat16)
-WEIGHTS = (nn.Parameter,)
-"""A subclass of Tensor may be quantised, or divided over processes."""
 
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
@@ -33,8 +31,8 @@ def _may_fuse(linear: nn.Linear, x: Tensor) -> bool:
         and x.dim() >= 2
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        and type(linear.weight) in WEIGHTS
-        and type(linear.bias) in WEIGHTS
+        # A subclass of Tensor may be quantised, or divided over processes.
+        and type(linear.weight) is type(linear.bias) is nn.Parameter
         and x.dtype == linear.weight.dtype == linear.bias.dtype
     )
 
