@@ -93,9 +93,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def empty_like(made: Tensor) -> Tensor:
-    """The same for one more output of the shape and dtype of ``made``, which :func:`empty` returned: a cheaper call."""
-    return torch.empty_like(made)
+def empty_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for a contiguous output of the shape and the device of ``rows``: often a cheaper call."""
+    if dtype == rows.dtype and rows.is_contiguous():
+        return torch.empty_like(rows)
+    return empty(tuple(rows.shape), dtype, rows.device)
 
 
 def set_default_configs(kernel: str, config: Config | None = None, **by_size: dict[int, Config]) -> None:
