@@ -22,6 +22,7 @@ from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically, write_text
 from dcdit.utils.outputs import check_own
+from dcdit.utils.signals import Stopped
 
 DROP_FRACTIONS = (0.0, 0.3, 0.6)
 NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -82,8 +83,10 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     config = demo_config(run_folder, minutes, seed)
     print(f"1/4 training for {minutes:g} minutes on crops of real photographs", flush=True)
     result = train(config)
+    if result.signal:
+        raise Stopped(result.signal)
     write_text(out / RECORD, json.dumps({"config": asdict(config)}))
-    log = [json.loads(line) for line in result.log.read_text().splitlines()]
+    log = [json.loads(line) for line in result.log.read_text(encoding="utf-8").splitlines()]
     log = [row for row in log if "loss" in row]
     plot_training(log, config.router.target, out / "training.png")
     model = load_model(result.checkpoint).eval()

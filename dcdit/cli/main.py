@@ -7,14 +7,17 @@ It is imported when it is called.
 import argparse
 import contextlib
 import importlib
-import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from dcdit import __version__
+from dcdit.cli.output import lenient_output
+from dcdit.utils.processes import is_first_process, is_first_to_say
+from dcdit.utils.signals import Signals, Stopped
 
 COMMANDS = {
     "train": ("dcdit.cli.train", "train a DC-DiT or a static DiT"),
@@ -70,23 +73,33 @@ def _warnings_in_one_line() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of a signal that ended
-    it: 130 after Ctrl-C, and of training also 143 after SIGTERM and 129 after SIGHUP, when the checkpoint is saved.
+    0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of the signal that ended
+    it: 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP. Training has saved a checkpoint by then.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character of a result is no reason to fail.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with lenient_output(), Signals(raising=True):
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
+            if is_first_process():
+                print(f"dcdit: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+            return 128 + number
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code of a command that nobody interrupts."""
     try:
         args = create_parser(arguments).parse_args(arguments)
-        return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
-    except KeyboardInterrupt:
-        print("dcdit: interrupted", file=sys.stderr)
-        return 130
+        code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
+        sys.stdout.flush()  # an error here is one of the command: its result is not whole
+        return code
     except USER_ERRORS as error:
         if os.environ.get("DCDIT_TRACEBACK") == "1":
             raise
-        print(f"dcdit: error: {_one_line(error)}", file=sys.stderr)
+        message = _one_line(error)
+        if is_first_to_say(message):
+            print(f"dcdit: error: {message}", file=sys.stderr)
         return 2
 
 

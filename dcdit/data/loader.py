@@ -5,14 +5,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.data.samples import Samples
-
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+from dcdit.utils.signals import SIGNALS
 
 
 def batches(
@@ -43,14 +43,18 @@ def batches(
         batch_sampler=order,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
     )
+    yield from started(loader)
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader whose ``worker_init_fn`` is :func:`leave_signals_to_parent`."""
     with _signals_held():
-        loaded = iter(loader)
-    yield from loaded
+        return iter(loader)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     """Ignore the signals that ask a job to end, unless they come from the process that this one works for.
 
     Schedulers send them to every process of a job, and launchers to every process of a group. What is still to be done

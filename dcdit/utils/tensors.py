@@ -17,4 +17,4 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     try:
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
-        raise OSError(f"{path.name} cannot be written: {' '.join(str(error).split())}") from None
+        raise OSError(f"{path.name}: {' '.join(str(error).split())}") from None
