@@ -21,7 +21,7 @@ from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically, write_text
-from dcdit.utils.outputs import check_own
+from dcdit.utils.outputs import check_output_folder, check_own
 from dcdit.utils.signals import Stopped
 
 DROP_FRACTIONS = (0.0, 0.3, 0.6)
@@ -78,6 +78,7 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     from dcdit.train import train
 
     began = time.monotonic()
+    check_output_folder(out)
     check_own(out, RECORD, ("config",), FILES)
     run_folder = out / time.strftime("run-%Y%m%d-%H%M%S")
     config = demo_config(run_folder, minutes, seed)
