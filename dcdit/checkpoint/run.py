@@ -284,6 +284,8 @@ def find_checkpoint(path: str | Path) -> Path:
 def model_file(path: str | Path, ema: bool = True) -> Path:
     """The model file in a run folder or checkpoint folder; any other path is returned as it is.
 
+    A folder without a run that holds one safetensors file, as published models do, gives that file.
+
     Args:
         ema: of a folder, the averaged weights.
 
@@ -291,7 +293,12 @@ def model_file(path: str | Path, ema: bool = True) -> Path:
         FileNotFoundError: a folder without a checkpoint.
     """
     path = Path(path)
-    return find_checkpoint(path) / (EMA_FILE if ema else MODEL_FILE) if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    files = list(path.glob("*.safetensors"))
+    if len(files) == 1 and not (path / TRAINER_FILE).exists():
+        return files[0]
+    return find_checkpoint(path) / (EMA_FILE if ema else MODEL_FILE)
 
 
 def keep_newest(newest: Path, count: int | None) -> None:

@@ -102,7 +102,9 @@ def _sample(
         device = state.device
     weights = find_weights(args.checkpoint, not args.no_ema, state.is_main_process)
     options = sampling_options(argparse.Namespace(**{**vars(args), "checkpoint": str(weights.file)}))
-    model, decode = load_for_sampling(options, device)
+    model, decode, _ = load_for_sampling(
+        options.checkpoint, device, ema=options.ema, precision=options.precision, vae=options.vae
+    )
     weights.check()
     if decode is None:
         channels = model.config.in_channels

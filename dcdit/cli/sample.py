@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_output_folder(out)
     device = resolve_device(args.device)
-    model, decode = load_for_sampling(options, device)
+    model, decode, _ = load_for_sampling(
+        options.checkpoint, device, ema=options.ema, precision=options.precision, vae=options.vae
+    )
     labels = class_labels(model.config.num_classes, args.labels, args.num_per_class, args.num)
     check_fit(options, model)
     if args.report:

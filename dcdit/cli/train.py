@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dcdit import checkpoint, config
+from dcdit.cli.configurations import annotated, dry_run, list_configs
 from dcdit.train.folder import CONFIG_FILE
 from dcdit.train.loop import train
 
@@ -30,12 +31,26 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "configuration keys (for the YAML file and --set):\n\n" + config.describe()
-    parser.add_argument("--config", metavar="FILE", help="YAML file; keys it leaves out take their defaults")
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="a recipe of this package (--list-configs) or a YAML file; keys it leaves out take their defaults",
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. optim.lr=1e-4"
     )
     parser.add_argument(
         "--resume", metavar="DIR", help="continue this run (or checkpoint) with its own configuration and in its folder"
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list-configs", action="store_true", help="show the recipes of this package and stop")
+    instead.add_argument(
+        "--print-config",
+        action="store_true",
+        help="show what the run would use, as YAML that --config reads, with the meaning of every key, and stop",
+    )
+    instead.add_argument(
+        "--dry-run", action="store_true", help="check data, model and folder, show what the run would cost, and stop"
     )
     for flag, key in FLAGS.items():
         section, name = key.split(".")
@@ -54,6 +69,9 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
         args: parsed arguments.
         values: ``section.key`` to value; they override the file, and ``--set`` and the other flags override them.
     """
+    if args.list_configs:
+        print(list_configs())
+        return 0
     flags = {key: getattr(args, key) for key in FLAGS.values()}
     typed = {key: config.parse_value(key, text) for key, text in flags.items() if text is not None}
     overrides = {**values, **config.parse_overrides(args.set), **typed}
@@ -65,6 +83,12 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
         )
     else:
         settings = _resumed(args.resume, overrides)
+    if args.print_config:
+        print(annotated(settings))
+        return 0
+    if args.dry_run:
+        print(dry_run(settings, args.resume))
+        return 0
     result = train(settings, resume=args.resume)
     if result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")

@@ -19,6 +19,7 @@ from dcdit.config.train import (
     override,
     parse_overrides,
     parse_value,
+    recipes,
     to_dict,
 )
 
@@ -41,5 +42,6 @@ __all__ = [
     "override",
     "parse_overrides",
     "parse_value",
+    "recipes",
     "to_dict",
 ]

@@ -122,16 +122,19 @@ def did_you_mean(name: Any, accepted: Iterable[str]) -> str:
 def describe(cls: type) -> str:
     """Every key of a dataclass of sections, one per line, with its meaning, type and default."""
     lines = []
-    hints = typing.get_type_hints(cls)
     for section in dataclasses.fields(cls):
-        kind = hints[section.name]
-        types_of = typing.get_type_hints(kind)
-        default = kind()
+        kind = typing.get_type_hints(cls)[section.name]
         lines.append(f"{section.name}: {kind.__doc__}")
         for field in dataclasses.fields(kind):
-            value = getattr(default, field.name)
-            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-            about = f"{type_name(types_of[field.name])}, default {shown}"
             name = f"{section.name}.{field.name}"
-            lines.append(f"  {name:<25} {field.metadata['doc']} ({about})")
+            lines.append(f"  {name:<25} {field.metadata['doc']} ({about(kind, field)})")
     return "\n".join(lines)
+
+
+def about(section: type, field: "dataclasses.Field[Any]") -> str:
+    """Type, bounds and default of a key: ``int, at least 1, default 256``."""
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    bounds = "" if field.metadata["choices"] else _accepted(field.metadata)
+    parts = (type_name(typing.get_type_hints(section)[field.name]), bounds, f"default {shown}")
+    return ", ".join(part for part in parts if part)

@@ -28,8 +28,10 @@ class ModelSection:
     """the model that is trained"""
 
     name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
-    image_size: int = option(256, "pixels per side; presets work on latents of an eighth of it", at_least=1)
-    num_classes: int = option(1000, "number of labels", at_least=1)
+    image_size: int | None = option(
+        None, "pixels per side; presets work on latents of an eighth of it; null fits the grid to the data", at_least=1
+    )
+    num_classes: int | None = option(None, "number of labels; null takes those of the data", at_least=1)
     overrides: dict[str, Any] = option({}, "fields of the model's configuration that replace the preset's")  # noqa: RUF009
 
 
@@ -167,11 +169,16 @@ class TrainConfig:
             )
 
 
+def recipes() -> dict[str, Path]:
+    """The training configurations that come with the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+
+
 def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> TrainConfig:
-    """Read a YAML file (without one, all defaults) and set single keys.
+    """Read a YAML file or a recipe (without one, all defaults) and set single keys.
 
     Args:
-        path: of the file; keys that it leaves out take their defaults.
+        path: of the file, or the name of one of the :func:`recipes`; keys that it leaves out take their defaults.
         overrides: see :data:`Overrides`.
 
     Raises:
@@ -247,10 +254,16 @@ def describe() -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     yaml = _yaml()
+    if not path.exists():
+        path = recipes().get(str(path), path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise FileNotFoundError(f"no configuration file {str(path)!r}") from None
+        names = recipes()
+        raise FileNotFoundError(
+            f"no configuration file {str(path)!r}, nor a recipe of that name; accepted: a YAML file, or one of "
+            f"{', '.join(names)}{schema.did_you_mean(path, names)}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

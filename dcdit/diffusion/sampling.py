@@ -134,7 +134,7 @@ def _sampler(
 def progress_bar(total: int, wanted: bool, name: str, unit: str) -> Iterator[Callable[[], object]]:
     """A function that advances a progress bar by one step. It does nothing without tqdm, or if no bar is ``wanted``."""
     try:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
     except ImportError:
         wanted = False
     if not wanted:

@@ -17,12 +17,15 @@ class _TransformerConfig:
     grid: tuple[int, int]
     """(H, W) of the input."""
     in_channels: int = 4
+    """Channels of the input: 4 of most latents, 3 of pixels."""
     hidden_size: int
-    """D."""
+    """Width D of the tokens."""
     depth: int
     """Transformer blocks."""
     num_heads: int
+    """Attention heads of a block, a divisor of D."""
     mlp_ratio: float = 4.0
+    """Width of the MLP over D."""
     num_classes: int = 1000
     class_dropout_prob: float = 0.1
     """Chance that training replaces a label by the null class ``num_classes``. At 0 there is no null class."""
@@ -112,6 +115,7 @@ class DiTConfig(_TransformerConfig):
     """
 
     patch_size: int = 2
+    """Positions per side of a token."""
     frequency_shift: int = 0
     """Of the timestep frequencies, see :class:`dcdit.nn.TimestepEmbedder`: 0 in the original, 1 in diffusers."""
     mlp_norm_eps: float = 1e-6

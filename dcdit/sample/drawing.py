@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,23 +41,44 @@ class DrawnImages:
     """One entry per model call, averaged over the images."""
     first_image: FirstImage | None
     """If it was asked for."""
+    maps: list[list[BoundaryMap]]
+    """How the router saw each image, one entry per model call, if it was asked for; else empty."""
 
 
-def load_for_sampling(options: SamplingOptions, device: torch.device) -> tuple[DCDiT | DiT, Decoder | None]:
-    """The model of the checkpoint on the device, and the decoder of its samples: None for latents without a ``vae``.
+class SamplingModel(NamedTuple):
+    """A model that is ready to draw."""
+
+    model: DCDiT | DiT
+    decode: Decoder | None
+    """Makes pixels of its samples. None for latents without an autoencoder."""
+    notes: dict[str, str]
+    """What its file says about itself (:func:`dcdit.checkpoint.read_metadata`)."""
+
+
+def load_for_sampling(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    ema: bool = True,
+    precision: str = "fp32",
+    vae: str | Path | None = None,
+) -> SamplingModel:
+    """The model of a checkpoint on the device, and the decoder of its samples.
+
+    Args: as in :class:`SamplingOptions`.
 
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: see :func:`dcdit.checkpoint.load_model` and
             :func:`dcdit.data.autoencoder.create_decoder`.
     """
-    file = model_file(options.checkpoint, options.ema)  # once: a training run may write another one meanwhile
-    model = load_model(file, options.ema).to(device)
+    file = model_file(checkpoint, ema)  # once: a training run may write another one meanwhile
+    model = load_model(file, ema).to(device)
     if isinstance(model, DCDiT):
         channels_last(model)
-    if options.precision == "bf16":
+    if precision == "bf16":
         model = model.bfloat16()
-    notes = read_metadata(file, options.ema)
-    return model, create_decoder(options.vae, model.config.in_channels, device, notes)
+    notes = read_metadata(file, ema)
+    return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes), notes)
 
 
 def draw(
@@ -66,6 +89,7 @@ def draw(
     *,
     first_index: int = 0,
     trace: bool = False,
+    maps: bool = False,
     progress: bool = True,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
@@ -75,16 +99,17 @@ def draw(
         drop: drop fraction of the conditional branch; None leaves the option out.
         first_index: number of the first image; the noise of an image depends on its number and the seed.
         trace: also record how the first image was drawn.
+        maps: also record how the router saw every image.
         progress: show a bar for each batch.
 
     Raises:
         FloatingPointError: an image is not finite.
     """
-    images, records = [], []
+    images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
         batch = labels[start : start + options.batch_size]
-        calls = ModelCalls(model, len(batch), maps=trace and start == 0)
+        calls = ModelCalls(model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
         expected: dict[float, Tensor] = {}
 
         def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
@@ -108,12 +133,13 @@ def draw(
             )
         )
         records.append((len(batch), calls.records()))
+        seen += [calls.maps(image) for image in range(len(batch) if maps else 0)]
         if trace and start == 0:
             first_image = FirstImage(calls.maps(), expected)
     x = torch.cat(images)
     if not x.isfinite().all():
         raise FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
-    return DrawnImages(x, mean_records(records), first_image)
+    return DrawnImages(x, mean_records(records), first_image, seen)
 
 
 def clips(model: DCDiT | DiT, method: str) -> bool:

@@ -1,12 +1,15 @@
 """What each model call of a sampling run kept and cost."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcdit.diffusion import sample
 from dcdit.models import DCDiT, DiT, count_flops
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CallRecord = dict[str, float]
 """What one model call kept and cost; its names are those of :meth:`ModelCalls.records`."""
@@ -22,6 +25,13 @@ class BoundaryMap(NamedTuple):
     mask: Tensor
     """(H, W) bool: the kept tokens."""
 
+    def over(self, image: "Image") -> "Image":
+        """The picture of the image with the positions that were not kept darkened to a quarter."""
+        from PIL import Image
+
+        mask = Image.fromarray(self.mask.numpy()).resize(image.size, Image.Resampling.NEAREST)
+        return Image.composite(image, image.point(lambda level: level // 4), mask)
+
 
 class ModelCalls:
     """A model that records what each of its calls keeps and costs. A sampler takes it as the model.
@@ -31,10 +41,10 @@ class ModelCalls:
     Args:
         model: a dynamic one is called with ``return_routing=True``.
         images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
-        maps: also record how the router sees the first image.
+        maps: also record how the router sees so many of the first images.
     """
 
-    def __init__(self, model: DCDiT | DiT, images: int, maps: bool = False) -> None:
+    def __init__(self, model: DCDiT | DiT, images: int, maps: int = 0) -> None:
         self.config, self.objective = model.config, model.objective
         self.model, self.images = model, images
         self._maps = maps
@@ -47,7 +57,7 @@ class ModelCalls:
         out, routing = self.model(x, t, y, **options, return_routing=True)
         call = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
         if self._maps:
-            call |= {"prob": routing.prob[0], "mask": routing.mask[0]}
+            call |= {"prob": routing.prob[: self._maps], "mask": routing.mask[: self._maps]}
         self._calls.append(call)
         return out
 
@@ -60,10 +70,12 @@ class ModelCalls:
         """
         return [self._record(call) for call in self._calls]
 
-    def maps(self) -> list[BoundaryMap]:
-        """How the router saw the first image, one entry per call."""
+    def maps(self, image: int = 0) -> list[BoundaryMap]:
+        """How the router saw one of the images, one entry per call."""
         return [
-            BoundaryMap(float(call["t"][0]), *(call[name].view(self.config.grid).cpu() for name in ("prob", "mask")))
+            BoundaryMap(
+                float(call["t"][0]), *(call[name][image].view(self.config.grid).cpu() for name in ("prob", "mask"))
+            )
             for call in self._calls
             if "prob" in call
         ]

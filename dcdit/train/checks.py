@@ -1,10 +1,12 @@
 """What is refused before the first step: data, model and configuration that do not fit one another."""
 
 import os
+from typing import Any
 
 from dcdit.checkpoint import Model
-from dcdit.config import TrainConfig
+from dcdit.config import ModelSection, TrainConfig
 from dcdit.data import Samples
+from dcdit.models.presets import LATENT_STRIDE
 
 
 def local_batch_size(config: TrainConfig, processes: int, dynamic: bool) -> int:
@@ -39,6 +41,26 @@ def check_sharding(config: TrainConfig) -> None:
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() == "true":
             raise ValueError(f"ACCELERATE_USE_{plugin} is true; accepted: false, and optim.shard to divide the weights")
+
+
+def model_arguments(section: ModelSection, data: Samples) -> dict[str, Any]:
+    """What :func:`dcdit.models.create_model` takes. Sizes that the section leaves open are those of the data.
+
+    Raises:
+        ValueError: an override of what has a key of its own.
+    """
+    for name in ("name", "image_size", "num_classes"):
+        if name in section.overrides:
+            raise ValueError(f"model.overrides has {name!r}; accepted: model.{name} instead")
+    channels, height, width = data.shape
+    fitting = (LATENT_STRIDE * height, LATENT_STRIDE * width)
+    return {
+        "name": section.name,
+        "image_size": fitting if section.image_size is None else section.image_size,
+        "num_classes": len(data.class_names) if section.num_classes is None else section.num_classes,
+        "in_channels": channels,
+        **section.overrides,
+    }
 
 
 def check_fit(data: Samples, model: Model) -> None:

@@ -46,11 +46,17 @@ def _claimed(config: TrainConfig, resume: str | Path | None) -> Iterator[None]:
     out = Path(config.run.out)
     with claimed(out):
         recover(out / ckpt.CHECKPOINTS)
-        if resume is None:
-            _check_free(out, config)
-        else:
-            _check_later_checkpoints(out, ckpt.find_checkpoint(resume))
+        check_folder(config, resume)
         yield
+
+
+def check_folder(config: TrainConfig, resume: str | Path | None) -> None:
+    """Raise ValueError if the folder of the run holds files that the run would replace."""
+    out = Path(config.run.out)
+    if resume is None:
+        _check_free(out, config)
+    else:
+        _check_later_checkpoints(out, ckpt.find_checkpoint(resume))
 
 
 def _check_free(out: Path, config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
 from dcdit.nn.memory_format import channels_last
-from dcdit.train.checks import check_fit, check_sharding, local_batch_size
+from dcdit.train.checks import check_fit, check_sharding, local_batch_size, model_arguments
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
@@ -99,16 +99,15 @@ def _train(
     device, main_process = accelerator.device, accelerator.is_main_process
     rank, processes = accelerator.process_index, accelerator.num_processes
 
-    # Model, data, objective, optimiser.
+    # Data, model, objective, optimiser.
+    dataset = create_dataset(config.data, "train", optim.seed)
     torch.manual_seed(optim.seed)
-    preset = config.model
-    model = create_model(preset.name, preset.image_size, preset.num_classes, **preset.overrides).to(device)
+    model = create_model(**model_arguments(config.model, dataset)).to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.
     model.y_embedder.dropout_prob = 0.0
     model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
     local_batch = local_batch_size(config, processes, isinstance(model, DCDiT))
-    dataset = create_dataset(config.data, "train", optim.seed)
     check_fit(dataset, model)
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
     sharded = optim.shard and processes > 1

@@ -1,6 +1,7 @@
 """What a run saves in its checkpoints, and how it continues from one."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,8 @@ class TrainState:
         weights, averages, moments = (gathered(part, main_process) for part in parts)
         if main_process:
             trainer = {"step": step, "flops": flops, "config": to_dict(config)}
-            ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, data.notes, weights)
+            notes = {**data.notes, "class_names": json.dumps(data.class_names)}
+            ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, notes, weights)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder

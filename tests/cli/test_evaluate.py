@@ -139,8 +139,8 @@ def test_a_run_that_saves_meanwhile_changes_nothing(evaluate, tmp_path, monkeypa
     module = sys.modules["dcdit.cli.evaluate"]
     original = getattr(module, moment)
 
-    def saves_then(*args):
-        found = original(*args)
+    def saves_then(*args, **options):
+        found = original(*args, **options)
         write_checkpoint(tmp_path / "a", 2, seed=2)
         return found
 
@@ -161,9 +161,9 @@ def test_weights_that_are_replaced_while_they_are_read(evaluate, tmp_path, monke
     module = sys.modules["dcdit.cli.evaluate"]
     original = module.load_for_sampling
 
-    def replaces_then(*args):
+    def replaces_then(*args, **options):
         write_checkpoint(tmp_path / "a", 1, seed=2)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(module, "load_for_sampling", replaces_then)
     code, _, err = evaluate("--checkpoint {out}/a --num 2 --steps 1 --out {out}/one")

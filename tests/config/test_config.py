@@ -15,6 +15,7 @@ from dcdit.config import (
     override,
     parse_overrides,
     parse_value,
+    recipes,
     to_dict,
 )
 
@@ -198,3 +199,15 @@ def test_bad_file(write, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no configuration file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_recipes_have_names(tmp_path, monkeypatch):
+    """A file of that name goes first, and a near miss is named."""
+    assert list(recipes().values()) == CONFIGS
+    for path in CONFIGS:
+        assert load_config(path.stem) == load_config(path)
+    with pytest.raises(FileNotFoundError, match=r"one of dc-dit-b-256, .*; did you mean 'dc-dit-s-256'"):
+        load_config("dc-dit-s-265")
+    monkeypatch.chdir(tmp_path)
+    Path("dc-dit-s-256").write_text("optim: {steps: 7}")
+    assert load_config("dc-dit-s-256").optim.steps == 7

@@ -67,6 +67,34 @@ def without_speed(result):
     return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
 
 
+def test_sizes_that_the_data_tell(config):
+    """Without them in the configuration, the model is the same as with them."""
+    sizes = {name: value for name, value in TINY.items() if name not in ("in_channels", "grid")}
+    given = train(config("optim.steps=1", out="given"))
+    found = train(
+        config("optim.steps=1", "model.num_classes=null", f"model.overrides={json.dumps(sizes)}", out="found")
+    )
+    assert_same_weights(given.checkpoint, found.checkpoint)
+    model = ckpt.load_model(found.checkpoint)
+    assert (model.config.grid, model.config.in_channels, model.config.num_classes) == ((8, 8), 3, 3)
+    assert model.config.dechunk_sigma == 1.0
+    assert json.loads(ckpt.read_metadata(found.checkpoint)["class_names"]) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.image_size=128", r"the data has shape \(3, 8, 8\), the model takes \(3, 16, 16\)"),
+        ("model.overrides.in_channels=4", r"the data has shape \(3, 8, 8\), the model takes \(4, 8, 8\)"),
+        ("model.overrides.num_classes=3", "model.overrides has 'num_classes'; accepted: model.num_classes instead"),
+    ],
+)
+def test_sizes_that_contradict_the_data(config, change, message):
+    overrides = [] if "overrides" in change else ['model.overrides={"hidden_size": 128, "num_heads": 2, "depth": 1}']
+    with pytest.raises(ValueError, match=message):
+        train(config(*overrides, change))
+
+
 def assert_same_weights(a, b):
     """Bit for bit: weights, averaged weights and optimiser state of two checkpoints."""
     one, two = ckpt.load_checkpoint(a), ckpt.load_checkpoint(b)

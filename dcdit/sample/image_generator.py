@@ -1,0 +1,258 @@
+"""From a checkpoint to pictures, in Python."""
+
+import difflib
+import json
+import math
+import operator
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dcdit.checkpoint import CHECKPOINTS
+from dcdit.checkpoint.hub import local_path
+from dcdit.diffusion import parse_drop_schedule
+from dcdit.diffusion.guidance import Fraction
+from dcdit.models import DCDiT
+from dcdit.sample.drawing import SamplingModel, draw, load_for_sampling
+from dcdit.sample.options import DEFAULT_METHOD, SamplingOptions
+from dcdit.utils.environment import resolve_device
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OUTPUTS = ("pil", "pt", "latent")
+VAE = "vae"
+"""Folder of the autoencoder beside the weights, as in a pipeline of diffusers."""
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    ema: bool = True,
+    vae: str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    revision: str | None = None,
+) -> "ImageGenerator":
+    """A model that is ready to draw: ``dcdit.load("runs/a").generate(["cat", 3])``.
+
+    Args:
+        source: a run folder (its newest checkpoint is taken), a checkpoint folder, a ``.safetensors`` file of this
+            package, a ``.pt`` file of the DC-DiT reference implementation, or the id ``owner/name`` of a repository of
+            the Hugging Face Hub, which is fetched once.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        precision: of the weights, ``fp32`` or ``bf16``.
+        ema: of a run or checkpoint, take the averaged weights.
+        vae: folder or Hub id of the diffusers ``AutoencoderKL`` that turns latents into pixels. By default the folder
+            ``vae`` beside the weights or in the run, if there is one. A model of pixels needs none.
+        class_names: name of every label, for files that do not hold them. Checkpoints of this package do.
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        FileNotFoundError: nothing at ``source``.
+        ValueError: a damaged file, weights of something else, an autoencoder that does not fit, or another number of
+            names than the model has classes.
+        ModuleNotFoundError: an extra is missing; the message names it.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}; accepted: fp32, bf16")
+    where = resolve_device(device)
+    path = local_path(source, revision)
+    decoder = _autoencoder_beside(path) if vae is None else local_path(vae)
+    loaded = load_for_sampling(path, where, ema=ema, precision=precision, vae=decoder)
+    return ImageGenerator(loaded, str(source), where, class_names)
+
+
+class ImageGenerator:
+    """Draws images with one model. :func:`dcdit.load` makes it.
+
+    Attributes:
+        model: the :class:`~dcdit.models.DCDiT` or :class:`~dcdit.models.DiT`, in eval mode.
+        class_names: name of every label; empty where nobody said them.
+        device: of the model.
+    """
+
+    def __init__(
+        self, loaded: SamplingModel, source: str, device: torch.device, class_names: Sequence[str] | None = None
+    ) -> None:
+        self.model, self._decode, notes = loaded
+        self.device, self._source = device, source
+        self.class_names = tuple(_names_in(notes, source) if class_names is None else class_names)
+        classes = self.model.config.num_classes
+        if len(self.class_names) > classes or (class_names is not None and len(self.class_names) != classes):
+            raise ValueError(
+                f"{len(self.class_names)} class names for {source}; accepted: {classes}, one for each class"
+            )
+
+    def generate(
+        self,
+        labels: int | str | Sequence[int | str] | Tensor,
+        *,
+        drop_fraction: float | str | Callable[[float], float] = 0.0,
+        null_drop_fraction: float | None = None,
+        budget: int | None = None,
+        num_steps: int = 250,
+        method: str | None = None,
+        cfg_scale: float = 1.0,
+        cfg_interval: tuple[float, float] | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        output_type: str = "pil",
+        return_maps: bool = False,
+        progress: bool = True,
+    ) -> Any:
+        """Draw one image for each label.
+
+        The noise of an image depends only on the seed and its place in ``labels``, so the same call draws the same
+        images, whatever the batch size (up to the rounding of the model).
+
+        Args:
+            labels: class names or numbers; one, or a sequence.
+            drop_fraction: share of the kept tokens to drop, in [0, 1): a number, a schedule as text
+                (``"linear:0.6:0.1"``), or any function of time. A static model takes only 0.
+            null_drop_fraction: another one for the unconditional branch (Lite-CFG).
+            budget: keep exactly so many tokens per image instead.
+            num_steps: sampling steps.
+            method: see :func:`dcdit.diffusion.sample`. By default ``ddpm``, or ``heun`` for a model that was trained
+                with the flow objective. One that does not fit is an error.
+            cfg_scale: classifier-free guidance; 1 is none.
+            cfg_interval: guide at these times only; 1 is noise, 0 data.
+            seed: fixes the noise.
+            batch_size: images per forward pass.
+            output_type: ``pil`` for pictures; ``pt`` for a float32 tensor (N, 3, H, W) in [-1, 1]; ``latent`` for what
+                the model makes, (N, C, h, w).
+            return_maps: also return what the router saw and kept.
+            progress: show a bar for each batch, in a notebook too.
+
+        Returns:
+            A list of N ``PIL.Image.Image``, or the tensor. With ``return_maps`` a pair of that and a list of N lists of
+            :class:`~dcdit.sample.BoundaryMap`, one entry for each model call;
+            ``maps[0][-1].over(images[0])`` is a picture of it.
+
+        Raises:
+            ValueError, TypeError: a class or option that is not accepted.
+            FloatingPointError: an image is not finite.
+        """
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type is {output_type!r}; accepted: {', '.join(OUTPUTS)}")
+        if output_type != "latent" and self._decode is None:
+            raise ValueError(
+                f"{self._source} makes latents of {self.model.config.in_channels} channels; give dcdit.load the vae "
+                "that decodes them, or generate with output_type='latent'"
+            )
+        options = SamplingOptions(
+            checkpoint=self._source,
+            method=DEFAULT_METHOD[self.model.objective or "dit"] if method is None else method,
+            steps=num_steps,
+            cfg_scale=cfg_scale,
+            cfg_interval=cfg_interval,
+            null_drop_fraction=null_drop_fraction,
+            budget=budget,
+            seed=seed,
+            batch_size=_positive("batch_size", batch_size),
+        )
+        drop = self._drop(drop_fraction, options, return_maps)
+        classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)
+        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress)
+        images = self._output(drawn.x, output_type, batch_size)
+        return (images, drawn.maps) if return_maps else images
+
+    def labels(self, classes: int | str | Sequence[int | str] | Tensor) -> list[int]:
+        """Class numbers from names and numbers. ValueError or TypeError for what is neither."""
+        if isinstance(classes, Tensor):
+            classes = classes.tolist()
+        given = [classes] if isinstance(classes, int | str) else list(classes)
+        if not given:
+            raise ValueError("labels are empty; accepted: at least one class name or number")
+        return [self._label(one) for one in given]
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        size = " x ".join(map(str, (config.in_channels, *config.grid)))
+        return (
+            f"<{type(self.model).__name__} of {self._source}: {config.num_classes} classes, {size}, on {self.device}>"
+        )
+
+    def _label(self, one: Any) -> int:
+        if isinstance(one, str):
+            if one in self.class_names:
+                return self.class_names.index(one)
+            close = difflib.get_close_matches(one, self.class_names, n=3)
+            known = ", ".join(close or self.class_names[:8])
+            what = f"classes such as {known}" if known else "numbers, because the model's file holds no names"
+            raise ValueError(f"no class {one!r} in {self._source}; accepted: {what}")
+        try:
+            label = operator.index(one)
+        except TypeError:
+            label = -1
+        if isinstance(one, bool) or not 0 <= label < self.model.config.num_classes:
+            raise ValueError(
+                f"label {one!r}; accepted: a class name or a number from 0 to {self.model.config.num_classes - 1}"
+            )
+        return label
+
+    def _drop(
+        self, wanted: float | str | Callable[[float], float], options: SamplingOptions, maps: bool
+    ) -> Fraction | None:
+        """The drop fraction for the sampler; None leaves the option out."""
+        asked = {
+            "drop_fraction": not (isinstance(wanted, int | float) and wanted == 0),
+            "budget": options.budget is not None,
+            "null_drop_fraction": options.null_drop_fraction is not None,
+            "return_maps": maps,
+        }
+        for name in ("null_drop_fraction", "cfg_interval"):
+            if getattr(options, name) is not None and options.cfg_scale == 1:
+                raise ValueError(f"{name} is for guidance; accepted with a cfg_scale other than 1")
+        if not isinstance(self.model, DCDiT):
+            for name in (name for name, given in asked.items() if given):
+                raise ValueError(f"{self._source} holds a static DiT, which drops no tokens; leave {name} out")
+            return None
+        if options.budget is not None:
+            if asked["drop_fraction"] or asked["null_drop_fraction"]:
+                raise ValueError(f"budget is {options.budget}, which fixes the tokens kept; leave the fractions out")
+            positions = math.prod(self.model.config.grid)
+            if not 1 <= options.budget <= positions:
+                raise ValueError(f"budget is {options.budget}; accepted: 1 to {positions}, the positions of an image")
+            return None
+        return parse_drop_schedule(wanted) if isinstance(wanted, str) else wanted
+
+    def _output(self, x: Tensor, output_type: str, batch_size: int) -> "list[Image] | Tensor":
+        if output_type == "latent" or self._decode is None:
+            return x
+        pixels = torch.cat([self._decode(batch) for batch in x.split(batch_size)])
+        if output_type == "pt":
+            return pixels
+        from PIL import Image
+
+        from dcdit.utils.images import to_pixels
+
+        return [Image.fromarray(image) for image in to_pixels(pixels)]
+
+
+def _autoencoder_beside(path: Path) -> Path | None:
+    """The folder of an autoencoder in the folder of the weights, or in the run that the checkpoint is of."""
+    folder = path if path.is_dir() else path.parent
+    run = [folder.parents[1]] if folder.parent.name == CHECKPOINTS else []
+    return next((place / VAE for place in [folder, *run] if (place / VAE / "config.json").is_file()), None)
+
+
+def _names_in(notes: dict[str, str], source: str) -> list[str]:
+    try:
+        names = json.loads(notes.get("class_names", "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} is damaged: its class_names are not a list of names")
+    return names
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; accepted: a positive integer")
+    return value
