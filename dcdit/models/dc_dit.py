@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit.models import init
+from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
@@ -15,19 +16,17 @@ from dcdit.nn import (
     ChunkLayer,
     ConvStack,
     EMADeChunk,
-    LabelEmbedder,
     PackedDiTBlock,
     PackedFinalLayer,
     PendingResidual,
     PredictabilityRouter,
     RMSNorm,
     SpatialDeChunk,
-    StackedModulation,
-    TimestepEmbedder,
     VarlenMeta,
     sincos_position,
     stage,
 )
+from dcdit.nn.embedding import of_first_block
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.ops import TokenSelection, gated_add
 from dcdit.utils.modules import dtype_of
@@ -49,7 +48,8 @@ class BlockStates(NamedTuple):
     """What the inner transformer computed in a forward pass; distillation compares it with a teacher's."""
 
     cond: Tensor
-    """(B, D): SiLU of the conditioning that every block saw, so with the null class where a label was dropped."""
+    """(B, D): SiLU of the conditioning that every block saw, so with the null class where a label was dropped. With
+    ``separate_embedders`` it is (depth, B, D)."""
     outputs: list[Tensor]
     """The packed tokens (T, D) after each block."""
 
@@ -77,16 +77,15 @@ class DCDiT(nn.Module):
         self.config = config
         dim, narrow = config.hidden_size, config.hidden_size // 4
         self.x_embedder = nn.Conv2d(config.in_channels, narrow, 3, padding=1)
-        self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.t_embedder, self.y_embedder = create_embedders(config)
         self.cond_adaptor = nn.LayerNorm(dim) if config.adapt_conditioning else None
         self.register_buffer("pos_embed", torch.empty(math.prod(config.grid), dim, dtype=torch.float32))
         self.encoder = ConvStack((narrow, narrow, dim), dim)
         self.router = ROUTERS[config.router](dim, config.grid)
         self.chunk = ChunkLayer()
-        self.modulation = StackedModulation(dim, config.depth)
+        self.modulation = create_modulation(config)
         self.blocks = nn.ModuleList(
-            PackedDiTBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+            PackedDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.norm = RMSNorm(dim)
         self.residual_proj = nn.Linear(dim, dim)
@@ -159,7 +158,9 @@ class DCDiT(nn.Module):
             embedded = self.t_embedder(t) + self.y_embedder(y)
             # All that read the conditioning start with this SiLU.
             cond = F.silu(embedded)
-            conv_cond = cond if self.cond_adaptor is None else F.silu(self.cond_adaptor(embedded))
+            outer_cond = of_first_block(cond)
+            adaptor = self.cond_adaptor
+            conv_cond = outer_cond if adaptor is None else F.silu(adaptor(of_first_block(embedded)))
             x = x.to(dtype_of(self.x_embedder), memory_format=torch.channels_last)
             tokens = to_tokens(self.x_embedder(x))
         with stage("encoder"):
@@ -176,7 +177,7 @@ class DCDiT(nn.Module):
         with stage("decoder"):
             tokens = self.decoder(tokens, grid, conv_cond)
         with stage("final"):
-            out = to_grid(self.final_layer(tokens, cond), grid).contiguous()
+            out = to_grid(self.final_layer(tokens, outer_cond), grid).contiguous()
         if not (return_routing or return_states):
             return out
         routing = Routing(p, sel.mask, sel.natural_mask, sel)
@@ -185,7 +186,7 @@ class DCDiT(nn.Module):
     def transform(
         self, tokens: Tensor, cond: Tensor, varlen: VarlenMeta, outputs: list[Tensor] | None = None
     ) -> Tensor:
-        """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D).
+        """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) or (depth, B, D) -> (T, D).
 
         It appends the tokens after each block to ``outputs``.
         """
