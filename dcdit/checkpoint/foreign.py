@@ -5,7 +5,9 @@ This module opens the files and supplies what the weights do not say, such as th
 """
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor
 
 from dcdit.checkpoint.model import Tensors, read_tensors
+from dcdit.checkpoint.state_dicts import find_state_dict, plain_names
 from dcdit.models import DCDiT, DiT, load_dit, load_official
+from dcdit.models.convert.diffusers import embedders_differ
 from dcdit.models.presets import SCALES
 from dcdit.utils.inside import is_inside
+from dcdit.utils.weight_files import find_weights
 
 PICKLE_SUFFIXES = (".pt", ".pth")
-TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model.safetensors"
+TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model"
 """Names of a pipeline's parts in diffusers."""
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """Both names that diffusers has had for DiT."""
@@ -28,9 +33,11 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     """A state dict that PyTorch pickled. Nothing but tensors and plain values is unpickled.
 
     Args:
-        path: the state dict itself, or a training checkpoint with entries ``"ema"`` and ``"model"``. The argparse
-            namespace that facebookresearch/DiT adds holds plain values and is accepted.
-        ema: take ``"ema"`` rather than ``"model"``.
+        path: the state dict itself, or a training checkpoint with an entry such as ``"ema"``, ``"model"`` or
+            ``"state_dict"`` (:mod:`dcdit.checkpoint.state_dicts`). What wrappers put into names (``module.``,
+            ``_orig_mod.``) is removed. The argparse namespace that facebookresearch/DiT adds holds plain values and is
+            accepted.
+        ema: take averaged weights where there are any.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -45,11 +52,11 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} does not load as plain tensors (weights_only=True): {first}") from None
-    if isinstance(state, dict):
-        state = state.get("ema" if ema else "model", state)
+    state = find_state_dict(state, ema)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise ValueError(f"{path} holds no state dict; accepted: names to tensors, or a dict with 'ema' and 'model'")
-    return state
+    with _naming(path):
+        return plain_names(state)
 
 
 def load_official_file(path: Path, ema: bool = True) -> DCDiT:
@@ -98,20 +105,25 @@ def find_diffusers_dit(path: Path) -> Path | None:
 def load_diffusers_dit(folder: Path) -> DiT:
     """A static DiT in eval mode, float32, from a folder of diffusers with safetensors weights, in shards or not.
 
-    The weights are read as those of the original DiT, which trained them: frequency_shift 0, mlp_norm_eps 1e-6
-    (:func:`dcdit.models.load_dit` says more).
+    If all blocks have the same embedders, the weights are read as those of the original DiT, which trained them:
+    frequency_shift 0, mlp_norm_eps 1e-6. If embedders differ, diffusers trained them, and its conventions hold
+    (:func:`dcdit.models.load_dit` says more). Without plain weights, a variant such as ``fp16`` is read.
 
     Raises:
         FileNotFoundError: no safetensors weights.
-        ValueError: a damaged file, or a model that is no DiT.
+        ValueError: a damaged file, several variants, or a model that is no DiT.
     """
     kind, side, num_heads = (
         _entry(folder / CONFIG, key) for key in ("_class_name", "sample_size", "num_attention_heads")
     )
     if kind not in CLASSES:
         raise ValueError(f"{folder / CONFIG} is of a {kind!r}; accepted: {', '.join(CLASSES)}")
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_entry(index, "weight_map").values())) if index.is_file() else [WEIGHTS]
+    index = find_weights(folder, WEIGHTS)
+    if index is None:
+        raise FileNotFoundError(
+            f"no {WEIGHTS}.safetensors in {str(folder)!r}; accepted: weights in safetensors, not pickled ones"
+        )
+    names = sorted(set(_entry(index, "weight_map").values())) if index.suffix == ".json" else [index.name]
     state: dict[str, Tensor] = {}
     for name in names:
         if not is_inside(name):
@@ -119,7 +131,8 @@ def load_diffusers_dit(folder: Path) -> DiT:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= read_tensors(folder / name)[0]
-    return _convert_dit(folder, state, num_heads, grid=(side, side), frequency_shift=0, mlp_norm_eps=1e-6)
+    conventions = {} if embedders_differ(state) else {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
+    return _convert_dit(folder, state, num_heads, grid=(side, side), **conventions)
 
 
 def published_heads() -> dict[int, int]:
@@ -129,8 +142,15 @@ def published_heads() -> dict[int, int]:
 
 def _convert_dit(path: Path, state: Tensors, num_heads: int, **overrides: Any) -> DiT:
     """:func:`dcdit.models.load_dit`, with the path in its errors."""
-    try:
+    with _naming(path):
         return load_dit(state, num_heads, **overrides).float().eval()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path before what is wrong with the weights that come from it."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.utils.weight_files import find_weights, variant_of
+
+WEIGHTS = "diffusion_pytorch_model"
+"""How diffusers names files of weights, without what follows."""
 SD_VAE_SCALE = 0.18215
 """Scale of Stable Diffusion's latents, for autoencoders whose configuration does not say one."""
 
 
 def load_autoencoder(path: str | Path, device: torch.device) -> Any:
-    """A diffusers ``AutoencoderKL`` in eval mode, without gradients.
+    """A diffusers ``AutoencoderKL`` in eval mode, float32, without gradients.
+
+    Without plain weights, a variant such as ``fp16`` is read.
 
     Raises:
         FileNotFoundError: no diffusers configuration there; nothing is ever downloaded.
@@ -27,10 +33,12 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
     except ImportError:
         raise ModuleNotFoundError("an autoencoder needs diffusers: pip install 'dcdit[train]'") from None
     try:
-        autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True)
+        weights = find_weights(Path(path), WEIGHTS)
+        variant = None if weights is None else variant_of(weights)
+        autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True, variant=variant)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} holds no readable AutoencoderKL: {' '.join(str(error).split())}") from None
-    return autoencoder.to(device).eval().requires_grad_(False)
+    return autoencoder.to(device, torch.float32).eval().requires_grad_(False)
 
 
 def shift_and_scale(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:
