@@ -35,10 +35,12 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
     try:
         weights = find_weights(Path(path), WEIGHTS)
         variant = None if weights is None else variant_of(weights)
-        autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True, variant=variant)
+        autoencoder = AutoencoderKL.from_pretrained(
+            path, local_files_only=True, variant=variant, torch_dtype=torch.float32
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} holds no readable AutoencoderKL: {' '.join(str(error).split())}") from None
-    return autoencoder.to(device, torch.float32).eval().requires_grad_(False)
+    return autoencoder.to(device).eval().requires_grad_(False)
 
 
 def shift_and_scale(autoencoder: Any, notes: Mapping[str, str] | None = None) -> tuple[list[float], list[float]]:

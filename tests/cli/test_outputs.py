@@ -245,14 +245,19 @@ def test_tune(place, capsys, monkeypatch):
     """It adds to its own tables, and looks at them before it tunes for hours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [1]})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setenv("DCDIT_CONFIG_FOLDER", str(place / "configs"))
+    one, two, three = ([{"shape": {}, "config": {"ROWS": rows}}] for rows in (1, 2, 3))
+    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": one})
     refused(place, capsys, "tune --out results", "results is a folder; accepted: the name of a file")
     for text in ("months of work", "[1]"):
         (place / "table.json").write_text(text)
         refused(place, capsys, "tune --out table.json", "table.json holds no launch configurations; accepted: ")
-    (place / "table.json").write_text('{"scatter": [2], "gather": [3]}')
+    (place / "table.json").write_text(json.dumps({"scatter": two, "gather": three}))
     assert main(["tune", "--out", "table.json"]) == 0
-    assert json.loads((place / "table.json").read_text()) == {"scatter": [2], "gather": [1]}
+    assert json.loads((place / "table.json").read_text()) == {"scatter": two, "gather": one}
+    assert main(["tune"]) == 0
+    assert [path.name.startswith("Some_GPU") for path in (place / "configs").iterdir()] == [True]
 
 
 @pytest.mark.parametrize(
