@@ -5,6 +5,7 @@ times the model against the static DiT with the same transformer.
 """
 
 import argparse
+import importlib
 import json
 import resource
 import time
@@ -77,6 +78,8 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     from dcdit.profiling.router_study import study_router
     from dcdit.train import train
 
+    for module in ("matplotlib", "skimage"):
+        importlib.import_module(module)  # if one is missing, say so before the work
     began = time.monotonic()
     check_output_folder(out)
     check_own(out, RECORD, ("config",), FILES)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from dcdit import __version__
+from dcdit.cli.extras import missing
 from dcdit.cli.output import lenient_output
 from dcdit.utils.processes import is_first_process, is_first_to_say
 from dcdit.utils.signals import Signals, Stopped
@@ -31,17 +32,6 @@ COMMANDS = {
     "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
 }
 """Name of a subcommand to its module and its line of help."""
-EXTRAS = {
-    "accelerate": "train",
-    "diffusers": "train",
-    "tqdm": "train",
-    "PIL": "train",
-    "yaml": "train",
-    "skimage": "demo",
-    "matplotlib": "demo",
-    "torchmetrics": "eval",
-}
-"""Import names and the extra of this package that installs them."""
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 """Errors that a user can cause: these are printed in one line."""
 
@@ -89,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """The exit code of a command that nobody interrupts."""
+    called = _called(arguments)
     try:
         args = create_parser(arguments).parse_args(arguments)
         code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
@@ -97,7 +88,7 @@ def _run(arguments: Sequence[str]) -> int:
     except USER_ERRORS as error:
         if os.environ.get("DCDIT_TRACEBACK") == "1":
             raise
-        message = _one_line(error)
+        message = _one_line(error, called)
         if is_first_to_say(message):
             print(f"dcdit: error: {message}", file=sys.stderr)
         return 2
@@ -108,7 +99,7 @@ def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="dcdit", description="Dynamic-token diffusion transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dcdit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    called = _called(arguments)
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         if name == called:
@@ -116,11 +107,14 @@ def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        if package in EXTRAS:
-            return f"{package} is not installed: pip install 'dcdit[{EXTRAS[package]}]'"
+def _called(arguments: Sequence[str]) -> str | None:
+    """The subcommand that these arguments call."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def _one_line(error: Exception, command: str | None) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and (hint := missing(error.name, command)):
+        return hint
     # An error in a process that loads data carries the traceback of that process. Its last line is the message.
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
