@@ -22,8 +22,8 @@ from benchmarks.harness.counting import count_work
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from benchmarks.harness.traffic import least_bytes, least_flops
 from dcdit.ops.backend import backend_name
+from dcdit.profiling.device_timing import time_graph, time_kernels
 from dcdit.profiling.rounds import spread
-from dcdit.profiling.timing import time_graph, time_kernels
 from dcdit.profiling.workloads import WORKLOADS, Call, Shape, create_workload, run_forward, run_forward_backward
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the plain formulation breaks graphs, as it must
@@ -96,7 +96,7 @@ def test_op(
         kind="op", op=op, direction=direction, variant=variant, label=size.label,
         batch=shape.batch, grid=list(shape.grid), width=shape.width, keep=shape.keep,
         ms=1e3 * seconds, spread=spread(benchmark.stats.stats.data),
-        device_ms=device_ms, graph_ms=time_graph(call, shape.device),
+        device_ms=device_ms, graph_ms=time_graph([call], shape.device),
         bytes=comparison.least_bytes, gbps=gbps, copy_share=gbps / copy_gbps,
         flops=comparison.flops, gflops_per_s=None if comparison.flops is None else comparison.flops / seconds / 1e9,
         **counted(variant, call, shape),

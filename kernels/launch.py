@@ -4,8 +4,9 @@ Kernel files call ``launch.empty``, ``launch.config_for`` and ``launch.launch`` 
 replaces one of them here reaches every kernel.
 
 The default configurations of a kernel are in its own file (``set_default_configs``). Those tuned for one device are in
-``<device>.json``, in the package's ``configs/`` or in the user's folder, to which ``dcdit tune`` writes. The user's win
-over the package's, and these over the defaults.
+``<device>.<architecture>.json``, in the package's ``configs/`` or in the user's folder, to which ``dcdit tune`` writes.
+The user's win over the package's, and these over the defaults. A device without a file of its own takes that of another
+device of its architecture: an H200 that of an H100.
 """
 
 import functools
@@ -140,8 +141,8 @@ def read_configs(path: Path) -> dict[str, list[Entry]]:
 
 
 @functools.cache
-def _tuned_configs(device_name: str) -> dict[str, list[Entry]]:
-    paths = [folder / f"{device_name}.json" for folder in (CONFIG_FOLDER, user_config_folder())]
+def _tuned_configs(table: str | None) -> dict[str, list[Entry]]:
+    paths = [folder / f"{table}.json" for folder in (CONFIG_FOLDER, user_config_folder())]
     found: dict[str, list[Entry]] = {}
     for path in filter(Path.is_file, paths):
         found |= read_configs(path)
@@ -166,16 +167,35 @@ def shipped_configs() -> dict[str, list[Entry]]:
 
 @functools.cache
 def device_slug(device: torch.device) -> str:
-    """File name, without ``.json``, of the configurations tuned for a device."""
+    """File name, without ``.json``, of the configurations tuned for a device: its name and its architecture."""
     if device.type != "cuda":
         return device.type
-    return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_").replace(".", "_")
+    if torch.version.hip is not None:
+        return f"{name}.{torch.cuda.get_device_properties(device).gcnArchName.partition(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{name}.sm_{major}{minor}"
+
+
+@functools.cache
+def table_for(device: torch.device) -> str | None:
+    """The name, without ``.json``, of the tuned configurations that a device uses.
+
+    Its own, else those of another device of the same architecture, else None: then kernels use their defaults.
+    """
+    own = device_slug(device)
+    folders = (user_config_folder(), CONFIG_FOLDER)
+    if any((folder / f"{own}.json").is_file() for folder in folders):
+        return own
+    pattern = f"*.{own.rpartition('.')[2]}.json"
+    same = [path for folder in folders for path in sorted(folder.glob(pattern))] if device.type == "cuda" else []
+    return same[0].stem if same else None
 
 
 @functools.cache
 def _lookup(kernel: str, device: torch.device, shape: tuple[tuple[str, int], ...]) -> Config:
-    tuned = [entry for entry in _tuned_configs(device_slug(device)).get(kernel, ()) if _is_current(kernel, entry)]
-    entries = tuned or _defaults[kernel]
+    tuned = _tuned_configs(table_for(device)).get(kernel, ())
+    entries = [entry for entry in tuned if _is_current(kernel, entry)] or _defaults[kernel]
     sizes = dict(shape)
 
     def distance(entry: Entry) -> float:

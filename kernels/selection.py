@@ -9,12 +9,21 @@ therefore describes the selection: its *top-k threshold*, the lowest sort key th
 Bisection finds the top-k threshold of a given count: count the sort keys at or above the middle of the interval, halve
 the interval, stop as soon as the count is right.
 
-Pass 1, one program per image: how many positions it keeps, and its top-k threshold. With a capacity, pass 2 finds one
-threshold for the whole batch that drops the overflow, and pass 3 raises the thresholds of the images to it. The last
-pass writes masks, indices and packed rows by a prefix count.
+Pass 1, one program per image: how many positions it keeps, and its top-k threshold. The last pass writes masks, indices
+and packed rows by a prefix count. Between them, a capacity needs one threshold for the whole batch, the *cut*, that
+drops the overflow:
+
+- Pass 1 also counts, in a histogram of the image, the positions that a capacity may drop: all but the best.
+- Pass 2 finds the bin in which the cut lies, and makes one list of the sort keys in that bin, the *candidates*.
+- Pass 3 bisects the candidates, in each program anew, and raises the thresholds of the images to the cut.
+
+So no program walks over the whole batch, as long as p is not nearly the same everywhere.
 
 In the comments at pointers, "float" is float32, bfloat16 or float16. ``positions`` is the number of entries of p.
 """
+
+import functools
+import struct
 
 import torch
 import triton
@@ -27,13 +36,31 @@ from dcdit.kernels import launch
 _LOWEST = tl.constexpr(-(1 << 62))
 _HIGHEST = tl.constexpr(1 << 62)
 
+BINS = 64
+_BINS = tl.constexpr(BINS)
+_IMAGES = tl.constexpr(16)  # histograms that are read at a time
+_PROGRAMS = 128  # at most, that list candidates: each reads all histograms
+
+
+@triton.jit
+def _ordered(p):
+    """int64 in the order of the floats, with -0.0 equal to 0.0."""
+    bits = p.to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
+
 
 @triton.jit
 def _sort_key(p, position, positions):
     """int64 that orders by p, then by position."""
-    bits = p.to(tl.float32).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # in the order of the floats, with -0.0 equal to 0.0
-    return ordered.to(tl.int64) * positions + position
+    return _ordered(p) * positions + position
+
+
+@triton.jit
+def _bin(p, threshold, shift):
+    """The bin of p in a histogram, in the order of p. A p below the threshold counts as in the first bin, and one above
+    1 as in the last."""
+    above = _ordered(p) - _ordered(tl.full((), threshold, tl.float32))
+    return tl.minimum(tl.maximum(above >> shift, 0), _BINS - 1).to(tl.int32)
 
 
 @triton.jit
@@ -43,9 +70,15 @@ def _threshold_key(threshold, positions):
 
 
 @triton.jit
-def _load_sort_keys(p_ptr, position, stop, positions):
-    p = tl.load(p_ptr + position, mask=position < stop, other=0.0)
-    return tl.where(position < stop, _sort_key(p, position, positions), _LOWEST)
+def _load_sort_keys(
+    p_ptr,  # float p, or int64 sort keys
+    position, stop, positions,
+):  # fmt: skip
+    if p_ptr.dtype.element_ty == tl.int64:
+        return tl.load(p_ptr + position, mask=position < stop, other=_LOWEST)
+    else:  # Without the else, Triton would compile both returns.
+        p = tl.load(p_ptr + position, mask=position < stop, other=0.0)
+        return tl.where(position < stop, _sort_key(p, position, positions), _LOWEST)
 
 
 @triton.jit
@@ -92,17 +125,18 @@ def _bisect(p_ptr, start, stop, low, high, count, wanted, positions, BLOCK: tl.c
 launch.set_default_configs("select", {"BLOCK": 1024, "num_warps": 8})
 
 
-@triton.jit(do_not_specialize=["positions", "images", "length", "budget"])
+@triton.jit(do_not_specialize=["positions", "images", "length", "budget", "max_seqlen", "shift"])
 def _select_topk_kernel(
     p_ptr,  # (positions,) float
     starts_ptr,  # (images + 1,) int32; unused if not PACKED
     rho_ptr,  # (images,) float32; unused without PER_IMAGE
     topk_ptr,  # (images,) int64: writes the top-k threshold
     length_ptr,  # (images,) int32: writes how many positions the image keeps
-    best_ptr,  # (images,) int64: writes the highest sort key; unused without CAPACITY, like the next
-    droppable_ptr,  # (positions,) float32: writes p of kept positions but the image's best, -inf elsewhere
-    positions, images, length, threshold, rho, budget,
-    PACKED: tl.constexpr, BUDGET: tl.constexpr, PER_IMAGE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+    excess_ptr,  # (images,) int32: writes how many positions max_seqlen drops; None without it
+    best_ptr,  # (images,) int64: writes the highest sort key; None without a capacity, like the next
+    histogram_ptr,  # (images, BINS) int32: writes how many kept positions, but for the best, are in each bin
+    positions, images, length, threshold, rho, budget, max_seqlen, shift,
+    PACKED: tl.constexpr, BUDGET: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per image: how many positions it keeps, and its top-k threshold."""
     image = tl.program_id(0)
@@ -127,50 +161,90 @@ def _select_topk_kernel(
             rho = tl.load(rho_ptr + image)
         # A fraction in a tensor is not checked, because that would be a sync. So the result is clamped: 1 to count.
         wanted = tl.minimum(tl.maximum(count - (count.to(tl.float32) * rho).to(tl.int32), 1), count)
+    if excess_ptr is not None:
+        tl.store(excess_ptr + image, tl.maximum(wanted - max_seqlen, 0))
+        wanted = tl.minimum(wanted, max_seqlen)
     topk_threshold = _bisect(p_ptr, start, stop, low, best + 1, count, wanted, positions, BLOCK)
     tl.store(topk_ptr + image, topk_threshold)
     tl.store(length_ptr + image, wanted)
-    if CAPACITY:
+    if histogram_ptr is not None:
         tl.store(best_ptr + image, best)
+        histogram_ptr += image.to(tl.int64) * _BINS
+        tl.store(histogram_ptr + tl.arange(0, _BINS), tl.zeros((_BINS,), tl.int32))
+        tl.debug_barrier()  # before other threads of the program count
         for base in range(start, stop, BLOCK):
             position = base + tl.arange(0, BLOCK)  # [BLOCK]
             sort_key = _load_sort_keys(p_ptr, position, stop, positions)
             droppable = (sort_key >= topk_threshold) & (sort_key < best)
-            p = tl.load(p_ptr + position, mask=droppable, other=float("-inf"))
-            tl.store(droppable_ptr + position, p.to(tl.float32), mask=position < stop)
+            p = tl.load(p_ptr + position, mask=droppable, other=0.0)
+            tl.atomic_add(histogram_ptr + _bin(p, threshold, shift), 1, mask=droppable, sem="relaxed")
 
 
-launch.set_default_configs("select_capacity", {"BLOCK": 8192, "num_warps": 16})
-
-
-@triton.jit(do_not_specialize=["positions", "images", "capacity"])
-def _select_capacity_kernel(
-    droppable_ptr,  # (positions,) float32: p of positions that a capacity may drop, -inf elsewhere
-    best_ptr,  # (images,) int64: highest sort key
+@triton.jit(do_not_specialize=["positions", "images", "length", "capacity", "shift"])
+def _select_candidates_kernel(
+    p_ptr,  # (positions,) float
+    starts_ptr,  # (images + 1,) int32; unused if not PACKED
+    topk_ptr,  # (images,) int64: top-k threshold
     length_ptr,  # (images,) int32: positions that the image keeps without a capacity
-    capacity_threshold_ptr,  # (1,) int64
-    overflow_ptr,  # () int32: how many positions the capacity drops
-    positions, images, threshold, capacity, BLOCK: tl.constexpr,
+    excess_ptr,  # (images,) int32: positions that max_seqlen dropped; None without it
+    best_ptr,  # (images,) int64: highest sort key
+    histogram_ptr,  # (images, BINS) int32: kept positions, but for the best, in each bin
+    candidate_ptr,  # (positions,) int64: writes the sort keys in the bin in which the cut lies
+    cut_ptr,  # (2,) int32: writes how many candidates there are, and how many of them stay; both 0 without overflow
+    overflow_ptr,  # () int32: writes how many positions max_seqlen and the capacity drop
+    positions, images, length, threshold, capacity, shift, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the threshold over the whole batch that drops as many positions as overflow the capacity."""
+    """Each program finds the bin in which the cut lies, and lists the candidates of its share of the images."""
+    program = tl.program_id(0)
     kept = tl.zeros((BLOCK,), dtype=tl.int32)
-    kept_images = tl.zeros((BLOCK,), dtype=tl.int32)
-    highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
+    excess = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(0, images, BLOCK):
         image = base + tl.arange(0, BLOCK)  # [BLOCK]
-        length = tl.load(length_ptr + image, mask=image < images, other=0)
-        kept += length
-        kept_images += (length > 0).to(tl.int32)
-        highest = tl.maximum(highest, tl.load(best_ptr + image, mask=image < images, other=_LOWEST))
-    total = tl.sum(kept)
-    droppable = total - tl.sum(kept_images)  # every image keeps its best
-    overflow = tl.maximum(total - capacity, 0)
-    capacity_threshold = _bisect(
-        droppable_ptr, 0, positions.to(tl.int64), _threshold_key(threshold, positions), tl.max(highest) + 1,
-        droppable, droppable - overflow, positions, BLOCK,
-    )  # fmt: skip
-    tl.store(capacity_threshold_ptr, capacity_threshold)
-    tl.store(overflow_ptr, overflow)
+        kept += tl.load(length_ptr + image, mask=image < images, other=0)
+        if excess_ptr is not None:
+            excess += tl.load(excess_ptr + image, mask=image < images, other=0)
+    overflow = tl.maximum(tl.sum(kept) - capacity, 0)
+    if program == 0:
+        tl.store(overflow_ptr, overflow + tl.sum(excess))
+        tl.store(cut_ptr, 0)
+        tl.store(cut_ptr + 1, 0)
+    if overflow == 0:
+        return
+
+    images_each = tl.cdiv(images, tl.num_programs(0))
+    first_image = program * images_each
+    end_image = tl.minimum(first_image + images_each, images)
+    bins = tl.arange(0, _BINS)  # [_BINS]
+    in_all = tl.zeros((_BINS,), dtype=tl.int32)
+    in_images_before = tl.zeros((_BINS,), dtype=tl.int32)
+    for base in range(0, images, _IMAGES):
+        image = base + tl.arange(0, _IMAGES)  # [_IMAGES]
+        offset = image.to(tl.int64)[:, None] * _BINS + bins[None, :]
+        count = tl.load(histogram_ptr + offset, mask=(image < images)[:, None], other=0)  # [_IMAGES, _BINS]
+        in_all += tl.sum(count, 0)
+        in_images_before += tl.sum(tl.where((image < first_image)[:, None], count, 0), 0)
+    # Bins below the cut's are dropped whole. A capacity of at least one position per image leaves a bin for the cut.
+    below = tl.cumsum(in_all, 0) < overflow
+    bin_of_cut = tl.minimum(tl.sum(below.to(tl.int32)), _BINS - 1)
+    # Clamped, because nothing checks the starts: images that overlap would list some positions twice.
+    candidates = tl.minimum(tl.sum(tl.where(bins == bin_of_cut, in_all, 0)), positions)
+    listed = tl.sum(tl.where(bins == bin_of_cut, in_images_before, 0))
+    if program == 0:
+        tl.store(cut_ptr, candidates)
+        tl.store(cut_ptr + 1, candidates - (overflow - tl.sum(tl.where(bins < bin_of_cut, in_all, 0))))
+    for number in range(end_image - first_image):
+        image = first_image + number
+        start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
+        topk_threshold, best = tl.load(topk_ptr + image), tl.load(best_ptr + image)
+        for first in range(start, stop, BLOCK):
+            position = first + tl.arange(0, BLOCK)  # [BLOCK]
+            sort_key = _load_sort_keys(p_ptr, position, stop, positions)
+            p = tl.load(p_ptr + position, mask=position < stop, other=0.0)
+            candidate = (sort_key >= topk_threshold) & (sort_key < best)
+            candidate = candidate & (_bin(p, threshold, shift) == bin_of_cut)
+            index = listed + tl.cumsum(candidate.to(tl.int32), 0) - 1
+            tl.store(candidate_ptr + index, sort_key, mask=candidate & (index < positions))
+            listed += tl.sum(candidate.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["positions", "images", "length"])
@@ -180,14 +254,28 @@ def _select_raise_kernel(
     topk_ptr,  # (images,) int64: top-k threshold, raised in place
     length_ptr,  # (images,) int32: writes how many positions the image keeps
     best_ptr,  # (images,) int64: highest sort key
-    capacity_threshold_ptr,  # (1,) int64
+    candidate_ptr,  # (positions,) int64: sort keys among which the cut lies
+    cut_ptr,  # (2,) int32: how many candidates there are, and how many of them stay
     positions, images, length, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per image: raise its threshold to that of the capacity, but keep its best, and count again."""
+    """One program per image: find the cut, raise the image's threshold to it, but keep its best, and count again."""
     image = tl.program_id(0)
+    candidates = tl.load(cut_ptr)
+    if candidates == 0:
+        return
+    lowest = tl.full((BLOCK,), _HIGHEST, dtype=tl.int64)
+    highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
+    for base in range(0, candidates, BLOCK):
+        index = base + tl.arange(0, BLOCK)  # [BLOCK]
+        sort_key = _load_sort_keys(candidate_ptr, index, candidates, positions)
+        lowest = tl.minimum(lowest, tl.where(index < candidates, sort_key, _HIGHEST))
+        highest = tl.maximum(highest, sort_key)
+    cut = _bisect(
+        candidate_ptr, 0, candidates, tl.min(lowest), tl.max(highest) + 1, candidates, tl.load(cut_ptr + 1),
+        positions, BLOCK,
+    )  # fmt: skip
     start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
-    topk_threshold = tl.maximum(tl.load(topk_ptr + image), tl.load(capacity_threshold_ptr))
-    topk_threshold = tl.minimum(topk_threshold, tl.load(best_ptr + image))
+    topk_threshold = tl.minimum(tl.maximum(tl.load(topk_ptr + image), cut), tl.load(best_ptr + image))
     tl.store(topk_ptr + image, topk_threshold)
     tl.store(length_ptr + image, _count_from(p_ptr, start, stop, topk_threshold, positions, BLOCK))
 
@@ -204,7 +292,8 @@ def _select_compact_kernel(
     natural_ptr,  # (positions,) bool: p above the threshold
     packed_row_ptr,  # (positions,) int32: -1 where not kept
     size_ptr,  # (2,) int32: kept positions of the batch, and of the image that keeps most
-    overflow_ptr,  # () int32: writes 0; unused with CAPACITY
+    excess_ptr,  # (images,) int32: positions that max_seqlen dropped; None without it
+    overflow_ptr,  # () int32: writes their sum; unused with CAPACITY
     positions, images, length, rows, threshold,
     PACKED: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -213,8 +302,11 @@ def _select_compact_kernel(
     kept_before = tl.zeros((BLOCK,), dtype=tl.int32)
     kept_everywhere = tl.zeros((BLOCK,), dtype=tl.int32)
     longest = tl.zeros((BLOCK,), dtype=tl.int32)
+    excess = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(0, images, BLOCK):
         other = base + tl.arange(0, BLOCK)  # [BLOCK]
+        if excess_ptr is not None:
+            excess += tl.load(excess_ptr + other, mask=other < images, other=0)
         kept = tl.load(length_ptr + other, mask=other < images, other=0)
         kept_before += tl.where(other < image, kept, 0)
         kept_everywhere += kept
@@ -226,7 +318,7 @@ def _select_compact_kernel(
         tl.store(size_ptr, total)
         tl.store(size_ptr + 1, tl.max(longest))
         if not CAPACITY:
-            tl.store(overflow_ptr, 0)
+            tl.store(overflow_ptr, tl.sum(excess))
 
     start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
     topk_threshold = tl.load(topk_ptr + image, mask=image < images, other=_HIGHEST)
@@ -256,6 +348,7 @@ def select_fwd(
     rho_per_image: Tensor | None,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Contiguous (B, L) p, or (S,) with int32 (B + 1,) cu_seqlens; float32 (B,) rho_per_image replaces rho.
 
@@ -273,30 +366,40 @@ def select_fwd(
     mask, natural = launch.empty(p.shape, torch.bool, device), launch.empty(p.shape, torch.bool, device)
     packed_rows, sizes = launch.empty(p.shape, torch.int32, device), launch.empty((2,), torch.int32, device)
     overflow = launch.empty((), torch.int32, device)
-    # Without a capacity the kernels do not touch these two; any tensor will do.
-    best = launch.empty((images,), torch.int64, device) if limited else topk
-    droppable = launch.empty((positions,), torch.float32, device) if limited else topk
+    excess = None if max_seqlen is None else launch.empty((images,), torch.int32, device)
+    best = launch.empty((images,), torch.int64, device) if limited else None
+    histogram = launch.empty((images, BINS), torch.int32, device) if limited else None
+    shift = _shift(threshold)
 
     source = p if cu_seqlens is None else cu_seqlens
     config = launch.config_for("select", device)
     launch.launch(
         _select_topk_kernel, (images,), p, source, p if rho_per_image is None else rho_per_image, topk, lengths,
-        best, droppable, positions, images, length, threshold, rho, budget or 0,
-        PACKED=packed, BUDGET=budget is not None, PER_IMAGE=rho_per_image is not None, CAPACITY=limited, **config,
+        excess, best, histogram, positions, images, length, threshold, rho, budget or 0, max_seqlen or 0, shift,
+        PACKED=packed, BUDGET=budget is not None, PER_IMAGE=rho_per_image is not None, **config,
     )  # fmt: skip
     if limited:
-        capacity_threshold = launch.empty((1,), torch.int64, device)
+        candidates = launch.empty((positions,), torch.int64, device)
+        cut = launch.empty((2,), torch.int32, device)
         launch.launch(
-            _select_capacity_kernel, (1,), droppable, best, lengths, capacity_threshold, overflow,
-            positions, images, threshold, capacity, **launch.config_for("select_capacity", device),
+            _select_candidates_kernel, (max(1, min(images, _PROGRAMS)),), p, source, topk, lengths, excess, best,
+            histogram, candidates, cut, overflow, positions, images, length, threshold, capacity, shift,
+            PACKED=packed, **config,
         )  # fmt: skip
         launch.launch(
-            _select_raise_kernel, (images,), p, source, topk, lengths, best, capacity_threshold,
+            _select_raise_kernel, (images,), p, source, topk, lengths, best, candidates, cut,
             positions, images, length, PACKED=packed, **config,
         )  # fmt: skip
     launch.launch(
         _select_compact_kernel, (images + 1,), p, source, topk, lengths,
-        indices, starts, mask, natural, packed_rows, sizes, overflow,
+        indices, starts, mask, natural, packed_rows, sizes, excess, overflow,
         positions, images, length, rows, threshold, PACKED=packed, CAPACITY=limited, **config,
     )  # fmt: skip
     return indices, starts, lengths, mask, natural, packed_rows, sizes, overflow
+
+
+@functools.cache
+def _shift(threshold: float) -> int:
+    """By how much to shift the float32 bits of p above those of the threshold, so that 1 is in the last bin."""
+    one, least = (struct.unpack("i", struct.pack("f", value))[0] for value in (1.0, threshold))
+    return max(0, (one - least - 1).bit_length() - (BINS - 1).bit_length())

@@ -1,12 +1,13 @@
 """The conditions of a run, which every result carries."""
 
 import functools
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.harness import sets
-from dcdit.profiling.timing import copy_bandwidth
+from dcdit.profiling.device_timing import copy_bandwidth
 from dcdit.utils.environment import cpu_name
 
 
@@ -20,5 +21,5 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "dtype": str(sets.dtype()).removeprefix("torch."),
         "set": sets.chosen_set(),
-        "copy_gbps": copy_bandwidth(device),
+        "copy_gbps": median(copy_bandwidth(device)),
     }

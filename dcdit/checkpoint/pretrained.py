@@ -4,6 +4,7 @@ The functions here recognise what is at the path; :mod:`~dcdit.checkpoint.model`
 :mod:`~dcdit.checkpoint.foreign` read it.
 """
 
+import json
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +57,25 @@ def read_metadata(path: str | Path, ema: bool = True) -> dict[str, str]:
     """
     path = Path(path)
     return {} if path.suffix in PICKLE_SUFFIXES else read_file_metadata(model_file(path, ema))
+
+
+def class_names_in(metadata: dict[str, str], source: str | Path) -> list[str]:
+    """The name of every label, as training notes them; empty where a file does not say them.
+
+    Args:
+        metadata: see :func:`read_metadata`.
+        source: where it comes from, for error messages.
+
+    Raises:
+        ValueError: something else stands there.
+    """
+    try:
+        names = json.loads(metadata.get("class_names", "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} is damaged: its class_names are not a list of names")
+    return names
 
 
 def load_static_dit(path: str | Path, num_heads: int | None = None) -> DiT:

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -19,6 +20,7 @@ from dcdit.cli.extras import missing
 from dcdit.cli.output import lenient_output
 from dcdit.utils.processes import is_first_process, is_first_to_say
 from dcdit.utils.signals import Signals, Stopped
+from dcdit.utils.text import one_line, printable
 
 COMMANDS = {
     "train": ("dcdit.cli.train", "train a DC-DiT or a static DiT"),
@@ -32,8 +34,12 @@ COMMANDS = {
     "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
 }
 """Name of a subcommand to its module and its line of help."""
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
+USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
 """Errors that a user can cause: these are printed in one line."""
+NO_MEMORY = ("can't allocate memory", "out of memory")
+"""Parts of PyTorch's messages about it, which are of RuntimeErrors."""
+LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker process .*\n {4}.*?\n(\S.*)", re.DOTALL)
+"""An error in a process that loads data: it carries the traceback of that process, and then its message."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +47,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr, above a progress bar where there is one."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(line, file=sys.stderr)
+    else:
+        bars.tqdm.write(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -51,7 +66,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.partition(".")[0] == "dcdit":
-                print(f"dcdit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+                _say(f"dcdit: warning: {printable(' '.join(str(message).split()))}")
             else:
                 usual(message, category, *place, **more)
 
@@ -85,8 +100,8 @@ def _run(arguments: Sequence[str]) -> int:
         code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
         sys.stdout.flush()  # an error here is one of the command: its result is not whole
         return code
-    except USER_ERRORS as error:
-        if os.environ.get("DCDIT_TRACEBACK") == "1":
+    except (*USER_ERRORS, RuntimeError) as error:
+        if os.environ.get("DCDIT_TRACEBACK") == "1" or not (isinstance(error, USER_ERRORS) or _lacks_memory(error)):
             raise
         message = _one_line(error, called)
         if is_first_to_say(message):
@@ -115,6 +130,12 @@ def _called(arguments: Sequence[str]) -> str | None:
 def _one_line(error: Exception, command: str | None) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and (hint := missing(error.name, command)):
         return hint
-    # An error in a process that loads data carries the traceback of that process. Its last line is the message.
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    if isinstance(error, MemoryError) or _lacks_memory(error):
+        first = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        return f"there is not enough memory ({first}); accepted: a smaller batch, image or model"
+    traceback = LOADER_ERROR.match(str(error))
+    return one_line(error) if traceback is None else printable(traceback[1].strip())
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in NO_MEMORY)

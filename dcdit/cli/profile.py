@@ -10,7 +10,7 @@ import torch
 
 from dcdit.checkpoint import load_model, model_file
 from dcdit.cli.extras import is_installed, missing
-from dcdit.cli.options import add_device_option
+from dcdit.cli.options import add_device_option, check_counts, check_number
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
@@ -21,6 +21,7 @@ from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_not_read, check_output_file, check_output_folder, check_own
 
 RECORD, PICTURE = "profile.json", "profile.png"
+MOST_IMAGES, MOST_SECONDS = 65_536, 86_400
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
-    if args.batch < 1:
-        raise ValueError(f"--batch is {args.batch}; accepted: a positive number of images")
-    if not args.seconds > 0:
-        raise ValueError(f"--seconds is {args.seconds}; accepted: a positive number")
+    check_counts(args, "batch", most=MOST_IMAGES)
+    check_number("--seconds", args.seconds, at_most=MOST_SECONDS)
+    check_number("--keep", args.keep, at_most=1)
+    for rho in args.drop_fraction:
+        if not 0 <= rho < 1:
+            raise ValueError(f"--drop-fraction is {rho}; accepted: numbers in [0, 1)")
     out = Path(args.out)
     _check_outputs(args, out)
     torch.manual_seed(0)

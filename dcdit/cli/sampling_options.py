@@ -15,6 +15,7 @@ from dcdit.sample.options import DEFAULT_METHOD, CostTarget, SamplingOptions
 
 TARGET_FLAGS = {"TFLOPs": "--target-flops", "seconds": "--target-latency"}
 """The unit of a target to the flag that sets it."""
+MOST_STEPS = 100_000
 
 
 def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
@@ -62,7 +63,8 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
         ValueError: values out of range, options that contradict one another, or a method that does not fit the
             objective of the checkpoint.
     """
-    check_counts(args, "steps", "batch_size")
+    check_counts(args, "steps", most=MOST_STEPS)
+    check_counts(args, "batch_size")
     objective = read_metadata(args.checkpoint, ema=not args.no_ema).get("objective")
     if objective not in (None, *DEFAULT_METHOD):
         raise ValueError(

@@ -10,15 +10,17 @@ What a file holds becomes 8-bit RGB by these rules:
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from dcdit.data.samples import DamagedFile
-from dcdit.utils.reading import open_regular
+from dcdit.utils.reading import kind_of_file, open_regular
+from dcdit.utils.text import one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,10 +89,10 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
     Raises:
         DamagedFile: whatever goes wrong in Pillow while it is open.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+        with open_regular(path) as file, _opened(file) as image:
             pixels, size = image.width * image.height, os.fstat(file.fileno()).st_size
             if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * size):
                 raise DamagedFile(f"cannot read image {str(path)!r}: {size} bytes cannot hold its {pixels} pixels")
@@ -98,11 +100,20 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
     except DamagedFile:
         raise
     except UnidentifiedImageError:
-        reason = f"it is damaged or of another format; accepted: {', '.join(FORMATS)}"
+        reason = f"{kind_of_file(path) or 'it is damaged or of another format'}; accepted: {', '.join(FORMATS)}"
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
     except Exception as error:  # a damaged file raises anything in Pillow's decoders
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
+
+
+def _opened(file: IO[bytes]) -> "Image.Image":
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Pillow warns of sizes that are judged by the size of the file here.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=FORMATS)
 
 
 def _to_rgb(image: "Image.Image", path: Path) -> "Image.Image":

@@ -1,6 +1,7 @@
 """Batches of a dataset, divided over processes."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader
 
 from dcdit.data.samples import Samples
 from dcdit.utils.signals import SIGNALS
+
+LOOK_FOR_PARENT = 0.5
+"""Seconds after which a loading process looks again whether its parent is there."""
 
 
 def batches(
@@ -65,8 +69,15 @@ def leave_signals_to_parent(worker: int) -> None:
 
 
 def _obey_parent() -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
-        pass
+    """End this process when its parent asks for that, or is gone.
+
+    PyTorch watches the parent too, but from a moment on at which it may be gone already: then it waits for ever.
+    """
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        received = signal.sigtimedwait(SIGNALS, LOOK_FOR_PARENT)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

@@ -1,5 +1,6 @@
 """DC-DiT, the static DiT baseline, their presets and checkpoint conversion."""
 
+from dcdit.models.capacity import Capacity, KeptShare, plan_capacity
 from dcdit.models.config import DCDiTConfig, DiTConfig
 from dcdit.models.convert import load_dit, load_official, to_dit, to_official
 from dcdit.models.dc_dit import DCDiT, Routing
@@ -9,16 +10,19 @@ from dcdit.models.presets import PRESETS, create_config, create_model
 
 __all__ = [
     "PRESETS",
+    "Capacity",
     "DCDiT",
     "DCDiTConfig",
     "DiT",
     "DiTConfig",
+    "KeptShare",
     "Routing",
     "count_flops",
     "create_config",
     "create_model",
     "load_dit",
     "load_official",
+    "plan_capacity",
     "to_dit",
     "to_official",
 ]

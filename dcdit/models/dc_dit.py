@@ -1,13 +1,15 @@
 """DC-DiT: a diffusion transformer that runs on the tokens that are hard to predict (arXiv 2603.06351)."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit.models import init
+from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_capacity
 from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
@@ -70,6 +72,9 @@ class DCDiT(nn.Module):
 
     objective: str | None = None
     """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
+    kept_share: KeptShare | None = None
+    """What the router keeps of an image, as :func:`dcdit.sample.measure_kept_share` found it; None if nobody measured.
+    ``capacity="auto"`` needs it."""
     pos_embed: Tensor
 
     def __init__(self, config: DCDiTConfig) -> None:
@@ -128,9 +133,10 @@ class DCDiT(nn.Module):
         y: Tensor,
         drop_fraction: float | Tensor = 0.0,
         budget: int | None = None,
-        capacity: int | None = None,
+        capacity: int | Literal["auto"] | None = None,
         return_routing: bool = False,
         return_states: bool = False,
+        max_seqlen: int | None = None,
     ) -> Tensor | tuple[Tensor, Routing] | tuple[Tensor, Routing, BlockStates]:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
 
@@ -141,9 +147,12 @@ class DCDiT(nn.Module):
             drop_fraction: rho in [0, 1), one number or one per image (B,): the fraction of kept tokens to drop.
             budget: keep exactly this many tokens per image instead.
             capacity: static number of packed tokens for the whole batch (CUDA graphs); see
-                :func:`dcdit.ops.select_tokens`.
+                :func:`dcdit.ops.select_tokens`. "auto" takes what this batch needs by ``kept_share``, with its
+                max_seqlen (:meth:`plan_capacity`); the drop fraction must then be a number.
             return_routing: also return the router's decision.
             return_states: also return the router's decision and the output of every block.
+            max_seqlen: most tokens of one image; with a capacity, attention then starts fewer empty programs. See
+                :func:`dcdit.ops.select_tokens`.
 
         Returns:
             (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
@@ -153,6 +162,9 @@ class DCDiT(nn.Module):
             ValueError: a shape, a label or an option that is not accepted.
         """
         check_inputs(self.config, x, t, y)
+        if capacity == "auto":
+            plan = self.plan_capacity(len(x), drop_fraction)
+            capacity, max_seqlen = plan.capacity, plan.max_seqlen if max_seqlen is None else max_seqlen
         grid = self.config.grid
         with stage("embed"):
             embedded = self.t_embedder(t) + self.y_embedder(y)
@@ -167,7 +179,7 @@ class DCDiT(nn.Module):
             encoded = self.encoder(tokens, grid, conv_cond)
         with stage("router"):
             p = self.router(encoded)
-        packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity)
+        packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity, max_seqlen)
         states = BlockStates(cond, []) if return_states else None
         with stage("transformer"):
             varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=capacity is not None)
@@ -182,6 +194,24 @@ class DCDiT(nn.Module):
             return out
         routing = Routing(p, sel.mask, sel.natural_mask, sel)
         return (out, routing) if states is None else (out, routing, states)
+
+    def plan_capacity(self, batch: int, drop_fraction: float | Sequence[float] | Tensor = 0.0) -> Capacity:
+        """The static sizes for ``batch`` images on this device, by ``kept_share``: :func:`dcdit.models.plan_capacity`.
+
+        Raises:
+            ValueError: nobody measured ``kept_share``, or the fractions are in a tensor: reading one is a sync.
+        """
+        if self.kept_share is None:
+            raise ValueError(
+                "capacity is 'auto' but model.kept_share is None; set it to what dcdit.sample.measure_kept_share finds"
+            )
+        if isinstance(drop_fraction, Tensor):
+            raise ValueError(
+                "capacity is 'auto' with drop fractions in a tensor; accepted: a number, or the capacity that "
+                "model.plan_capacity(batch, [fraction of each image]) gives"
+            )
+        multiprocessors = multiprocessors_of(self.pos_embed.device)
+        return plan_capacity(self.config, batch, self.kept_share, drop_fraction, multiprocessors=multiprocessors)
 
     def transform(
         self, tokens: Tensor, cond: Tensor, varlen: VarlenMeta, outputs: list[Tensor] | None = None

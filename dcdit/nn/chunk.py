@@ -20,13 +20,16 @@ class ChunkLayer(nn.Module):
         drop_fraction: float | Tensor = 0.0,
         budget: int | None = None,
         capacity: int | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, TokenSelection]:
         """(B, L, D), probabilities (B, L), position (L, D) -> packed tokens (T, D) and their selection.
 
-        The last three arguments are those of :func:`dcdit.ops.select_tokens`.
+        The last four arguments are those of :func:`dcdit.ops.select_tokens`.
         """
         with stage("select"):
-            sel = ops.select_tokens(p, drop_fraction=drop_fraction, budget=budget, capacity=capacity)
+            sel = ops.select_tokens(
+                p, drop_fraction=drop_fraction, budget=budget, capacity=capacity, max_seqlen=max_seqlen
+            )
         with stage("gather"):
             return ops.gather_tokens(x, sel, position), sel
 

@@ -99,12 +99,13 @@ def select_tokens(
     drop_fraction: float | Tensor = 0.0,
     budget: int | None = None,
     capacity: int | None = None,
+    max_seqlen: int | None = None,
 ) -> TokenSelection:
     """Keep p > threshold, then drop the lowest p of each image (DC-DiT, routing and elastic inference).
 
-    ``budget`` keeps the highest p of each image instead. ``capacity`` then drops the lowest p of the batch. The best
-    token of an image always stays. Of equal p, the lower index is dropped first. p (B, L) or (S,), drop_fraction () or
-    (B,).
+    ``budget`` keeps the highest p of each image instead. ``max_seqlen`` then drops the lowest p of each image that
+    keeps more, and ``capacity`` the lowest p of the batch. The best token of an image always stays. Of equal p, the
+    lower index is dropped first. p (B, L) or (S,), drop_fraction () or (B,).
     """
     flat = p.flatten()
     starts = _image_starts(p, cu_seqlens).tolist()
@@ -113,6 +114,7 @@ def select_tokens(
     mask = natural.clone()
     rho = torch.as_tensor(drop_fraction, dtype=torch.float32, device="cpu").expand(images)
     best: list[int] = []
+    overflow = 0
     for image, (lo, hi) in enumerate(pairwise(starts)):
         if lo == hi:
             continue
@@ -126,25 +128,29 @@ def select_tokens(
         n_drop = int(len(kept) * rho[image])  # a product in float32
         mask[kept[:n_drop]] = False
         mask[drop_order[-1]] = True
-    overflow = 0
+        if max_seqlen is not None:
+            too_many = [i for i in drop_order if mask[i]][:-max_seqlen]
+            mask[too_many] = False
+            overflow += len(too_many)
     if capacity is not None:
-        overflow = max(0, int(mask.sum()) - capacity)
+        excess = max(0, int(mask.sum()) - capacity)
         spare = set(mask.nonzero().flatten().tolist()) - set(best)
-        mask[_drop_order(flat, spare)[:overflow]] = False
+        mask[_drop_order(flat, spare)[:excess]] = False
+        overflow += excess
     lengths = [int(mask[lo:hi].sum()) for lo, hi in pairwise(starts)]
     indices = mask.nonzero().flatten()
-    max_seqlen = max(lengths, default=0)
+    bound = max(lengths, default=0)
     if budget is not None:
-        max_seqlen = budget
+        bound = budget
     if capacity is not None:
-        max_seqlen = p.shape[-1]
+        bound = p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
         indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
     lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=p.device)
     return TokenSelection(
         indices=indices,
         cu_seqlens=F.pad(lengths_tensor.cumsum(0), (1, 0)).to(torch.int32),
         lengths=lengths_tensor,
-        max_seqlen=max_seqlen,
+        max_seqlen=bound,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
         packed_rows=torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32).view(p.shape),

@@ -19,6 +19,7 @@ def select_tokens(
     drop_fraction: float | Tensor = 0.0,
     budget: int | None = None,
     capacity: int | None = None,
+    max_seqlen: int | None = None,
 ) -> TokenSelection:
     """Choose the tokens to keep (DC-DiT, arXiv 2603.06351: routing and elastic inference).
 
@@ -34,15 +35,18 @@ def select_tokens(
             the threshold is never rounded to half precision.
         drop_fraction: rho in [0, 1), one number or a (B,) tensor.
         budget: keep exactly this many tokens per image, those with the highest p. Every shape is then static. Excludes
-            ``drop_fraction`` and ``capacity``.
+            ``drop_fraction``, ``capacity`` and ``max_seqlen``.
         capacity: static size T of the packed buffer. If more tokens are kept, the lowest p of the batch are dropped and
             counted in ``overflow``. Unused rows are padding. Without budget and capacity, T is read back from the
             device.
+        max_seqlen: most tokens of one image. An image that keeps more drops its lowest p, before a capacity looks at
+            the batch; they count in ``overflow``. With a capacity it is the ``max_seqlen`` of the result, which is
+            otherwise as large as an image: attention starts its programs for that length.
 
     Raises:
         ValueError: NaN in p (on a GPU only with ``DCDIT_CHECK=1``), a fraction outside [0, 1), a budget above L, a
-            capacity below B, or a bad shape.
-        TypeError: p that is not floating point, a budget or a capacity that is not an int.
+            capacity below B, a max_seqlen below 1, or a bad shape.
+        TypeError: p that is not floating point, a budget, a capacity or a max_seqlen that is not an int.
     """
     checks.check_float(p=p)
     if cu_seqlens is None and p.dim() != 2:
@@ -57,14 +61,20 @@ def select_tokens(
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold is {threshold}; accepted: a number in [0, 1]")
     if budget is not None:
-        _check_budget(budget, p, cu_seqlens, drop_fraction, capacity)
+        _check_budget(budget, p, cu_seqlens, drop_fraction, capacity, max_seqlen)
     if capacity is not None:
         checks.check_count("capacity", capacity)
         if capacity < images:
             raise ValueError(f"capacity is {capacity}; accepted: at least {images}, one token for each image")
+    if max_seqlen is not None:
+        checks.check_count("max_seqlen", max_seqlen)
+        if max_seqlen < 1:
+            raise ValueError(f"max_seqlen is {max_seqlen}; accepted: at least 1, for every image keeps its best token")
     checks.check_no_nan("p", p)
     with without_autocast(p):
-        return backend_for(p).select_tokens(p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity)
+        return backend_for(p).select_tokens(
+            p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity, max_seqlen
+        )
 
 
 def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float | Tensor:
@@ -82,11 +92,16 @@ def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float
 
 
 def _check_budget(
-    budget: int, p: Tensor, cu_seqlens: Tensor | None, drop_fraction: float | Tensor, capacity: int | None
+    budget: int,
+    p: Tensor,
+    cu_seqlens: Tensor | None,
+    drop_fraction: float | Tensor,
+    capacity: int | None,
+    max_seqlen: int | None,
 ) -> None:
     checks.check_count("budget", budget)
-    if isinstance(drop_fraction, Tensor) or drop_fraction > 0 or capacity is not None:
-        raise ValueError(f"budget={budget} fixes every length; it excludes drop_fraction and capacity")
+    if isinstance(drop_fraction, Tensor) or drop_fraction > 0 or capacity is not None or max_seqlen is not None:
+        raise ValueError(f"budget={budget} fixes every length; it excludes drop_fraction, capacity and max_seqlen")
     shortest = p.shape[-1]
     if cu_seqlens is not None and cu_seqlens.shape[0] > 1 and checks.value_checks_enabled(p):
         shortest = int((cu_seqlens[1:] - cu_seqlens[:-1]).min())

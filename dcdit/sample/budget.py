@@ -4,7 +4,6 @@ The measurement is a short pilot run: the same sampler on one batch, a few steps
 with any guidance interval, consists of such calls. So its cost is the pilot's cost at the times of its own calls.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ from dcdit.profiling.rounds import spread
 from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
 from dcdit.sample.options import Guidance
+from dcdit.utils.reading import read_json
+from dcdit.utils.text import one_line, printable
 
 PILOT_FRACTIONS = (0.0, 0.3, 0.6, 0.9)
 PILOT_STEPS = 16
@@ -138,18 +139,29 @@ def seconds_from_profile(
             fractions to interpolate between.
     """
     try:
-        profile = json.loads(Path(path).read_text(encoding="utf-8"))
+        profile = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
+    try:
         variants = profile["variants"] if "variants" in profile else profile["sides"]
-        dynamic = sorted((v for v in variants if v["drop_fraction"] is not None), key=lambda v: v["drop_fraction"])
+        dynamic = [variant for variant in variants if variant["drop_fraction"] is not None]
+        for variant in dynamic:
+            _check_number("drop_fraction", variant["drop_fraction"], at_least=0, below=1)
+            _check_number("ms", variant["ms"], at_least=1e-9)
+            _check_number("spread", variant.get("spread", 0), at_least=0)
+        _check_number("batch", profile["batch"], at_least=1)
+        dynamic.sort(key=lambda variant: variant["drop_fraction"])
         fractions = [float(variant["drop_fraction"]) for variant in dynamic]
         per_row = [variant["ms"] / profile["batch"] / 1e3 for variant in dynamic]
         measured = (profile["device"], profile["dtype"], profile["threads"])
         scatter = max((variant["spread"] for variant in dynamic if "spread" in variant), default=None)
-        warnings = [] if profile.get("reliable", True) else [f"{path} is unreliable: {profile['warnings'][0]}"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise ValueError(f"{path} is no profile; accepted: the profile.json of dcdit profile") from None
+        why = printable(profile["warnings"][0]) if not profile.get("reliable", True) else None
+        warnings = [] if why is None else [f"{path} is unreliable: {why}"]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(f"{path} is no profile ({found}); accepted: the profile.json of dcdit profile") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no profile: {error}") from None
     here = (device, dtype, torch.get_num_threads())
     if measured != here:
         then, now = (f"{name}, {kind}, {threads} threads" for name, kind, threads in (measured, here))
@@ -164,6 +176,14 @@ def seconds_from_profile(
     null_rows = per_row if null is None else [float(np.interp(null, fractions, per_row))] * len(per_row)
     costs = [len(times) * row + guided * null_row for row, null_row in zip(per_row, null_rows, strict=True)]
     return CostTable("seconds", str(path), fractions, costs, scatter, warnings)
+
+
+def _check_number(name: str, value: Any, at_least: float, below: float = math.inf) -> None:
+    """ValueError for what is no number, or none within the bounds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The times of a few calls have no spread that is a number.
+    if not number or not (at_least <= value < below or (name == "spread" and math.isnan(value))):
+        raise ValueError(f"{name} is {value!r}; accepted: a number from {at_least:g}, below {below:g}")
 
 
 class _Pilot:

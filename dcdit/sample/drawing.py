@@ -1,6 +1,7 @@
 """Drawing images with :class:`SamplingOptions`, and what the model kept and cost at every call."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ def load_for_sampling(
     if precision == "bf16":
         model = model.bfloat16()
     notes = read_metadata(file, ema)
-    return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes), notes)
+    return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes, file), notes)
 
 
 def draw(
@@ -115,8 +116,8 @@ def draw(
         def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
             expected[step.t] = step.x0[0]
 
-        images.append(
-            sample(
+        with _router_errors_explained(options):
+            drawn = sample(
                 calls,
                 batch,
                 options.steps,
@@ -131,14 +132,14 @@ def draw(
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
             )
-        )
+        images.append(drawn)
         records.append((len(batch), calls.records()))
         seen += [calls.maps(image) for image in range(len(batch) if maps else 0)]
         if trace and start == 0:
             first_image = FirstImage(calls.maps(), expected)
     x = torch.cat(images)
     if not x.isfinite().all():
-        raise FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
+        raise _not_finite(options)
     return DrawnImages(x, mean_records(records), first_image, seen)
 
 
@@ -166,6 +167,21 @@ def class_labels(num_classes: int, chosen: Sequence[int] | None, per_class: int,
     if num is not None:
         return torch.tensor([classes[i % len(classes)] for i in range(num)])
     return torch.tensor(classes).repeat_interleave(per_class)
+
+
+@contextlib.contextmanager
+def _router_errors_explained(options: SamplingOptions) -> Iterator[None]:
+    """Turn the router's error about NaN, which comes before there is an image, into one that names the checkpoint."""
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise _not_finite(options) from None
+
+
+def _not_finite(options: SamplingOptions) -> FloatingPointError:
+    return FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
 
 
 def _both_branches(drop: Fraction | None, null: float | None) -> Fraction | tuple[Fraction, Fraction] | None:

@@ -1,5 +1,6 @@
 """What each model call of a sampling run kept and cost."""
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -69,6 +70,11 @@ class ModelCalls:
         that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
         """
         return [self._record(call) for call in self._calls]
+
+    def natural_shares(self) -> list[list[float]]:
+        """The share of its positions that the router kept of each row before dropping, one entry per call."""
+        positions = math.prod(self.config.grid)
+        return [(call["natural"] / positions).tolist() for call in self._calls if "natural" in call]
 
     def maps(self, image: int = 0) -> list[BoundaryMap]:
         """How the router saw one of the images, one entry per call."""

@@ -17,7 +17,7 @@ from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
 from dcdit.nn.memory_format import channels_last
-from dcdit.train.checks import check_fit, check_sharding, local_batch_size, model_arguments
+from dcdit.train.checks import check_fit, check_same_classes, check_sharding, local_batch_size, model_arguments
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
@@ -101,6 +101,8 @@ def _train(
 
     # Data, model, objective, optimiser.
     dataset = create_dataset(config.data, "train", optim.seed)
+    if resume is not None:
+        check_same_classes(dataset, resume)
     torch.manual_seed(optim.seed)
     model = create_model(**model_arguments(config.model, dataset)).to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.

@@ -262,13 +262,6 @@ def test_the_page_is_named_after_device_and_day(tmp_path: Path) -> None:
     assert report.write(report.read([path]), tmp_path).name == "X-R-1-2026-01-02.md"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_suite_claims_nothing_without_a_gpu(capsys, tmp_path: Path) -> None:
-    assert suite.main(["--gpu", "--out", str(tmp_path)]) == 0
-    assert "nothing was run and nothing is claimed" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
 def test_suite_writes_what_it_has_when_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = json.dumps({"dcdit": conditions()})
     good = f"import sys; open(sys.argv[1].split('=')[1], 'w').write({raw!r})"

@@ -54,7 +54,7 @@ def refused(place, capsys, words, match):
     assert contents(place) == before
 
 
-MEASURE = "evaluate --extractor net.pt --device cpu --cache cache --out out "
+MEASURE = "evaluate --trust-extractor --extractor net.pt --device cpu --cache cache --out out "
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_nobody_has_to_read_to_the_end(place, streams):
 def test_output_that_gets_lost_is_an_error(streams, tmp_path):
     streams("/dev/full", tmp_path / "errors")
     assert main(["info"]) == 2
-    assert (tmp_path / "errors").read_text() == "dcdit: error: [Errno 28] No space left on device: '/dev/full'\n"
+    assert (tmp_path / "errors").read_text() == "dcdit: error: /dev/full: No space left on device\n"
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -241,23 +241,28 @@ def test_demo(place, capsys):
     refused(place, capsys, "demo --out results", "results/training.png is already there and would be replaced")
 
 
+def entry(rows, **shape):
+    return {"shape": shape, "config": {"ROWS": rows}}
+
+
 def test_tune(place, capsys, monkeypatch):
     """It adds to its own tables, and looks at them before it tunes for hours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("DCDIT_CONFIG_FOLDER", str(place / "configs"))
-    one, two, three = ([{"shape": {}, "config": {"ROWS": rows}}] for rows in (1, 2, 3))
-    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": one})
+    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [entry(1)]})
     refused(place, capsys, "tune --out results", "results is a folder; accepted: the name of a file")
     for text in ("months of work", "[1]"):
         (place / "table.json").write_text(text)
         refused(place, capsys, "tune --out table.json", "table.json holds no launch configurations; accepted: ")
-    (place / "table.json").write_text(json.dumps({"scatter": two, "gather": three}))
+    (place / "table.json").write_text(json.dumps({"scatter": [entry(2)], "gather": [entry(3), entry(4, D=64)]}))
     assert main(["tune", "--out", "table.json"]) == 0
-    assert json.loads((place / "table.json").read_text()) == {"scatter": two, "gather": one}
+    found = {"scatter": [entry(2)], "gather": [entry(4, D=64), entry(1)]}
+    assert json.loads((place / "table.json").read_text()) == found
     assert main(["tune"]) == 0
-    assert [path.name.startswith("Some_GPU") for path in (place / "configs").iterdir()] == [True]
+    assert [path.name for path in (place / "configs").iterdir()] == ["Some_GPU.sm_90.json"]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_training_step_repeats_bit_for_bit(model: DCDiT) -> None:
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
             out, routing = model(x, t, y, return_routing=True)
             loss = out.float().square().mean() + ops.ratio_loss(routing.prob, routing.natural_mask, 4.0)
             loss.backward()

@@ -77,7 +77,9 @@ def test_every_capacity(pattern: str, device: torch.device, monkeypatch: pytest.
         assert int(sel.lengths.min()) >= 1
 
 
-@pytest.mark.parametrize("mode", [{"drop_fraction": 0.4}, {"budget": 1000}, {"capacity": 30_000}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"drop_fraction": 0.4}, {"budget": 1000}, {"capacity": 30_000, "max_seqlen": 31_000}], ids=str
+)
 def test_long_image(mode: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if triton.knobs.runtime.interpret:
         tiles(monkeypatch, 8192)
@@ -87,9 +89,11 @@ def test_long_image(mode: dict[str, Any], device: torch.device, monkeypatch: pyt
 def test_more_images_than_a_tile(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles(monkeypatch, 4)
     check(probs(11, 2, pattern="ties").to(device), capacity=14)
+    # More than there are programs that list candidates, and more than the histograms that one of them reads at a time.
+    check(probs(300, 6, pattern="random").to(device), capacity=700, drop_fraction=0.1)
 
 
-@pytest.mark.parametrize("mode", [{}, {"capacity": 5}], ids=str)
+@pytest.mark.parametrize("mode", [{}, {"capacity": 5}, {"max_seqlen": 3}], ids=str)
 def test_no_images(mode: dict[str, Any], device: torch.device) -> None:
     check(torch.empty(0, 7, device=device), **mode)
     check(torch.empty(0, device=device), torch.zeros(1, dtype=torch.int32, device=device), **mode)
@@ -115,13 +119,13 @@ def test_unchecked_fractions_end(device: torch.device) -> None:
     """On a GPU nothing checks a fraction per image. Outside [0, 1) it must neither hang nor empty an image."""
     p = probs(4, 9, pattern="all").to(device)
     fractions = torch.tensor([-1.0, 1.0, 7.0, float("nan")], device=device)
-    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None).lengths
+    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None, None).lengths
     assert lengths[:3].tolist() == [9, 1, 1]
     assert 1 <= int(lengths[3]) <= 9
 
 
-@pytest.mark.parametrize("mode", [(0.2, None, None), (0.0, 3, None), (0.2, None, 12)], ids=str)
-def test_unchecked_nan_stays_in_bounds(mode: tuple[float, int | None, int | None], device: torch.device) -> None:
+@pytest.mark.parametrize("mode", [(0.2, None, None, None), (0.0, 3, None, None), (0.2, None, 12, 5)], ids=str)
+def test_unchecked_nan_stays_in_bounds(mode: tuple[Any, ...], device: torch.device) -> None:
     """On a GPU nothing refuses NaN. The result is some selection that is consistent with itself."""
     p = probs(3, 9, pattern="random").to(device)
     p[0, 2:6], p[1] = float("nan"), float("nan")
@@ -142,20 +146,20 @@ def test_float64_is_refused() -> None:
 
 
 SAMPLES = [
-    (0.0, None, None, None),
-    (0.2, None, None, 14),
-    (0.0, torch.tensor([0.1, 0.6]), None, None),
-    (0.0, None, 3, None),
+    (0.0, None, None, None, None),
+    (0.2, None, None, 14, 5),
+    (0.0, torch.tensor([0.1, 0.6]), None, None, None),
+    (0.0, None, 3, None, None),
 ]
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=["exact", "capacity", "per-image", "budget"])
 def test_registration(sample: tuple[Any, ...], device: torch.device) -> None:
-    rho, fractions, budget, capacity = sample
+    rho, fractions, *sizes = sample
     cu_seqlens = random_cu_seqlens(5, 7).to(device)
     fractions = None if fractions is None else fractions.to(device)
     p = probs(12, pattern="random").to(device)
-    torch.library.opcheck(selection._select.op._opoverload, (p, cu_seqlens, 0.5, rho, fractions, budget, capacity))
+    torch.library.opcheck(selection._select.op._opoverload, (p, cu_seqlens, 0.5, rho, fractions, *sizes))
 
 
 @pytest.mark.parametrize("mode", [{"capacity": 14, "drop_fraction": 0.2}, {"budget": 4}, {}], ids=str)

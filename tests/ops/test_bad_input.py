@@ -87,6 +87,11 @@ SELECT = [
         "budget and capacity", lambda: ops.select_tokens(P, budget=3, capacity=9), ValueError, ("budget=3", "capacity")
     ),
     Bad("capacity below B", lambda: ops.select_tokens(P, capacity=1), ValueError, ("capacity is 1", "at least 2")),
+    Bad("max_seqlen 0", lambda: ops.select_tokens(P, max_seqlen=0), ValueError, ("max_seqlen is 0", "at least 1")),
+    Bad("max_seqlen 2.0", lambda: ops.select_tokens(P, max_seqlen=2.0), TypeError, ("max_seqlen", "2.0", "int")),
+    Bad(
+        "budget and max_seqlen", lambda: ops.select_tokens(P, budget=3, max_seqlen=9), ValueError, ("budget=3", "max_")
+    ),
     Bad("capacity True", lambda: ops.select_tokens(P, capacity=True), TypeError, ("capacity", "True", "int")),
 ]
 

@@ -76,6 +76,21 @@ def test_capacity_spares_the_best_of_every_image() -> None:
     assert sel.overflow.item() == 2
 
 
+@pytest.mark.usefixtures("host_reads")
+def test_max_seqlen_limits_each_image_before_the_capacity() -> None:
+    p = torch.tensor([[0.9, 0.6, 0.8, 0.7], [0.1, 0.95, 0.2, 0.55]])
+    sel = ops.select_tokens(p, max_seqlen=3)
+    assert sel.indices.tolist() == [0, 2, 3, 5, 7]
+    assert (sel.overflow.item(), sel.max_seqlen) == (1, 3)
+    sel = ops.select_tokens(p, max_seqlen=3, capacity=4)
+    assert sel.indices.tolist() == [0, 2, 3, 5]  # 0.55 is the lowest of the batch once 0.6 is gone
+    assert (sel.overflow.item(), sel.max_seqlen) == (2, 3)
+    assert ops.select_tokens(p, max_seqlen=9, capacity=8).max_seqlen == 4
+    # A drop fraction comes first: of 4 tokens 2 go, and nothing overflows.
+    sel = ops.select_tokens(p, drop_fraction=0.5, max_seqlen=2)
+    assert (sel.indices.tolist(), sel.overflow.item()) == ([0, 2, 5], 0)
+
+
 def test_capacity_padding() -> None:
     sel = ops.select_tokens(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), capacity=4)
     assert sel.indices.tolist() == [0, 3, -1, -1]

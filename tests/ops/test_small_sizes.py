@@ -102,7 +102,7 @@ def test_selections_of_packed_sequences(lengths: tuple[int, ...]) -> None:
     )
     modes: list[dict[str, Any]] = [{}, {"drop_fraction": 0.5}, {"drop_fraction": torch.full((len(lengths),), 0.9)}]
     modes += [{"budget": n} for n in (1, 2)] + [{"capacity": n} for n in range(5)]
-    modes += [{"threshold": 0.0}, {"threshold": 1.0, "capacity": len(lengths)}]
+    modes += [{"threshold": 0.0}, {"threshold": 1.0, "capacity": len(lengths)}, {"max_seqlen": 1}]
     for mode in modes:
         check(ops.select_tokens, p, cu_seqlens, **mode)
     for mode in ({}, {"capacity": len(lengths) + 2}):
@@ -120,6 +120,7 @@ def test_selections_of_a_grid(images: int, length: int) -> None:
     p = random_probs(images, length, pattern="ties") if images * length else torch.zeros(images, length)
     modes: list[dict[str, Any]] = [{}, {"drop_fraction": 0.9}, {"drop_fraction": torch.zeros(images)}]
     modes += [{"budget": n} for n in range(4)] + [{"capacity": n} for n in range(6)]
+    modes += [{"max_seqlen": 1}, {"max_seqlen": 9}]
     for mode in modes:
         check(ops.select_tokens, p, **mode)
     for group_size in (None, 0, 1, 2, 3):

@@ -116,7 +116,7 @@ def selection_of_mask(mask: Tensor) -> TokenSelection:
     )
 
 
-SELECTION_MODES = ["drop", "budget", "capacity"]
+SELECTION_MODES = ["drop", "budget", "capacity", "max_seqlen"]
 
 
 @st.composite
@@ -146,7 +146,9 @@ def select_tokens(
     else:
         per_image = draw(st.lists(fractions, min_size=images, max_size=images))
         arguments["drop_fraction"] = torch.tensor(per_image, dtype=torch.float32)
-    if mode == "capacity":
+    if mode == "max_seqlen":
+        arguments["max_seqlen"] = draw(st.integers(1, 45))
+    if mode == "capacity" or (mode == "max_seqlen" and draw(st.booleans())):
         kept = reference.select_tokens(p, cu_seqlens, **arguments).indices.shape[0]
         near = st.integers(kept - 3, kept + 1)
         arguments["capacity"] = max(images, draw(near | st.integers(0, kept) | st.just(2 * p.numel() + 40)))

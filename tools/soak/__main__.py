@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from tools.soak.part import Part
 
 PARTS = {
     "kills": "training and checkpoint writing, killed at random moments",
+    "malformed": "malformed files, made and randomly damaged, given to the commands that read them",
     "operations": "random calls of every operation against the float64 definition",
 }
 """Name of a module to what it does."""
@@ -29,6 +31,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the page to this file")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are removed
     unknown = set(args.parts) - PARTS.keys()
     if unknown:
         parser.error(f"part {min(unknown)!r}; accepted: {', '.join(PARTS)}")

@@ -11,6 +11,7 @@ deleting checkpoints.
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -35,6 +36,7 @@ from dcdit.config import TrainConfig, override
 from dcdit.train import train
 from dcdit.utils.tables import markdown_table
 from tools.soak.part import Part
+from tools.soak.processes import end_with
 
 KILLS = 100
 SEED = 0
@@ -116,15 +118,14 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
     np.savez(folder / "images.npz", images=images, labels=labels)
     config = override({}, {**BASE, **setting.overrides, "data.path": str(folder / "images.npz")})
     whole = folder / "whole"
-    _end(_start(_training(config, whole), folder), folder)
+    _ends_within(math.inf, _training(config, whole), folder)
     found: Counter[str] = Counter()
     moments = random.Random(SEED)
     with tqdm(total=kills, desc=setting.name, unit="kill") as bar:
         while found[setting.counted] < kills:
             out = folder / f"run-{found['runs finished']}"
             newest = _newest(out)
-            process = _start(_training(config, out), folder)
-            if _ends_within(moments.uniform(0, setting.seconds), process, folder):
+            if _ends_within(moments.uniform(0, setting.seconds), _training(config, out), folder):
                 _compare(whole, out, found)
             else:
                 found[IN_TRAINING] += 1
@@ -133,7 +134,7 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
                 bar.update(found[setting.counted] - bar.n)
             found["checkpoints incomplete or lost"] += not _is_kept(newest, _newest(out), out)
     out = folder / f"run-{found['runs finished']}"
-    _end(_start(_training(config, out), folder), folder)
+    _ends_within(math.inf, _training(config, out), folder)
     _compare(whole, out, found)
     return found
 
@@ -146,12 +147,33 @@ def _training(config: TrainConfig, out: Path) -> Callable[[], Any]:
     return lambda: train(settings, resume=out if ckpt.list_checkpoints(out) else None)
 
 
-def _start(work: Callable[[], Any], folder: Path) -> int:
-    """A forked process that does ``work``; what it prints goes to a file in ``folder``."""
+def _ends_within(seconds: float, work: Callable[[], Any], folder: Path) -> bool:
+    """Whether a forked process that does ``work`` ends before so many seconds; else it is killed.
+
+    What it prints goes to a file in ``folder``.
+    """
+    process = _fork(work, folder)
+    deadline = time.monotonic() + seconds
+    try:
+        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) and time.monotonic() < deadline:
+            time.sleep(0.001)
+    finally:  # also if this process is asked to end
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+    if os.WIFEXITED(status) and status:
+        raise RuntimeError(f"a run failed by itself: {(folder / OUTPUT).read_text().splitlines()[-1:]}")
+    return os.WIFEXITED(status)
+
+
+def _fork(work: Callable[[], Any], folder: Path) -> int:
+    parent = os.getpid()
     process = os.fork()
     if process:
         return process
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_with(parent)
+        tempfile.tempdir = str(folder)  # what a killed process leaves there goes with the folder
         output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -161,26 +183,6 @@ def _start(work: Callable[[], Any], folder: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(1)
-
-
-def _end(process: int, folder: Path, options: int = 0) -> bool:
-    """Whether a process has ended; waits for that unless ``options`` say otherwise."""
-    ended, status = os.waitpid(process, options)
-    if status:
-        raise RuntimeError(f"a run failed by itself: {(folder / OUTPUT).read_text().splitlines()[-1:]}")
-    return bool(ended)
-
-
-def _ends_within(seconds: float, process: int, folder: Path) -> bool:
-    """Whether a process ends by itself before so many seconds; else it is killed."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if _end(process, folder, os.WNOHANG):
-            return True
-        time.sleep(0.001)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return False
 
 
 # --- what is found --------------------------------------------------------------------------------------------------

@@ -12,21 +12,30 @@ from torch import Tensor
 from dcdit import ops
 from dcdit.ops import TokenSelection
 
-SIZES = (0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 33, 40)
-WIDTHS = (1, 2, 3, 4, 7, 8, 8, 16, 20, 33)
+SIZES = (0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 33, 40, 70)
+SIDES = (0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9, 17)
+"""Of grids. The longest are longer than the window of the smoothing."""
+WIDTHS = (1, 2, 3, 4, 7, 8, 8, 16, 20, 33, 66)
 SCALES = (1.0, 1.0, 1.0, 1e-3, 1e3)
 _KERNEL_DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 EVERY_DTYPE = {"torch": (*_KERNEL_DTYPES, torch.float64), "triton": _KERNEL_DTYPES}
 """The dtypes that a backend has; a likely one stands there twice."""
+LAYOUTS = 6
 LARGE_SCALES = (1e-14, 1e20, 1e30)
 """Of rows whose cosine is taken."""
 
 
 class Call(NamedTuple):
-    """An operation and its arguments."""
+    """An operation, its arguments, and how it is called and differentiated."""
 
     op: Callable[..., Any]
     args: tuple[Any, ...]
+    without_gradient: tuple[int, ...] = ()
+    """Numbers of the arguments whose gradient nobody wants."""
+    cotangents: int = 0
+    """The memory layout of what flows back, as in :func:`strided`."""
+    autocast: bool = False
+    """Whether all runs under autocast, which changes nothing."""
 
 
 class Maker:
@@ -62,7 +71,7 @@ class Maker:
         return [self.random.choice(SIZES) for _ in range(self.random.randrange(5))]
 
     def grid(self) -> tuple[int, int]:
-        return self.random.randrange(8), self.random.randrange(8)
+        return self.random.choice(SIDES), self.random.choice(SIDES)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float | None = None) -> Tensor:
         """Normal numbers in random strides."""
@@ -80,19 +89,7 @@ class Maker:
         return self._strided(x.to(dtype))
 
     def _strided(self, x: Tensor) -> Tensor:
-        """The same numbers in another layout."""
-        kind = self.random.randrange(6)
-        if x.dim() < 2 or kind == 0:
-            return torch.stack([x, x], -1)[..., 0] if x.dim() == 1 and kind else x
-        if kind == 1:
-            return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        if kind == 2:
-            return x.movedim(0, -1).contiguous().movedim(-1, 0)
-        if kind == 3:
-            return torch.cat([x, x], -1)[..., x.shape[-1] :]
-        if kind == 4:
-            return torch.stack([x, x], -1)[..., 0]
-        return x[:1].expand(x.shape) if x.shape[0] else x
+        return strided(x, self.random.randrange(LAYOUTS))
 
     def cu_seqlens(self, lengths: list[int]) -> Tensor:
         return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -122,6 +119,8 @@ class Maker:
             found["drop_fraction"] = torch.rand(images, generator=self._generator) * 0.999
         if self.random.random() < 0.4:
             found["capacity"] = images + self.random.randrange(60)
+        if self.random.random() < 0.3:
+            found["max_seqlen"] = 1 + self.random.randrange(20)
         return found
 
     def grid_selection(self, grid: tuple[int, int]) -> tuple[Tensor, TokenSelection]:
@@ -144,6 +143,34 @@ class Maker:
         """(T, D) with NaN in padding rows."""
         rows = self.normal(sel.indices.shape[0], width, dtype=dtype)
         return torch.where((sel.indices >= 0)[:, None], rows, float("nan"))
+
+
+def strided(x: Tensor, layout: int) -> Tensor:
+    """The same numbers in another memory layout; of the last one, one slice in place of all."""
+    if x.dim() < 2 or layout == 0:
+        return torch.stack([x, x], -1)[..., 0] if x.dim() == 1 and layout else x
+    if layout == 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == 2:
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == 3:
+        return torch.cat([x, x], -1)[..., x.shape[-1] :]
+    if layout == 4:
+        return torch.stack([x, x], -1)[..., 0]
+    return x[:1].expand(x.shape) if x.shape[0] else x
+
+
+def random_call(operation: str, seed: str, dtypes: tuple[torch.dtype, ...]) -> Call:
+    """A call of an operation, the same for the same seed."""
+    make = Maker(seed, dtypes)
+    call = MAKERS[operation](make)
+    floats = [i for i, a in enumerate(call.args) if isinstance(a, Tensor) and a.is_floating_point()]
+    unwanted = tuple(i for i in floats if make.random.random() < 0.5) if make.random.random() < 0.3 else ()
+    return call._replace(
+        without_gradient=unwanted,
+        cotangents=make.random.randrange(LAYOUTS),
+        autocast=make.random.random() < 0.2,
+    )
 
 
 def _selection_of_mask(mask: Tensor) -> TokenSelection:
@@ -199,7 +226,7 @@ def select_tokens(make: Maker) -> Call:
         images, shortest = len(lengths), min(lengths, default=0)
         cu_seqlens, shape = make.cu_seqlens(lengths), (sum(lengths),)  # type: ignore[assignment]
     p, mode = make.probabilities(*shape, dtype=make.dtype()), make.mode(images, shortest)
-    defaults = {"threshold": 0.5, "drop_fraction": 0.0, "budget": None, "capacity": None}
+    defaults = {"threshold": 0.5, "drop_fraction": 0.0, "budget": None, "capacity": None, "max_seqlen": None}
     return Call(ops.select_tokens, (p, cu_seqlens, *(mode.get(name, value) for name, value in defaults.items())))
 
 

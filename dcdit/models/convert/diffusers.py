@@ -29,12 +29,12 @@ TIMESTEPS, LABELS = "norm1.emb.timestep_embedder", "norm1.emb.class_embedder.emb
 """In a block."""
 CONVENTIONS = {"frequency_shift": 1, "mlp_norm_eps": 1e-5}
 """Of diffusers, where they differ from the original's."""
-SIZING_KEYS = (
-    PATCH_EMBED,
-    f"transformer_blocks.0.{LABELS}",
-    "proj_out_2.bias",
-    "transformer_blocks.0.ff.net.0.proj.weight",
-)
+SIZING_KEYS = {
+    PATCH_EMBED: 4,
+    f"transformer_blocks.0.{LABELS}": 2,
+    "proj_out_2.bias": 1,
+    "transformer_blocks.0.ff.net.0.proj.weight": 2,
+}
 
 
 def key_table(depth: int, separate_embedders: bool) -> KeyTable:

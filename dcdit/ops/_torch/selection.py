@@ -16,6 +16,7 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> TokenSelection:
     images = _Images(p, cu_seqlens)
     natural = upcast(p.flatten()) > threshold
@@ -27,24 +28,27 @@ def select_tokens(
         mask = natural | best
         if isinstance(drop_fraction, Tensor) or drop_fraction > 0:
             mask = images.drop(natural, drop_fraction) | best
+        if max_seqlen is not None:
+            mask, overflow = images.limit(mask, max_seqlen)
         if capacity is not None:
-            mask, overflow = _fit_capacity(images.p, mask, best, capacity)
+            mask, excess = _fit_capacity(images.p, mask, best, capacity)
+            overflow = overflow + excess
     # (S + 1,): number of kept positions before each position.
     prefix_count = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
     kept_starts = prefix_count[images.starts]
     lengths = kept_starts.diff()
     if budget is not None:
-        total, max_seqlen = budget * images.count, budget
+        total, bound = budget * images.count, budget
     elif capacity is not None:
-        total, max_seqlen = capacity, p.shape[-1]
+        total, bound = capacity, p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
     else:
         longest = lengths.max() if images.count else kept_starts[0]
-        total, max_seqlen = torch.stack([kept_starts[-1], longest]).tolist()
+        total, bound = torch.stack([kept_starts[-1], longest]).tolist()
     return TokenSelection(
         indices=_kept_positions(mask, prefix_count, total),
         cu_seqlens=kept_starts,
         lengths=lengths,
-        max_seqlen=max_seqlen,
+        max_seqlen=bound,
         mask=mask.view(p.shape),
         natural_mask=natural.view(p.shape),
         packed_rows=torch.where(mask, prefix_count[:-1], -1).view(p.shape),
@@ -101,6 +105,11 @@ class _Images:
         counts = F.pad(natural.cumsum(0), (1, 0)).index_select(0, self.starts).diff().float()
         n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
         return natural & (self.drop_order(natural) >= self.to_positions(n_drop))
+
+    def limit(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """The mask without the lowest p of each image that keeps more than ``longest``, and how many were dropped."""
+        excess = (F.pad(mask.cumsum(0), (1, 0)).index_select(0, self.starts).diff() - longest).clamp(min=0)
+        return mask & (self.drop_order(mask) >= self.to_positions(excess)), excess.sum().to(torch.int32)
 
 
 def _fit_capacity(p: Tensor, mask: Tensor, best: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

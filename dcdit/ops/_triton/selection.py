@@ -15,26 +15,27 @@ def select_tokens(
     drop_fraction: float | Tensor,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> TokenSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
     indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
-        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity
+        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity, max_seqlen
     )
     if budget is not None:
-        max_seqlen = budget
+        bound = budget
     elif capacity is not None:
-        max_seqlen = p.shape[-1]
+        bound = p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
     else:
         # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
-        total, max_seqlen = sizes.tolist()
+        total, bound = sizes.tolist()
         indices = indices[:total]
     return TokenSelection(
         indices=indices,
         cu_seqlens=starts,
         lengths=lengths,
-        max_seqlen=max_seqlen,
+        max_seqlen=bound,
         mask=mask,
         natural_mask=natural,
         packed_rows=packed_rows,
@@ -52,6 +53,7 @@ def _select_fake(
     rho_per_image: Tensor | None,
     budget: int | None,
     capacity: int | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, ...]:
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = capacity if capacity is not None else p.numel() if budget is None else images * budget

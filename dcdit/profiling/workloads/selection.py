@@ -39,6 +39,11 @@ def _capacity(inputs: Inputs) -> Arguments:
     return {"p": inputs.probabilities(inputs.shape.dtype), "capacity": capacity}
 
 
+def _max_seqlen(inputs: Inputs) -> Arguments:
+    """Below what some images keep, with a capacity that some overflow too."""
+    return {**_capacity(inputs), "max_seqlen": max(1, int(inputs.shape.keep * inputs.shape.length))}
+
+
 def _packed(inputs: Inputs) -> Arguments:
     return {"p": inputs.packed_probabilities(inputs.shape.dtype), "cu_seqlens": inputs.source_cu_seqlens()}
 
@@ -93,6 +98,7 @@ OPERATIONS = (
             "drop_per_image": Case(_drop_per_image),
             "budget": Case(_budget),
             "capacity": Case(_capacity),
+            "max_seqlen": Case(_max_seqlen),
             "packed": Case(_packed),
             "packed_capacity": Case(_packed_capacity),
         },

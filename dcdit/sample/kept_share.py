@@ -1,0 +1,59 @@
+"""Measuring what a router keeps, for the sizes of a static buffer (:func:`dcdit.models.plan_capacity`)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dcdit.diffusion import sample
+from dcdit.diffusion.guidance import Fraction
+from dcdit.models import DCDiT, KeptShare
+from dcdit.sample.budget import PILOT_STEPS
+from dcdit.sample.model_calls import ModelCalls, call_times
+from dcdit.sample.options import Guidance
+
+
+def measure_kept_share(
+    model: DCDiT,
+    labels: Tensor,
+    num_steps: int | str,
+    method: str,
+    guidance: Guidance | None = None,
+    drop_fraction: Fraction | None = None,
+    *,
+    seed: int = 0,
+    clip: bool = False,
+    progress: bool = True,
+) -> KeptShare:
+    """The share of its positions that the router keeps of an image before dropping, and its spread over images.
+
+    From a short run of the sampler on one batch, like the pilot of :func:`measure_costs`: of its calls the one that
+    kept most. With guidance, both branches count. ``model.kept_share`` is where ``capacity="auto"`` looks for it.
+
+    Args:
+        labels: (B,) integer, on the model's device. The more, the better the spread is known.
+        num_steps, method, seed, clip, progress: of the run, see :func:`dcdit.diffusion.sample`.
+        guidance: of the run.
+        drop_fraction: of the run; dropping changes what the router sees at the next step.
+
+    Raises:
+        ValueError: one image only, or an option that the sampler does not accept.
+    """
+    guidance = guidance or Guidance()
+    calls = ModelCalls(model, len(labels))
+    drop: Any = drop_fraction
+    if drop is not None and guidance.null_drop_fraction is not None:
+        drop = (drop, guidance.null_drop_fraction)
+    steps = min(PILOT_STEPS, len(call_times(method, num_steps)))
+    sample(
+        calls,
+        labels,
+        steps,
+        method,
+        cfg_scale=guidance.scale,
+        cfg_interval=guidance.interval,
+        drop_fraction=drop,
+        clip=clip,
+        seed=seed,
+        progress=progress,
+    )
+    return KeptShare.of_calls(calls.natural_shares())
