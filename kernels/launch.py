@@ -11,7 +11,6 @@ device of its architecture: an H200 that of an H100.
 
 import functools
 import importlib
-import json
 import math
 import os
 import pkgutil
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dcdit.utils.reading import read_json
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -60,11 +61,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
-    device = next(argument.device for argument in args if isinstance(argument, Tensor))
+    for tensor in args:
+        if isinstance(tensor, Tensor):
+            break
     try:
         # Triton starts kernels on the current device, which can differ from the device of the tensors.
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
@@ -91,6 +94,11 @@ def record_launches() -> Iterator[list[Launch]]:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory for the output of a kernel. Tests replace this function to fill every output with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(made: Tensor) -> Tensor:
+    """The same for one more output of the shape and dtype of ``made``, which :func:`empty` returned: a cheaper call."""
+    return torch.empty_like(made)
 
 
 def set_default_configs(kernel: str, config: Config | None = None, **by_size: dict[int, Config]) -> None:
@@ -128,7 +136,7 @@ def read_configs(path: Path) -> dict[str, list[Entry]]:
         OSError: it cannot be read.
     """
     try:
-        tables = json.loads(path.read_bytes())
+        tables = read_json(path)
         entries = [entry for table in tables.values() for entry in table]
         sizes = [size for entry in entries for size in (*entry["shape"].values(), *entry["config"].values())]
         if all(type(size) is int and size > 0 for size in sizes):

@@ -13,7 +13,9 @@ from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, KeptShare
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
 from dcdit.utils.reading import open_regular, parse_json
+from dcdit.utils.schema import from_mapping
 from dcdit.utils.tensors import open_tensors, save_tensors
+from dcdit.utils.text import short
 
 Model = DCDiT | DiT
 """What this package trains, saves and loads."""
@@ -90,9 +92,9 @@ def _kept_share_note(model: Model) -> dict[str, str]:
 
 def _read_kept_share(text: str, path: Path) -> KeptShare:
     try:
-        return KeptShare(**json.loads(text))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: its kept_share is {text[:80]!r}") from None
+        return from_mapping(KeptShare, parse_json(text, "kept_share"), "kept_share")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its kept_share is {short(text)}: {error}") from None
 
 
 def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:

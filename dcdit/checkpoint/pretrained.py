@@ -4,7 +4,6 @@ The functions here recognise what is at the path; :mod:`~dcdit.checkpoint.model`
 :mod:`~dcdit.checkpoint.foreign` read it.
 """
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +26,7 @@ from dcdit.checkpoint.model import (
 from dcdit.checkpoint.run import MODEL_FILE, list_checkpoints, model_file
 from dcdit.checkpoint.state_dicts import plain_names
 from dcdit.models import DiT
+from dcdit.utils.reading import parse_json
 
 
 def load_model(path: str | Path, ema: bool = True) -> Model:
@@ -69,10 +69,7 @@ def class_names_in(metadata: dict[str, str], source: str | Path) -> list[str]:
     Raises:
         ValueError: something else stands there.
     """
-    try:
-        names = json.loads(metadata.get("class_names", "[]"))
-    except ValueError:
-        names = None
+    names = parse_json(metadata.get("class_names", "[]"), f"{source}: its class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{source} is damaged: its class_names are not a list of names")
     return names

@@ -34,8 +34,8 @@ COMMANDS = {
     "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
 }
 """Name of a subcommand to its module and its line of help."""
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
-"""Errors that a user can cause: these are printed in one line."""
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
+"""Errors that a user can cause: these are printed in one line. Others are faults of the program, with a traceback."""
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """Parts of PyTorch's messages about it, which are of RuntimeErrors."""
 LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker process .*\n {4}.*?\n(\S.*)", re.DOTALL)

@@ -103,12 +103,12 @@ def _load(
     """A configuration with overrides. An error in it names its source, unless the overrides have put it there."""
     try:
         return _checked(load(overrides))
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         if source is None or str(error).startswith(source):
             raise
         try:
             _checked(load({}))
-        except (ValueError, TypeError) as own:
+        except ValueError as own:
             raise type(own)(f"{source}: {own}") from None
         raise
 

@@ -69,7 +69,7 @@ class PackedDiTBlock(DiTBlockBase):
     def attention(self, x: Tensor, varlen: VarlenMeta) -> Tensor:
         qkv = self.qkv(x)
         out = unchecked.self_attention(
-            qkv.view(x.shape[0], 3, self.num_heads, -1),
+            qkv.view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads),
             *varlen,
             zero_padding=varlen.padding and not is_plain(self.proj, nn.Linear),
         )

@@ -111,16 +111,6 @@ def _no_sequence(q: Tensor, cu_seqlens: Tensor) -> bool:
     return known_true(q.shape[0] == 0) or cu_seqlens.shape[0] == 1
 
 
-def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
-    """max_seqlen must be an int, and no sequence may be longer."""
-    if not isinstance(max_seqlen, int | torch.SymInt):
-        raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
-    if checks.value_checks_enabled(cu_seqlens) and cu_seqlens.shape[0] > 1:
-        longest = int(cu_seqlens.diff().max())
-        if max_seqlen < longest:
-            raise ValueError(f"max_seqlen is {max_seqlen} but the longest sequence has {longest} tokens")
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, padding: bool) -> None:
     checks.check_float(q=q, k=k, v=v)
     if q.dim() != 3:
@@ -134,4 +124,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     accepted = (*attention_kernels.ATTENTION_BACKENDS, "auto")
     if backend not in accepted:
         raise ValueError(f"unknown attention backend {backend!r}; accepted: {', '.join(accepted)}")
-    check_max_seqlen(cu_seqlens, max_seqlen)
+    checks.check_max_seqlen(cu_seqlens, max_seqlen)

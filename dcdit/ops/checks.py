@@ -72,6 +72,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", e
         raise ValueError(f"{name} ends at {values[-1]}; it must end at {'' if exact else 'or below '}{total}")
 
 
+def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """max_seqlen must be an int, and no sequence may be longer."""
+    if not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
+    if value_checks_enabled(cu_seqlens) and cu_seqlens.shape[0] > 1:
+        longest = int(cu_seqlens.diff().max())
+        if max_seqlen < longest:
+            raise ValueError(f"max_seqlen is {max_seqlen} but the longest sequence has {longest} tokens")
+
+
 def check_count(name: str, value: int) -> None:
     """A number of tokens must be an int, and no bool."""
     if not isinstance(value, int) or isinstance(value, bool):

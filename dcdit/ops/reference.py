@@ -7,6 +7,7 @@ Letters: B images of L positions on a grid (H, W), or S positions of packed sequ
 Papers: DC-DiT is arXiv 2603.06351, H-Net arXiv 2507.07955, DiT arXiv 2212.09748.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -361,6 +362,46 @@ def varlen_attention(
             scores = scores.masked_fill(later, float("-inf"))
         out.append(rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d"))
     return _join(out, zeros, cu_seqlens) + _zero(q, k, v)
+
+
+# --- noise --------------------------------------------------------------------------------------------------------
+
+
+def philox_normal(seed: Tensor, images: Tensor, step: Tensor, size: int) -> Tensor:
+    """Words (a, b, c, d) of Philox4x32-10 for the key seed and the counter (place // 4, step, image) -> four normals.
+
+    The transform of Box and Muller: ``sqrt(-2 ln u) * (cos v, sin v)`` with ``u = a / 2^32 + 1 / 2^33``, rounded to
+    float32 after the division and after the sum, and ``v = 2 pi b / 2^32``; the same of c and d. Computed in float64.
+
+    seed () int64, images (B,) int64, step () int64 -> (B, size) float32.
+    """
+    rows = []
+    for image in images.tolist():
+        normals: list[float] = []
+        for block in range(-(-size // 4)):
+            counter = (block, int(step), image, image >> 32)
+            a, b, c, d = _philox4x32(counter, (int(seed), int(seed) >> 32))
+            for word, other in ((a, b), (c, d)):
+                u = float(torch.tensor(word, device="cpu").float() * 2.0**-32 + 2.0**-33)
+                radius, angle = math.sqrt(-2 * math.log(u)), 2 * math.pi * other / 2**32
+                normals += [radius * math.cos(angle), radius * math.sin(angle)]
+        rows.append(normals[:size])
+    return torch.tensor(rows, dtype=torch.float32, device=images.device).reshape(len(rows), size)
+
+
+def _philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Ten rounds of Philox4x32 (Salmon et al. 2011, section 3.3); of each word the low 32 bits count."""
+    a, b, c, d = (word % 2**32 for word in counter)
+    for number in range(10):
+        left, right = key[0] + number * 0x9E3779B9, key[1] + number * 0xBB67AE85
+        from_a, from_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (
+            (from_c >> 32) ^ b ^ left % 2**32,
+            from_c % 2**32,
+            (from_a >> 32) ^ d ^ right % 2**32,
+            from_a % 2**32,
+        )
+    return a, b, c, d
 
 
 # --- segments -----------------------------------------------------------------------------------------------------

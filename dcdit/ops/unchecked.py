@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcdit.ops import attention_kernels, checks
-from dcdit.ops.attention import attend, check_max_seqlen, kernel_for
+from dcdit.ops.attention import attend, kernel_for
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.autograd import apply
 from dcdit.ops.backend import backend_for
@@ -24,7 +24,7 @@ def check_packed(t: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bool) 
     """
     checks.check_device(t=t, cu_seqlens=cu_seqlens)
     checks.check_cu_seqlens(cu_seqlens, t.shape[0], exact=not padding)
-    check_max_seqlen(cu_seqlens, max_seqlen)
+    checks.check_max_seqlen(cu_seqlens, max_seqlen)
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:

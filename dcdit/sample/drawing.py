@@ -76,8 +76,8 @@ def load_for_sampling(
     model = load_model(file, ema).to(device)
     if isinstance(model, DCDiT):
         channels_last(model)
-    if precision == "bf16":
-        model = model.bfloat16()
+    # A file may hold other dtypes, and several of them.
+    model = model.bfloat16() if precision == "bf16" else model.float()
     notes = read_metadata(file, ema)
     return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes, file), notes)
 

@@ -24,6 +24,7 @@ from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
 from dcdit.train.losses import training_losses
+from dcdit.train.optimizer import clipped_step, create_optimizer
 from dcdit.train.records import (
     LogRecord,
     MetricMeans,
@@ -34,7 +35,7 @@ from dcdit.train.records import (
     training_record,
 )
 from dcdit.train.schedule import learning_rate
-from dcdit.train.sharding import shard, unsynchronised, whole
+from dcdit.train.sharding import shard, unsynchronised
 from dcdit.train.state import TrainState
 from dcdit.train.stopping import NO_STOP, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
@@ -117,9 +118,7 @@ def _train(
         shard(model, device)
     elif isinstance(model, DCDiT):
         channels_last(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = create_optimizer(model, optim.lr, optim.weight_decay, device)
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume))
@@ -179,8 +178,7 @@ def _train(
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip))
-            optimizer.step()
+            grad_norm = clipped_step(optimizer, optim.grad_clip)
             optimizer.zero_grad(set_to_none=True)
             ema.update()
             step_means = {name: torch.stack([metrics[name] for metrics in passes]).mean() for name in passes[0]}

@@ -13,6 +13,10 @@ from dcdit.utils.text import printable, short
 T = TypeVar("T")
 
 
+class WrongType(TypeError, ValueError):
+    """A value of another type than its key takes. Like every error that a user can cause, it is a ValueError too."""
+
+
 def option(
     default: Any,
     doc: str,
@@ -36,10 +40,10 @@ def build(cls: type, data: Any, where: str = "") -> Any:
 
     Raises:
         ValueError: unknown key.
-        TypeError: a value of another type. Both messages name the key with its section.
+        WrongType: a value of another type. Both messages name the key with its section.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"{where.rstrip('.') or 'configuration'} is {short(data)}; accepted: a section of keys")
+        raise WrongType(f"{where.rstrip('.') or 'configuration'} is {short(data)}; accepted: a section of keys")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
@@ -105,7 +109,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return [_convert(v, item, f"{name}[{i}]") for i, v in enumerate(value)]
         elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
-    raise TypeError(f"{name} is {short(value)}; accepted: {type_name(hint)}")
+    raise WrongType(f"{name} is {short(value)}; accepted: {type_name(hint)}")
 
 
 def _finite(value: int | float | str) -> float | None:

@@ -36,7 +36,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 100
 
 def short(value: object) -> str:
     """``repr`` of a value from a file, shortened if it is long."""
-    return _short.repr(value)
+    return printable(_short.repr(value), 300)
 
 
 def one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ def test_grids(images: int, grid: tuple[int, int], capacity: int | None, device:
     length = grid[0] * grid[1]
     p, x = torch.zeros(images, length), randn(images, length, 8)
     with ops.use_backend("triton"):
-        sel = ops.select_tokens(p, capacity=capacity)
+        sel = ops.select_tokens(p.to(device), capacity=capacity)
     sel = sel._replace(indices=torch.full_like(sel.indices, -1))
     h, table, weight = randn(sel.indices.shape[0], 8), randn(images, 8), randn(8, 3, 3)
     parameters = [randn(8, seed=seed) for seed in range(3)]

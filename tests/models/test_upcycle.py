@@ -83,7 +83,7 @@ def test_a_source_whose_blocks_have_embedders_of_their_own(tmp_path):
     tokens = (source.x_embedder(x).flatten(2).mT + source.pos_embed).flatten(0, 1)
     length, ours = len(model.pos_embed), []
     varlen = VarlenMeta(torch.arange(4, dtype=torch.int32) * length, length, padding=False)
-    model.transform(tokens, states.cond, varlen, ours)
+    model.transform(tokens, model.modulation(states.cond), varlen, ours)
     for packed, dense in zip(ours, theirs, strict=True):
         torch.testing.assert_close(packed, dense.flatten(0, 1), rtol=1e-4, atol=1e-4)
     freeze_embedders(model)

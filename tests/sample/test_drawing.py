@@ -4,8 +4,9 @@ import pytest
 import torch
 from support.small import small_dc_dit, small_dit
 
+from dcdit.checkpoint import save_model
 from dcdit.diffusion import sample
-from dcdit.sample.drawing import class_labels, draw
+from dcdit.sample.drawing import class_labels, draw, load_for_sampling
 from dcdit.sample.options import CostTarget, SamplingOptions
 from dcdit.sample.plan import make_plans
 from dcdit.utils.images import to_pixels
@@ -54,6 +55,17 @@ def test_images_that_are_not_finite_are_not_handed_on(make):
         draw(model, options, LABELS, None, progress=False)
     with pytest.raises(FloatingPointError, match="an image holds numbers that are not finite"):
         to_pixels(torch.full((1, 3, 2, 2), torch.nan))
+
+
+def test_a_file_of_several_dtypes_is_drawn_from_in_one(tmp_path):
+    model = small_dc_dit(grid=(8, 8))
+    model.x_embedder.half()
+    model.router.double()
+    save_model(tmp_path / "a.safetensors", model)
+    options = SamplingOptions(str(tmp_path / "a.safetensors"), "ddim", steps=2)
+    loaded = load_for_sampling(options.checkpoint, torch.device("cpu")).model
+    expected = draw(model.float(), options, LABELS, 0.3, progress=False)
+    torch.testing.assert_close(draw(loaded, options, LABELS, 0.3, progress=False).x, expected.x)
 
 
 def test_labels():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from dcdit.models import load_dit, to_dit
 from tools.malformed import parts
 from tools.malformed.base import Base
 from tools.malformed.case import malformed
@@ -160,6 +161,17 @@ def model_notes_with_escape_codes(base: Base, out: Path) -> list[str]:
 def model_notes_a_range_of_text(base: Base, out: Path) -> list[str]:
     file = base.noted_model(out / "a.safetensors", base.latent_model, latent_range='["a", "b"]')
     return base.sample(file, out, "--vae", str(base.vae))
+
+
+@malformed(OURS, "a.safetensors", "mean is True")
+def model_notes_a_share_of_another_type(base: Base, out: Path) -> list[str]:
+    share = '{"mean": true, "std": 0.1, "largest": 1, "images": 2}'
+    return base.sample(base.noted_model(out / "a.safetensors", base.model, kept_share=share), out)
+
+
+@malformed(OURS, "a.safetensors", "kept_share is .*nested too deep")
+def model_notes_a_deep_share(base: Base, out: Path) -> list[str]:
+    return base.sample(base.noted_model(out / "a.safetensors", base.model, kept_share="[" * 100_000), out)
 
 
 @malformed(OURS, "a.safetensors", "int64; accepted: floating-point")
@@ -344,6 +356,14 @@ def diffusers_key_twice(base: Base, out: Path) -> list[str]:
 @malformed(FOLDER, "config.json", "sample_size '8'; accepted: a positive integer")
 def diffusers_size_is_text(base: Base, out: Path) -> list[str]:
     return diffusers(base, out, {**SIZES, "sample_size": "8"})
+
+
+@malformed(FOLDER, "dit", "grid is .1000000000, 1000000000.; accepted")
+def diffusers_size_of_a_billion(base: Base, out: Path) -> list[str]:
+    argv = diffusers(base, out, {**SIZES, "sample_size": 10**9})
+    state = to_dit(load_dit(base.static_state, 2), "diffusers")
+    save_file(state, out / "dit" / "diffusion_pytorch_model.safetensors")
+    return argv
 
 
 @malformed(FOLDER, "config.json", "num_attention_heads 0")

@@ -231,6 +231,14 @@ def zip_with_a_flipped_byte(base: Base, out: Path) -> list[str]:
     return base.train_on("latents", parts.write(out / "a.zip", bytes(data)), out)
 
 
+@malformed(ZIP, "a.zip", "damaged or no zip|is said to have .* and the zip has|checksum")
+def zip_points_behind_its_end(base: Base, out: Path) -> list[str]:
+    data = bytearray(zipped(base, out, x=MOMENTS).read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 42 : entry + 46] = b"\xfe\xff\xff\xff"  # where the file begins
+    return base.train_on("latents", parts.write(out / "a.zip", bytes(data)), out)
+
+
 @malformed(ZIP, "a.zip", "no dataset.json in it")
 def zip_of_something_else(base: Base, out: Path) -> list[str]:
     return base.train_on("latents", parts.zeros(out / "a.zip", "x.npy", 0), out)
@@ -350,6 +358,26 @@ def manifest_shard_is_a_number(base: Base, out: Path) -> list[str]:
 @malformed(MANIFEST, "manifest.json", "bytes is True")
 def manifest_size_is_true(base: Base, out: Path) -> list[str]:
     return shard(base, out, entry={"bytes": True})
+
+
+@malformed(MANIFEST, "manifest.json", "shift is '0'; accepted: float")
+def manifest_to_verify_is_malformed(base: Base, out: Path) -> list[str]:
+    shard(base, out, shift="0")
+    return ["extract", "--verify", str(out / "shards")]
+
+
+@malformed(MANIFEST, "latents_shard00000.safetensors", "has .* bytes, the manifest says 1000000000000")
+def manifest_size_of_a_terabyte(base: Base, out: Path) -> list[str]:
+    return shard(base, out, entry={"bytes": 10**12})
+
+
+@malformed(MANIFEST, "latents_shard00000.safetensors", "no regular file")
+def manifest_of_a_pipe(base: Base, out: Path) -> list[str]:
+    argv = shard(base, out)
+    file = out / "shards" / "latents_shard00000.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    return argv
 
 
 @malformed(MANIFEST, "manifest.json", "named pipe")

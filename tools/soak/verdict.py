@@ -40,7 +40,7 @@ def error_over_allowed(call: Call, backend: str) -> float:
     if call.op is ops.select_tokens or not all(map(_same_kind, found, expected)):
         return 0.0 if all(map(_equal, found, expected)) else float("inf")
     exact = _results(_in(torch.float64, plain), "reference")
-    sizes, terms, moved_rows = _sizes(call), _terms(call), _moved_rows(call)
+    sizes, terms, moved_rows = _sizes(call), _terms(call, exact), _moved_rows(call)
     moved: list[list[Tensor]] = []
     worst = 0.0
     for i, (value, same, truth) in enumerate(zip(found, expected, exact, strict=True)):
@@ -143,10 +143,19 @@ def _moved_rows(call: Call) -> tuple[int, ...]:
     return (0, 1) if call.op is ops.scatter_tokens else ()
 
 
-def _terms(call: Call) -> dict[int, float]:
+def _terms(call: Call, exact: list[Tensor]) -> dict[int, float]:
     """Where terms cancel exactly, so that no estimate shows their size: the size, by the number of the result."""
     if call.op in COSINES:
-        return {1: 1.0, 2: 1.0}  # the gradient of a row of one channel, times its norm
+        # The gradient of a row of one channel, times its norm. Where a cosine rounds past 1, p is clamped and passes no
+        # gradient on, which is as large as the sine.
+        unit = 2 * _half_ulp(call)
+        p = exact[0]
+        clamped = bool(((p < ULPS * unit) | ((1 - p < ULPS * unit) & (p != 1))).any())
+        size = (2 * ULPS * unit) ** 0.5 * LARGEST_COTANGENT / (ULPS * unit) if clamped else 1.0
+        return {1: size, 2: size, 3: size}
+    if call.op is ops.boundary_prob_predictability:
+        # The derivative of the sigmoid is p (1 - p), with 1 - p as exact as p.
+        return dict.fromkeys((2, 3, 4, 5), float(LARGEST_COTANGENT))
     if call.op in (ops.dechunk_ema, ops.dechunk_spatial):
         # The gradient of p is the product of what flows back with h minus its average.
         h = call.args[0].double().nan_to_num()

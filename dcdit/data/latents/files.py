@@ -104,16 +104,16 @@ class ZipFiles:
         if compressed is not None:
             raise ValueError(f"{path} compresses {compressed!r}; accepted: a zip without compression (zip -0)")
         self.path, self.names = path, Names(names)
+        self._file = PerProcess(functools.partial(_open_unbuffered, path))
+        size = os.fstat(self._file.get().fileno()).st_size
+        beyond = next((i for i in infos if i is not None and max(i.file_size, i.header_offset) > size), None)
+        if beyond is not None:
+            raise ValueError(
+                f"{path}: {beyond.filename!r} is said to have {beyond.file_size} bytes, and the zip has {size}"
+            )
         self._offsets = np.array([-1 if info is None else info.header_offset for info in infos], np.int64)
         self._sizes = np.array([0 if info is None else info.file_size for info in infos], np.int64)
         self._checks = np.array([0 if info is None else info.CRC for info in infos], np.uint32)
-        self._file = PerProcess(functools.partial(_open_unbuffered, path))
-        size = os.fstat(self._file.get().fileno()).st_size
-        beyond = np.flatnonzero((self._sizes < 0) | (self._sizes > size))
-        if len(beyond):
-            raise ValueError(
-                f"{path}: {names[beyond[0]]!r} is said to have {self._sizes[beyond[0]]} bytes, and the zip has {size}"
-            )
 
     def path_of(self, index: int) -> str:
         return f"{self.path}/{self.names[index]}"
@@ -147,15 +147,9 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             yield archive
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        struct.error,
-    ) as error:
+    except (ValueError, KeyError):  # of the block
+        raise
+    except Exception as error:  # a damaged zip raises BadZipFile, zlib.error, EOFError, NotImplementedError and others
         raise ValueError(f"{path} is damaged or no zip: {_why(path, error)}") from None
 
 
