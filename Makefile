@@ -40,7 +40,7 @@ ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, whose PTX 
 ptx-report: $(VENV)/.installed ## counts of what compiled kernels do: bytes, instructions, bank conflicts
 	$(BIN)/python -m tools.ptx.report
 
-soak: $(VENV)/.installed ## minutes of random trouble (tools/soak) -> docs/soak.md; fails if there was a fault
+soak: $(VENV)/.installed ## an hour or more of random trouble (tools/soak) -> docs/soak.md; fails if there was a fault
 	$(BIN)/python -m tools.soak --out docs/soak.md
 
 gpu-test: ## everything that needs a CUDA device; plain Python, no network; without a device it says so and stops

@@ -10,6 +10,7 @@ import gc
 import importlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -17,11 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from benchmarks.gpu.lines import BEGAN, DONE, FAILED, LEFT_OUT, LeftOut, Lines
 from benchmarks.gpu.plan import case_name
-from benchmarks.gpu.setting import create_setting, device_name
 
 MODULES = {
     "tests": "tests",
@@ -89,6 +87,7 @@ def describe(error: BaseException) -> str:
 
 def device_is_usable() -> bool:
     """Whether this process can still use its GPU: after an illegal access it cannot."""
+    import torch
 
     if not torch.cuda.is_available():
         return True
@@ -102,6 +101,8 @@ def device_is_usable() -> bool:
 
 def _free_memory() -> None:
     """Graphs of the last case hold memory of their own, and may be part of a cycle."""
+
+    import torch
 
     gc.collect()
     if torch.cuda.is_available():
@@ -119,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args(argv)
     _end_with(args.parent)
+    import torch
+
+    from benchmarks.gpu.setting import create_setting, device_name
 
     setting = create_setting(args.rehearse)
     torch.manual_seed(0)
@@ -147,4 +151,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at a normal end, PyTorch's pool of compiling processes may take minutes to shut down

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dcdit.config import RECIPES, TrainConfig, load_config
@@ -13,6 +12,7 @@ from dcdit.nn.embedding import drop_labels
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.losses import training_losses
+from dcdit.train.optimizer import clipped_step, create_optimizer
 
 RECIPE = "dc-dit-xl-256.yaml"
 
@@ -49,9 +49,7 @@ class RecipeStep:
         model.train()
         self.objective = create_objective("dit", self.model_config.learn_sigma)
         optim = self.config.optim
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, weight_decay=optim.weight_decay, fused=x.device.type == "cuda"
-        )
+        self.optimizer = create_optimizer(model, optim.lr, optim.weight_decay, x.device)
         self.ema = EMA(model, optim.ema_decay)
 
     def losses(self, drop: float) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -71,8 +69,7 @@ class RecipeStep:
 
     def update(self) -> None:
         """What follows the backward pass: clipping, the optimiser, the averages."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip)
-        self.optimizer.step()
+        clipped_step(self.optimizer, self.config.optim.grad_clip)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
 

@@ -69,7 +69,10 @@ def class_names_in(metadata: dict[str, str], source: str | Path) -> list[str]:
     Raises:
         ValueError: something else stands there.
     """
-    names = parse_json(metadata.get("class_names", "[]"), f"{source}: its class_names")
+    try:
+        names = parse_json(metadata.get("class_names", "[]"), "class_names")
+    except ValueError:
+        names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{source} is damaged: its class_names are not a list of names")
     return names

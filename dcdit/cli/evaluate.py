@@ -138,7 +138,7 @@ def _check(args: argparse.Namespace) -> str | Statistics | None:
     if args.extractor is not None:
         importlib.import_module("torchmetrics")  # if it is missing, say so before the work
     _check_outputs(args)
-    if args.images is not None:
+    if args.images is not None and not Path(args.images).is_dir():
         open_images(args.images, args.size)
     if args.reference is None:
         return None

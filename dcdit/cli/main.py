@@ -71,6 +71,8 @@ def _warnings_in_one_line() -> Iterator[None]:
                 usual(message, category, *place, **more)
 
         warnings.showwarning = show
+        # Pillow warns of sizes that dcdit.data.decode judges by the size of the file.
+        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)", module=r"PIL\.")
         yield
 
 

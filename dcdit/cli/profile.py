@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(add)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
     add("--compile", action="store_true", help="torch.compile the static models and the convolutions")
+    add("--graph", action="store_true", help="time CUDA graphs of all models")
     add("--seconds", type=float, default=2.0, help="longest timing per variant (default: %(default)s)")
     add("--trace", help="also write a Chrome trace of one dynamic forward to this file")
     add("--out", default="out/profile", help="folder for profile.json and profile.png")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     y = torch.arange(args.batch, device=device) % config.num_classes
     if not args.checkpoint:
         calibrate_router(model, x, t, y, args.keep)
-    result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile)
+    result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile, args.graph)
     write_text(out / RECORD, json.dumps(asdict(result), indent=2) + "\n")
     pictures = is_installed("matplotlib")
     if pictures:
@@ -90,5 +91,6 @@ def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
     else:
         model, name = create_model(args.model, args.image_size), args.model
     if not isinstance(model, DCDiT):
-        raise ValueError(f"{name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
+        called = args.checkpoint or name
+        raise ValueError(f"{called} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
     return channels_last(model), name

@@ -62,16 +62,19 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
 
 def _check_folder(path: Path) -> None:
     """Refuse a folder of another kind, with the folder that may be meant, and sizes that no autoencoder has."""
+    meant = next((f for f in (path / "vae", path.parent / "vae") if f != path and (f / CONFIG).is_file()), None)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path} is a whole pipeline; accepted: its autoencoder, {path / 'vae'}")
     if not (path / CONFIG).exists():
-        raise FileNotFoundError(f"no diffusers autoencoder ({CONFIG}) in {str(path)!r}; nothing is ever downloaded")
+        found = "" if meant is None else f"; there is one in {str(meant)!r}"
+        raise FileNotFoundError(
+            f"no diffusers autoencoder ({CONFIG}) in {str(path)!r}; nothing is ever downloaded{found}"
+        )
     config = read_json(path / CONFIG)
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != AUTOENCODER:
-        beside = path.parent / "vae"
-        meant = f", such as {beside}" if kind and beside.is_dir() and beside != path else ""
-        raise ValueError(f"{path / CONFIG} is of a {kind!r}; accepted: the folder of an {AUTOENCODER}{meant}")
+        beside = "" if meant is None else f", such as {meant}"
+        raise ValueError(f"{path / CONFIG} is of a {short(kind)}; accepted: the folder of an {AUTOENCODER}{beside}")
     for name, largest in LARGEST.items():
         if name in config and not _is_size(config[name], largest):
             raise ValueError(f"{path / CONFIG} has the {name} {config[name]!r}; accepted: 1 to {largest}")
@@ -88,13 +91,13 @@ def _check_folder(path: Path) -> None:
     for name in ("scaling_factor", "shift_factor"):
         if config.get(name) is not None and not _is_number(config[name]):
             raise ValueError(f"{path / CONFIG} has the {name} {config[name]!r}; accepted: a finite number")
-    found = sorted(path.glob(f"{WEIGHTS}*"))
-    if not any(file.suffix == ".safetensors" for file in found):
-        instead = f", not {found[0].name}, which may run code (save_pretrained converts it)" if found else ""
+    files = sorted(path.glob(f"{WEIGHTS}*"))
+    if not any(file.suffix == ".safetensors" for file in files):
+        instead = f", not {files[0].name}, which may run code (save_pretrained converts it)" if files else ""
         raise FileNotFoundError(f"no {WEIGHTS}.safetensors in {str(path)!r}; accepted: safetensors{instead}")
     for index in path.glob(f"{WEIGHTS}*.index.json"):
         listed_files(index)
-    widths = {width for file in found if file.suffix == ".safetensors" for width in _widths(file)}
+    widths = {width for file in files if file.suffix == ".safetensors" for width in _widths(file)}
     if not widths.issuperset(blocks):
         raise ValueError(f"{path / CONFIG} has the block_out_channels {blocks}, which the weights do not have")
 

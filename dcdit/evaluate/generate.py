@@ -18,11 +18,12 @@ from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
 from dcdit.models import DCDiT, DiT
 from dcdit.sample.drawing import Decoder, draw
+from dcdit.sample.graphed import with_graphs
 from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
-from dcdit.utils.reading import parse_json, read_json, sha256
+from dcdit.utils.reading import JSON_BYTES, parse_json, read_bytes, sha256
 from dcdit.utils.schema import check_types, from_mapping
 from dcdit.utils.text import one_line
 
@@ -63,6 +64,7 @@ class SampleSettings:
             "batch_size": options.batch_size,
             "precision": options.precision,
             "vae": options.vae,
+            "noise": "philox",
         }
 
 
@@ -132,10 +134,19 @@ def generate(
     missing = [k for k, file in enumerate(files) if not _is_drawn(file, settings)]
     wait()  # all processes look before any of them draws
     title = f"sampling, process {rank + 1} of {world}"
+    sampled = with_graphs(model, settings.options)
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
         numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num))
         labels = numbers % model.config.num_classes
-        drawn = draw(model, settings.options, labels.to(device), drop, first_index=k * batch_size, progress=False)
+        drawn = draw(
+            model,
+            settings.options,
+            labels.to(device),
+            drop,
+            first_index=k * batch_size,
+            progress=False,
+            sampled=sampled,
+        )
         batch = {
             "images": to_pixels(decode(drawn.x)),
             "labels": labels.numpy(),
@@ -202,13 +213,14 @@ def _finished(out: Path, settings: SampleSettings) -> SamplingCost | None:
             raise ValueError(f"{out / SAMPLES} is there without {SAMPLING} and would be replaced; choose another --out")
         return None
     try:
-        stored = read_json(record)
+        stored = parse_json(read_bytes(record, JSON_BYTES), "it")
         parts = stored if isinstance(stored, dict) else {}
         earlier, cost = parts.get("settings"), from_mapping(SamplingCost, parts.get("work"), "work")
         if not isinstance(earlier, dict):
             raise ValueError("it has no settings")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{record} is not of dcdit evaluate ({one_line(error)}); choose another --out") from None
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise ValueError(f"{record} is not of dcdit evaluate ({reason}); choose another --out") from None
     _check(earlier, settings, record)
     return cost if (out / SAMPLES).exists() else None
 

@@ -11,7 +11,7 @@ from dcdit.utils.schema import check_values, from_mapping
 from dcdit.utils.text import short
 
 DECHUNKS = ("spatial", "ema")
-LARGEST = {"in_channels": 65536, "hidden_size": 65536, "depth": 512, "num_heads": 4096, "num_classes": 1 << 24}
+LARGEST = {"in_channels": 65536, "hidden_size": 16384, "depth": 512, "num_heads": 4096, "num_classes": 1 << 24}
 MAX_SIDE, MAX_MLP_RATIO = 1 << 13, 64
 """Far above every published model. Without them, one number of a stranger's file takes all time and memory there is."""
 

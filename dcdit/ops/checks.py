@@ -49,6 +49,12 @@ def check_not_empty(name: str, tensor: Tensor, dim: int, what: str) -> None:
         raise ValueError(f"{name} has shape {shape_of(tensor)}; accepted: at least one {what}")
 
 
+def check_groups(num_groups: int, channels: int) -> None:
+    """A group norm needs groups of equal width."""
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")
+
+
 def check_grid(grid: tuple[int, int], length: int) -> None:
     """The grid (H, W) must have L positions."""
     if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:

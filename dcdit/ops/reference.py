@@ -71,7 +71,8 @@ def boundary_prob_predictability(
     )  # fmt: skip
     # Without a position there is nothing to norm, and group_norm has NaN as gradients.
     if x.numel():
-        x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
+        # Contiguous: on a CPU, PyTorch takes the variance of channels-last images from sums of squares.
+        x = F.silu(torch.group_norm(x.contiguous(), num_groups, norm_weight, norm_bias, eps))
     logit = matmul(repeat(out_weight, "c -> b 1 c", b=x.shape[0]), x.flatten(2)).squeeze(1) + out_bias
     p = torch.sigmoid(logit) + _zero(norm_weight, norm_bias)
     at_end = torch.zeros(p.shape[1], dtype=torch.bool, device=p.device)
@@ -341,6 +342,32 @@ def gated_add_modulated_layer_norm(
     """
     added = gated_add(x, y, gate, cu_seqlens)
     return added, modulated_layer_norm(added, shift, scale, cu_seqlens, eps)
+
+
+# --- group norm ---------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``SiLU(GroupNorm(x + shift))`` (DC-DiT, encoder and decoder; Group Normalization, arXiv 1803.08494, equation 1).
+
+    x (B, L, C) or (B, C, H, W), weight and bias (C,), shift (B, C) -> the shape of x.
+    """
+    if x.dim() == 4:
+        tokens = group_norm_silu(rearrange(x, "b c h w -> b (h w) c"), num_groups, weight, bias, shift, eps)
+        return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2], w=x.shape[3])
+    dtype = x.dtype
+    x, weight, bias, shift = upcast_all(x, weight, bias, x.new_zeros(()) if shift is None else shift[:, None])
+    return F.silu(_group_norm(x + shift, num_groups, weight, bias, eps)).to(dtype)
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x (B, L, C), mean and variance over the positions and the channels of a group of one image."""
+    groups = rearrange(x, "b l (group c) -> b group (l c)", group=num_groups)
+    centred = groups - groups.mean(2, keepdim=True)
+    x_hat = centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()
+    return rearrange(x_hat, "b group (l c) -> b l (group c)", c=x.shape[2] // num_groups) * weight + bias
 
 
 # --- attention ----------------------------------------------------------------------------------------------------

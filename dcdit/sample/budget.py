@@ -1,7 +1,9 @@
 """Choosing a drop fraction for a budget of FLOPs or of seconds, from costs measured at several fractions.
 
 The measurement is a short pilot run: the same sampler on one batch, a few steps at each fraction. A run of any length,
-with any guidance interval, consists of such calls. So its cost is the pilot's cost at the times of its own calls.
+with any guidance interval, consists of such calls. So its cost is the pilot's cost at the times of its own calls. The
+pilot goes through the fractions twice, there and back, so that a machine that becomes slower or faster on the way does
+so for all fractions alike.
 """
 
 import math
@@ -19,7 +21,7 @@ from dcdit.diffusion import sample
 from dcdit.diffusion.sampling import progress_bar
 from dcdit.models import DCDiT
 from dcdit.profiling.reliability import DISAGREEMENT
-from dcdit.profiling.rounds import spread
+from dcdit.profiling.rounds import disagreement, spread
 from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
 from dcdit.sample.options import Guidance
@@ -92,21 +94,37 @@ def measure_costs(
     guided = [guidance.at(t) for t in times]
     options: Any = {"cfg_scale": guidance.scale, "cfg_interval": guidance.interval}
     options |= {"clip": clip, "seed": seed, "progress": False}
-    tflops, seconds, spreads = [], [], []
-    with progress_bar(len(PILOT_FRACTIONS), progress, "pilot", "fraction") as advance:
+    fractions = list(PILOT_FRACTIONS)
+    tflops: dict[float, float] = {}
+    seconds: dict[float, list[float]] = {rho: [] for rho in fractions}
+    spreads = []
+    with progress_bar(2 * len(fractions), progress, "pilot", "fraction") as advance:
         sample(_Pilot(model, len(labels), 0.0, guidance), labels, 1, method, **options)  # a first call is slow
-        for rho in PILOT_FRACTIONS:
+        for rho in [*fractions, *reversed(fractions)]:
             pilot = _Pilot(model, len(labels), rho, guidance)
-            sample(pilot, labels, min(PILOT_STEPS, len(times)), method, **options)
+            # The second time, half of the steps are enough to see whether the clock says the same.
+            steps = min(PILOT_STEPS // 2 if rho in tflops else PILOT_STEPS, len(times))
+            sample(pilot, labels, steps, method, **options)
             cost = [np.where(guided, *pair) for pair in zip(pilot.at(times, True), pilot.at(times, False), strict=True)]
-            tflops.append(float(cost[0].sum()) / 1e3)
-            seconds.append(float(cost[1].sum()))
+            tflops.setdefault(rho, float(cost[0].sum()) / 1e3)
+            seconds[rho].append(float(cost[1].sum()))
             spreads.append(pilot.spread())
             advance()
     source = f"a pilot of {len(labels)} images on this machine"
-    fractions, scatter = list(PILOT_FRACTIONS), max(filter(math.isfinite, spreads), default=None)
-    times_table = CostTable("seconds", source, fractions, seconds, scatter, _noise(fractions, seconds, scatter))
-    return CostTable("TFLOPs", source, fractions, tflops), times_table
+    scatter, means = max(filter(math.isfinite, spreads), default=None), [sum(both) / 2 for both in seconds.values()]
+    noise = _noise(fractions, means, scatter) + _drift(seconds)
+    return CostTable("TFLOPs", source, fractions, list(tflops.values())), CostTable(
+        "seconds", source, fractions, means, scatter, noise
+    )
+
+
+def _drift(seconds: dict[float, list[float]]) -> list[str]:
+    """Where the clock said something else the second time."""
+    apart = {rho: disagreement(*both) for rho, both in seconds.items()}
+    rho = max(apart, key=apart.__getitem__)
+    first, second = seconds[rho]
+    text = f"the pilot took {first:.3g} s at drop fraction {rho:g} the first time and {second:.3g} s the second"
+    return [text] if apart[rho] > DISAGREEMENT else []
 
 
 def _noise(fractions: Sequence[float], seconds: Sequence[float], scatter: float | None) -> list[str]:

@@ -34,6 +34,7 @@ def test_grids(images: int, grid: tuple[int, int], capacity: int | None, device:
     check(ops.boundary_prob_cosine, x, x.clone())
     check(ops.boundary_prob_cosine2d, x, x.clone(), weight, grid)
     check(ops.boundary_prob_predictability, randn(images, 8, *grid), *parameters, randn(), 4)
+    check(ops.group_norm_silu, x, 4, *parameters[:2], table)
     check(ops.gated_add_modulated_layer_norm, h, h.clone(), table, table, table, sel.cu_seqlens)
 
 

@@ -150,6 +150,8 @@ def test_groups(groups: int, channels: int) -> None:
     for images, height, width in ((0, 1, 1), (1, 1, 1), (2, 1, 2), (1, 0, 2), (2, 2, 2)):
         features = randn(images, channels, height, width, seed=3)
         check(ops.boundary_prob_predictability, features, *parameters, torch.ones(()), groups)
+        for x, shift in itertools.product((features, features.flatten(2).mT), (None, randn(images, channels))):
+            check(ops.group_norm_silu, x, groups, *parameters[:2], shift)
 
 
 @pytest.mark.parametrize("lengths", [*LENGTHS, (1, 1)], ids=str)

@@ -10,6 +10,7 @@ import importlib
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,12 @@ def main() -> int:
         print(f"\n{pages[-1]}\n", flush=True)
         faults += part.faults
     if args.out is not None:
-        conditions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%F')}"
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        conditions = (
+            f"commit {commit}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{time.strftime('%F')}"
+        )
         page = ["# Soak", f"`make soak` printed this: {conditions}.", *pages]
         args.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return int(faults > 0)

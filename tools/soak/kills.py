@@ -5,8 +5,8 @@ for bit, and the log must be the same. After every kill, the newest checkpoint m
 one before the kill.
 
 Each attempt is a process, forked from one that has imported everything but has never computed. Its parent kills it
-after a random time. In the first setting most of the time is spent on steps; in the second on writing, replacing and
-deleting checkpoints.
+after a random time. In the first setting most of the time is spent on steps. In the second the time begins when a
+checkpoint begins to be written, and most of it is spent on writing, replacing and deleting checkpoints.
 """
 
 import itertools
@@ -65,6 +65,8 @@ class Setting:
     seconds: float
     counted: str
     overrides: dict[str, Any]
+    from_writing: bool = False
+    """Whether the seconds begin when the attempt begins to write a checkpoint."""
 
 
 IN_TRAINING, IN_WRITING = "kills", "while a checkpoint was written or deleted"
@@ -72,7 +74,7 @@ SETTINGS = (
     Setting("training", 3.0, IN_TRAINING, {"optim.steps": 60, "run.checkpoint_every": 5, "data.workers": 1}),
     Setting(
         "checkpoint writing",
-        3.0,
+        0.5,
         IN_WRITING,
         {
             "optim.steps": 12,
@@ -81,6 +83,7 @@ SETTINGS = (
             "model.overrides.hidden_size": 768,
             "model.overrides.num_heads": 12,
         },
+        from_writing=True,
     ),
 )
 COLUMNS = (
@@ -125,11 +128,12 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
         while found[setting.counted] < kills:
             out = folder / f"run-{found['runs finished']}"
             newest = _newest(out)
-            if _ends_within(moments.uniform(0, setting.seconds), _training(config, out), folder):
+            begun = _writes_to(out) if setting.from_writing else _at_once
+            if _ends_within(moments.uniform(0, setting.seconds), _training(config, out), folder, begun):
                 _compare(whole, out, found)
             else:
                 found[IN_TRAINING] += 1
-                found[IN_WRITING] += any((out / "checkpoints").glob(".*/*/*"))
+                found[IN_WRITING] += bool(_unfinished(out))
                 found["before the first checkpoint"] += _newest(out) is None
                 bar.update(found[setting.counted] - bar.n)
             found["checkpoints incomplete or lost"] += not _is_kept(newest, _newest(out), out)
@@ -147,16 +151,32 @@ def _training(config: TrainConfig, out: Path) -> Callable[[], Any]:
     return lambda: train(settings, resume=out if ckpt.list_checkpoints(out) else None)
 
 
-def _ends_within(seconds: float, work: Callable[[], Any], folder: Path) -> bool:
+def _at_once() -> bool:
+    return True
+
+
+def _writes_to(out: Path) -> Callable[[], bool]:
+    """Whether something is written to a run's folder that was not there before."""
+    before = _unfinished(out)
+    return lambda: bool(_unfinished(out) - before)
+
+
+def _unfinished(out: Path) -> set[Path]:
+    """Files of checkpoints that are being written or deleted."""
+    return set((out / ckpt.CHECKPOINTS).glob(".*/*/*"))
+
+
+def _ends_within(seconds: float, work: Callable[[], Any], folder: Path, begun: Callable[[], bool] = _at_once) -> bool:
     """Whether a forked process that does ``work`` ends before so many seconds; else it is killed.
 
-    What it prints goes to a file in ``folder``.
+    What it prints goes to a file in ``folder``. The seconds begin when ``begun`` says so.
     """
-    process = _fork(work, folder)
-    deadline = time.monotonic() + seconds
+    process, deadline = _fork(work, folder), math.inf
     try:
         while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) and time.monotonic() < deadline:
             time.sleep(0.001)
+            if deadline == math.inf and begun():
+                deadline = time.monotonic() + seconds
     finally:  # also if this process is asked to end
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)

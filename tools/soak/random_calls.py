@@ -219,6 +219,17 @@ def boundary_prob_predictability(make: Maker) -> Call:
     return Call(ops.boundary_prob_predictability, (features, *parameters, bias, groups))
 
 
+def group_norm_silu(make: Maker) -> Call:
+    groups, width = make.random.randint(1, 4), make.one_of(1, 2, 3, 8)
+    images, channels, (a, b) = make.random.randrange(4), groups * width, make.dtypes(2)
+    height, length = make.grid()
+    x = make.normal(images, channels, height, length, dtype=a) if make.one_of(False, True) else None
+    x = make.normal(images, height * length, channels, dtype=a) if x is None else x
+    weight, bias = (make.normal(channels, dtype=b, scale=1.0) for _ in range(2))
+    shift = make.normal(images, channels, dtype=b, scale=1.0) if make.one_of(False, True) else None
+    return Call(ops.group_norm_silu, (x, groups, weight, bias, shift))
+
+
 def select_tokens(make: Maker) -> Call:
     cu_seqlens, shape, lengths = None, (make.random.randrange(5), make.size()), make.lengths()
     images, shortest = shape
@@ -306,6 +317,14 @@ def varlen_attention(make: Maker) -> Call:
         ops.varlen_attention,
         (q, k, v, make.cu_seqlens(lengths), longest, make.one_of(False, True), "auto", padding > 0),
     )
+
+
+def philox_normal(make: Maker) -> Call:
+    def whole(bits: int, *shape: int) -> Tensor:
+        numbers = [make.random.getrandbits(make.one_of(3, bits)) for _ in range(math.prod(shape))]
+        return torch.tensor(numbers, dtype=torch.int64).reshape(shape)
+
+    return Call(ops.philox_normal, (whole(63), whole(63, make.random.randrange(4)), whole(63), make.size()))
 
 
 MAKERS: dict[str, Callable[[Maker], Call]] = {
