@@ -5,7 +5,7 @@ PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-bench aot ptx-test ptx-report soak gpu-test clean
+.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -28,8 +28,8 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed ## all benchmarks on this machine -> benchmarks/results/
 	$(BIN)/python -m benchmarks.harness.suite
 
-gpu-bench: $(VENV)/.installed ## the same on a CUDA device, within 9 minutes; without one it says so and stops
-	$(BIN)/python -m benchmarks.harness.suite --gpu --minutes 9
+gpu-report: ## checks, times and a page of a CUDA device within 9 minutes -> out/gpu-report/; plain Python, no network
+	$(PYTHON) benchmarks/gpu_report.py --minutes 9 --out out/gpu-report
 
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
 	$(BIN)/python -m tools.aot --jobs 2
@@ -40,11 +40,11 @@ ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, whose PTX 
 ptx-report: $(VENV)/.installed ## counts of what compiled kernels do: bytes, instructions, bank conflicts
 	$(BIN)/python -m tools.ptx.report
 
-soak: $(VENV)/.installed ## minutes of random trouble (tools/soak) -> docs/soak.md; fails if there was a fault
+soak: $(VENV)/.installed ## an hour or more of random trouble (tools/soak) -> docs/soak.md; fails if there was a fault
 	$(BIN)/python -m tools.soak --out docs/soak.md
 
-gpu-test: $(VENV)/.installed ## everything that needs a CUDA device; without one it says so and stops
-	$(BIN)/python -m tools.gpu_suite
+gpu-test: ## everything that needs a CUDA device; plain Python, no network; without a device it says so and stops
+	$(PYTHON) -m tools.gpu_suite
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -1,16 +1,19 @@
 """Whole models: DC-DiT at several budgets against the static DiT of the same transformer, inference and training step.
 
+A training step is that of the recipe: float32 weights, autocast on a GPU, clipping, averaged weights. A GPU is better
+served by benchmarks/gpu_report.py, which also times CUDA graphs; without them small batches wait for Python.
+
 The router of an untrained model is calibrated: its output bias is shifted until it keeps a quarter of the positions.
 The roughness of the latents differs from image to image, and so does the kept fraction. The reference implementation
 is one of the variants where DCDIT_OFFICIAL names its checkout.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines import official
@@ -18,6 +21,8 @@ from benchmarks.bench_ops import TimedCall, time_variant
 from benchmarks.harness import sets
 from benchmarks.harness.counting import count_work
 from benchmarks.harness.equality import TOLERANCE, check_equal
+from benchmarks.harness.recipe_step import RecipeStep
+from benchmarks.harness.static import CompiledDiT
 from dcdit import ops
 from dcdit.models import DCDiT, DiT, count_flops, create_model
 from dcdit.nn.memory_format import channels_last
@@ -29,7 +34,6 @@ from dcdit.profiling.timing import time_stages, time_variants
 KEEP = 0.25
 DROPS = (0.0, 0.2, 0.4, 0.6)
 VARIANTS = ("static patch 1", "static patch 2", *(f"drop {rho:g}" for rho in DROPS), "budget", "official drop 0.2")
-RATIO_WEIGHT = 0.03
 SECONDS, LEAST_ROUNDS = (0.02, 3) if sets.chosen_set() == "tiny" else (3.0, 5)
 """More rounds than for an operation: a ratio of two times carries the noise of both."""
 
@@ -43,8 +47,8 @@ class Batch(NamedTuple):
 class Group:
     """One size at one resolution and batch size: the dynamic model, its static counterparts, a batch."""
 
-    def __init__(self, scale: str, size: int, batch: int) -> None:
-        device, dtype = sets.device(), sets.dtype()
+    def __init__(self, scale: str, size: int, batch: int, training: bool) -> None:
+        device, dtype = sets.device(), torch.float32 if training else sets.dtype()
         torch.manual_seed(0)
         self.dynamic = _create(scale, size)
         official.randomize_zeros(self.dynamic)
@@ -67,8 +71,6 @@ class Group:
         if name in self.statics:
             config = self.statics[name]
             static = DiT(config).to(device=self.batch.x.device, dtype=self.batch.x.dtype).eval()
-            if self.batch.x.is_cuda:
-                static.compile()
             return static, {}, count_flops(config, batch=len(self.batch.x)), None
         options = self.options(name)
         with torch.no_grad():
@@ -91,8 +93,8 @@ class Group:
 
 
 @functools.lru_cache(maxsize=1)
-def group_of(scale: str, size: int, batch: int) -> Group:
-    made = Group(scale, size, batch)
+def group_of(scale: str, size: int, batch: int, training: bool) -> Group:
+    made = Group(scale, size, batch, training)
     made.check()
     return made
 
@@ -122,14 +124,14 @@ def parameters() -> list[Any]:
 def test_model(scale: str, size: int, batch: int, direction: str, variant: str, benchmark: Any, leave_out: Any) -> None:
     if variant.startswith("official") and (reason := official.reason_unavailable()):
         leave_out("official", reason)
-    group = group_of(scale, size, batch)
+    training = direction == "training"
+    group = group_of(scale, size, batch, training)
     module, options, flops, kept = group.variant(variant)
     device = group.batch.x.device
-    training = direction == "training"
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True) if training else None
-    call = (
-        training_step(module, optimizer, group.batch, options) if optimizer else inference(module, group.batch, options)
-    )
+    # Compiled in a few pieces: unrolling all blocks into one program takes minutes.
+    net = CompiledDiT(module) if isinstance(module, DiT) and device.type == "cuda" else module
+    step = recipe_step(module, net, group, options) if training else None
+    call = inference(net, group.batch, options) if step is None else training_step(step, options)
     benchmark.group = f"{scale} {size}px batch {batch} {direction}"
     time_variant(benchmark, call, device, SECONDS, LEAST_ROUNDS)
     seconds = benchmark.stats.stats.median
@@ -141,12 +143,12 @@ def test_model(scale: str, size: int, batch: int, direction: str, variant: str, 
         kept_fraction=kept, gflops=passes * flops["total"] / batch / 1e9,
         stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
         stage_ms=time_stages(call, device, 3) if dynamic and direction == "inference" else None,
-        optimizer_ms=time_optimizer(optimizer, device) if optimizer else None,
+        optimizer_ms=time_update(step, device) if step else None,
         peak_bytes=peak_bytes(call, device),
     )  # fmt: skip
 
 
-def inference(module: nn.Module, batch: Batch, options: dict[str, Any]) -> TimedCall:
+def inference(module: Callable[..., Any], batch: Batch, options: dict[str, Any]) -> TimedCall:
     def call() -> tuple[Tensor, ...]:
         with torch.inference_mode():
             return (_first(module(*batch, **options)),)
@@ -154,35 +156,45 @@ def inference(module: nn.Module, batch: Batch, options: dict[str, Any]) -> Timed
     return call
 
 
-def training_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, options: dict[str, Any]
-) -> TimedCall:
-    """Forward, loss, backward and the optimiser; dynamic models also train the router."""
-    noise = torch.zeros_like(batch.x)
-    ours = isinstance(module, DCDiT)
+def recipe_step(module: nn.Module, net: Callable[..., Any], group: Group, options: dict[str, Any]) -> RecipeStep:
+    x, _, y = group.batch
+    precision = "bf16" if x.is_cuda else "fp32"
+    if "budget" in options:
+        net = _WithBudget(module, **options)
+    if isinstance(module, DCDiT | DiT):
+        return RecipeStep(module, x, y, precision, net)
+    return RecipeStep(module, x, y, precision, lambda *batch: _first(net(*batch, **options)), group.dynamic.config)
 
+
+class _WithBudget:
+    """A DC-DiT that keeps a fixed number of tokens, where a training step would have it drop some."""
+
+    def __init__(self, module: nn.Module, budget: int) -> None:
+        self.module, self.budget = module, budget
+
+    def __call__(self, *batch: Tensor, drop_fraction: Tensor, **options: Any) -> Any:
+        return self.module(*batch, budget=self.budget, **options)
+
+
+def training_step(step: RecipeStep, options: dict[str, Any]) -> TimedCall:
     def call() -> tuple[Tensor, ...]:
-        result = module(*batch, **options, **({"return_routing": True} if ours else {}))
-        loss = F.mse_loss(_first(result).chunk(2, dim=1)[0], noise)
-        if ours:
-            routing = result[1]
-            loss = loss + RATIO_WEIGHT * ops.ratio_loss(routing.prob, routing.natural_mask, 1 / KEEP)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = step.backward(options.get("drop_fraction", 0.0))["loss"]
+        step.update()
         return (loss.detach(),)
 
     return call
 
 
-def time_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Milliseconds of the optimiser alone. It reads every weight, whatever the number of tokens."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    ms = time_variants({"step": optimizer.step}, device, seconds=SECONDS / 3)["step"]
-    optimizer.zero_grad()
-    return ms
+def time_update(step: RecipeStep, device: torch.device) -> float:
+    """Milliseconds of clipping, optimizer and averages. They read every weight, whatever the number of tokens."""
+    gradients = {p: torch.zeros_like(p) for p in step.model.parameters() if p.requires_grad}
+
+    def update() -> None:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        step.update()
+
+    return time_variants({"update": update}, device, seconds=SECONDS / 3)["update"]
 
 
 def _first(result: Any) -> Tensor:

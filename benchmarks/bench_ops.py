@@ -1,8 +1,8 @@
 """Every operation against the plain formulation, forward and backward: `pytest benchmarks/ --benchmark-only`.
 
 Every variant must compute the same before it is timed. Variants: ``dcdit``; ``plain``, the published formulation in
-eager PyTorch; ``compiled``, the same under torch.compile; ``mamba_ssm``, H-Net's moving average, where it is installed.
-DCDIT_BENCH picks the sizes (see :mod:`benchmarks.harness.sets`).
+eager PyTorch; ``compiled``, the same under torch.compile; ``mamba_ssm`` and ``apex``, H-Net's moving average and group
+norm with SiLU, where they are installed. DCDIT_BENCH picks the sizes (see :mod:`benchmarks.harness.sets`).
 """
 
 import functools
@@ -16,20 +16,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import mamba
+from benchmarks.baselines import apex, mamba
 from benchmarks.harness import sets
 from benchmarks.harness.counting import count_work
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from benchmarks.harness.traffic import least_bytes, least_flops
 from dcdit.ops.backend import backend_name
+from dcdit.profiling.device_timing import time_graph, time_kernels
 from dcdit.profiling.rounds import spread
-from dcdit.profiling.timing import time_graph, time_kernels
 from dcdit.profiling.workloads import WORKLOADS, Call, Shape, create_workload, run_forward, run_forward_backward
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the plain formulation breaks graphs, as it must
-VARIANTS = ("dcdit", "plain", "compiled", "mamba_ssm")
-MAMBA_OP = "dechunk_ema"
-"""The operation that mamba_ssm has, too."""
+OTHERS = {"mamba_ssm": (mamba, "dechunk_ema"), "apex": (apex, "group_norm_silu")}
+"""Other implementations, and the one operation that they have, too."""
+VARIANTS = ("dcdit", "plain", "compiled", *OTHERS)
 SECONDS = 0.02 if sets.chosen_set() == "tiny" else 0.4
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 TimedCall = Callable[[], tuple[Tensor, ...]]
@@ -51,8 +51,9 @@ def comparison_of(op: str, shape: Shape, direction: str) -> Comparison:
     calls: dict[str, Call] = {"dcdit": workload.call, "plain": workload.plain()}
     torch._dynamo.reset()  # else the code that all sizes share hits the limit of recompilations and runs eagerly
     calls["compiled"] = torch.compile(calls["plain"], dynamic=False)
-    if op == MAMBA_OP and mamba.reason_unavailable(shape.device) is None:
-        calls["mamba_ssm"] = mamba.create_call(**workload.arguments)
+    for variant, (baseline, its_op) in OTHERS.items():
+        if op == its_op and baseline.reason_unavailable(shape.device) is None:
+            calls[variant] = baseline.create_call(**workload.arguments)
     backward = direction == "forward+backward"
     return Comparison(
         calls,
@@ -73,7 +74,7 @@ def parameters() -> list[Any]:
         for op, operation in WORKLOADS.items()
         for direction in sets.directions(operation)
         for variant in VARIANTS
-        if (direction in size.compiled or variant != "compiled") and (op == MAMBA_OP or variant != "mamba_ssm")
+        if (direction in size.compiled or variant != "compiled") and (variant not in OTHERS or op == OTHERS[variant][1])
     ]
 
 
@@ -82,7 +83,7 @@ def test_op(
     op: str, direction: str, size: sets.OpSize, variant: str, benchmark: Any, copy_gbps: float, leave_out: Any
 ) -> None:
     shape = size.shape
-    if variant == "mamba_ssm" and (reason := mamba.reason_unavailable(shape.device)):
+    if variant in OTHERS and (reason := OTHERS[variant][0].reason_unavailable(shape.device)):
         leave_out(variant, reason)
     comparison = comparison_of(op, shape, direction)
     call = comparison.timed[variant]
@@ -96,7 +97,7 @@ def test_op(
         kind="op", op=op, direction=direction, variant=variant, label=size.label,
         batch=shape.batch, grid=list(shape.grid), width=shape.width, keep=shape.keep,
         ms=1e3 * seconds, spread=spread(benchmark.stats.stats.data),
-        device_ms=device_ms, graph_ms=time_graph(call, shape.device),
+        device_ms=device_ms, graph_ms=time_graph([call], shape.device),
         bytes=comparison.least_bytes, gbps=gbps, copy_share=gbps / copy_gbps,
         flops=comparison.flops, gflops_per_s=None if comparison.flops is None else comparison.flops / seconds / 1e9,
         **counted(variant, call, shape),

@@ -8,13 +8,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.harness import sets
 from benchmarks.harness.machine import machine
-from dcdit.profiling.timing import time_variants
+from dcdit.profiling.rounds import spread
+from dcdit.profiling.timing import time_rounds
 from dcdit.profiling.workloads import WORKLOADS, Shape, create_workload
 
 SIDES = (16, 32, 64, 128, 256)
@@ -44,10 +46,14 @@ def measure(name: str, sides: Sequence[int], width: int, keep: float, seconds: f
             workload = create_workload(name, shape)
             calls[str(side)] = workload.forward if direction == "forward" else workload.forward_backward
             positions[str(side)] = images * side**2
-        times = time_variants(calls, sets.device(), seconds, warmup=1, least=3)
-        ns = {side: 1e6 * ms / positions[side] for side, ms in times.items()}
-        rows.append({"op": name, "direction": direction, "width": width, "keep": keep, "ns_per_position": ns})
-        print(f"{name} {direction}: " + ", ".join(f"{side}: {n:.1f} ns" for side, n in ns.items()), flush=True)
+        rounds = time_rounds(calls, sets.device(), seconds * len(calls), warmup=1, least=3)
+        times = {side: rounds.times(side) for side in calls}
+        ns = {side: 1e6 * median(ms) / positions[side] for side, ms in times.items()}
+        spreads = {side: spread(ms) for side, ms in times.items()}
+        row = {"op": name, "direction": direction, "width": width, "keep": keep}
+        rows.append({**row, "ns_per_position": ns, "spread": spreads})
+        shown = ", ".join(f"{side}: {n:.1f} ns ±{spreads[side]:.0%}" for side, n in ns.items())
+        print(f"{name} {direction}: {shown}", flush=True)
     return rows
 
 

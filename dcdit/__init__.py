@@ -4,12 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dcdit.integrations import patch, unpatch
     from dcdit.sample.image_generator import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "patch", "unpatch"]
 
-_LAZY = {"load": "dcdit.sample.image_generator"}
+_LAZY = {
+    "load": "dcdit.sample.image_generator",
+    "patch": "dcdit.integrations",
+    "unpatch": "dcdit.integrations",
+}
 """Public names to the modules that have them. They need PyTorch, so they are imported on first use."""
 
 

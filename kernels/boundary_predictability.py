@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
+from dcdit.kernels.activation import silu, silu_derivative
 from dcdit.kernels.numerics import cdiv
 
 MAX_SPLITS = 128
@@ -193,7 +194,7 @@ def _predictability_score_kernel(
         group = tl.minimum(channel // WIDTH, GROUPS - 1)  # [BLOCK_C]
         scale = norm_weight * tl.gather(rstd, group, 0)
         y = (x - tl.gather(mean, group, 0)[None, :]) * scale[None, :] + norm_bias[None, :]  # [BLOCK_P, BLOCK_C]
-        terms += out_weight[None, :] * y * tl.sigmoid(y)
+        terms += out_weight[None, :] * silu(y)
     p = tl.sigmoid(tl.sum(terms, axis=1) + tl.load(out_bias_ptr).to(tl.float32))  # [BLOCK_P]
     forced = (position == 0) | (position == length - 1)
     tl.store(p_ptr + image * length + position, tl.where(forced, 1.0, p), mask=position < length)
@@ -224,11 +225,6 @@ def _load_grad_logit(grad_ptr, p_ptr, image, position, length):
     grad = tl.load(grad_ptr + offset, mask=position < length, other=0.0).to(tl.float32)
     p = tl.load(p_ptr + offset, mask=position < length, other=0.0)
     return tl.where(p == 1.0, 0.0, grad * p * (1.0 - p))
-
-
-@triton.jit
-def _silu_derivative(y, sigmoid):
-    return sigmoid * (1.0 + y * (1.0 - sigmoid))
 
 
 @triton.jit(do_not_specialize=["length", "tiles"])
@@ -262,12 +258,11 @@ def _predictability_sums_kernel(
             outer_stride, C, GROUPS, CHANNELS_LAST,
         )  # fmt: skip
         grad_logit = _load_grad_logit(grad_ptr, p_ptr, image, position, length)  # [BLOCK_P]
-        sigmoid = tl.sigmoid(y)
         # Without the factor out_weight, which the whole channel has in common and gets at the end.
-        grad_y = grad_logit[:, None] * _silu_derivative(y, sigmoid)  # [BLOCK_P, BLOCK_C]
+        grad_y = grad_logit[:, None] * silu_derivative(y)  # [BLOCK_P, BLOCK_C]
         norm_weight_sum += grad_y * x_hat
         norm_bias_sum += grad_y
-        out_weight_sum += grad_logit[:, None] * y * sigmoid
+        out_weight_sum += grad_logit[:, None] * silu(y)
         out_bias_sum += grad_logit
         position += BLOCK_P
     part = image * tl.num_programs(1) + split
@@ -340,7 +335,7 @@ def _predictability_bwd_kernel(
     group_means_ptr = means_ptr + image * 2 * GROUPS + channel // (C // GROUPS)
     mean_grad = tl.load(group_means_ptr, mask=channel < C, other=0.0)  # [BLOCK_C]
     mean_grad_x_hat = tl.load(group_means_ptr + GROUPS, mask=channel < C, other=0.0)
-    grad_hat = grad_logit[:, None] * (norm_weight * out_weight)[None, :] * _silu_derivative(y, tl.sigmoid(y))
+    grad_hat = grad_logit[:, None] * (norm_weight * out_weight)[None, :] * silu_derivative(y)
     grad_x = rstd[None, :] * (grad_hat - mean_grad[None, :] - x_hat * mean_grad_x_hat[None, :])  # [BLOCK_P, BLOCK_C]
     pointer = grad_x_ptr + image * length * C + _offsets(position, channel, grad_outer_stride, CHANNELS_LAST)
     tl.store(pointer, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)

@@ -4,7 +4,8 @@ Kernel files call ``launch.empty``, ``launch.config_for`` and ``launch.launch`` 
 replaces one of them here reaches every kernel.
 
 The default configurations of a kernel are in its own file (``set_default_configs``). Those tuned for one device are in
-``configs/<device>.json``; ``dcdit tune`` writes such a file, and its entries win over the defaults.
+``configs/<device>.<architecture>.json``; ``dcdit tune`` writes such a file, and its entries win over the defaults. A
+device without a file of its own takes that of another device of its architecture: an H200 that of an H100.
 """
 
 import functools
@@ -57,11 +58,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
-    device = next(argument.device for argument in args if isinstance(argument, Tensor))
+    for tensor in args:
+        if isinstance(tensor, Tensor):
+            break
     try:
         # Triton starts kernels on the current device, which can differ from the device of the tensors.
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
@@ -88,6 +91,11 @@ def record_launches() -> Iterator[list[Launch]]:
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory for the output of a kernel. Tests replace this function to fill every output with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(made: Tensor) -> Tensor:
+    """The same for one more output of the shape and dtype of ``made``, which :func:`empty` returned: a cheaper call."""
+    return torch.empty_like(made)
 
 
 def set_default_configs(kernel: str, config: Config | None = None, **by_size: dict[int, Config]) -> None:
@@ -133,15 +141,34 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def device_slug(device: torch.device) -> str:
-    """File name, without ``.json``, of the configurations tuned for a device."""
+    """File name, without ``.json``, of the configurations tuned for a device: its name and its architecture."""
     if device.type != "cuda":
         return device.type
-    return torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_").replace(".", "_")
+    if torch.version.hip is not None:
+        return f"{name}.{torch.cuda.get_device_properties(device).gcnArchName.partition(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{name}.sm_{major}{minor}"
+
+
+@functools.cache
+def table_for(device: torch.device) -> str | None:
+    """The name, without ``.json``, of the tuned configurations that a device uses.
+
+    Its own, else those of another device of the same architecture, else None: then kernels use their defaults.
+    """
+    own = device_slug(device)
+    if (CONFIG_FOLDER / f"{own}.json").is_file():
+        return own
+    architecture = own.rpartition(".")[2]
+    same = sorted(CONFIG_FOLDER.glob(f"*.{architecture}.json")) if device.type == "cuda" else []
+    return same[0].stem if same else None
 
 
 @functools.cache
 def _lookup(kernel: str, device: torch.device, shape: tuple[tuple[str, int], ...]) -> Config:
-    entries = _tuned_configs(device_slug(device)).get(kernel) or _defaults[kernel]
+    table = table_for(device)
+    entries = (_tuned_configs(table).get(kernel) if table else None) or _defaults[kernel]
     sizes = dict(shape)
 
     def distance(entry: Entry) -> float:

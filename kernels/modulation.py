@@ -330,14 +330,15 @@ def modulated_layer_norm_fwd(
     t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(T, D) rows and (B, D) modulation with unit last strides -> normed (T, D), float32 mean and 1/std (2, T)."""
-    normed, stats = launch.empty(t.shape, t.dtype, t.device), launch.empty((2, t.shape[0]), torch.float32, t.device)
+    (rows, d), device = t.shape, t.device
+    normed, stats = launch.empty((rows, d), t.dtype, device), launch.empty((2, rows), torch.float32, device)
     _forward(t, None, None, shift, scale, cu_seqlens, None, normed, stats, eps)
     return normed, stats
 
 
 def gated_add_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T, D) rows and (B, D) gate with unit last strides -> (T, D) in the wider dtype of x and y."""
-    added = launch.empty(x.shape, widest(x, y), x.device)
+    added = launch.empty(tuple(x.shape), widest(x, y), x.device)
     _forward(x, y, gate, None, None, cu_seqlens, added, None, None, 0.0)
     return added
 
@@ -346,9 +347,9 @@ def gated_add_modulated_layer_norm_fwd(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both of the above in one pass: the sum (T, D), its norm (T, D), float32 mean and 1/std (2, T)."""
-    dtype = widest(x, y)
-    added, normed = launch.empty(x.shape, dtype, x.device), launch.empty(x.shape, dtype, x.device)
-    stats = launch.empty((2, x.shape[0]), torch.float32, x.device)
+    (rows, d), device = x.shape, x.device
+    added = launch.empty((rows, d), widest(x, y), device)
+    normed, stats = launch.empty_like(added), launch.empty((2, rows), torch.float32, device)
     _forward(x, y, gate, shift, scale, cu_seqlens, added, normed, stats, eps)
     return added, normed, stats
 

@@ -1,7 +1,5 @@
 """Constants and integer arithmetic that kernels, PyTorch backend and reference share. Nothing here needs Triton."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,11 @@ SHRINKING_FACTOR = 2.0**-80
 
 def widest(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that holds the values of all tensors: of two dtypes the wider, float32 for bfloat16 with float16."""
-    return functools.reduce(torch.promote_types, [x.dtype for x in tensors if x is not None])
+    widest, *others = [x.dtype for x in tensors if x is not None]
+    for dtype in others:
+        if dtype != widest:
+            widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 def cdiv(a: int, b: int) -> int:

@@ -9,3 +9,6 @@ if not torch.cuda.is_available() and "DCDIT_PTX" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 # One process per core runs (`-n 2`); more threads would only fight.
 torch.set_num_threads(1)
+# Tests hold float32 results against float64. A GPU would round the inputs of float32 convolutions to TF32, 11 bits.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False

@@ -101,6 +101,8 @@ class _Operators(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name
+        if name.startswith("prim::"):  # a question about a tensor, which touches none
+            return
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.work.reads += name in READS or _reads_a_size(func, name, inputs[1:], kwargs)

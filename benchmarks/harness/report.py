@@ -79,12 +79,13 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 def _head(found: dict[str, Any]) -> str:
     conditions = found["conditions"]
     left_out = [f"- Left out: {name} ({reason})." for name, reason in found["left_out"].items()]
+    spread = f" (±{conditions['copy_spread']:.0%})" if "copy_spread" in conditions else ""
     return "\n".join(
         [
             f"# Benchmarks on {conditions['device']}, {found['day']}",
             "",
             f"- {conditions['threads']} threads, torch {conditions['torch']}, {conditions['dtype']}, "
-            f"set {conditions['set']}. Copy bandwidth in this run: {conditions['copy_gbps']:.1f} GB/s.",
+            f"set {conditions['set']}. Copy bandwidth in this run: {conditions['copy_gbps']:.1f} GB/s{spread}.",
             "- Every variant computed the same before it was timed. Times are medians; an empty cell was not measured.",
             *left_out,
         ]
@@ -241,17 +242,25 @@ def _scaling(rows: Sequence[Row], page: Path) -> str:
     picture = page.with_name(f"{page.stem}-scaling.png")
     pictures.plot_scaling(rows, picture)
     grids = list(rows[0]["ns_per_position"])
-    head = ["operation", *(f"{side}x{side}" for side in grids), f"{SCALING_TO} / {SCALING_FROM}"]
-    body = []
+    head = ["operation", *(f"{side}x{side}" for side in grids), f"{SCALING_TO} / {SCALING_FROM}", "spread"]
+    body, noisy = [], []
     for row in rows:
         ns = row["ns_per_position"]
         ratio = ns[SCALING_TO] / ns[SCALING_FROM] if {SCALING_FROM, SCALING_TO} <= ns.keys() else None
-        body.append([f"{row['op']} {row['direction']}", *(f"{ns[side]:.1f}" for side in grids), _number(ratio, ".2f")])
+        name, spread = f"{row['op']} {row['direction']}", max(row["spread"].values()) if "spread" in row else None
+        noisy += [name] if spread is not None and spread > DISAGREEMENT else []
+        body.append([name, *(f"{ns[side]:.1f}" for side in grids), _number(ratio, ".2f"), _number(spread, ".0%")])
     return "\n\n".join(
         [
             "## Scaling with the grid",
+            *(
+                [f"UNRELIABLE: the times of {', '.join(noisy)} scatter by more than ±{DISAGREEMENT:.0%}."]
+                if noisy
+                else []
+            ),
             f"Nanoseconds per position, width {rows[0]['width']}, {rows[0]['keep']:.0%} kept. Every grid has as many "
-            "images as make the same number of positions: equal numbers in a row are a cost linear in the grid.",
+            "images as make the same number of positions: equal numbers in a row are a cost linear in the grid. The "
+            "spread is half the interquartile range over the median, the largest of a row.",
             f"![time per position]({picture.name})",
             markdown_table(head, body),
         ]

@@ -1,8 +1,8 @@
-"""All benchmarks in one command, the most important first: `python -m benchmarks.harness.suite [--gpu] [--minutes M]`.
+"""All benchmarks in one command, the most important first: `python -m benchmarks.harness.suite [--minutes M]`.
 
-`make bench` and `make gpu-bench` run it. Each part is a process of its own and writes its results when it ends. The
-page is written again after every part, so an interruption loses the current part only. A part that runs out of time
-skips the rest of its benchmarks, and the page says so.
+`make bench` runs it; for a rented GPU there is benchmarks/gpu_report.py. Each part is a process of its own and writes
+its results when it ends. The page is written again after every part, so an interruption loses the current part only. A
+part that runs out of time skips the rest of its benchmarks, and the page says so.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from benchmarks.harness.report import read, write
 
@@ -63,14 +61,10 @@ def run_parts(minutes: float, raw: Path, results: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="stop where there is no CUDA device")
     parser.add_argument("--minutes", type=float, default=15.0, help="for everything (default: %(default)s)")
     parser.add_argument("--raw", type=Path, default=ROOT / "out" / "bench", help="folder for raw JSON")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the page")
     args = parser.parse_args(argv)
-    if args.gpu and not torch.cuda.is_available():
-        print("gpu-bench: no CUDA device is visible to PyTorch; nothing was run and nothing is claimed")
-        return 0
     return 1 if run_parts(args.minutes, args.raw.resolve(), args.out) else 0
 
 

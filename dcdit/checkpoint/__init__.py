@@ -6,7 +6,7 @@
 
 from dcdit.checkpoint.foreign import read_state_dict
 from dcdit.checkpoint.model import Model, architecture_of, load_weights, save_model
-from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
+from dcdit.checkpoint.pretrained import class_names_in, load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
     CHECKPOINTS,
     EMA_FILE,
@@ -38,6 +38,7 @@ __all__ = [
     "Model",
     "architecture_of",
     "checkpoint_path",
+    "class_names_in",
     "find_checkpoint",
     "is_checkpoint",
     "keep_newest",

@@ -5,17 +5,19 @@ This module opens the files and supplies what the weights do not say, such as th
 """
 
 import argparse
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dcdit.checkpoint.model import Tensors, read_tensors
 from dcdit.models import DCDiT, DiT, load_dit, load_official
 from dcdit.models.presets import SCALES
-from dcdit.utils.inside import is_inside
+from dcdit.utils.inside import listed_files
+from dcdit.utils.pickles import check_dense, load_pickled
+from dcdit.utils.reading import read_json
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model.safetensors"
@@ -36,19 +38,12 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
         FileNotFoundError: nothing there.
         ValueError: the file needs real unpickling, which could run any code, or holds no state dict.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} does not load as plain tensors (weights_only=True): {first}") from None
+    state = load_pickled(path, allowed=[argparse.Namespace])
     if isinstance(state, dict):
         state = state.get("ema" if ema else "model", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise ValueError(f"{path} holds no state dict; accepted: names to tensors, or a dict with 'ema' and 'model'")
+    check_dense(state, path)
     return state
 
 
@@ -60,13 +55,17 @@ def load_official_file(path: Path, ema: bool = True) -> DCDiT:
     state = read_state_dict(path, ema)
     if "pos_embed" not in state:
         raise ValueError(f"{path} has no 'pos_embed'; accepted: a state dict of the DC-DiT reference implementation")
+    if state["pos_embed"].dim() != 3:
+        raise ValueError(f"{path}: pos_embed has shape {tuple(state['pos_embed'].shape)}; accepted: (1, positions, D)")
     _, positions, width = state["pos_embed"].shape
     heads = published_heads()
     if width not in heads:
         widths = ", ".join(map(str, heads))
         raise ValueError(f"{path} has width {width}; accepted: {widths}, others through dcdit.models.load_official")
     # The weights do not say sigma. It is 2 from 512 pixels on, a grid of 64 x 64.
-    return load_official(state, num_heads=heads[width], dechunk_sigma=2.0 if positions >= 64 * 64 else 1.0).eval()
+    sigma = 2.0 if positions >= 64 * 64 else 1.0
+    with _naming(path):
+        return load_official(state, num_heads=heads[width], dechunk_sigma=sigma).eval()
 
 
 def load_facebook_dit(path: Path, state: Tensors, num_heads: int | None = None) -> DiT:
@@ -82,7 +81,7 @@ def load_facebook_dit(path: Path, state: Tensors, num_heads: int | None = None) 
     if "pos_embed.proj.weight" in state:
         raise ValueError(f"{path} has the key format of diffusers; accepted: the folder with its {CONFIG}")
     labels = state.get("y_embedder.embedding_table.weight")
-    if num_heads is None and labels is not None:
+    if num_heads is None and labels is not None and labels.dim() == 2:
         width = labels.shape[1]
         num_heads = published_heads().get(width)
         if num_heads is None:
@@ -105,17 +104,16 @@ def load_diffusers_dit(folder: Path) -> DiT:
         FileNotFoundError: no safetensors weights.
         ValueError: a damaged file, or a model that is no DiT.
     """
-    kind, side, num_heads = (
-        _entry(folder / CONFIG, key) for key in ("_class_name", "sample_size", "num_attention_heads")
-    )
+    kind = _entry(folder / CONFIG, "_class_name")
     if kind not in CLASSES:
         raise ValueError(f"{folder / CONFIG} is of a {kind!r}; accepted: {', '.join(CLASSES)}")
+    side, num_heads = (_entry(folder / CONFIG, key) for key in ("sample_size", "num_attention_heads"))
+    for key, value in (("sample_size", side), ("num_attention_heads", num_heads)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{folder / CONFIG} has the {key} {value!r}; accepted: a positive integer")
     index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_entry(index, "weight_map").values())) if index.is_file() else [WEIGHTS]
     state: dict[str, Tensor] = {}
-    for name in names:
-        if not is_inside(name):
-            raise ValueError(f"{index} lists {name!r}; accepted: files inside the folder")
+    for name in listed_files(index) if index.is_file() else [WEIGHTS]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= read_tensors(folder / name)[0]
@@ -129,14 +127,21 @@ def published_heads() -> dict[int, int]:
 
 def _convert_dit(path: Path, state: Tensors, num_heads: int, **overrides: Any) -> DiT:
     """:func:`dcdit.models.load_dit`, with the path in its errors."""
-    try:
+    with _naming(path):
         return load_dit(state, num_heads, **overrides).float().eval()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the path before what is wrong with the weights that come from it."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _entry(path: Path, key: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is damaged or of something else: no {key!r} in it") from None
+    values = read_json(path)
+    if not isinstance(values, dict) or key not in values:
+        raise ValueError(f"{path} is damaged or of something else: no {key!r} in it")
+    return values[key]

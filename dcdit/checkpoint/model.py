@@ -1,20 +1,21 @@
 """One model in one safetensors file: its weights, and its configuration in the metadata. Nothing is pickled."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, KeptShare
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
-from dcdit.utils.tensors import save_tensors
+from dcdit.utils.reading import open_regular, parse_json
+from dcdit.utils.schema import from_mapping
+from dcdit.utils.tensors import open_tensors, save_tensors
+from dcdit.utils.text import short
 
 Model = DCDiT | DiT
 """What this package trains, saves and loads."""
@@ -91,9 +92,9 @@ def _kept_share_note(model: Model) -> dict[str, str]:
 
 def _read_kept_share(text: str, path: Path) -> KeptShare:
     try:
-        return KeptShare(**json.loads(text))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: its kept_share is {text[:80]!r}") from None
+        return from_mapping(KeptShare, parse_json(text, "kept_share"), "kept_share")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its kept_share is {short(text)}: {error}") from None
 
 
 def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -103,10 +104,7 @@ def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]
         raise ValueError(
             f"{path} has no dcdit configuration in its metadata; accepted: files of dcdit.checkpoint.save_model"
         )
-    try:
-        config = json.loads(metadata["config"])
-    except ValueError:
-        raise ValueError(f"{path} is damaged: its configuration is not JSON") from None
+    config = parse_json(metadata["config"], f"{path}: its configuration")
     return metadata["architecture"], config, weights
 
 
@@ -115,9 +113,10 @@ def _build(architecture: str, config: dict[str, Any], path: Path) -> Model:
         raise ValueError(f"{path} holds a {architecture!r}; accepted: {', '.join(ARCHITECTURES)}")
     model_class, config_class = ARCHITECTURES[architecture]
     try:
-        return model_class(config_class.from_dict(config))  # type: ignore[arg-type]
+        checked = config_class.from_dict(config)
     except ValueError as error:
         raise ValueError(f"{path} has a configuration that is not accepted: {error}") from None
+    return model_class(checked)  # type: ignore[arg-type]
 
 
 def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: bool = False) -> None:
@@ -141,6 +140,8 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
             raise ValueError(
                 f"{source}: {name} has shape {list(state[name].shape)}, the model's is {list(tensor.shape)}"
             )
+        if not state[name].is_floating_point():
+            raise ValueError(f"{source}: {name} is {state[name].dtype}; accepted: floating-point weights")
     model.load_state_dict(state, assign=assign)
 
 
@@ -181,14 +182,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: no such file.
         ValueError: it is damaged or no safetensors file.
     """
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def holds_finite(path: Path) -> bool:
     """Whether a safetensors file can be read and all its numbers are finite."""
     try:
-        with _opened(path) as file:
+        with open_tensors(path) as file:
             return all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
     except (FileNotFoundError, ValueError):
         return False
@@ -196,27 +197,16 @@ def holds_finite(path: Path) -> bool:
 
 def read_file_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, without reading its tensors. Errors as in :func:`read_tensors`."""
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         return file.metadata() or {}
 
 
 def is_written_here(path: Path) -> bool:
     """Whether the header of a safetensors file has the mark of this package; the rest may be cut off. So may be all."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             return json.loads(file.read(min(length, size)))["__metadata__"]["format"] == FORMAT
         except (ValueError, LookupError, TypeError, RecursionError):
             return not size
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {' '.join(str(error).split())}") from None

@@ -35,6 +35,7 @@ from dcdit.checkpoint.model import (
     write_tensors,
 )
 from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
+from dcdit.utils.reading import read_json
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
@@ -130,7 +131,11 @@ def read_trainer(path: str | Path) -> dict[str, Any]:
     """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`."""
     folder = find_checkpoint(path)
     with _naming_the_previous(folder):
-        return _read_json_object(folder / TRAINER_FILE)
+        trainer = _read_json_object(folder / TRAINER_FILE)
+        step = trainer.get("step", 0)
+        if type(step) is not int or step < 0:  # bool is a kind of int in Python
+            raise ValueError(f"{folder / TRAINER_FILE} has the step {step!r}; accepted: a whole number from 0")
+        return trainer
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tensors, source: str | Path) -> None:
@@ -143,13 +148,19 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
     Raises:
         ValueError: state of a parameter that the model does not have.
     """
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
     state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
     index_of = {name: index for index, name in enumerate(names)}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
         if name not in index_of:
             raise ValueError(f"{source} has optimiser state for the unknown parameter {name!r}")
+        if tensor.shape not in ((), parameters[name].shape):
+            shape = list(parameters[name].shape)
+            raise ValueError(
+                f"{source}: {key} has shape {list(tensor.shape)}; accepted: {shape}, that of its parameter"
+            )
         state[index_of[name]][entry] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
@@ -164,11 +175,9 @@ def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[st
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {str(file)!r}; it is no complete checkpoint") from None
-    except ValueError:
-        raise ValueError(f"{file} is damaged: it is not JSON") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged: it holds a {type(value).__name__}; accepted: an object")
     return value

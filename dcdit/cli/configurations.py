@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from dcdit import config
-from dcdit.config import TrainConfig, schema
+from dcdit.config import TrainConfig
 from dcdit.data import create_dataset
 from dcdit.models import PRESETS, DCDiTConfig, DiTConfig, count_flops, create_config, create_model
 from dcdit.train.checks import check_fit, local_batch_size, model_arguments
 from dcdit.train.compute import FORWARD_AND_BACKWARD
 from dcdit.train.folder import check_folder, placed
+from dcdit.utils import schema
 
 WIDTH = 118
 STATE_BYTES = 20

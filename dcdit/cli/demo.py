@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.cli.options import check_number, seed
 from dcdit.config import RECIPES, TrainConfig, load_config
 from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.models import DCDiT
@@ -55,13 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dcdit demo``."""
     parser.add_argument("--minutes", type=float, default=3.5, help="training time, minutes (default: %(default)s)")
     parser.add_argument("--out", default="out/demo", help="folder of the report, new or of an earlier demo")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and samples")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, data order and samples")
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry point of ``dcdit demo``."""
-    if args.minutes <= 0:
-        raise ValueError(f"--minutes is {args.minutes}; accepted: a positive number")
+    check_number("--minutes", args.minutes)
     report = demo(Path(args.out), args.minutes, args.seed)
     print(f"\nwrote {report}")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dcdit.checkpoint import model_file
-from dcdit.cli.options import add_device_option, check_counts
+from dcdit.cli.options import add_device_option, check_counts, seed
 from dcdit.cli.sampling_options import add_sampling_options, check_fit, sampling_options
 from dcdit.evaluate.extractors import RESIZES, load_extractor
 from dcdit.evaluate.features import Statistics, extract_features
@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--images", metavar="PATH", help="images: a folder, or .npz with arr_0 (ADM) or images")
     add = parser.add_argument_group("against what").add_argument
     add("--extractor", metavar="FILE", help="TorchScript Inception (.pt), or weights for torch-fidelity (.pth)")
+    add(
+        "--trust-extractor",
+        action="store_true",
+        help="run a TorchScript extractor that is not a known public one: it is a program, and may do what you may do",
+    )
     add("--reference", metavar="PATH", help="real images as above, or .npz with mu and sigma, or with both")
     add("--num-reference", type=int, metavar="N", help="compare with N of the reference's images (default: all)")
     add(
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num", type=int, default=50_000, metavar="N", help="images to draw (default 50000)")
     add_sampling_options(add, budgets=1)
     add = parser.add_argument_group("in general").add_argument
-    add("--seed", type=int, default=0, help="of the noise, and of the random choices of the metrics (default 0)")
+    add("--seed", type=seed, default=0, help="of the noise, and of the random choices of the metrics (default 0)")
     add_device_option(add)
     add("--out", default="out/evaluate", metavar="DIR", help="where everything goes (default out/evaluate)")
 
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace, reference: str | Statistics | None, device: torch.device, state: Any) -> None:
     out = Path(args.out)
-    extractor = None if args.extractor is None else load_extractor(args.extractor, args.resize)
+    extractor = None if args.extractor is None else load_extractor(args.extractor, args.resize, args.trust_extractor)
     sampling = None if args.checkpoint is None else _sample(args, out, device, state)
     if not state.is_main_process:
         return
@@ -130,6 +135,8 @@ def _check(args: argparse.Namespace) -> str | Statistics | None:
     if args.extractor is None and (args.images or args.reference or args.write_statistics):
         raise ValueError("--images, --reference and --write-statistics need features; give an --extractor")
     _check_outputs(args)
+    if args.images is not None and not Path(args.images).is_dir():
+        open_images(args.images, args.size)
     if args.reference is None:
         return None
     path = Path(args.reference)

@@ -4,11 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
+from dcdit.cli.options import check_counts, seed
 from dcdit.data.latents.encode import STORED_DTYPE, encode_images, verify_shards
 from dcdit.data.latents.manifest import MANIFEST_FILE
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import claimed
 from dcdit.utils.processes import on_main_process
+
+MOST_WORKERS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=10_000, metavar="N", help="images per file (default 10000)")
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=int, default=workers, metavar="N", help="processes that read images (default: at most 4)")
-    add("--seed", type=int, default=0, help="fixes the draw from the autoencoder's posterior (default 0)")
+    add("--seed", type=seed, default=0, help="fixes the draw from the autoencoder's posterior (default 0)")
     add("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU if there is one (default auto)")
     add("--precision", choices=tuple(STORED_DTYPE), default="fp32", help="bf16 stores float16 (default fp32)")
     add("--verify", metavar="DIR", help="only compare the shards of this folder with their checksums")
@@ -37,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     for name in ("images", "vae", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; accepted: --images, --vae and --out, or --verify")
+    check_counts(args, "batch_size", "shard_size")
+    if not 0 <= args.workers <= MOST_WORKERS:
+        raise ValueError(f"--workers is {args.workers}; accepted: 0 to {MOST_WORKERS}")
     from accelerate import PartialState
 
     state = PartialState(cpu=resolve_device(args.device).type == "cpu")

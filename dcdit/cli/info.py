@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import dcdit
+from dcdit.kernels.launch import table_for
 from dcdit.ops.attention_kernels import attention_backends, choose_attention_backend
 from dcdit.ops.backend import backend_name
 from dcdit.utils.environment import cpu_name, device_name, package_versions, resolve_device
@@ -59,6 +60,7 @@ def _describe(device: torch.device) -> dict[str, Any]:
     return {
         **found,
         "ops_backend": kernels,
+        "launch_configs": table_for(device),
         "attention": [{"name": n, "available": available, "reason": reason} for n, available, reason in attention],
         "auto": {
             str(d).removeprefix("torch."): choose_attention_backend("auto", device, d, HEAD_DIM, False) for d in dtypes
@@ -87,6 +89,9 @@ def render(found: dict[str, Any]) -> str:
         )
         lines.append(f"{device['device']}: {device['name']}{extra}")
         lines.append(f"  operations run on: {device['ops_backend']}")
+        lines.append(
+            f"  launch configurations: {device['launch_configs'] or 'defaults; dcdit tune measures better ones'}"
+        )
         lines.append("  attention, in order of preference:")
         lines += [
             f"    {'+' if kernel['available'] else '-'} {kernel['name']:<13} {kernel['reason']}"

@@ -9,12 +9,14 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from dcdit import __version__
+from dcdit.utils.text import one_line, printable
 
 COMMANDS = {
     "train": ("dcdit.cli.train", "train a DC-DiT or a static DiT"),
@@ -39,8 +41,12 @@ EXTRAS = {
     "torchmetrics": "eval",
 }
 """Import names and the extra of this package that installs them."""
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
-"""Errors that a user can cause: these are printed in one line."""
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
+"""Errors that a user can cause: these are printed in one line. Others are faults of the program, with a traceback."""
+NO_MEMORY = ("can't allocate memory", "out of memory")
+"""Parts of PyTorch's messages about it, which are of RuntimeErrors."""
+LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker process .*\n {4}.*?\n(\S.*)", re.DOTALL)
+"""An error in a process that loads data: it carries the traceback of that process, and then its message."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,6 +54,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _say(line: str) -> None:
+    """Print a line on stderr, above a progress bar where there is one."""
+    bars = sys.modules.get("tqdm")
+    if bars is None:
+        print(line, file=sys.stderr)
+    else:
+        bars.tqdm.write(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -58,11 +73,13 @@ def _warnings_in_one_line() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if category.__module__.partition(".")[0] == "dcdit":
-                print(f"dcdit: warning: {' '.join(str(message).split())}", file=sys.stderr)
+                _say(f"dcdit: warning: {printable(' '.join(str(message).split()))}")
             else:
                 usual(message, category, *place, **more)
 
         warnings.showwarning = show
+        # Pillow warns of sizes that dcdit.data.decode judges by the size of the file.
+        warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\)", module=r"PIL\.")
         yield
 
 
@@ -83,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dcdit: interrupted", file=sys.stderr)
         return 130
-    except USER_ERRORS as error:
-        if os.environ.get("DCDIT_TRACEBACK") == "1":
+    except (*USER_ERRORS, RuntimeError) as error:
+        if os.environ.get("DCDIT_TRACEBACK") == "1" or not (isinstance(error, USER_ERRORS) or _lacks_memory(error)):
             raise
         print(f"dcdit: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -108,6 +125,12 @@ def _one_line(error: Exception) -> str:
         package = error.name.partition(".")[0]
         if package in EXTRAS:
             return f"{package} is not installed: pip install 'dcdit[{EXTRAS[package]}]'"
-    # An error in a process that loads data carries the traceback of that process. Its last line is the message.
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    if isinstance(error, MemoryError) or _lacks_memory(error):
+        first = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        return f"there is not enough memory ({first}); accepted: a smaller batch, image or model"
+    traceback = LOADER_ERROR.match(str(error))
+    return one_line(error) if traceback is None else printable(traceback[1].strip())
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in NO_MEMORY)

@@ -1,8 +1,11 @@
 """Options and checks that several commands share."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
+
+from dcdit.utils.text import short
 
 
 def add_device_option(add: Callable[..., Any]) -> None:
@@ -15,9 +18,30 @@ def add_device_option(add: Callable[..., Any]) -> None:
     )
 
 
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError if an option of these names is given and below 1."""
+MOST = 10_000_000
+"""Images or steps that a command line may ask for: more would take all memory before anything is drawn."""
+SEEDS = 1 << 63
+
+
+def seed(text: str) -> int:
+    """The value of a ``--seed``, as argparse's ``type``."""
+    number = int(text)
+    if not 0 <= number < SEEDS:
+        raise argparse.ArgumentTypeError(f"{short(number)}; accepted: 0 to {SEEDS - 1}")
+    return number
+
+
+def check_counts(args: argparse.Namespace, *names: str, most: int = MOST) -> None:
+    """Raise ValueError if an option of these names is given and below 1 or above ``most``."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; accepted: at least 1")
+        if value is not None and not 1 <= value <= most:
+            accepted = "at least 1" if value < 1 else f"at most {most}"
+            raise ValueError(f"--{name.replace('_', '-')} is {short(value)}; accepted: {accepted}")
+
+
+def check_number(flag: str, value: float, above: float = 0, at_most: float = math.inf) -> None:
+    """Raise ValueError if the value of a flag is not finite or out of bounds."""
+    if not above < value <= at_most or math.isinf(value):
+        limit = "" if math.isinf(at_most) else f" and at most {at_most:g}"
+        raise ValueError(f"{flag} is {value}; accepted: a finite number above {above:g}{limit}")

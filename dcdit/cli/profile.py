@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dcdit.checkpoint import load_model, model_file
-from dcdit.cli.options import add_device_option
+from dcdit.cli.options import add_device_option, check_counts, check_number
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
@@ -19,6 +19,7 @@ from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_not_read, check_output_file, check_output_folder, check_own
 
 RECORD, PICTURE = "profile.json", "profile.png"
+MOST_IMAGES, MOST_SECONDS = 65_536, 86_400
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_option(add)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
     add("--compile", action="store_true", help="torch.compile the static models and the convolutions")
+    add("--graph", action="store_true", help="time CUDA graphs of all models")
     add("--seconds", type=float, default=2.0, help="longest timing per variant (default: %(default)s)")
     add("--trace", help="also write a Chrome trace of one dynamic forward to this file")
     add("--out", default="out/profile", help="folder for profile.json and profile.png")
@@ -42,10 +44,12 @@ def run(args: argparse.Namespace) -> None:
     from dcdit.profiling.plots import plot_profile
 
     device = resolve_device(args.device)
-    if args.batch < 1:
-        raise ValueError(f"--batch is {args.batch}; accepted: a positive number of images")
-    if not args.seconds > 0:
-        raise ValueError(f"--seconds is {args.seconds}; accepted: a positive number")
+    check_counts(args, "batch", most=MOST_IMAGES)
+    check_number("--seconds", args.seconds, at_most=MOST_SECONDS)
+    check_number("--keep", args.keep, at_most=1)
+    for rho in args.drop_fraction:
+        if not 0 <= rho < 1:
+            raise ValueError(f"--drop-fraction is {rho}; accepted: numbers in [0, 1)")
     out = Path(args.out)
     _check_outputs(args, out)
     torch.manual_seed(0)
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     y = torch.arange(args.batch, device=device) % config.num_classes
     if not args.checkpoint:
         calibrate_router(model, x, t, y, args.keep)
-    result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile)
+    result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile, args.graph)
     write_text(out / RECORD, json.dumps(asdict(result), indent=2) + "\n")
     plot_profile(result, out / PICTURE)
     parts = [result.caution(), result.conditions(), result.table(), result.stage_table(), *advice(result)]
@@ -83,5 +87,6 @@ def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
     else:
         model, name = create_model(args.model, args.image_size), args.model
     if not isinstance(model, DCDiT):
-        raise ValueError(f"{name} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
+        called = args.checkpoint or name
+        raise ValueError(f"{called} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
     return channels_last(model), name

@@ -7,7 +7,7 @@ import math
 import time
 from pathlib import Path
 
-from dcdit.cli.options import add_device_option, check_counts
+from dcdit.cli.options import add_device_option, check_counts, seed
 from dcdit.cli.sampling_options import (
     TARGET_FLAGS,
     add_sampling_options,
@@ -17,12 +17,16 @@ from dcdit.cli.sampling_options import (
     sampling_options,
 )
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
+from dcdit.sample.graphed import with_graphs
 from dcdit.sample.options import CostTarget
 from dcdit.sample.output import RECORD, check_folder, describe, describe_run, write_images
 from dcdit.sample.plan import Plan, make_plans
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_output_folder
+
+MOST_IN_MEMORY = 100_000
+"""Images of one call, which holds all of them; ``dcdit evaluate`` draws more, batch by batch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     count = parser.add_mutually_exclusive_group()
     count.add_argument("--num-per-class", type=int, default=1, metavar="N", help="images of each label (default 1)")
     count.add_argument("--num", type=int, metavar="N", help="images in all, labels taking turns")
-    add("--seed", type=int, default=0, help="fixes the noise; all drop fractions share it (default 0)")
+    add("--seed", type=seed, default=0, help="fixes the noise; all drop fractions share it (default 0)")
     add_device_option(add)
     add("--individual", action="store_true", help="also write every image as its own PNG")
     add("--report", action="store_true", help="also write report.md: what was kept over time, FLOPs, boundary maps")
@@ -64,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_counts(args, "num_per_class", "num")
+    check_counts(args, "num_per_class", "num", most=MOST_IN_MEMORY)
     options = sampling_options(args, _target(args))
     out = Path(args.out)
     check_output_folder(out)
@@ -77,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         check_dynamic(options, model, "--report")
         importlib.import_module("matplotlib")  # if it is missing, say so before the work
+    sampled = with_graphs(model, options)  # if there can be none, say so before the work
     plans = make_plans(options, model, labels.to(device))
     if options.target is not None:
         _print_choice(plans[0])
@@ -86,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     write_text(out / RECORD, json.dumps(facts, indent=2))
     for plan in plans:
         began = time.perf_counter()
-        drawn = draw(model, options, labels.to(device), plan.drop, trace=args.report)
+        drawn = draw(model, options, labels.to(device), plan.drop, trace=args.report, sampled=sampled)
         seconds = time.perf_counter() - began
         files = write_images(
             out,

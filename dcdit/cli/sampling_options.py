@@ -15,6 +15,7 @@ from dcdit.sample.options import DEFAULT_METHOD, CostTarget, SamplingOptions
 
 TARGET_FLAGS = {"TFLOPs": "--target-flops", "seconds": "--target-latency"}
 """The unit of a target to the flag that sets it."""
+MOST_STEPS = 100_000
 
 
 def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
@@ -47,6 +48,11 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
     )
     add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="draw with CUDA graphs (default: on a GPU with --budget or a static model)",
+    )
     add("--vae", metavar="DIR", help="local diffusers AutoencoderKL that turns latents into pixels")
 
 
@@ -62,7 +68,8 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
         ValueError: values out of range, options that contradict one another, or a method that does not fit the
             objective of the checkpoint.
     """
-    check_counts(args, "steps", "batch_size")
+    check_counts(args, "steps", most=MOST_STEPS)
+    check_counts(args, "batch_size")
     objective = read_metadata(args.checkpoint, ema=not args.no_ema).get("objective")
     if objective not in (None, *DEFAULT_METHOD):
         raise ValueError(
@@ -86,6 +93,7 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
         batch_size=args.batch_size,
         precision=args.precision,
         vae=args.vae,
+        graph=args.graph,
     )
     _check(options)
     return options
@@ -135,6 +143,8 @@ def _check(options: SamplingOptions) -> None:
     for rho in [*(options.drop_fractions or ()), *([] if null is None else [null])]:
         if not 0 <= rho < 1:
             raise ValueError(f"drop_fraction is {rho}; accepted: a number in [0, 1)")
+    if options.graph and options.target is not None and options.target.unit == "seconds":
+        raise ValueError("--graph changes the seconds that the pilot of --target-latency measures; leave one out")
     if null is not None and options.budget is not None:
         raise ValueError(f"--budget {options.budget} is for both branches of guidance; leave --null-drop-fraction out")
     for flag, value in {"--null-drop-fraction": null, "--cfg-interval": options.cfg_interval}.items():

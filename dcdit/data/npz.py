@@ -10,6 +10,7 @@ from torch import Tensor
 from dcdit.data.archives import UnreadableArchive, map_npy, open_npz
 from dcdit.data.labels import as_labels
 from dcdit.data.samples import DamagedFile, Samples, Split, sample_rng, to_sample
+from dcdit.utils.text import one_line
 
 Array = np.ndarray[Any, Any]
 ARRAYS = ("images", "latents", "labels")
@@ -69,17 +70,24 @@ def read_arrays(path: Path) -> dict[str, Array]:
     try:
         if path.is_dir():
             names = sorted(file.stem for file in path.glob("*.npy"))
-            arrays = {name: map_npy(path / f"{name}.npy") for name in names if name in ARRAYS}
+            arrays = {name: _map(path / f"{name}.npy") for name in names if name in ARRAYS}
         else:
             with open_npz(path) as archive:
                 names = archive.names
                 arrays = {name: archive.read(name) for name in names if name in ARRAYS}
     except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, UnreadableArchive) else " ".join(str(error).split())
+        reason = error.reason if isinstance(error, UnreadableArchive) else one_line(error)
         raise ValueError(f"{path} is not readable as NumPy arrays: {reason}") from None
     if len(arrays) != 2 or "labels" not in arrays:
         raise ValueError(f"{path} holds {names}; accepted: labels, and either images or latents")
     return arrays
+
+
+def _map(file: Path) -> Array:
+    try:
+        return map_npy(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
 
 
 def check_arrays(path: Path, arrays: dict[str, Array]) -> Array:

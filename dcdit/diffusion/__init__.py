@@ -1,6 +1,7 @@
 """Training objectives and samplers for any model that is called as ``model(x, t, y)``."""
 
 from dcdit.diffusion.drop_schedules import DropSchedule, parse_drop_schedule
+from dcdit.diffusion.graphed import SamplerGraphs
 from dcdit.diffusion.guidance import guided
 from dcdit.diffusion.objectives import (
     DiTObjective,
@@ -21,6 +22,7 @@ __all__ = [
     "NoiseSchedule",
     "NoisyBatch",
     "Objective",
+    "SamplerGraphs",
     "Step",
     "create_objective",
     "guided",

@@ -2,17 +2,30 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from dcdit.diffusion.samplers import Predict
 from dcdit.diffusion.schedule import TRAIN_STEPS
 from dcdit.utils.modules import accepts_keyword, name_of
 
 Fraction = float | Tensor | Callable[[float], float]
 """rho: a number, a tensor (B,) with one for each image, or a function of the time in [0, 1] (1 is noise)."""
+Seen = dict[str, Tensor]
+"""What a model says about one of its calls."""
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """A model that says what it does in each call. Samplers hand it back to :meth:`record`, also from a graph."""
+
+    def observe(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Seen]:
+        """The output of a call, and tensors about it."""
+
+    def record(self, seen: Seen) -> None:
+        """Take note of a call."""
 
 
 def guided(
@@ -24,14 +37,15 @@ def guided(
     interval: tuple[float, float] | None = None,
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
-) -> Predict:
-    """The model with fixed labels, guidance and budget: a function ``(x, t) -> output`` for the samplers.
+    capacity: int | None = None,
+) -> "Guided":
+    """The model with fixed labels, guidance and budget: a function ``(x, t) -> output``.
 
     The first ``channels`` channels become ``null + scale * (conditional - null)``. The others (the rest of the
     prediction, and the variance) are those of the conditional branch. At scale 1 the null branch is not computed.
 
     Args:
-        model: called as ``model(x, t, y)``, plus ``drop_fraction`` and ``budget`` if they are given here.
+        model: called as ``model(x, t, y)``, plus ``drop_fraction``, ``budget`` and ``capacity`` if they are given here.
         y: (B,) labels.
         scale: guidance scale; 1 is none.
         null_class: label of the unconditional branch (``num_classes`` in DiT); needed unless scale is 1.
@@ -42,6 +56,7 @@ def guided(
             time in [0, 1]. A pair gives (conditional, null) their own, which is Lite-CFG (arXiv 2603.06351: up to 0.9
             for the null branch).
         budget: kept tokens per image of a dynamic model.
+        capacity: packed tokens of a call of a dynamic model, both branches together.
 
     Raises:
         ValueError: an option out of range, a missing null class, or a budget option that this model does not take.
@@ -54,31 +69,97 @@ def guided(
         )
     if channels != "all" and (not isinstance(channels, int) or channels < 1):
         raise ValueError(f"cfg channels are {channels!r}; accepted: a positive integer, or 'all'")
-    low, high = check_interval(interval)
-    for name, value in (("drop_fraction", drop_fraction), ("budget", budget)):
+    check_interval(interval)
+    options = {"drop_fraction": drop_fraction, "budget": budget, "capacity": capacity}
+    for name, value in options.items():
         if value is not None and not accepts_keyword(model, name):
             raise ValueError(
                 f"{name} is {value} but {name_of(model)} takes none; accepted: a dynamic model such as DCDiT"
             )
     labels = y if null_class is None else torch.cat([y, torch.full_like(y, null_class)])
+    sizes = {name: value for name, value in (("budget", budget), ("capacity", capacity)) if value is not None}
+    span = check_interval(interval)
+    return Guided(model, labels, y.shape[0], scale, channels, span, drop_fraction, sizes, isinstance(model, Observed))
 
-    def predict(x: Tensor, t: float) -> Tensor:
-        images, width = x.shape[:2]
-        both = scale != 1 and low <= t / TRAIN_STEPS <= high
-        options: dict[str, Any] = {} if budget is None else {"budget": budget}
-        if drop_fraction is not None:
-            options["drop_fraction"] = _fractions(drop_fraction, t / TRAIN_STEPS, images, both, x.device)
-        rows = 2 * images if both else images
-        times = torch.full((rows,), t, device=x.device)
-        out = model(torch.cat([x, x]) if both else x, times, labels[:rows], **options)
+
+@dataclass(frozen=True, eq=False)
+class Guided:
+    """What :func:`guided` returns; its arguments are described there.
+
+    Args:
+        labels: (B,), or (2B,) with the null class for the second half.
+        sizes: the options of the model that make its shapes static.
+        observed: whether the model is :class:`Observed`.
+    """
+
+    model: Callable[..., Any]
+    labels: Tensor
+    images: int
+    scale: float
+    channels: int | str
+    interval: tuple[float, float]
+    drop_fraction: Fraction | tuple[Fraction, Fraction] | None
+    sizes: dict[str, int]
+    observed: bool
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """The guided output for x (B, C, H, W) at a time from 1000 (noise) to 0."""
+        both = self.both(t)
+        return self.call(x, torch.full((), t, device=x.device), both, self.fractions(t, both))[0]
+
+    def both(self, t: float) -> bool:
+        """Whether a call at this time computes both branches."""
+        low, high = self.interval
+        return self.scale != 1 and low <= t / TRAIN_STEPS <= high
+
+    def fractions(self, t: float, both: bool) -> float | Tensor | None:
+        """The drop fraction of a call: None if there is none, a number where all rows share a constant one, else
+        (B,), or (2B,) for both branches, float32.
+
+        A number that varies over time must not reach the model, because torch.compile compiles anew for every number.
+        """
+        given = self.drop_fraction
+        if given is None:
+            return None
+        pair = given if isinstance(given, tuple) else (given, given)
+        time, images, device = t / TRAIN_STEPS, self.images, self.labels.device
+        branches = [rho(time) if callable(rho) else rho for rho in (pair if both else pair[:1])]
+        for rho in branches:
+            if isinstance(rho, Tensor):
+                if rho.shape != (images,):
+                    raise ValueError(
+                        f"drop_fraction has shape {tuple(rho.shape)}; accepted: ({images},), one per image"
+                    )
+            elif not 0 <= rho < 1:
+                raise ValueError(f"drop_fraction is {rho} at time {time:g}; accepted: a number in [0, 1)")
+        if all(isinstance(rho, float | int) for rho in pair) and len(set(branches)) == 1:
+            return float(branches[0])
+        return torch.cat(
+            [
+                rho.to(device, torch.float32) if isinstance(rho, Tensor) else torch.full((images,), rho, device=device)
+                for rho in branches
+            ]
+        )
+
+    def call(self, x: Tensor, t: Tensor, both: bool, rho: float | Tensor | None) -> tuple[Tensor, Seen | None]:
+        """The guided output, and what the model says about the call if it can (:class:`Observed`).
+
+        Args:
+            t: () time. both, rho: of this call, see :meth:`both` and :meth:`fractions`.
+        """
+        rows = 2 * self.images if both else self.images
+        options: dict[str, Any] = self.sizes if rho is None else {**self.sizes, "drop_fraction": rho}
+        inputs = torch.cat([x, x]) if both else x, t.expand(rows), self.labels[:rows]
+        if self.observed:
+            out, seen = self.model.observe(*inputs, **options)  # type: ignore[attr-defined]
+        else:
+            out, seen = self.model(*inputs, **options), None
         if not both:
-            return out
-        conditional, null = out[:images], out[images:]
-        count = width if channels == "all" else min(int(channels), width)
-        mixed = null[:, :count] + scale * (conditional[:, :count] - null[:, :count])
-        return torch.cat([mixed, conditional[:, count:]], dim=1)
-
-    return predict
+            return out, seen
+        conditional, null = out[: self.images], out[self.images :]
+        count = x.shape[1] if self.channels == "all" else min(int(self.channels), x.shape[1])
+        mixed = null[:, :count] + self.scale * (conditional[:, :count] - null[:, :count])
+        return torch.cat([mixed, conditional[:, count:]], dim=1), seen
 
 
 def check_interval(interval: tuple[float, float] | None) -> tuple[float, float]:
@@ -91,28 +172,3 @@ def check_interval(interval: tuple[float, float] | None) -> tuple[float, float]:
     if not 0 <= low <= high <= 1:
         raise ValueError(f"cfg interval is {interval}; accepted: (low, high) with 0 <= low <= high <= 1")
     return low, high
-
-
-def _fractions(
-    given: Fraction | tuple[Fraction, Fraction], time: float, images: int, both: bool, device: torch.device
-) -> float | Tensor:
-    """The drop fraction for the model: a number where all rows share a constant one, else (rows,) float32.
-
-    A number that varies over time must not reach the model, because torch.compile compiles anew for every number.
-    """
-    pair = given if isinstance(given, tuple) else (given, given)
-    branches = [rho(time) if callable(rho) else rho for rho in (pair if both else pair[:1])]
-    for rho in branches:
-        if isinstance(rho, Tensor):
-            if rho.shape != (images,):
-                raise ValueError(f"drop_fraction has shape {tuple(rho.shape)}; accepted: ({images},), one per image")
-        elif not 0 <= rho < 1:
-            raise ValueError(f"drop_fraction is {rho} at time {time:g}; accepted: a number in [0, 1)")
-    if all(isinstance(rho, float | int) for rho in pair) and len(set(branches)) == 1:
-        return float(branches[0])
-    return torch.cat(
-        [
-            rho.to(device, torch.float32) if isinstance(rho, Tensor) else torch.full((images,), rho, device=device)
-            for rho in branches
-        ]
-    )

@@ -1,20 +1,21 @@
-"""Noise that depends on the index of an image, not on its batch."""
+"""Noise that depends on the index of an image and on the step, not on the batch or on what was drawn before."""
 
-import hashlib
+import math
 
 import torch
 from torch import Tensor
 
-_SEEDS = 1 << 63
+from dcdit.ops.noise import philox_normal
 
 
 class ImageNoise:
-    """A source of standard normal batches (B, *shape) whose row i depends only on the seed and ``first_index + i``.
+    """Standard normal batches (B, *shape) whose row i depends only on the seed, ``first_index + i`` and the step.
 
-    So the images do not depend on the batch size. The numbers differ between kinds of device.
+    So an image does not depend on the batch size, the number of processes or the kind of device, up to a few ulp. Its
+    numbers are those of :func:`dcdit.ops.philox_normal`.
 
     Args:
-        seed: any integer.
+        seed: any integer; seeds that are equal modulo 2^64 are the same.
         first_index: index of the first image of this batch among all images drawn with the seed.
         count: B.
         shape: of one image.
@@ -23,15 +24,12 @@ class ImageNoise:
     def __init__(
         self, seed: int, first_index: int, count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._like = torch.empty((count, *shape), device=device, dtype=dtype)
-        # Seeds count up from a hash of `seed`, so no two images of a run share one. That holds on the CPU too, whose
-        # generator reads only the low 32 bits of a seed.
-        start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big") + first_index
-        self._generators = [torch.Generator(device).manual_seed((start + index) % _SEEDS) for index in range(count)]
+        signed = (seed + 2**63) % 2**64 - 2**63
+        self.seed = torch.tensor(signed, device=device)
+        self.images = torch.arange(first_index, first_index + count, device=device)
+        self._shape, self._dtype = shape, dtype
 
-    def __call__(self) -> Tensor:
-        """The next batch, (B, *shape)."""
-        batch = torch.empty_like(self._like)
-        for image, generator in zip(batch, self._generators, strict=True):
-            image.normal_(generator=generator)
-        return batch
+    def __call__(self, step: Tensor) -> Tensor:
+        """(B, *shape) of a step, which is () int64 on the device: 0 is the noise that sampling starts from."""
+        noise = philox_normal(self.seed, self.images, step, math.prod(self._shape))
+        return noise.view(len(self.images), *self._shape).to(self._dtype)

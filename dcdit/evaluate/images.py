@@ -1,6 +1,7 @@
 """Sets of images to evaluate, read batch by batch, and the ``.npz`` of ADM's evaluation suite."""
 
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,11 +65,12 @@ def open_images(source: ImageSource, size: int | None = None) -> ImageSet:
     if path.suffix == ".npz":
         return _from_npz(path)
     file = path / "images.npy" if path.is_dir() else path
-    if file.suffix == ".npy" and file.exists():
+    if file.suffix == ".npy" and os.path.lexists(file):
         try:
             array = map_npy(file)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} is not readable as images: {' '.join(str(error).split())}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{file} is not readable as images: {reason}") from None
         return _from_array(array, str(path))
     if not path.exists():
         raise FileNotFoundError(f"no images at {str(path)!r}")

@@ -123,7 +123,7 @@ def plan_capacity(
     std = positions * share.std * math.sqrt(sum(part**2 for part in stay) + sum(stay) ** 2 / share.images)
     rows = min(max(math.ceil(mean + sigmas * std), batch), batch * positions)
     if multiprocessors is not None:
-        rows = min(_last_row_of_waves(config, rows, multiprocessors, tile), batch * positions)
+        rows = min(last_row_of_waves(config, rows, multiprocessors, tile), batch * positions)
 
     # As likely as the batch is to overflow, one of its images is too long.
     each = -NormalDist().inv_cdf(_tail(sigmas) / batch)
@@ -143,7 +143,7 @@ def multiprocessors_of(device: torch.device) -> int | None:
     return launch.multiprocessors(device) if device.type == "cuda" else None
 
 
-def _last_row_of_waves(config: DCDiTConfig, rows: int, multiprocessors: int, tile: tuple[int, int]) -> int:
+def last_row_of_waves(config: DCDiTConfig, rows: int, multiprocessors: int, tile: tuple[int, int]) -> int:
     """The most rows, in whole tiles, for which no product of a block takes more waves than for ``rows``."""
     dim, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
     tiles_down = math.ceil(rows / tile[0])

@@ -1,13 +1,19 @@
 """Configurations of the models: frozen, validated, and plain enough to be stored as JSON in a checkpoint."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from dcdit.nn.conv_block import ConvBlock
 from dcdit.nn.routers import ROUTERS
 from dcdit.ops.dechunk import MAX_SIGMA
+from dcdit.utils.schema import check_values, from_mapping
+from dcdit.utils.text import short
 
 DECHUNKS = ("spatial", "ema")
+LARGEST = {"in_channels": 65536, "hidden_size": 16384, "depth": 512, "num_heads": 4096, "num_classes": 1 << 24}
+MAX_SIDE, MAX_MLP_RATIO = 1 << 13, 64
+"""Far above every published model. Without them, one number of a stranger's file takes all time and memory there is."""
 
 Config = TypeVar("Config", bound="_TransformerConfig")
 
@@ -33,17 +39,14 @@ class _TransformerConfig:
     """Whether to predict a variance for every channel, too."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))
-        if len(self.grid) != 2 or any(not isinstance(side, int) or side < 1 for side in self.grid):
-            raise ValueError(f"grid is {self.grid}; accepted: (H, W), two positive integers")
-        for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; accepted: a positive integer")
+        object.__setattr__(self, "grid", _as_tuple(self.grid))
+        self.check_fields(vars(self))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; accepted: a divisor of hidden_size = {self.hidden_size}")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; accepted: a positive number")
+        if not 1 / self.hidden_size <= self.mlp_ratio <= MAX_MLP_RATIO:
+            raise ValueError(
+                f"mlp_ratio is {self.mlp_ratio}; accepted: a number up to {MAX_MLP_RATIO} that gives at least one unit"
+            )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}; accepted: a number in [0, 1)")
 
@@ -56,20 +59,35 @@ class _TransformerConfig:
         return {**asdict(self), "grid": list(self.grid)}
 
     @classmethod
+    def check_fields(cls, values: Mapping[str, Any]) -> None:
+        """Raise ValueError for the first of some values that is not accepted, whatever the other fields are."""
+        values = {name: _as_tuple(value) if name == "grid" else value for name, value in values.items()}
+        sides = values.get("grid", (1, 1))
+        if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_size(side, MAX_SIDE) for side in sides):
+            raise ValueError(f"grid is {short(sides)}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
+        for name, largest in LARGEST.items():
+            if name in values and not _is_size(values[name], largest):
+                raise ValueError(f"{name} is {short(values[name])}; accepted: a positive integer up to {largest}")
+        check_values(cls, values, cls.__name__)
+
+    @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """The inverse of :meth:`to_dict`.
 
         Raises:
             ValueError: an unknown key, a missing key, or a value that is not accepted.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"unknown {cls.__name__} keys: {', '.join(unknown)}; accepted: {', '.join(known)}")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from None
+        if isinstance(values, dict) and "grid" in values:
+            values = {**values, "grid": _as_tuple(values["grid"])}
+        return from_mapping(cls, values, cls.__name__)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_size(value: Any, largest: int) -> bool:
+    return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +141,7 @@ class DiTConfig(_TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.patch_size, int) or self.patch_size < 1 or any(n % self.patch_size for n in self.grid):
+        if self.patch_size < 1 or any(n % self.patch_size for n in self.grid):
             raise ValueError(
                 f"patch_size is {self.patch_size!r}; accepted: a positive divisor of both sides of {self.grid}"
             )
@@ -131,5 +149,5 @@ class DiTConfig(_TransformerConfig):
             raise ValueError(f"hidden_size is {self.hidden_size}; accepted: a multiple of 4 (sine-cosine positions)")
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift is {self.frequency_shift}; accepted: 0, 1")
-        if not self.mlp_norm_eps > 0:
-            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a positive number")
+        if not 0 < self.mlp_norm_eps < 1:
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a number in (0, 1)")

@@ -31,6 +31,7 @@ from dcdit.nn import (
     stage,
 )
 from dcdit.nn.memory_format import to_grid, to_tokens
+from dcdit.nn.modulation import Modulation
 from dcdit.ops import TokenSelection, gated_add
 from dcdit.utils.modules import dtype_of
 
@@ -54,6 +55,28 @@ class BlockStates(NamedTuple):
     """(B, D): SiLU of the conditioning that every block saw, so with the null class where a label was dropped."""
     outputs: list[Tensor]
     """The packed tokens (T, D) after each block."""
+
+
+class Encoded(NamedTuple):
+    """What a forward pass knows before the tokens are selected."""
+
+    cond: Tensor
+    """(B, D): SiLU of the conditioning."""
+    conv_cond: Tensor
+    """(B, D): the same for encoder and decoder."""
+    tokens: Tensor
+    """(B, L, D): the encoder's output."""
+    prob: Tensor
+    """(B, L) float32: of the router."""
+
+
+class Prepared(NamedTuple):
+    """What the part after the selection reads beside the kept tokens."""
+
+    modulation: list[Modulation]
+    """Of each block."""
+    residual: Tensor
+    """(B, L, D): the encoder's output on its way around the transformer."""
 
 
 class DCDiT(nn.Module):
@@ -162,11 +185,26 @@ class DCDiT(nn.Module):
         Raises:
             ValueError: a shape, a label or an option that is not accepted.
         """
-        check_inputs(self.config, x, t, y)
         if capacity == "auto":
             plan = self.plan_capacity(len(x), drop_fraction)
             capacity, max_seqlen = plan.capacity, plan.max_seqlen if max_seqlen is None else max_seqlen
-        grid = self.config.grid
+        encoded = self.encode(x, t, y)
+        prepared: list[Prepared] = []
+        packed, sel = self.chunk(
+            encoded.tokens, encoded.prob, self.pos_embed, drop_fraction, budget, capacity, max_seqlen,
+            meanwhile=lambda: prepared.append(self.prepare(encoded)),
+        )  # fmt: skip
+        states = BlockStates(encoded.cond, []) if return_states else None
+        outputs = None if states is None else states.outputs
+        out = self.decode(encoded, prepared[0], packed, sel, capacity is not None, outputs)
+        if not (return_routing or return_states):
+            return out
+        routing = Routing(encoded.prob, sel.mask, sel.natural_mask, sel)
+        return (out, routing) if states is None else (out, routing, states)
+
+    def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Encoded:
+        """The part before the selection: no shape depends on what is kept. Arguments as in :meth:`forward`."""
+        check_inputs(self.config, x, t, y)
         with stage("embed"):
             embedded = self.t_embedder(t) + self.y_embedder(y)
             # All that read the conditioning start with this SiLU.
@@ -175,24 +213,45 @@ class DCDiT(nn.Module):
             x = x.to(dtype_of(self.x_embedder), memory_format=torch.channels_last)
             tokens = to_tokens(self.x_embedder(x))
         with stage("encoder"):
-            encoded = self.encoder(tokens, grid, conv_cond)
+            tokens = self.encoder(tokens, self.config.grid, conv_cond)
         with stage("router"):
-            p = self.router(encoded)
-        packed, sel = self.chunk(encoded, p, self.pos_embed, drop_fraction, budget, capacity, max_seqlen)
-        states = BlockStates(cond, []) if return_states else None
+            return Encoded(cond, conv_cond, tokens, self.router(tokens))
+
+    def prepare(self, encoded: Encoded) -> Prepared:
+        """What the part after the selection needs and the selection has no part in."""
         with stage("transformer"):
-            varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=capacity is not None)
-            packed = self.transform(packed, cond, varlen, None if states is None else states.outputs)
+            modulation = self.modulation(encoded.cond)
         with stage("dechunk"):
-            tokens = self.dechunk(packed, p, sel, self.residual_proj(encoded))
+            return Prepared(modulation, self.residual_proj(encoded.tokens))
+
+    def decode(
+        self,
+        encoded: Encoded,
+        prepared: Prepared,
+        packed: Tensor,
+        sel: TokenSelection,
+        padding: bool,
+        outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The part after the selection: transformer, de-chunk, decoder, final layer -> (B, 2C, H, W).
+
+        Args:
+            encoded, prepared: of :meth:`encode` and :meth:`prepare`.
+            packed: (T, D) the kept tokens.
+            sel: which those are.
+            padding: whether there may be padding rows.
+            outputs: the packed tokens after each block are appended to it.
+        """
+        grid = self.config.grid
+        with stage("transformer"):
+            varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding)
+            packed = self.transform(packed, prepared.modulation, varlen, outputs)
+        with stage("dechunk"):
+            tokens = self.dechunk(packed, encoded.prob, sel, prepared.residual)
         with stage("decoder"):
-            tokens = self.decoder(tokens, grid, conv_cond)
+            tokens = self.decoder(tokens, grid, encoded.conv_cond)
         with stage("final"):
-            out = to_grid(self.final_layer(tokens, cond), grid).contiguous()
-        if not (return_routing or return_states):
-            return out
-        routing = Routing(p, sel.mask, sel.natural_mask, sel)
-        return (out, routing) if states is None else (out, routing, states)
+            return to_grid(self.final_layer(tokens, encoded.cond), grid).contiguous()
 
     def plan_capacity(self, batch: int, drop_fraction: float | Sequence[float] | Tensor = 0.0) -> Capacity:
         """The static sizes for ``batch`` images on this device, by ``kept_share``: :func:`dcdit.models.plan_capacity`.
@@ -213,14 +272,14 @@ class DCDiT(nn.Module):
         return plan_capacity(self.config, batch, self.kept_share, drop_fraction, multiprocessors=multiprocessors)
 
     def transform(
-        self, tokens: Tensor, cond: Tensor, varlen: VarlenMeta, outputs: list[Tensor] | None = None
+        self, tokens: Tensor, modulation: list[Modulation], varlen: VarlenMeta, outputs: list[Tensor] | None = None
     ) -> Tensor:
-        """The inner transformer: packed tokens (T, D), SiLU(conditioning) (B, D) -> (T, D).
+        """The inner transformer: packed tokens (T, D), the modulation of each block -> (T, D).
 
         It appends the tokens after each block to ``outputs``.
         """
         pending: PendingResidual | None = None
-        for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
+        for block, mod in zip(self.blocks, modulation, strict=True):
             tokens, pending = block(tokens, pending, mod, varlen)
             if outputs is not None:
                 outputs.append(gated_add(tokens, pending.branch, pending.gate, varlen.cu_seqlens))

@@ -1,10 +1,12 @@
 """The published model sizes by name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dcdit.models.config import DCDiTConfig, DiTConfig
 from dcdit.models.dc_dit import DCDiT
 from dcdit.models.dit import DiT
+from dcdit.utils.schema import did_you_mean
 
 LATENT_STRIDE = 8
 
@@ -22,12 +24,18 @@ PRESETS = (
 )
 
 
+def check_preset(name: str, overrides: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown preset, or an override that it never accepts, whatever the sizes are."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+    (DCDiTConfig if name.startswith("DC-DiT-") else DiTConfig).check_fields(overrides)
+
+
 def create_config(
     name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
 ) -> DCDiTConfig | DiTConfig:
     """The configuration of a preset; see :func:`create_model`."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}")
+    check_preset(name, overrides)
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) != 2 or any(side < LATENT_STRIDE or side % LATENT_STRIDE for side in sides):
         raise ValueError(

@@ -1,5 +1,7 @@
 """Chunking to packed tokens, and de-chunking back to the grid in float32, also under autocast."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,8 @@ from dcdit import ops
 from dcdit.nn.autocast import without_autocast
 from dcdit.nn.stages import stage
 from dcdit.ops import TokenSelection
+from dcdit.ops.selection import start_selection
+from dcdit.ops.token_selection import PendingSelection
 
 
 class ChunkLayer(nn.Module):
@@ -21,17 +25,37 @@ class ChunkLayer(nn.Module):
         budget: int | None = None,
         capacity: int | None = None,
         max_seqlen: int | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[Tensor, TokenSelection]:
         """(B, L, D), probabilities (B, L), position (L, D) -> packed tokens (T, D) and their selection.
 
-        The last four arguments are those of :func:`dcdit.ops.select_tokens`.
+        ``drop_fraction`` to ``max_seqlen`` are those of :func:`dcdit.ops.select_tokens`. ``meanwhile`` is called before
+        the number of kept tokens is waited for: what it starts keeps the device busy.
         """
+        pending = self.start(p, drop_fraction, budget, capacity, max_seqlen)
+        if meanwhile is not None:
+            meanwhile()
+        sel = pending.wait()
+        return self.pack(x, sel, position), sel
+
+    def start(
+        self,
+        p: Tensor,
+        drop_fraction: float | Tensor = 0.0,
+        budget: int | None = None,
+        capacity: int | None = None,
+        max_seqlen: int | None = None,
+    ) -> PendingSelection:
+        """The selection alone, whose size need not be known yet."""
         with stage("select"):
-            sel = ops.select_tokens(
+            return start_selection(
                 p, drop_fraction=drop_fraction, budget=budget, capacity=capacity, max_seqlen=max_seqlen
             )
+
+    def pack(self, x: Tensor, sel: TokenSelection, position: Tensor | None = None) -> Tensor:
+        """The kept tokens (T, D) of x (B, L, D), with their position added."""
         with stage("gather"):
-            return ops.gather_tokens(x, sel, position), sel
+            return ops.gather_tokens(x, sel, position)
 
 
 class SpatialDeChunk(nn.Module):

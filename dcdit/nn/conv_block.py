@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
-from dcdit.nn.plain import is_plain_conv3x3
+from dcdit.nn.plain import is_plain, is_plain_conv3x3
 
 
 class ConvBlock(nn.Module):
@@ -34,15 +34,24 @@ class ConvBlock(nn.Module):
         """(B, in_dim, H, W) channels-last and SiLU(conditioning) (B, cond_dim) -> (B, out_dim, H, W) channels-last."""
         h, shift = self.norm1(x), self.cond_proj(cond)
         if is_plain_conv3x3(self.conv1):
-            # The convolution's bias is added to the conditioning first: one pass over the grid instead of two.
+            # The convolution's bias is added to the conditioning, not in a pass of its own over the grid.
             h, shift = F.conv2d(h, self.conv1.weight, padding=1), shift + self.conv1.bias
         else:
             h = self.conv1(h)
-        h = h + shift.to(h.dtype)[:, :, None, None]
-        h = self.conv2(self.norm2(h))
-        if self.skip is not None:
-            x = self.skip(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return h + x
+        if is_plain(self.norm2, GroupNormSiLU):
+            h = self.norm2(h, shift)
+        else:
+            h = self.norm2(h + shift.to(h.dtype)[:, :, None, None])
+        if self.skip is None:
+            return self.conv2(h) + x
+        x = x.permute(0, 2, 3, 1)
+        if is_plain_conv3x3(self.conv2) and is_plain(self.skip, nn.Linear) and self.skip.bias is not None:
+            # Likewise, the product adds this bias without a pass of its own.
+            h = F.conv2d(h, self.conv2.weight, padding=1)
+            x = F.linear(x, self.skip.weight, self.skip.bias + self.conv2.bias)  # type: ignore[operator]
+        else:
+            h, x = self.conv2(h), self.skip(x)
+        return h + x.permute(0, 3, 1, 2)
 
 
 class ConvStack(nn.Module):

@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
+from dcdit.nn.linear_gelu import linear_gelu
 from dcdit.nn.modulation import Modulation
+from dcdit.nn.plain import is_plain
+from dcdit.ops import unchecked
 
 
 class VarlenMeta(NamedTuple):
@@ -24,7 +27,7 @@ class PendingResidual(NamedTuple):
     """A residual branch that is not added yet: the next block adds it in the same pass as its first norm."""
 
     branch: Tensor
-    """(T, D)."""
+    """(T, D). Padding rows may hold anything."""
     gate: Tensor
     """(B, D)."""
 
@@ -47,15 +50,27 @@ class DiTBlockBase(nn.Module):
         self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class PackedDiTBlock(DiTBlockBase):
-    """A block for packed tokens."""
+    """A block for packed tokens.
+
+    The first block of a chain, the one without a pending branch, checks its arguments. The others trust that they get
+    the same kind of tokens, ``varlen`` and modulation: checks in every block would cost the host more than its kernels.
+
+    Padding rows: the norms make them zero, so they are the bias in q, k and v, and no row of another image reads them.
+    In inference attention leaves them unwritten in its result, and the next gated residual reads none of them. Where
+    ``proj`` may be more than a linear layer (:mod:`dcdit.nn.plain`), or a gradient is wanted, they are zero there too.
+    """
 
     def attention(self, x: Tensor, varlen: VarlenMeta) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        out = ops.varlen_attention(q, k, v, varlen.cu_seqlens, varlen.max_seqlen, padding=varlen.padding)
+        qkv = self.qkv(x)
+        out = unchecked.self_attention(
+            qkv.view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads),
+            *varlen,
+            zero_padding=varlen.padding and not is_plain(self.proj, nn.Linear),
+        )
         return self.proj(out.flatten(1))
 
     def forward(
@@ -63,15 +78,21 @@ class PackedDiTBlock(DiTBlockBase):
     ) -> tuple[Tensor, PendingResidual]:
         """Tokens (T, D) and the pending branch of the previous block -> tokens (T, D) and this block's pending branch.
 
-        ``x + gate * branch`` of what is returned is the output of the block.
+        ``x + gate * branch`` of what is returned is the output of the block. Padding rows of x must be finite.
+
+        Raises:
+            ValueError, TypeError: in the first block, where shapes, dtypes or devices do not fit.
         """
         cu_seqlens = varlen.cu_seqlens
         if pending is None:
+            unchecked.check_packed(x, *varlen)
             h = ops.modulated_layer_norm(x, mod.attn_shift, mod.attn_scale, cu_seqlens)
         else:
-            x, h = ops.gated_add_modulated_layer_norm(x, *pending, mod.attn_shift, mod.attn_scale, cu_seqlens)
+            x, h = unchecked.gated_add_modulated_layer_norm(x, *pending, mod.attn_shift, mod.attn_scale, cu_seqlens)
         branch = self.attention(h, varlen)
-        x, h = ops.gated_add_modulated_layer_norm(x, branch, mod.attn_gate, mod.mlp_shift, mod.mlp_scale, cu_seqlens)
+        x, h = unchecked.gated_add_modulated_layer_norm(
+            x, branch, mod.attn_gate, mod.mlp_shift, mod.mlp_scale, cu_seqlens
+        )
         return x, PendingResidual(self.mlp(h), mod.mlp_gate)
 
 

@@ -10,6 +10,7 @@ stage opened a chunk.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ class DeChunkCache:
 class RoutingModule(CosineProjections):
     """The probability that a token opens a chunk: its cosine dissimilarity to the token before it.
 
+    ``load_state_dict`` also reads the names of goombalab/hnet, ``q_proj_layer`` and ``k_proj_layer``.
+
     Args:
         dim: D.
     """
@@ -53,6 +56,7 @@ class RoutingModule(CosineProjections):
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
         self.dim = dim
+        self.register_load_state_dict_pre_hook(_rename_projections)
         self.reset_parameters()
 
     def allocate_inference_cache(self, batch_size: int) -> RoutingCache:
@@ -185,6 +189,13 @@ class DeChunkLayer(EMADeChunk):
         held = torch.where(opened, q * chunks + (1 - q) * held, held)
         _put(cache.held, rows, held)
         return (held + residual).to(h.dtype)
+
+
+def _rename_projections(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Give the projections of goombalab/hnet the names that they have here."""
+    for theirs, ours in (("q_proj_layer", "query"), ("k_proj_layer", "key")):
+        if f"{prefix}{theirs}.weight" in state:
+            state[f"{prefix}{ours}.weight"] = state.pop(f"{prefix}{theirs}.weight")
 
 
 def _check_mask(mask: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:

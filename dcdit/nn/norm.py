@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcdit import ops
 from dcdit.nn.autocast import without_autocast
 
 
@@ -19,9 +20,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """``SiLU(GroupNorm(x))`` in x's dtype. On a GPU, autocast alone would return float32, twice the bytes."""
+    """``SiLU(GroupNorm(x + shift))`` in x's dtype, as one operation; x (B, C, H, W) is channels-last."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, shift, self.eps)

@@ -29,14 +29,22 @@ def is_plain(module: nn.Module, cls: type[Module]) -> TypeGuard[Module]:
         module: what the fused path would bypass. Its children are not looked at.
         cls: the class whose arithmetic the fused path does, e.g. ``nn.Linear``. It defines ``forward`` itself.
     """
-    own = module.__dict__
     return (
         type(module) is cls
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        and runs_only_forward(module)
+        and "_conv_forward" not in module.__dict__
+        and cls.forward.__globals__ is vars(sys.modules[cls.__module__])
+    )
+
+
+def runs_only_forward(module: nn.Module) -> bool:
+    """Whether calling the module runs the ``forward`` of its class, whatever that is, and no hook."""
+    own = module.__dict__
+    return (
+        not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not torch_module._has_any_global_hook()
-        and not ("forward" in own or "_conv_forward" in own or "_compiled_call_impl" in own)
-        and cls.forward.__globals__ is vars(sys.modules[cls.__module__])
+        and not ("forward" in own or "_compiled_call_impl" in own)
     )
 
 

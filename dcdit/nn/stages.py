@@ -30,7 +30,7 @@ def collect_stages(collector: Collector) -> Iterator[None]:
 
     Args:
         collector: takes a name of ``STAGES`` and returns a context manager, e.g. ``torch.profiler.record_function``.
-            It holds for the whole process, not per thread.
+            It holds for the whole process, not per thread. A stage may be entered more than once in a forward pass.
     """
     global _collector
     outer, _collector = _collector, collector

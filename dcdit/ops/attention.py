@@ -47,7 +47,8 @@ def varlen_attention(
         causal: position i sees positions up to i.
         backend: one of the names above.
         padding: rows past ``cu_seqlens[-1]`` are padding. They come back as zeros and get zero gradients; what they
-            hold, NaN included, reaches nothing. On the GPU kernels this costs a masked copy of q, k, v and the result.
+            hold, NaN included, reaches nothing. On the GPU kernels this costs a masked copy of q, k, v and the result,
+            which the transformer of this package does without: its padding rows are never NaN.
         slack: the former name of ``padding``.
 
     Returns:
@@ -65,30 +66,49 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens, max_seqlen, backend, padding)
     dtype = widest(q, k, v)
     with without_autocast(q):
-        return _attend(q.to(dtype), k.to(dtype), v.to(dtype), cu_seqlens, max_seqlen, causal, backend, padding)
+        return attend(q.to(dtype), k.to(dtype), v.to(dtype), cu_seqlens, max_seqlen, causal, backend, padding)
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool, backend: str, padding: bool
 ) -> Tensor:
-    if known_true(q.shape[0] == 0) or cu_seqlens.shape[0] == 1:
-        # There is no sequence: return zeros that depend on q, k and v for autograd, whatever the rows hold.
+    """:func:`varlen_attention` of checked arguments, outside of autocast."""
+    name = kernel_for(q, cu_seqlens, backend)
+    if name is not None:
+        if not padding:
+            return attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
+        # The kernels do not write padding rows of outputs and gradients. They may read v past the end of a sequence
+        # with weight 0, and 0 times NaN is NaN.
+        is_token = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
+        q, k, v = (torch.where(is_token, x, 0.0) for x in (q, k, v))
+        out = attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
+        return torch.where(is_token, out, 0.0)
+    if _no_sequence(q, cu_seqlens):
+        # Return zeros that depend on q, k and v for autograd, whatever the rows hold.
         return (q + k + v).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
     if backend_name(q) == "reference":
         return backend_for(q).varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, padding)
+    return sdpa_varlen(q, k, v, cu_seqlens, max_seqlen, causal, padding)
+
+
+def kernel_for(q: Tensor, cu_seqlens: Tensor, backend: str = "auto") -> str | None:
+    """The name of the attention kernel to run; None where another implementation computes the attention.
+
+    Args:
+        q: (T, ..., heads, d_h).
+        cu_seqlens: int32 (B+1,).
+        backend: as in :func:`varlen_attention`.
+    """
+    if _no_sequence(q, cu_seqlens) or backend_name(q) == "reference":
+        return None
     # Under torch.compile(dynamic=True) the head dimension is a symbol; index() makes it a constant.
-    head_dim, compiling = index(q.shape[2]), torch.compiler.is_compiling()
+    head_dim, compiling = index(q.shape[-1]), torch.compiler.is_compiling()
     name = attention_kernels.choose_attention_backend(backend, q.device, q.dtype, head_dim, compiling)
-    if name == "sdpa":
-        return sdpa_varlen(q, k, v, cu_seqlens, max_seqlen, causal, padding)
-    if not padding:
-        return attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
-    # The kernels do not write padding rows of outputs and gradients. They may read v past the end of a sequence with
-    # weight 0, and 0 times NaN is NaN.
-    is_token = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
-    q, k, v = (torch.where(is_token, x, 0.0) for x in (q, k, v))
-    out = attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
-    return torch.where(is_token, out, 0.0)
+    return None if name == "sdpa" else name
+
+
+def _no_sequence(q: Tensor, cu_seqlens: Tensor) -> bool:
+    return known_true(q.shape[0] == 0) or cu_seqlens.shape[0] == 1
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str, padding: bool) -> None:
@@ -101,12 +121,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     checks.check_shape("v", v, tuple(q.shape), "the shape of q")
     checks.check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     checks.check_cu_seqlens(cu_seqlens, q.shape[0], exact=not padding)
-    if not isinstance(max_seqlen, int | torch.SymInt):
-        raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
     accepted = (*attention_kernels.ATTENTION_BACKENDS, "auto")
     if backend not in accepted:
         raise ValueError(f"unknown attention backend {backend!r}; accepted: {', '.join(accepted)}")
-    if checks.value_checks_enabled(cu_seqlens) and cu_seqlens.shape[0] > 1:
-        longest = int(cu_seqlens.diff().max())
-        if max_seqlen < longest:
-            raise ValueError(f"max_seqlen is {max_seqlen} but the longest sequence has {longest} tokens")
+    checks.check_max_seqlen(cu_seqlens, max_seqlen)

@@ -29,6 +29,9 @@ class AttentionKernel(NamedTuple):
     max_head_dim: int
     registered_op: str | None
     """The torch.library op that torch.compile can trace. None: the function cannot be traced."""
+    packed_function: str | None = None
+    """The same for q, k and v in one buffer (T, 3, heads, d_h), whose backward writes one buffer too. Without it,
+    PyTorch copies three gradients into one."""
 
 
 # In order of preference. FlashAttention 3 is written and tuned for Hopper. FlashAttention 4 is the only one written for
@@ -61,6 +64,7 @@ KERNELS = {
         rocm=True,
         max_head_dim=256,
         registered_op="flash_attn::_flash_attn_varlen_forward",
+        packed_function="flash_attn_varlen_qkvpacked_func",
     ),
     "torch_varlen": AttentionKernel(
         "torch.nn.attention.varlen",
@@ -100,8 +104,7 @@ def choose_attention_backend(
     if requested == "sdpa":
         return requested
     if requested == "auto":
-        supported = (name for name in KERNELS if not _why_unsupported(name, device, dtype, head_dim, compiling))
-        return next(supported, "sdpa")
+        return _first_supported(device, dtype, head_dim, compiling)
     # A kernel that is asked for by name also runs under torch.compile, even if it breaks the graph.
     reason = _why_unsupported(requested, device, dtype, head_dim, compiling=False)
     if reason:
@@ -125,20 +128,35 @@ def run_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, m
         if "window_size" in accepted:
             return function(*args, window_size=(-1, 0) if causal else (-1, -1))
         return function(*args, is_causal=causal)
-    options: dict[str, Any] = {
-        "max_seqlen_q": max_seqlen,
-        "max_seqlen_k": max_seqlen,
-        "causal": causal,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+    options = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen, **_options(causal)}
     # Early releases of FlashAttention 4 lack some of these options. Early releases of 3 and 4 return a tuple.
     options = {option: value for option, value in options.items() if option in accepted}
     out = function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
+def run_packed_kernel(name: str, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The same for q, k and v in one buffer (T, 3, heads, d_h), so that their gradients are written into one buffer."""
+    if name not in _LOADED_PACKED:
+        q, k, v = qkv.unbind(1)
+        return run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal=False)
+    return _LOADED_PACKED[name](qkv, cu_seqlens, max_seqlen, **_options(causal=False))
+
+
+def _options(causal: bool) -> dict[str, Any]:
+    return {"causal": causal, "deterministic": torch.are_deterministic_algorithms_enabled()}
+
+
 _LOADED: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {}
 """Of each available kernel, the function and the names of its parameters."""
+_LOADED_PACKED: dict[str, Callable[..., Any]] = {}
+"""The packed function of each available kernel that has one."""
+
+
+@cache
+def _first_supported(device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool) -> str:
+    supported = (name for name in KERNELS if not _why_unsupported(name, device, dtype, head_dim, compiling))
+    return next(supported, "sdpa")
 
 
 def _why_unsupported(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, compiling: bool) -> str:
@@ -173,10 +191,14 @@ def _why_unavailable(name: str, device_type: str, device_index: int | None) -> s
             accepted = ", ".join(f"{capability}.x" for capability in kernel.capabilities)
             return f"needs compute capability {accepted}, not {major}.{minor}"
     try:
-        function = getattr(importlib.import_module(kernel.module), kernel.function)
+        module = importlib.import_module(kernel.module)
+        function = getattr(module, kernel.function)
+        packed = getattr(module, kernel.packed_function, None) if kernel.packed_function else None
     except Exception as error:  # A binary built for another torch fails in many ways; the other kernels must still run.
         return f"needs {kernel.package}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     _LOADED[name] = (function, frozenset(inspect.signature(function).parameters))
+    if packed is not None:
+        _LOADED_PACKED[name] = packed
     return ""
 
 

@@ -103,8 +103,7 @@ def boundary_prob_predictability(
         raise ValueError(f"features has shape {shape_of(features)}; accepted: (B, C, H, W)")
     checks.check_not_empty("features", features, 1, "channel")
     channels = features.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")
+    checks.check_groups(num_groups, channels)
     checks.check_shape("norm_weight", norm_weight, (channels,), "(C,)")
     checks.check_shape("norm_bias", norm_bias, (channels,), "(C,)")
     if out_weight.numel() != channels:

@@ -49,6 +49,12 @@ def check_not_empty(name: str, tensor: Tensor, dim: int, what: str) -> None:
         raise ValueError(f"{name} has shape {shape_of(tensor)}; accepted: at least one {what}")
 
 
+def check_groups(num_groups: int, channels: int) -> None:
+    """A group norm needs groups of equal width."""
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; accepted: a divisor of C = {channels}")
+
+
 def check_grid(grid: tuple[int, int], length: int) -> None:
     """The grid (H, W) must have L positions."""
     if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:
@@ -70,6 +76,16 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", e
         raise ValueError(f"{name} descends: {values[:8]}; it must not")
     if values[-1] > total or (exact and values[-1] != total):
         raise ValueError(f"{name} ends at {values[-1]}; it must end at {'' if exact else 'or below '}{total}")
+
+
+def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """max_seqlen must be an int, and no sequence may be longer."""
+    if not isinstance(max_seqlen, int | torch.SymInt):
+        raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
+    if value_checks_enabled(cu_seqlens) and cu_seqlens.shape[0] > 1:
+        longest = int(cu_seqlens.diff().max())
+        if max_seqlen < longest:
+            raise ValueError(f"max_seqlen is {max_seqlen} but the longest sequence has {longest} tokens")
 
 
 def check_count(name: str, value: int) -> None:

@@ -2,9 +2,7 @@
 
 from torch import Tensor
 
-from dcdit.ops import checks
-from dcdit.ops.autocast import without_autocast
-from dcdit.ops.backend import backend_for
+from dcdit.ops import checks, unchecked
 from dcdit.utils.text import shape_of
 
 __all__ = ["gated_add", "gated_add_modulated_layer_norm", "modulated_layer_norm"]
@@ -29,8 +27,7 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
     """
     _check_tokens(cu_seqlens, t=t)
     _check_modulation(t, cu_seqlens, shift=shift, scale=scale)
-    with without_autocast(t):
-        return backend_for(t).modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
+    return unchecked.modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -49,8 +46,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     _check_tokens(cu_seqlens, x=x, y=y)
     _check_modulation(x, cu_seqlens, gate=gate)
-    with without_autocast(x):
-        return backend_for(x).gated_add(x, y, gate, cu_seqlens)
+    return unchecked.gated_add(x, y, gate, cu_seqlens)
 
 
 def gated_add_modulated_layer_norm(
@@ -74,8 +70,7 @@ def gated_add_modulated_layer_norm(
     """
     _check_tokens(cu_seqlens, x=x, y=y)
     _check_modulation(x, cu_seqlens, gate=gate, shift=shift, scale=scale)
-    with without_autocast(x):
-        return backend_for(x).gated_add_modulated_layer_norm(x, y, gate, shift, scale, cu_seqlens, float(eps))
+    return unchecked.gated_add_modulated_layer_norm(x, y, gate, shift, scale, cu_seqlens, float(eps))
 
 
 def _check_tokens(cu_seqlens: Tensor, **tokens: Tensor) -> None:

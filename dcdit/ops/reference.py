@@ -7,6 +7,7 @@ Letters: B images of L positions on a grid (H, W), or S positions of packed sequ
 Papers: DC-DiT is arXiv 2603.06351, H-Net arXiv 2507.07955, DiT arXiv 2212.09748.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -70,7 +71,8 @@ def boundary_prob_predictability(
     )  # fmt: skip
     # Without a position there is nothing to norm, and group_norm has NaN as gradients.
     if x.numel():
-        x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
+        # Contiguous: on a CPU, PyTorch takes the variance of channels-last images from sums of squares.
+        x = F.silu(torch.group_norm(x.contiguous(), num_groups, norm_weight, norm_bias, eps))
     logit = matmul(repeat(out_weight, "c -> b 1 c", b=x.shape[0]), x.flatten(2)).squeeze(1) + out_bias
     p = torch.sigmoid(logit) + _zero(norm_weight, norm_bias)
     at_end = torch.zeros(p.shape[1], dtype=torch.bool, device=p.device)
@@ -342,6 +344,32 @@ def gated_add_modulated_layer_norm(
     return added, modulated_layer_norm(added, shift, scale, cu_seqlens, eps)
 
 
+# --- group norm ---------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``SiLU(GroupNorm(x + shift))`` (DC-DiT, encoder and decoder; Group Normalization, arXiv 1803.08494, equation 1).
+
+    x (B, L, C) or (B, C, H, W), weight and bias (C,), shift (B, C) -> the shape of x.
+    """
+    if x.dim() == 4:
+        tokens = group_norm_silu(rearrange(x, "b c h w -> b (h w) c"), num_groups, weight, bias, shift, eps)
+        return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2], w=x.shape[3])
+    dtype = x.dtype
+    x, weight, bias, shift = upcast_all(x, weight, bias, x.new_zeros(()) if shift is None else shift[:, None])
+    return F.silu(_group_norm(x + shift, num_groups, weight, bias, eps)).to(dtype)
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x (B, L, C), mean and variance over the positions and the channels of a group of one image."""
+    groups = rearrange(x, "b l (group c) -> b group (l c)", group=num_groups)
+    centred = groups - groups.mean(2, keepdim=True)
+    x_hat = centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()
+    return rearrange(x_hat, "b group (l c) -> b l (group c)", c=x.shape[2] // num_groups) * weight + bias
+
+
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +389,46 @@ def varlen_attention(
             scores = scores.masked_fill(later, float("-inf"))
         out.append(rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d"))
     return _join(out, zeros, cu_seqlens) + _zero(q, k, v)
+
+
+# --- noise --------------------------------------------------------------------------------------------------------
+
+
+def philox_normal(seed: Tensor, images: Tensor, step: Tensor, size: int) -> Tensor:
+    """Words (a, b, c, d) of Philox4x32-10 for the key seed and the counter (place // 4, step, image) -> four normals.
+
+    The transform of Box and Muller: ``sqrt(-2 ln u) * (cos v, sin v)`` with ``u = a / 2^32 + 1 / 2^33``, rounded to
+    float32 after the division and after the sum, and ``v = 2 pi b / 2^32``; the same of c and d. Computed in float64.
+
+    seed () int64, images (B,) int64, step () int64 -> (B, size) float32.
+    """
+    rows = []
+    for image in images.tolist():
+        normals: list[float] = []
+        for block in range(-(-size // 4)):
+            counter = (block, int(step), image, image >> 32)
+            a, b, c, d = _philox4x32(counter, (int(seed), int(seed) >> 32))
+            for word, other in ((a, b), (c, d)):
+                u = float(torch.tensor(word, device="cpu").float() * 2.0**-32 + 2.0**-33)
+                radius, angle = math.sqrt(-2 * math.log(u)), 2 * math.pi * other / 2**32
+                normals += [radius * math.cos(angle), radius * math.sin(angle)]
+        rows.append(normals[:size])
+    return torch.tensor(rows, dtype=torch.float32, device=images.device).reshape(len(rows), size)
+
+
+def _philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Ten rounds of Philox4x32 (Salmon et al. 2011, section 3.3); of each word the low 32 bits count."""
+    a, b, c, d = (word % 2**32 for word in counter)
+    for number in range(10):
+        left, right = key[0] + number * 0x9E3779B9, key[1] + number * 0xBB67AE85
+        from_a, from_c = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (
+            (from_c >> 32) ^ b ^ left % 2**32,
+            from_c % 2**32,
+            (from_a >> 32) ^ d ^ right % 2**32,
+            from_a % 2**32,
+        )
+    return a, b, c, d
 
 
 # --- segments -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from torch import Tensor
 from dcdit.ops import checks
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
 from dcdit.utils.text import shape_of
 
 __all__ = ["select_tokens"]
@@ -48,6 +48,19 @@ def select_tokens(
             capacity below B, a max_seqlen below 1, or a bad shape.
         TypeError: p that is not floating point, a budget, a capacity or a max_seqlen that is not an int.
     """
+    return start_selection(p, cu_seqlens, threshold, drop_fraction, budget, capacity, max_seqlen).wait()
+
+
+def start_selection(
+    p: Tensor,
+    cu_seqlens: Tensor | None = None,
+    threshold: float = 0.5,
+    drop_fraction: float | Tensor = 0.0,
+    budget: int | None = None,
+    capacity: int | None = None,
+    max_seqlen: int | None = None,
+) -> PendingSelection:
+    """Start :func:`select_tokens` without waiting for the size, so that the device has other work when it is known."""
     checks.check_float(p=p)
     if cu_seqlens is None and p.dim() != 2:
         raise ValueError(f"p has shape {shape_of(p)}; accepted: (B, L), or (S,) together with cu_seqlens")
@@ -72,9 +85,11 @@ def select_tokens(
             raise ValueError(f"max_seqlen is {max_seqlen}; accepted: at least 1, for every image keeps its best token")
     checks.check_no_nan("p", p)
     with without_autocast(p):
-        return backend_for(p).select_tokens(
+        found = backend_for(p).select_tokens(
             p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity, max_seqlen
         )
+    # The reference does not divide the work.
+    return found if isinstance(found, PendingSelection) else PendingSelection(found, None)
 
 
 def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float | Tensor:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dcdit.utils.cuda import PendingRead
 from dcdit.utils.deprecation import warn_renamed
 
 
@@ -42,3 +43,19 @@ class TokenSelection(NamedTuple):
         """The former name of ``packed_rows``."""
         warn_renamed("TokenSelection.slots", "TokenSelection.packed_rows")
         return self.packed_rows
+
+
+class PendingSelection(NamedTuple):
+    """A selection whose size may still be on its way to the host. Meanwhile the device can be given other work."""
+
+    selection: TokenSelection
+    """Without a static size, its indices are as many as there are positions, and its max_seqlen means nothing."""
+    sizes: PendingRead | None
+    """Of two numbers: how many tokens are kept, and how many the longest image keeps. None: the size is static."""
+
+    def wait(self) -> TokenSelection:
+        """The selection, as :func:`dcdit.ops.select_tokens` returns it."""
+        if self.sizes is None:
+            return self.selection
+        total, longest = self.sizes.wait()
+        return self.selection._replace(indices=self.selection.indices[:total], max_seqlen=longest)

@@ -16,8 +16,6 @@ from dcdit.profiling.rounds import WHOLE, Rounds
 Call = Callable[[], object]
 """What is timed: a function without arguments, whose result does not matter."""
 Mark: TypeAlias = "torch.cuda.Event | float"
-FLUSH_BYTES = 1 << 28
-"""More bytes than any L2 cache holds."""
 
 
 class Clock:
@@ -145,55 +143,3 @@ def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> dict[s
     clock = Clock(device)
     passes = [_time_pass(forward, clock, staged=True) for _ in range(repeats)]
     return sorted(passes, key=lambda spent: spent[WHOLE])[repeats // 2]
-
-
-def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> float | None:
-    """Median milliseconds of a call by device events, with the L2 cache flushed before each; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    clock = Clock(device)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    marks = []
-    for _ in range(repeats):
-        # This also keeps the device busy: the host runs ahead, and its own time is not part of the measurement.
-        flush.zero_()
-        start = clock.mark()
-        call()
-        marks.append((start, clock.mark()))
-    return median(clock.milliseconds(start, end) for start, end in marks)
-
-
-def time_graph(call: Call, device: torch.device, calls: int = 20, repeats: int = 10) -> float | None:
-    """Median milliseconds of a call inside a CUDA graph that holds many of them, where launches cost least.
-
-    None without a GPU, or for a call that a graph cannot hold because it reads on the host.
-    """
-    if device.type != "cuda":
-        return None
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
-    except RuntimeError:  # capturing a synchronisation raises it
-        return None
-    clock = Clock(device)
-    samples = []
-    for _ in range(repeats):
-        start = clock.mark()
-        graph.replay()
-        samples.append(clock.milliseconds(start, clock.mark()) / calls)
-    return median(samples)
-
-
-def copy_bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """GB/s of a large copy, each byte read once and written once. A memory-bound kernel cannot be faster.
-
-    Args:
-        device: whose memory.
-        size: bytes to copy.
-    """
-    source = torch.zeros(size, dtype=torch.int8, device=device)
-    target = torch.zeros_like(source)
-    ms = time_variants({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
-    return 2 * size / ms / 1e6

@@ -1,10 +1,11 @@
 """Choosing a drop fraction for a budget of FLOPs or of seconds, from costs measured at several fractions.
 
 The measurement is a short pilot run: the same sampler on one batch, a few steps at each fraction. A run of any length,
-with any guidance interval, consists of such calls. So its cost is the pilot's cost at the times of its own calls.
+with any guidance interval, consists of such calls. So its cost is the pilot's cost at the times of its own calls. The
+pilot goes through the fractions twice, there and back, so that a machine that becomes slower or faster on the way does
+so for all fractions alike.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,12 @@ from dcdit.diffusion import sample
 from dcdit.diffusion.sampling import progress_bar
 from dcdit.models import DCDiT
 from dcdit.profiling.reliability import DISAGREEMENT
-from dcdit.profiling.rounds import spread
+from dcdit.profiling.rounds import disagreement, spread
 from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
 from dcdit.sample.options import Guidance
+from dcdit.utils.reading import read_json
+from dcdit.utils.text import one_line, printable
 
 PILOT_FRACTIONS = (0.0, 0.3, 0.6, 0.9)
 PILOT_STEPS = 16
@@ -91,21 +94,37 @@ def measure_costs(
     guided = [guidance.at(t) for t in times]
     options: Any = {"cfg_scale": guidance.scale, "cfg_interval": guidance.interval}
     options |= {"clip": clip, "seed": seed, "progress": False}
-    tflops, seconds, spreads = [], [], []
-    with progress_bar(len(PILOT_FRACTIONS), progress, "pilot", "fraction") as advance:
+    fractions = list(PILOT_FRACTIONS)
+    tflops: dict[float, float] = {}
+    seconds: dict[float, list[float]] = {rho: [] for rho in fractions}
+    spreads = []
+    with progress_bar(2 * len(fractions), progress, "pilot", "fraction") as advance:
         sample(_Pilot(model, len(labels), 0.0, guidance), labels, 1, method, **options)  # a first call is slow
-        for rho in PILOT_FRACTIONS:
+        for rho in [*fractions, *reversed(fractions)]:
             pilot = _Pilot(model, len(labels), rho, guidance)
-            sample(pilot, labels, min(PILOT_STEPS, len(times)), method, **options)
+            # The second time, half of the steps are enough to see whether the clock says the same.
+            steps = min(PILOT_STEPS // 2 if rho in tflops else PILOT_STEPS, len(times))
+            sample(pilot, labels, steps, method, **options)
             cost = [np.where(guided, *pair) for pair in zip(pilot.at(times, True), pilot.at(times, False), strict=True)]
-            tflops.append(float(cost[0].sum()) / 1e3)
-            seconds.append(float(cost[1].sum()))
+            tflops.setdefault(rho, float(cost[0].sum()) / 1e3)
+            seconds[rho].append(float(cost[1].sum()))
             spreads.append(pilot.spread())
             advance()
     source = f"a pilot of {len(labels)} images on this machine"
-    fractions, scatter = list(PILOT_FRACTIONS), max(filter(math.isfinite, spreads), default=None)
-    times_table = CostTable("seconds", source, fractions, seconds, scatter, _noise(fractions, seconds, scatter))
-    return CostTable("TFLOPs", source, fractions, tflops), times_table
+    scatter, means = max(filter(math.isfinite, spreads), default=None), [sum(both) / 2 for both in seconds.values()]
+    noise = _noise(fractions, means, scatter) + _drift(seconds)
+    return CostTable("TFLOPs", source, fractions, list(tflops.values())), CostTable(
+        "seconds", source, fractions, means, scatter, noise
+    )
+
+
+def _drift(seconds: dict[float, list[float]]) -> list[str]:
+    """Where the clock said something else the second time."""
+    apart = {rho: disagreement(*both) for rho, both in seconds.items()}
+    rho = max(apart, key=apart.__getitem__)
+    first, second = seconds[rho]
+    text = f"the pilot took {first:.3g} s at drop fraction {rho:g} the first time and {second:.3g} s the second"
+    return [text] if apart[rho] > DISAGREEMENT else []
 
 
 def _noise(fractions: Sequence[float], seconds: Sequence[float], scatter: float | None) -> list[str]:
@@ -138,18 +157,29 @@ def seconds_from_profile(
             fractions to interpolate between.
     """
     try:
-        profile = json.loads(Path(path).read_text(encoding="utf-8"))
+        profile = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
+    try:
         variants = profile["variants"] if "variants" in profile else profile["sides"]
-        dynamic = sorted((v for v in variants if v["drop_fraction"] is not None), key=lambda v: v["drop_fraction"])
+        dynamic = [variant for variant in variants if variant["drop_fraction"] is not None]
+        for variant in dynamic:
+            _check_number("drop_fraction", variant["drop_fraction"], at_least=0, below=1)
+            _check_number("ms", variant["ms"], at_least=1e-9)
+            _check_number("spread", variant.get("spread", 0), at_least=0)
+        _check_number("batch", profile["batch"], at_least=1)
+        dynamic.sort(key=lambda variant: variant["drop_fraction"])
         fractions = [float(variant["drop_fraction"]) for variant in dynamic]
         per_row = [variant["ms"] / profile["batch"] / 1e3 for variant in dynamic]
         measured = (profile["device"], profile["dtype"], profile["threads"])
         scatter = max((variant["spread"] for variant in dynamic if "spread" in variant), default=None)
-        warnings = [] if profile.get("reliable", True) else [f"{path} is unreliable: {profile['warnings'][0]}"]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no profile {str(path)!r}; dcdit profile --checkpoint writes one") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise ValueError(f"{path} is no profile; accepted: the profile.json of dcdit profile") from None
+        why = printable(profile["warnings"][0]) if not profile.get("reliable", True) else None
+        warnings = [] if why is None else [f"{path} is unreliable: {why}"]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(f"{path} is no profile ({found}); accepted: the profile.json of dcdit profile") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no profile: {error}") from None
     here = (device, dtype, torch.get_num_threads())
     if measured != here:
         then, now = (f"{name}, {kind}, {threads} threads" for name, kind, threads in (measured, here))
@@ -164,6 +194,14 @@ def seconds_from_profile(
     null_rows = per_row if null is None else [float(np.interp(null, fractions, per_row))] * len(per_row)
     costs = [len(times) * row + guided * null_row for row, null_row in zip(per_row, null_rows, strict=True)]
     return CostTable("seconds", str(path), fractions, costs, scatter, warnings)
+
+
+def _check_number(name: str, value: Any, at_least: float, below: float = math.inf) -> None:
+    """ValueError for what is no number, or none within the bounds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The times of a few calls have no spread that is a number.
+    if not number or not (at_least <= value < below or (name == "spread" and math.isnan(value))):
+        raise ValueError(f"{name} is {value!r}; accepted: a number from {at_least:g}, below {below:g}")
 
 
 class _Pilot:

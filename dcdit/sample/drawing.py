@@ -1,6 +1,7 @@
 """Drawing images with :class:`SamplingOptions`, and what the model kept and cost at every call."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, DiT
 from dcdit.nn.memory_format import channels_last
+from dcdit.sample.graphed import Sampled, with_graphs
 from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
 from dcdit.sample.options import SamplingOptions
 
@@ -75,10 +77,10 @@ def load_for_sampling(
     model = load_model(file, ema).to(device)
     if isinstance(model, DCDiT):
         channels_last(model)
-    if precision == "bf16":
-        model = model.bfloat16()
+    # A file may hold other dtypes, and several of them.
+    model = model.bfloat16() if precision == "bf16" else model.float()
     notes = read_metadata(file, ema)
-    return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes), notes)
+    return SamplingModel(model, create_decoder(vae, model.config.in_channels, device, notes, file), notes)
 
 
 def draw(
@@ -91,6 +93,7 @@ def draw(
     trace: bool = False,
     maps: bool = False,
     progress: bool = True,
+    sampled: Sampled | None = None,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
 
@@ -101,22 +104,25 @@ def draw(
         trace: also record how the first image was drawn.
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
+        sampled: graphs of an earlier call with the same model and options; None makes them.
 
     Raises:
+        ValueError: graphs are asked for and cannot be.
         FloatingPointError: an image is not finite.
     """
+    sampled = with_graphs(model, options) if sampled is None else sampled
     images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
         batch = labels[start : start + options.batch_size]
-        calls = ModelCalls(model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
+        calls = ModelCalls(sampled.model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
         expected: dict[float, Tensor] = {}
 
         def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
             expected[step.t] = step.x0[0]
 
-        images.append(
-            sample(
+        with _router_errors_explained(options):
+            drawn = sample(
                 calls,
                 batch,
                 options.steps,
@@ -130,15 +136,16 @@ def draw(
                 first_index=first_index + start,
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
+                graph=sampled.graph,
             )
-        )
+        images.append(drawn)
         records.append((len(batch), calls.records()))
         seen += [calls.maps(image) for image in range(len(batch) if maps else 0)]
         if trace and start == 0:
             first_image = FirstImage(calls.maps(), expected)
     x = torch.cat(images)
     if not x.isfinite().all():
-        raise FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
+        raise _not_finite(options)
     return DrawnImages(x, mean_records(records), first_image, seen)
 
 
@@ -166,6 +173,21 @@ def class_labels(num_classes: int, chosen: Sequence[int] | None, per_class: int,
     if num is not None:
         return torch.tensor([classes[i % len(classes)] for i in range(num)])
     return torch.tensor(classes).repeat_interleave(per_class)
+
+
+@contextlib.contextmanager
+def _router_errors_explained(options: SamplingOptions) -> Iterator[None]:
+    """Turn the router's error about NaN, which comes before there is an image, into one that names the checkpoint."""
+    try:
+        yield
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise _not_finite(options) from None
+
+
+def _not_finite(options: SamplingOptions) -> FloatingPointError:
+    return FloatingPointError(f"{options.checkpoint} draws numbers that are not finite in {options.precision}")
 
 
 def _both_branches(drop: Fraction | None, null: float | None) -> Fraction | tuple[Fraction, Fraction] | None:

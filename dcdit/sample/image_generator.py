@@ -1,7 +1,6 @@
 """From a checkpoint to pictures, in Python."""
 
 import difflib
-import json
 import math
 import operator
 import os
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dcdit.checkpoint import CHECKPOINTS
+from dcdit.checkpoint import CHECKPOINTS, class_names_in
 from dcdit.checkpoint.hub import local_path
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
@@ -82,7 +81,7 @@ class ImageGenerator:
     ) -> None:
         self.model, self._decode, notes = loaded
         self.device, self._source = device, source
-        self.class_names = tuple(_names_in(notes, source) if class_names is None else class_names)
+        self.class_names = tuple(class_names_in(notes, source) if class_names is None else class_names)
         classes = self.model.config.num_classes
         if len(self.class_names) > classes or (class_names is not None and len(self.class_names) != classes):
             raise ValueError(
@@ -104,6 +103,7 @@ class ImageGenerator:
         batch_size: int = 16,
         output_type: str = "pil",
         return_maps: bool = False,
+        graph: bool | None = None,
         progress: bool = True,
     ) -> Any:
         """Draw one image for each label.
@@ -127,6 +127,7 @@ class ImageGenerator:
             output_type: ``pil`` for pictures; ``pt`` for a float32 tensor (N, 3, H, W) in [-1, 1]; ``latent`` for what
                 the model makes, (N, C, h, w).
             return_maps: also return what the router saw and kept.
+            graph: draw with CUDA graphs; None where that is safe and pays, see :func:`dcdit.diffusion.sample`.
             progress: show a bar for each batch, in a notebook too.
 
         Returns:
@@ -155,6 +156,7 @@ class ImageGenerator:
             budget=budget,
             seed=seed,
             batch_size=_positive("batch_size", batch_size),
+            graph=graph,
         )
         drop = self._drop(drop_fraction, options, return_maps)
         classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)
@@ -240,16 +242,6 @@ def _autoencoder_beside(path: Path) -> Path | None:
     folder = path if path.is_dir() else path.parent
     run = [folder.parents[1]] if folder.parent.name == CHECKPOINTS else []
     return next((place / VAE for place in [folder, *run] if (place / VAE / "config.json").is_file()), None)
-
-
-def _names_in(notes: dict[str, str], source: str) -> list[str]:
-    try:
-        names = json.loads(notes.get("class_names", "[]"))
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{source} is damaged: its class_names are not a list of names")
-    return names
 
 
 def _positive(name: str, value: int) -> int:

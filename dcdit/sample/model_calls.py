@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from dcdit.diffusion import sample
+from dcdit.graphs import ExactGraphedDenoiser
 from dcdit.models import DCDiT, DiT, count_flops
+from dcdit.utils.modules import accepts_keyword
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,22 +47,32 @@ class ModelCalls:
         maps: also record how the router sees so many of the first images.
     """
 
-    def __init__(self, model: DCDiT | DiT, images: int, maps: int = 0) -> None:
+    def __init__(self, model: DCDiT | DiT | ExactGraphedDenoiser, images: int, maps: int = 0) -> None:
         self.config, self.objective = model.config, model.objective
         self.model, self.images = model, images
-        self._maps = maps
+        self.observes = maps
+        self._dynamic = accepts_keyword(model, "return_routing")
         self._calls: list[dict[str, Tensor]] = []
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
-        if not isinstance(self.model, DCDiT):
-            self._calls.append({"t": t})
-            return self.model(x, t, y, **options)
-        out, routing = self.model(x, t, y, **options, return_routing=True)
-        call = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
-        if self._maps:
-            call |= {"prob": routing.prob[: self._maps], "mask": routing.mask[: self._maps]}
-        self._calls.append(call)
+        out, seen = self.observe(x, t, y, **options)
+        self.record(seen)
         return out
+
+    def observe(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output of a call, and what there is to record of it."""
+        model: Any = self.model
+        if not self._dynamic:
+            return model(x, t, y, **options), {"t": t}
+        out, routing = model(x, t, y, **options, return_routing=True)
+        seen = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
+        if self.observes:
+            seen |= {"prob": routing.prob[: self.observes], "mask": routing.mask[: self.observes]}
+        return out, seen
+
+    def record(self, seen: dict[str, Tensor]) -> None:
+        """Record a call that :meth:`observe` ran, or that repeated one in a graph."""
+        self._calls.append(seen)
 
     def records(self) -> list[CallRecord]:
         """One entry per call, means over the images.

@@ -1,8 +1,11 @@
 """What is refused before the first step: data, model and configuration that do not fit one another."""
 
 import os
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+from dcdit import checkpoint as ckpt
 from dcdit.checkpoint import Model
 from dcdit.config import ModelSection, TrainConfig
 from dcdit.data import Samples
@@ -74,3 +77,30 @@ def check_fit(data: Samples, model: Model) -> None:
         )
     if len(data.class_names) > config.num_classes:
         raise ValueError(f"the data has {len(data.class_names)} classes; model.num_classes is {config.num_classes}")
+
+
+def check_same_classes(data: Samples, resumed: str | Path) -> None:
+    """Raise ValueError if labels of the data mean something else than in the checkpoint that a run goes on from.
+
+    Old checkpoints do not name their classes. Names that only count the labels, as those of an ``.npz``, may become
+    more or fewer, and the name of a single class is that of its folder, which may be moved.
+    """
+    before = ckpt.class_names_in(ckpt.read_metadata(resumed, ema=False), resumed)
+    now = list(data.class_names)
+    if not before or before == now or len(before) == len(now) == 1 or (_only_count(before) and _only_count(now)):
+        return
+    gone, new = [name for name in before if name not in now], [name for name in now if name not in before]
+    changes = [*([f"without {_some(gone)}"] if gone else ()), *([f"with {_some(new)}"] if new else ())]
+    label, names = next((i, names) for i, names in enumerate(zip_longest(before, now)) if names[0] != names[1])
+    raise ValueError(
+        f"the data has other classes than {resumed}: {', '.join(changes) or 'in another order'}, so label {label} was "
+        f"{names[0]!r} and would be {names[1]!r}; accepted: the classes of the run (for others, begin a new run)"
+    )
+
+
+def _only_count(names: list[str]) -> bool:
+    return names == [str(label) for label in range(len(names))]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join([*map(repr, names[:3]), *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])

@@ -11,6 +11,7 @@ from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, dump_yaml
 from dcdit.utils.files import claimed, recover, write_text
 from dcdit.utils.processes import on_main_process
+from dcdit.utils.reading import read_bytes
 
 CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
 TAKEN = (CONFIG_FILE, LOG_FILE, "samples.npz", "sampling.json")
@@ -83,8 +84,8 @@ def _check_later_checkpoints(out: Path, resumed: Path) -> None:
 
 def _reads(path: Path, text: str) -> bool:
     try:
-        return path.read_text(encoding="utf-8") == text
-    except (OSError, UnicodeDecodeError):
+        return read_bytes(path, len(text.encode())) == text.encode()
+    except (OSError, ValueError):
         return False
 
 

@@ -17,13 +17,14 @@ from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
 from dcdit.nn.memory_format import channels_last
-from dcdit.train.checks import check_fit, check_sharding, local_batch_size, model_arguments
+from dcdit.train.checks import check_fit, check_same_classes, check_sharding, local_batch_size, model_arguments
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
 from dcdit.train.losses import training_losses
+from dcdit.train.optimizer import clipped_step, create_optimizer
 from dcdit.train.records import (
     LogRecord,
     MetricMeans,
@@ -34,7 +35,7 @@ from dcdit.train.records import (
     training_record,
 )
 from dcdit.train.schedule import learning_rate
-from dcdit.train.sharding import shard, unsynchronised, whole
+from dcdit.train.sharding import shard, unsynchronised
 from dcdit.train.state import TrainState
 from dcdit.train.stopping import NO_STOP, Signals, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
@@ -100,6 +101,8 @@ def _train(
 
     # Data, model, objective, optimiser.
     dataset = create_dataset(config.data, "train", optim.seed)
+    if resume is not None:
+        check_same_classes(dataset, resume)
     torch.manual_seed(optim.seed)
     model = create_model(**model_arguments(config.model, dataset)).to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.
@@ -114,9 +117,7 @@ def _train(
         shard(model, device)
     elif isinstance(model, DCDiT):
         channels_last(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
-    )
+    optimizer = create_optimizer(model, optim.lr, optim.weight_decay, device)
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume))
@@ -176,8 +177,7 @@ def _train(
                     accelerator.backward(metrics["loss"] / optim.accumulate)
                 flops.add(local_batch, lengths, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip))
-            optimizer.step()
+            grad_norm = clipped_step(optimizer, optim.grad_clip)
             optimizer.zero_grad(set_to_none=True)
             ema.update()
             step_means = {name: torch.stack([metrics[name] for metrics in passes]).mean() for name in passes[0]}

@@ -16,7 +16,10 @@ from dcdit.train.divergence import check_metrics
 from dcdit.train.schedule import compression_target, learning_rate
 from dcdit.train.trackers import Trackers
 from dcdit.utils.files import write_text
+from dcdit.utils.reading import read_bytes
 
+LOG_BYTES = 1 << 32
+"""A log may have so many."""
 LogRecord = dict[str, Any]
 """A line of log.jsonl: ``step`` and numbers by name."""
 
@@ -123,7 +126,7 @@ def append(log: Path, record: LogRecord) -> None:
 
 def is_validated(log: Path, step: int) -> bool:
     """Whether the log has the validation of a step."""
-    records = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    records = map(json.loads, _text(log).split("\n")[:-1]) if log.exists() else ()
     return any(record["step"] == step and "val_loss" in record for record in records)
 
 
@@ -135,7 +138,7 @@ def cut_log(log: Path, step: int) -> None:
     """
     if not log.exists():
         return
-    *lines, rest = log.read_text(encoding="utf-8").split("\n")
+    *lines, rest = _text(log).split("\n")
     kept = [line for number, line in enumerate(lines, 1) if _step(line, f"{log}, line {number}") <= step]
     with contextlib.suppress(ValueError):
         # A complete record whose line end is missing, as some editors leave it.
@@ -143,8 +146,12 @@ def cut_log(log: Path, step: int) -> None:
     write_text(log, "".join(f"{line}\n" for line in kept))
 
 
+def _text(log: Path) -> str:
+    return read_bytes(log, LOG_BYTES).decode(errors="replace")
+
+
 def _step(line: str, where: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         raise ValueError(f"{where}: {line[:40]!r} is no record of a run; accepted: an object with its step") from None

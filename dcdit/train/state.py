@@ -95,7 +95,7 @@ class TrainState:
         moments = {key: divided(tensor, own.get(_weight_of(key), tensor)) for key, tensor in saved.optimizer.items()}
         ckpt.load_weights(self.model, weights, saved.path)
         self.ema.load(saved.ema)
-        ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path)
+        ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path / ckpt.OPTIMIZER_FILE)
         step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))
         return step
 
@@ -107,6 +107,6 @@ def _weight_of(key: str) -> str:
 
 def _whole_number(saved: ckpt.Checkpoint, key: str) -> int:
     value = saved.trainer.get(key)
-    if not isinstance(value, int):
-        raise ValueError(f"{saved.path}/{ckpt.TRAINER_FILE} has the {key} {value!r}; accepted: a whole number")
+    if type(value) is not int or value < 0:  # bool is a kind of int in Python
+        raise ValueError(f"{saved.path}/{ckpt.TRAINER_FILE} has the {key} {value!r}; accepted: a whole number from 0")
     return value

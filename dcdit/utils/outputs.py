@@ -1,9 +1,10 @@
 """Where results must not go: what is refused before any work is done, so that nothing of the user's is lost."""
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from dcdit.utils.reading import read_json
 
 
 def check_output_file(path: Path) -> None:
@@ -80,7 +81,7 @@ def check_own(folder: Path, record: str, keys: Collection[str], names: Collectio
 
 def _is_record(path: Path, keys: Collection[str]) -> bool:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.keys() >= set(keys)

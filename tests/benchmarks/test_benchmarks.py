@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import bench_scaling
-from benchmarks.baselines import mamba, official
+from benchmarks.baselines import apex, mamba, official
 from benchmarks.harness import report, sets, suite
 from benchmarks.harness.equality import NotEqualError, check_equal
 from benchmarks.harness.traffic import least_bytes, least_flops
@@ -81,6 +81,7 @@ def test_an_absent_baseline_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(official.VARIABLE, raising=False)
     assert official.VARIABLE in str(official.reason_unavailable())
     assert "mamba_ssm" in str(mamba.reason_unavailable(CPU))
+    assert "apex" in str(apex.reason_unavailable(CPU))
 
 
 def test_a_wrong_checkout_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -212,8 +213,15 @@ def test_scaling_reaches_the_page(tmp_path: Path) -> None:
     assert [(row["op"], row["direction"]) for row in rows] == [
         ("ratio_loss", "forward"), ("ratio_loss", "forward+backward"), ("select_tokens", "forward"),
     ]  # fmt: skip
-    page = report.write(report.read([out]), tmp_path)
-    assert "| ratio_loss forward " in page.read_text()
+    found = report.read([out])
+    assert all(row["spread"].keys() == row["ns_per_position"].keys() == {"4", "8"} for row in rows)
+    for row, spread in zip(found["scaling"], (0.02, 0.3, 0.1), strict=True):
+        row["spread"] = {"4": spread, "8": 0.01}
+    page = report.write(found, tmp_path)
+    lines = page.read_text().splitlines()
+    assert "UNRELIABLE: the times of ratio_loss forward+backward scatter by more than ±10%." in lines
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| ratio_loss")] == ["2%", "30%"]
+    assert f"GB/s (±{found['conditions']['copy_spread']:.0%})." in page.read_text()
     assert page.with_name(f"{page.stem}-scaling.png").is_file()
 
 
@@ -260,13 +268,6 @@ def test_the_page_is_named_after_device_and_day(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"dcdit": conditions(), "datetime": "2026-01-02T03:04:05"}))
     assert report.write(report.read([path]), tmp_path).name == "X-R-1-2026-01-02.md"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_suite_claims_nothing_without_a_gpu(capsys, tmp_path: Path) -> None:
-    assert suite.main(["--gpu", "--out", str(tmp_path)]) == 0
-    assert "nothing was run and nothing is claimed" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
 
 
 def test_suite_writes_what_it_has_when_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

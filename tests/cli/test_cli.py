@@ -1,9 +1,11 @@
 """The command line: a run from training to pictures, and one line for every error that a user can cause."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -357,6 +359,42 @@ def test_missing_extra(fails, monkeypatch, folder, tmp_path):
 def test_missing_yaml(fails, monkeypatch, folder, tmp_path):
     monkeypatch.setitem(sys.modules, "yaml", None)
     fails(*train_command(folder, tmp_path), match="pip install 'dcdit[train]'")
+
+
+@pytest.mark.parametrize("error", [TypeError("len() of 5"), AttributeError("no x"), KeyError("y"), RuntimeError("odd")])
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, error):
+    monkeypatch.setattr("dcdit.cli.info.run", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        main(["info"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), "out/a: No space left on device"),
+        (ValueError("a\x1b[31m is\nred"), "a\\x1b[31m is red"),
+        (MemoryError(), "there is not enough memory (MemoryError); accepted: a smaller batch, image or model"),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nat"
+            ),
+            "there is not enough memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 9 bytes.); accepted: a smaller batch, image or model",
+        ),
+        (
+            ValueError(
+                "Caught DamagedFile in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                '  File "a.py", line 1, in f\n    raise DamagedFile(x)\n           ^^^^^\n'
+                "dcdit.data.samples.DamagedFile: cannot read a\nb\n"
+            ),
+            "dcdit.data.samples.DamagedFile: cannot read a\\nb",
+        ),
+    ],
+)
+def test_errors_of_users_are_one_line(monkeypatch, capsys, error, line):
+    monkeypatch.setattr("dcdit.cli.info.run", mock.Mock(side_effect=error))
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"dcdit: error: {line}\n"
 
 
 def test_traceback_on_request(monkeypatch):

@@ -52,7 +52,8 @@ def evaluate(files, tmp_path, capsys):
 
     def evaluate(text):
         words = text.format(files=files, out=tmp_path).split()
-        code = main(["evaluate", *words, "--device", "cpu", "--cache", str(tmp_path / "cache")])
+        common = ["--trust-extractor", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+        code = main(["evaluate", *words, *common])
         out, err = capsys.readouterr()
         return code, out, err.rpartition("\r")[2].splitlines()
 
@@ -201,6 +202,7 @@ def test_what_a_folder_leaves_out_is_one_line(files, tmp_path, capsys):
         folder,
         "--reference",
         folder,
+        "--trust-extractor",
         "--extractor",
         files / "net.pt",
         "--device",
@@ -232,9 +234,18 @@ def test_statistics_are_checked_before_anything_is_drawn(files, tmp_path, evalua
         ("--images {files}/real.npz --extractor {files}/a.pt", "no feature extractor"),
         ("--images {files}/real.npz --extractor {files}/real.npz", "is no TorchScript file"),
         ("--images {files}/a.npz --extractor {files}/net.pt", "no file"),
-        ("--images {files}/few.npz --extractor {files}/net.pt", "5 images are too few; accepted: at least 10"),
-        ("--images {files}/mixed --extractor {files}/net.pt", "accepted: images of one size, or --size"),
-        ("--images {files}/real.npz --extractor {files}/net.pt --reference {files}/b", "no images at"),
+        (
+            "--images {files}/few.npz --extractor {files}/net.pt",
+            "5 images are too few; accepted: at least 10",
+        ),
+        (
+            "--images {files}/mixed --extractor {files}/net.pt",
+            "accepted: images of one size, or --size",
+        ),
+        (
+            "--images {files}/real.npz --extractor {files}/net.pt --reference {files}/b",
+            "no images at",
+        ),
         ("--checkpoint {files}/model.safetensors --num 0", "--num is 0; accepted: at least 1"),
         ("--checkpoint {files}/a.safetensors", "no file"),
         ("--checkpoint {files}/diverged.safetensors", "diverged.safetensors holds numbers that are not finite"),
@@ -242,7 +253,10 @@ def test_statistics_are_checked_before_anything_is_drawn(files, tmp_path, evalua
         ("--checkpoint {files}/static.safetensors --drop-fraction 0.5", "drops no tokens"),
         ("--checkpoint {files}/static.safetensors --method ddpm", "trained with the objective 'flow', which"),
         ("--checkpoint {files}/model.safetensors --drop-fraction 1", "accepted: a number in [0, 1)"),
-        ("--checkpoint {files}/model.safetensors --reference {files}/b --extractor {files}/net.pt", "no images at"),
+        (
+            "--checkpoint {files}/model.safetensors --reference {files}/b --extractor {files}/net.pt",
+            "no images at",
+        ),
     ],
 )
 def test_what_a_user_can_get_wrong(evaluate, tmp_path, command, message):

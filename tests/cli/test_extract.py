@@ -81,7 +81,7 @@ def test_two_processes_make_the_files_of_one(images, vae, tmp_path):
         ("--images {images} --vae {images} --out {tmp}", "no diffusers autoencoder (config.json)"),
         ("--images {tmp} --vae {vae} --out {tmp}", "no images in"),
         ("--images {images} --vae {vae} --out {tmp} --size 15", "size is 15; accepted: a multiple of 2"),
-        ("--images {images} --vae {vae} --out {tmp} --batch-size 0", "batch_size is 0; accepted: at least 1"),
+        ("--images {images} --vae {vae} --out {tmp} --batch-size 0", "--batch-size is 0; accepted: at least 1"),
         ("--verify {tmp}", "no manifest.json in"),
     ],
 )

@@ -52,7 +52,7 @@ def refused(place, capsys, words, match):
     assert contents(place) == before
 
 
-MEASURE = "evaluate --extractor net.pt --device cpu --cache cache --out out "
+MEASURE = "evaluate --trust-extractor --extractor net.pt --device cpu --cache cache --out out "
 
 
 @pytest.mark.parametrize(
@@ -139,18 +139,23 @@ def test_demo(place, capsys):
     refused(place, capsys, "demo --out results", "results/training.png is already there and would be replaced")
 
 
+def entry(rows, **shape):
+    return {"shape": shape, "config": {"ROWS": rows}}
+
+
 def test_tune(place, capsys, monkeypatch):
     """It adds to its own tables, and looks at them before it tunes for hours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [1]})
+    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [entry(1)]})
     refused(place, capsys, "tune --out results", "results is a folder; accepted: the name of a file")
     for text in ("months of work", "[1]"):
         (place / "table.json").write_text(text)
         refused(place, capsys, "tune --out table.json", "table.json holds no launch configurations; accepted: ")
-    (place / "table.json").write_text('{"scatter": [2], "gather": [3]}')
+    (place / "table.json").write_text(json.dumps({"scatter": [entry(2)], "gather": [entry(3), entry(4, D=64)]}))
     assert main(["tune", "--out", "table.json"]) == 0
-    assert json.loads((place / "table.json").read_text()) == {"scatter": [2], "gather": [1]}
+    found = {"scatter": [entry(2)], "gather": [entry(4, D=64), entry(1)]}
+    assert json.loads((place / "table.json").read_text()) == found
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,11 @@ def test_a_header_that_does_not_fit_the_data_takes_no_memory(tmp_path, content):
     path = write(tmp_path / "a.npz", images=content, arr_0=content, mu=content, labels=npy(np.zeros(12, int)))
     tracemalloc.start()
     with pytest.raises(
-        UnreadableArchive, match=r"a\.npz is not readable as \.npz: images is said to be .*, and has \d+$"
+        UnreadableArchive, match=r"a\.npz is not readable as \.npz: images: it is said to be .*, and has \d+$"
     ):
         read(path, "images")
     for reader in (NpzDataset, open_images, Statistics.load):
-        with pytest.raises(ValueError, match=r"a\.npz is not readable as .*: (images|arr_0|mu) is said to be"):
+        with pytest.raises(ValueError, match=r"a\.npz is not readable as .*: (images|arr_0|mu): it is said to be"):
             reader(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
@@ -113,7 +113,7 @@ def test_python_objects_are_never_unpickled(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     np.savez(tmp_path / "a.npz", images=np.array([Runs()]), labels=np.zeros(1, int))
-    with pytest.raises(ValueError, match="images holds Python objects; accepted: numbers or text"):
+    with pytest.raises(ValueError, match="images: it holds Python objects; accepted: numbers or text"):
         NpzDataset(tmp_path / "a.npz")
     assert not (tmp_path / "ran").exists()
 

@@ -260,7 +260,12 @@ def test_only_regular_files_are_opened(tmp_path, soon):
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere")
-    reasons = {"pipe": "no regular file", "zero": "no regular file", "folder": "Is a directory", "lost": "No such file"}
+    reasons = {
+        "pipe": "no regular file",
+        "zero": "no regular file",
+        "folder": "no regular file but a folder",
+        "lost": "No such file",
+    }
     for name, reason in reasons.items():
         with pytest.raises(DamagedFile, match=rf"^cannot read image '.*{name}\.png': .*{reason}"):
             read_rgb(tmp_path / f"{name}.png")

@@ -223,12 +223,14 @@ def test_a_manifest_names_no_file_outside_of_its_folder(copied):
     shutil.move(copied / shard["file"], copied.parent)
     shard["file"] = f"../{shard['file']}"
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"manifest\.json lists '\.\./latents_shard00000\.safetensors'; accepted: "):
+    with pytest.raises(
+        ValueError, match=r"manifest\.json is not readable: it lists '\.\./latents_shard00000\.safetensors'; accepted: "
+    ):
         LatentDataset(copied)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": "other"}', "[]"])
 def test_unreadable_manifest(copied, text):
     (copied / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match=r"manifest\.json is not readable"):
+    with pytest.raises(ValueError, match=r"manifest\.json is (not readable|damaged or no JSON)"):
         LatentDataset(copied)

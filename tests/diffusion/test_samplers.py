@@ -7,15 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from dcdit.diffusion import samplers, space_timesteps
+from dcdit.diffusion import Step, samplers, space_timesteps
 
 BETAS = np.linspace(1e-4, 0.02, 1000, dtype=np.float64)
 ALPHA_BAR = np.cumprod(1 - BETAS)
 MEAN, STD = 0.3, 0.5
 
 
-def last(steps):
-    for step in steps:  # noqa: B007
+def run(chain, predict, x, noise=None):
+    """Every step; ``predict`` takes x and the time."""
+    for number, (times, row) in enumerate(zip(chain.times, chain.coefficients, strict=True)):
+        numbers = torch.tensor(row, dtype=x.dtype).unbind()
+        x, x0 = chain.update(lambda x, call, times=times: predict(x, times[call]), x, numbers, noise)
+        yield Step(number, times[0], x, x0)
+
+
+def last(*args):
+    for step in run(*args):  # noqa: B007
         pass
     return step
 
@@ -65,7 +73,7 @@ CHAINS = [1000, 250, 21, "ddim50", 2, 1]
 def test_ddpm_trajectory(count, learned, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     steps = space_timesteps(count)
-    got = last(samplers.ddpm(lambda x, t: gaussian_model(x, t, learned), start(dtype), steps, noise_source(dtype)))
+    got = last(samplers.ddpm(steps), lambda x, t: gaussian_model(x, t, learned), start(dtype), noise_source(dtype))
     want = ancestral(start(dtype).double(), steps, noise_source(torch.float64), learned)
     assert got.x.dtype == dtype
     torch.testing.assert_close(got.x.double(), want, rtol=tolerance, atol=tolerance)
@@ -75,7 +83,7 @@ def test_ddpm_trajectory(count, learned, dtype):
 @pytest.mark.parametrize("count", [50, "ddim50"])
 def test_ddim_trajectory(count, eta):
     steps = space_timesteps(count)
-    got = last(samplers.ddim(gaussian_model, start(torch.float64), steps, noise_source(torch.float64), eta))
+    got = last(samplers.ddim(steps, eta), gaussian_model, start(torch.float64), noise_source(torch.float64))
     x, draw = start(torch.float64), noise_source(torch.float64)
     alpha_bar = np.append(1.0, ALPHA_BAR[steps])
     for j in range(len(steps), 0, -1):
@@ -95,9 +103,8 @@ def test_ddpm_reaches_the_data_distribution():
     def exact_posterior(x, t):
         return torch.cat([gaussian_model(x, t, learned=False), -torch.ones_like(x)], 1)
 
-    end = last(
-        samplers.ddpm(exact_posterior, x, space_timesteps(250), lambda: torch.randn(x.shape, generator=generator))
-    ).x
+    chain = samplers.ddpm(space_timesteps(250))
+    end = last(chain, exact_posterior, x, lambda: torch.randn(x.shape, generator=generator)).x
     n = end.numel()
     assert abs(end.mean().item() - MEAN) < 5 * STD / math.sqrt(n)
     assert abs(end.std().item() - STD) < 0.02
@@ -112,7 +119,7 @@ def test_deterministic_ddim_draws_no_noise_and_finds_the_data():
     def forbidden():
         raise AssertionError("no noise")
 
-    steps = list(samplers.ddim(knows_the_data, start(torch.float64), space_timesteps(20), forbidden))
+    steps = list(run(samplers.ddim(space_timesteps(20)), knows_the_data, start(torch.float64), forbidden))
     torch.testing.assert_close(steps[-1].x, data, rtol=1e-9, atol=1e-9)
     assert [step.number for step in steps] == list(range(20))
     assert [step.t for step in steps] == space_timesteps(20)[::-1]
@@ -125,10 +132,10 @@ def test_clipping_bounds_the_expected_data(sampler):
     def wild(x, t):
         return torch.cat([-5 * torch.ones_like(x), x.clamp(-1, 1)], 1)
 
-    steps = list(sampler(wild, start(torch.float32), space_timesteps(10), noise_source(torch.float32), clip=True))
+    chains = [sampler(space_timesteps(10), clip=clip) for clip in (True, False)]
+    steps, free = (list(run(chain, wild, start(torch.float32), noise_source(torch.float32))) for chain in chains)
     assert all(step.x0.abs().max() <= 1 for step in steps)
     torch.testing.assert_close(steps[-1].x, steps[-1].x0)
-    free = list(sampler(wild, start(torch.float32), space_timesteps(10), noise_source(torch.float32)))
     assert free[0].x0.abs().max() > 1
 
 
@@ -144,9 +151,8 @@ def test_diffusers_agrees():
     for t in steps[::-1]:
         x = scheduler.step(gaussian_model(x, t), t, x, generator=generator).prev_sample
     generator = torch.Generator().manual_seed(1)
-    ours = last(
-        samplers.ddpm(gaussian_model, start(torch.float32), steps, lambda: torch.randn(x.shape, generator=generator))
-    )
+    chain = samplers.ddpm(steps)
+    ours = last(chain, gaussian_model, start(torch.float32), lambda: torch.randn(x.shape, generator=generator))
     torch.testing.assert_close(ours.x, x, rtol=1e-4, atol=1e-4)
 
     scheduler = diffusers.DDIMScheduler(set_alpha_to_one=True, **options)
@@ -154,7 +160,7 @@ def test_diffusers_agrees():
     x = start(torch.float32)
     for t in scheduler.timesteps.tolist():
         x = scheduler.step(gaussian_model(x, t, learned=False), t, x).prev_sample
-    ours = last(samplers.ddim(gaussian_model, start(torch.float32), space_timesteps("ddim50"), lambda: None))
+    ours = last(samplers.ddim(space_timesteps("ddim50")), gaussian_model, start(torch.float32))
     torch.testing.assert_close(ours.x, x, rtol=1e-4, atol=1e-4)
 
 
@@ -171,7 +177,7 @@ def velocity(x, t):
 def ode_error(sampler, count):
     x = start(torch.float64)
     # The flow of a Gaussian is affine: it keeps the number of standard deviations.
-    return (last(sampler(velocity, x, count)).x - (MEAN + STD * x)).abs().max().item()
+    return (last(sampler(count), velocity, x).x - (MEAN + STD * x)).abs().max().item()
 
 
 @pytest.mark.parametrize(("sampler", "order"), [(samplers.euler, 1), (samplers.heun, 2)])
@@ -185,7 +191,7 @@ def test_order_of_convergence(sampler, order):
 @pytest.mark.parametrize("sampler", [samplers.euler, samplers.heun])
 def test_straight_paths_are_exact_in_one_step(sampler):
     data, noise = start(torch.float64, seed=5), start(torch.float64)
-    (step,) = sampler(lambda x, t: torch.cat([noise - data, x], 1), noise, 1)
+    (step,) = run(sampler(1), lambda x, t: torch.cat([noise - data, x], 1), noise)
     torch.testing.assert_close(step.x, data)
     torch.testing.assert_close(step.x0, data)
 
@@ -199,6 +205,6 @@ def test_flow_times():
             seen.append(t)
             return x
 
-        last(sampler(record, start(torch.float64), 4))
+        last(sampler(4), record, start(torch.float64))
     assert times[samplers.euler] == [1000, 750, 500, 250]
     assert times[samplers.heun] == [1000, 750, 750, 500, 500, 250, 250, 0]

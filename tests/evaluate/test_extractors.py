@@ -79,7 +79,7 @@ def save(module, path):
 
 
 def test_torchscript_gets_299_pixels_from_minus_one_to_one(tmp_path):
-    extractor = load_extractor(save(Plain(), tmp_path / "plain.pt"))
+    extractor = load_extractor(save(Plain(), tmp_path / "plain.pt"), trust=True)
     x = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     x[1] = 255
     (pooled,) = extractor(x).values()
@@ -89,7 +89,7 @@ def test_torchscript_gets_299_pixels_from_minus_one_to_one(tmp_path):
 def test_torchscript_with_names_of_tensorflow_gives_spatial_features(tmp_path):
     torch.manual_seed(0)
     module = Walked(again=False)
-    extractor = TorchScriptInception(save(module, tmp_path / "a.pt"), "clean")
+    extractor = TorchScriptInception(save(module, tmp_path / "a.pt"), "clean", trust=True)
     x = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
     out = extractor(x)
     scaled = (x.float() - 128) / 128
@@ -100,7 +100,7 @@ def test_torchscript_with_names_of_tensorflow_gives_spatial_features(tmp_path):
 def test_a_script_that_does_more_than_its_layers_gives_pooled_features_only(tmp_path):
     torch.manual_seed(0)
     module = Walked(again=True)
-    extractor = TorchScriptInception(save(module, tmp_path / "a.pt"))
+    extractor = TorchScriptInception(save(module, tmp_path / "a.pt"), trust=True)
     out = extractor(torch.zeros(1, 3, 299, 299, dtype=torch.uint8))
     assert list(out) == ["pooled"]
     torch.testing.assert_close(out["pooled"], module(-torch.ones(1, 3, 299, 299)))
@@ -109,9 +109,11 @@ def test_a_script_that_does_more_than_its_layers_gives_pooled_features_only(tmp_
 def test_each_file_and_resize_has_its_own_identity(tmp_path):
     torch.manual_seed(0)
     a, b = (save(Walked(again=False), tmp_path / f"{name}.pt") for name in "ab")
-    identities = [TorchScriptInception(path, resize).identity for path in (a, b) for resize in ("adm", "clean")]
+    identities = [
+        TorchScriptInception(path, resize, trust=True).identity for path in (a, b) for resize in ("adm", "clean")
+    ]
     assert len(set(identities)) == 4
-    assert TorchScriptInception(a).identity == identities[0]
+    assert TorchScriptInception(a, trust=True).identity == identities[0]
 
 
 class Broken(nn.Module):
@@ -128,7 +130,7 @@ class TakesTwo(nn.Module):
 
 @pytest.mark.parametrize(("module", "message"), [(Broken(), "way$"), (TakesTwo(), "missing value for argument 'y'")])
 def test_a_script_that_fails_is_named_in_one_line(module, message, tmp_path):
-    extractor = load_extractor(save(module, tmp_path / "a.pt"))
+    extractor = load_extractor(save(module, tmp_path / "a.pt"), trust=True)
     with pytest.raises(ValueError, match=rf"a\.pt fails on images \(N, 3, 299, 299\): .*{message}") as error:
         extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     assert "\n" not in str(error.value)
@@ -137,7 +139,7 @@ def test_a_script_that_fails_is_named_in_one_line(module, message, tmp_path):
 def test_the_identity_is_of_the_network_that_was_loaded(tmp_path, monkeypatch):
     """The file may be replaced while it is read."""
     path = save(Plain(), tmp_path / "a.pt")
-    identity = load_extractor(path).identity
+    identity = load_extractor(path, trust=True).identity
     original = torch.jit.load
 
     def replaces_then(*args, **options):
@@ -145,7 +147,7 @@ def test_the_identity_is_of_the_network_that_was_loaded(tmp_path, monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(torch.jit, "load", replaces_then)
-    assert load_extractor(path).identity == identity
+    assert load_extractor(path, trust=True).identity == identity
 
 
 def test_files_that_are_no_extractor(tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_a_file_of_the_cache_that_is_not_what_was_written_is_computed_again(dama
     damage(file, other)
     extractor.images_seen = 0
     with pytest.warns(
-        UserWarning, match=rf"^features of 1 batches were computed again, because of .*{file.name}: "
+        UserWarning, match=rf"^features of 1 batches were computed again, because of .*{file.name}[: ]"
     ) as caught:
         again = extract_features(x, extractor, **options)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
@@ -192,7 +192,7 @@ def test_what_is_no_file_in_the_cache_is_neither_read_nor_replaced(tmp_path):
     file.unlink()
     os.mkfifo(file)
     for _ in range(2):
-        with pytest.warns(UserWarning, match=f"{file.name}: .*no regular file"):
+        with pytest.warns(UserWarning, match=f"{file.name} .*no regular file"):
             assert equal(extract_features(x, extractor, cache=tmp_path, progress=False), expected)
         assert file.is_fifo()
 
@@ -294,7 +294,7 @@ GOOD = {"mu": np.zeros(4), "sigma": covariance()}
         ({**GOOD, "count": np.bool_(True)}, "count is bool True; accepted: an integer"),
         ({**GOOD, "extractor": np.str_("a\x1b[31m")}, "extractor is <U6 .*; accepted: a printable text"),
         ({**GOOD, "extractor": np.int64(1)}, "extractor is int64"),
-        ({**GOOD, "count": np.array([{}])}, "count holds Python objects"),
+        ({**GOOD, "count": np.array([{}])}, "count: it holds Python objects"),
     ],
 )
 def test_files_without_statistics(arrays, message, tmp_path):

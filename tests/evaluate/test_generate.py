@@ -171,7 +171,7 @@ def test_samples_of_somebody_else_are_refused(tmp_path):
         draw(tmp_path)
     for text in ("", "{}", "[]", '{"settings": 3, "work": {}}', '{"settings": {}, "work": {"a": 1}}'):
         (tmp_path / "sampling.json").write_text(text)
-        with pytest.raises(ValueError, match=r"sampling\.json is not of dcdit evaluate \(\w+\); choose another --out$"):
+        with pytest.raises(ValueError, match=r"sampling\.json is not of dcdit evaluate \(.+\); choose another --out$"):
             draw(tmp_path)
     assert (tmp_path / "samples.npz").read_bytes() == b"mine"
     assert len(list(tmp_path.iterdir())) == 2

@@ -18,7 +18,7 @@ def test_grids(images: int, grid: tuple[int, int], capacity: int | None, device:
     length = grid[0] * grid[1]
     p, x = torch.zeros(images, length), randn(images, length, 8)
     with ops.use_backend("triton"):
-        sel = ops.select_tokens(p, capacity=capacity)
+        sel = ops.select_tokens(p.to(device), capacity=capacity)
     sel = sel._replace(indices=torch.full_like(sel.indices, -1))
     h, table, weight = randn(sel.indices.shape[0], 8), randn(images, 8), randn(8, 3, 3)
     parameters = [randn(8, seed=seed) for seed in range(3)]
@@ -34,6 +34,7 @@ def test_grids(images: int, grid: tuple[int, int], capacity: int | None, device:
     check(ops.boundary_prob_cosine, x, x.clone())
     check(ops.boundary_prob_cosine2d, x, x.clone(), weight, grid)
     check(ops.boundary_prob_predictability, randn(images, 8, *grid), *parameters, randn(), 4)
+    check(ops.group_norm_silu, x, 4, *parameters[:2], table)
     check(ops.gated_add_modulated_layer_norm, h, h.clone(), table, table, table, sel.cu_seqlens)
 
 

@@ -41,6 +41,7 @@ def start_everything(images: int, grid: tuple[int, int], width: int) -> None:
         _triton.boundary_prob_cosine(x, x, None),
         _triton.boundary_prob_cosine2d(x, x, floats(width, 3, 3), grid),
         _triton.boundary_prob_predictability(floats(images, width, *grid), *affine, floats(), 8, 1e-5),
+        _triton.group_norm_silu(x, 32, *affine[:2], table, 1e-5),
         _triton.gather_tokens(x, sel, floats(length, width)),
         _triton.scatter_tokens(h, sel, 0.0),
         _triton.dechunk_spatial(h, p, sel, grid, 1.0, p, x),

@@ -119,7 +119,7 @@ def test_unchecked_fractions_end(device: torch.device) -> None:
     """On a GPU nothing checks a fraction per image. Outside [0, 1) it must neither hang nor empty an image."""
     p = probs(4, 9, pattern="all").to(device)
     fractions = torch.tensor([-1.0, 1.0, 7.0, float("nan")], device=device)
-    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None, None).lengths
+    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None, None).wait().lengths
     assert lengths[:3].tolist() == [9, 1, 1]
     assert 1 <= int(lengths[3]) <= 9
 
@@ -130,7 +130,7 @@ def test_unchecked_nan_stays_in_bounds(mode: tuple[Any, ...], device: torch.devi
     p = probs(3, 9, pattern="random").to(device)
     p[0, 2:6], p[1] = float("nan"), float("nan")
     p[2, 4] = -torch.tensor(float("nan"))
-    sel = selection.select_tokens(p, None, 0.5, *mode)
+    sel = selection.select_tokens(p, None, 0.5, *mode).wait()
     total = int(sel.cu_seqlens[-1])
     assert torch.equal(sel.mask.sum(1).to(torch.int32), sel.lengths)
     assert torch.equal(sel.indices[:total], sel.mask.flatten().nonzero().flatten())

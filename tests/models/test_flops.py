@@ -52,7 +52,7 @@ def counted_stages(model, *args, **kwargs) -> dict[str, int]:
     def collector(name: str):
         with FlopCounterMode(display=False) as counter:
             yield
-        found[name] = counter.get_total_flops()
+        found[name] = found.get(name, 0) + counter.get_total_flops()
 
     with collect_stages(collector):
         model(*args, **kwargs)

@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
+from support import unwritten
 from support.small import batch, small_dc_dit, small_dit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -14,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import remove_spectral_norm, spectral_norm
 from torch.nn.utils.weight_norm import remove_weight_norm, weight_norm
 
-from dcdit.nn import ConvBlock, PredictabilityRouter
+from dcdit.nn import ConvBlock, PredictabilityRouter, linear_gelu
 
 # A group norm of one channel per group would remove what the conditioning adds, so there are two.
 SMALL = {"grid": (4, 6), "depth": 1, "hidden_size": 256}
@@ -54,9 +56,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def layers(model: nn.Module, kinds=(nn.Linear, nn.Conv2d)) -> list[str]:
+def layers(model: nn.Module, kinds=(nn.Linear, nn.Conv2d), at_least: int = 10) -> list[str]:
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    assert len(names) >= 10
+    assert len(names) >= at_least
     return names
 
 
@@ -233,6 +235,68 @@ def test_peft_on_every_layer(variant, dora):
     with adapted.disable_adapter():
         assert difference(call(adapted, model.config), expected) < 1e-9
     assert difference(call(adapted.merge_and_unload(), model.config), out) < 1e-9
+
+
+# --- what only inference on a GPU takes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """GELU inside the product, and attention that leaves padding rows unwritten. Holds results of the former."""
+    results: list[Tensor] = []
+
+    def product(bias: Tensor, x: Tensor, weight: Tensor, use_gelu: bool) -> Tensor:
+        results.append(F.gelu(torch.addmm(bias, x, weight), approximate="tanh"))
+        return results[-1]
+
+    monkeypatch.setattr(linear_gelu, "_is_on_cuda", lambda x: True)
+    monkeypatch.setattr(linear_gelu, "DTYPES", (torch.float64,))
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    unwritten.install(monkeypatch)
+    return results
+
+
+def infer(model: nn.Module) -> Tensor:
+    """With padding rows, where the model can have them."""
+    x, t, y = batch(model.config, size=2)
+    return model(x, t, y) if type(model).__name__ == "DiT" else model(x, t, y, capacity=48)
+
+
+@pytest.mark.parametrize("variant", ["predictability", "static"])
+@torch.no_grad()
+def test_inference_on_a_gpu_sees_hooks(variant: str, fused: list[Tensor]) -> None:
+    model = build(variant)
+    with pytest.MonkeyPatch.context() as undone:
+        undone.setattr(linear_gelu, "_is_on_cuda", lambda x: False)
+        two_steps = infer(model)
+    assert not fused
+    expected = infer(model)
+    assert len(fused) == 1 and difference(expected, two_steps) < 1e-9
+    for name, module in with_parameters(model.blocks).items():
+        handle = module.register_forward_hook(stretch)
+        assert difference(infer(model), expected) > 1e-7, name
+        handle.remove()
+    fused.clear()
+    handle = register_module_forward_hook(lambda *_: None)
+    infer(model)
+    handle.remove()
+    assert not fused
+
+
+@pytest.mark.parametrize("variant", ["predictability", "static"])
+@torch.no_grad()
+def test_inference_on_a_gpu_with_adapters(variant: str, fused: list[Tensor]) -> None:
+    model = build(variant)
+    names = [f"blocks.{name}" for name in layers(model.blocks, nn.Linear, at_least=4)]
+    torch.manual_seed(0)
+    for name in names:
+        replace(model, name, Adapter(model.get_submodule(name)))
+    out = infer(model)
+    assert not fused
+    for name in names:
+        replace(model, name, model.get_submodule(name).merged())
+    assert difference(infer(model), out) < 1e-9
+    assert len(fused) == 1
 
 
 def remove_parametrization(module: nn.Module) -> None:

@@ -1,9 +1,16 @@
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from support.small import batch, small_dc_dit
 from torch import Tensor
 
 from dcdit import ops
 from dcdit.nn import DenseDiTBlock, Modulation, PackedDiTBlock, StackedModulation, VarlenMeta
+from dcdit.ops import checks
 
 DIM, HEADS = 32, 4
 
@@ -69,3 +76,51 @@ def test_stacked_modulation_is_one_linear_per_block() -> None:
         torch.testing.assert_close(torch.cat(mod, dim=1), expected)
         # Views of one product, never copied.
         assert all(row.data_ptr() == mod[0].data_ptr() + i * DIM * 4 for i, row in enumerate(mod))
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity": 3 * 24}], ids=str)
+def test_arguments_are_checked_once_and_not_in_every_block(
+    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks cost the host more than the launches. All of them are functions of one module, and none calls another."""
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, check: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return check(*args, **kwargs)
+
+        return call
+
+    for name, check in inspect.getmembers(checks, inspect.isfunction):
+        if name != "value_checks_enabled":
+            monkeypatch.setattr(checks, name, counted(name, check))
+    found = {}
+    for depth in (1, 4):
+        model = small_dc_dit(grid=(4, 6), depth=depth)
+        calls.clear()
+        with torch.no_grad():
+            model(*batch(model.config), **options)
+        found[depth] = Counter(calls)
+    assert found[1] == found[4] and found[1].total() > 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 3, 9])}, "cu_seqlens has dtype torch.int64"),
+        ({"cu_seqlens": torch.tensor([0, 3, 8], dtype=torch.int32)}, "ends at 8; it must end at 9"),
+        ({"max_seqlen": 5}, "max_seqlen is 5 but the longest sequence has 6"),
+        ({"max_seqlen": torch.tensor(6)}, "max_seqlen is a Tensor"),
+    ],
+)
+def test_the_first_block_of_a_chain_names_bad_arguments(change: dict[str, Any], message: str) -> None:
+    packed, _ = twins()
+    (mod,) = modulations(2, depth=1)
+    tokens = torch.randn(9, DIM).double()
+    varlen = VarlenMeta(torch.tensor([0, 3, 9], dtype=torch.int32), 6, padding=False)
+    packed(tokens, None, mod, varlen)
+    with pytest.raises((ValueError, TypeError), match=message):
+        packed(tokens, None, mod, varlen._replace(**change))
+    with pytest.raises(ValueError, match="shift has shape"):
+        packed(tokens, None, mod._replace(attn_shift=mod.attn_shift[:1]), varlen)

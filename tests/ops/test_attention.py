@@ -173,6 +173,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(kernels, "_LOADED", {})
+        monkeypatch.setattr(kernels, "_LOADED_PACKED", {})
         monkeypatch.setattr(kernels, "_is_registered", lambda op: op is not None)
         real = kernels.importlib.import_module
 
@@ -185,9 +186,13 @@ def gpu(monkeypatch):
 
         monkeypatch.setattr(kernels, "importlib", SimpleNamespace(import_module=import_module))
 
-    kernels._why_unavailable.cache_clear()
+    def forget():
+        kernels._why_unavailable.cache_clear()
+        kernels._first_supported.cache_clear()
+
+    forget()
     yield pretend
-    kernels._why_unavailable.cache_clear()
+    forget()
 
 
 ALL = {name: lambda q, k, v, **_: q for name in ("flash_attn_interface", "flash_attn.cute", "flash_attn")}

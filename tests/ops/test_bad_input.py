@@ -322,6 +322,43 @@ MODULATION = [
     ),
 ]
 
+GROUP_NORM = [
+    Bad(
+        "x of two dimensions",
+        lambda: ops.group_norm_silu(TOKENS, 4, CHANNELS, CHANNELS),
+        ValueError,
+        ("x ", "(24, 8)", "(B, L, C)", "(B, C, H, W)"),
+    ),
+    Bad("integer x", lambda: ops.group_norm_silu(X.long(), 4, CHANNELS, CHANNELS), TypeError, ("x ", "torch.int64")),
+    Bad(
+        "no channel",
+        lambda: ops.group_norm_silu(X[..., :0], 1, CHANNELS[:0], CHANNELS[:0]),
+        ValueError,
+        ("x ", "(2, 12, 0)", "at least one channel"),
+    ),
+    Bad(
+        "groups",
+        lambda: ops.group_norm_silu(FEATURES, 3, CHANNELS, CHANNELS),
+        ValueError,
+        ("num_groups is 3", "divisor of C = 8"),
+    ),
+    Bad("no group", lambda: ops.group_norm_silu(X, 0, CHANNELS, CHANNELS), ValueError, ("num_groups is 0", "C = 8")),
+    Bad("weight", lambda: ops.group_norm_silu(X, 4, CHANNELS[1:], CHANNELS), ValueError, ("weight", "(7)", "(8,)")),
+    Bad("bias", lambda: ops.group_norm_silu(X, 4, CHANNELS, TABLE), ValueError, ("bias", "(2, 8)", "(8,)")),
+    Bad(
+        "expanded shift",
+        lambda: ops.group_norm_silu(X, 4, CHANNELS, CHANNELS, X),
+        ValueError,
+        ("shift", "(2, 12, 8)", "(2, 8) = (B, C)"),
+    ),
+    Bad(
+        "shift elsewhere",
+        lambda: ops.group_norm_silu(X, 4, CHANNELS, CHANNELS, TABLE.to(META)),
+        ValueError,
+        ("shift", "meta", "cpu"),
+    ),
+]
+
 BACKEND = [Bad("unknown", lambda: ops.use_backend("cuda"), ValueError, ("'cuda'", "triton", "torch", "reference"))]
 
 TABLE_OF_BAD_CALLS = {
@@ -334,6 +371,7 @@ TABLE_OF_BAD_CALLS = {
         "dechunk": DECHUNK,
         "loss": LOSS,
         "modulation": MODULATION,
+        "group norm": GROUP_NORM,
         "backend": BACKEND,
     }.items()
     for bad in calls
@@ -360,6 +398,8 @@ def test_the_good_calls_beside_the_bad_ones_work() -> None:
     ops.boundary_prob_cosine2d(X, X, WEIGHT, (H, W))
     ops.gated_add_modulated_layer_norm(TOKENS, TOKENS, TABLE, TABLE, TABLE, CU)
     ops.ratio_loss(P, P > 0.5, 4.0, 1)
+    ops.group_norm_silu(X, 4, CHANNELS, CHANNELS, TABLE)
+    ops.group_norm_silu(FEATURES, 8, CHANNELS, CHANNELS)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])

@@ -126,3 +126,5 @@ def test_parameters_decide_nothing(tokens: torch.dtype, parameter: torch.dtype, 
         assert ops.modulated_layer_norm(added, table(1, parameter), table(2, parameter), CU_SEQLENS).dtype == tokens
         assert ops.gated_add(added, added, table(1, parameter), CU_SEQLENS).dtype == tokens
         assert ops.dechunk_ema(ops.gather_tokens(x, sel), p.to(parameter), sel).dtype == tokens
+        weight = randn(WIDTH).to(parameter)
+        assert ops.group_norm_silu(x, 4, weight, weight, table(1, parameter)).dtype == tokens

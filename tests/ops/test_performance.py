@@ -95,6 +95,7 @@ def operations(side: int, width: int) -> dict[str, Callable[[], object]]:
         "boundary_prob_predictability": lambda: ops.boundary_prob_predictability(
             features, channels, channels, channels, torch.zeros(1)
         ),
+        "group_norm_silu": lambda: ops.group_norm_silu(x, 8, channels, channels, row),
         "select_tokens": lambda: ops.select_tokens(p, drop_fraction=0.3),
         "gather_tokens": lambda: ops.gather_tokens(x, sel),
         "scatter_tokens": lambda: ops.scatter_tokens(tokens, sel),

@@ -33,6 +33,12 @@ def test_gradcheck_boundary_probabilities() -> None:
     assert gradcheck(reference.boundary_prob_predictability, args)
 
 
+def test_gradcheck_group_norm() -> None:
+    args = leaf(8), leaf(8, seed=1), leaf(2, 8, seed=2)
+    for x in (leaf(2, 6, 8), leaf(2, 8, 2, 3)):
+        assert gradcheck(lambda x, *rest: reference.group_norm_silu(x, 4, *rest), (x, *args))
+
+
 def test_gradcheck_packing() -> None:
     sel = select(probs(2, 6))
     assert gradcheck(lambda x, bias: reference.gather_tokens(x, sel, bias), (leaf(2, 6, 3), leaf(6, 3)))
@@ -90,6 +96,17 @@ def test_predictability_by_hand() -> None:
     zero, bias = torch.zeros(8), torch.tensor([math.log(3.0)])
     p = reference.boundary_prob_predictability(features, zero, zero, zero, bias)
     torch.testing.assert_close(p, torch.tensor([[1.0, 0.75, 0.75, 1.0]]))
+
+
+def test_group_norm_silu_by_hand() -> None:
+    x = torch.tensor([[[1.0, 5.0, 2.0, 2.0], [3.0, 7.0, 2.0, 2.0]]])  # means 4 and 2, variances 5 and 0
+    weight, bias = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0])
+    for shift in (None, torch.full((1, 4), 7.0)):  # a number that all channels have in common changes nothing
+        y = reference.group_norm_silu(x, 2, weight, bias, shift, eps=0.0 if shift is None else 1e-12)
+        expected = torch.tensor([[-3.0, 1.0], [-1.0, 3.0]]) / math.sqrt(5)
+        torch.testing.assert_close(y[0, :, :2], expected * expected.sigmoid())
+        if shift is not None:
+            torch.testing.assert_close(y[0, :, 2:], torch.tensor([[0.0, 1 / (1 + math.exp(-1))]] * 2))
 
 
 def test_ratio_loss_is_one_at_its_target() -> None:

@@ -26,11 +26,13 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcome(backend: str, op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Outputs and gradients (of a selection, its fields), or the error."""
+    """Outputs and gradients (of a selection its fields, of noise no gradients), or the error."""
     with ops.use_backend(backend):
         try:
             if op is ops.select_tokens:
                 return list(op(*args, **kwargs))
+            if op is ops.philox_normal:
+                return [op(*args, **kwargs)]
             outputs, grads = differentiate(lambda *a: op(*a, **kwargs), args)
         except (ValueError, TypeError) as error:
             return type(error), str(error)
@@ -148,6 +150,8 @@ def test_groups(groups: int, channels: int) -> None:
     for images, height, width in ((0, 1, 1), (1, 1, 1), (2, 1, 2), (1, 0, 2), (2, 2, 2)):
         features = randn(images, channels, height, width, seed=3)
         check(ops.boundary_prob_predictability, features, *parameters, torch.ones(()), groups)
+        for x, shift in itertools.product((features, features.flatten(2).mT), (None, randn(images, channels))):
+            check(ops.group_norm_silu, x, groups, *parameters[:2], shift)
 
 
 @pytest.mark.parametrize("lengths", [*LENGTHS, (1, 1)], ids=str)

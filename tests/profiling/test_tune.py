@@ -31,6 +31,58 @@ def test_climb_finds_the_fastest_configuration(monkeypatch: pytest.MonkeyPatch) 
     assert (best["ROWS"], best["num_warps"]) == (16, 1)
 
 
+def test_every_kernel_is_saved_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tuning that is stopped leaves what it found so far."""
+    monkeypatch.setattr(tune, "_climb", lambda name, shape, kernel, config, seconds: config)
+    saved: list[list[tuple[str, int]]] = []
+
+    def save(table: tune.Table) -> None:
+        saved.append([(kernel, len(entries)) for kernel, entries in table.items()])
+
+    tune.tune(["gather_tokens"], [SHAPE, SHAPE._replace(width=32)], 0.0, save)
+    kernels = [kernel for kernel, _ in saved[-1]]
+    assert saved[0] == [(kernels[0], 1)]
+    assert saved[-1] == [(kernel, 2) for kernel in kernels]
+    assert len(saved) == 2 * len(kernels)
+
+
+def test_a_table_keeps_the_shapes_that_are_not_tuned_again() -> None:
+    def entry(rows: int, width: int) -> dict:
+        return {"shape": {"D": width}, "config": {"ROWS": rows}}
+
+    earlier = {"gather": [entry(1, 64), entry(2, 1152)], "scatter": [entry(3, 64)]}
+    found = tune.merged(earlier, {"gather": [entry(4, 1152)], "new": [entry(5, 64)]})
+    assert found == {"gather": [entry(1, 64), entry(4, 1152)], "scatter": [entry(3, 64)], "new": [entry(5, 64)]}
+
+
+def test_copies_of_a_workload_lie_elsewhere_and_compute_the_same() -> None:
+    for name in WORKLOADS:
+        workload = create_workload(name, SHAPE)
+        copy = workload.copy()
+        for argument, value in workload.arguments.items():
+            other = copy.arguments[argument]
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other)
+                assert value.stride() == other.stride()
+                assert value.requires_grad == other.requires_grad
+                assert value.data_ptr() != other.data_ptr()
+        for a, b in zip(workload.run(), copy.run(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_candidates_are_timed_inside_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, and behind a pause where no graph is possible; never one call per pair of events."""
+    h100 = SHAPE._replace(device=torch.device("cuda", 0))
+    workload = create_workload("gather_tokens", SHAPE)
+    monkeypatch.setattr(tune, "_workloads", lambda *_: [workload, workload])
+    monkeypatch.setattr(tune, "time_variants", lambda *_: pytest.fail("timed one call at a time"))
+    monkeypatch.setattr(tune, "time_kernels", lambda *_: 2.0)
+    monkeypatch.setattr(tune, "time_graph", lambda calls, *_: 0.5 * len(calls))
+    assert tune._time("gather_tokens", h100, 0.1) == 1.0
+    monkeypatch.setattr(tune, "time_graph", lambda *_: None)
+    assert tune._time("gather_tokens", h100, 0.1) == 2.0
+
+
 def test_climb_refuses_a_configuration_with_other_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_time", lambda *_: 1.0 / (1 + len(asked)))
     asked: list[int] = []

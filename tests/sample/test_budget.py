@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,10 +81,10 @@ def test_a_profile_of_an_earlier_version_is_read(monkeypatch):
 
 @pytest.fixture
 def pilot(monkeypatch):
-    """The seconds table of a pilot whose calls take these seconds in turn."""
+    """The seconds table of a pilot whose call n of run r at drop fraction rho takes seconds(r, rho, n)."""
 
-    def pilot(seconds: Iterator[float], **guidance):
-        now = [0.0]
+    def pilot(seconds: Callable[[int, float, int], float], **guidance):
+        now, runs = [0.0], []
 
         class Clock:
             milliseconds = staticmethod(lambda start, end: 1e3 * (end - start))
@@ -93,11 +93,19 @@ def pilot(monkeypatch):
                 self.marks = 0
 
             def mark(self):
-                now[0] += next(seconds) if self.marks else 0.0
+                if self.marks:
+                    now[0] += seconds(len(runs) - 2, *runs[-1])  # after a first run, which is not counted
+                    runs[-1][1] += 1
                 self.marks += 1
                 return now[0]
 
+        class Pilot(budget._Pilot):
+            def __init__(self, model, images, rho, guidance):
+                super().__init__(model, images, rho, guidance)
+                runs.append([rho, 0])
+
         monkeypatch.setattr(budget, "Clock", Clock)
+        monkeypatch.setattr(budget, "_Pilot", Pilot)
         model, labels = small_dc_dit(grid=(8, 8)), torch.tensor([1, 2])
         return measure_costs(model, labels, 16, "euler", Guidance(**{"scale": 1.0} | guidance), progress=False)[1]
 
@@ -106,25 +114,30 @@ def pilot(monkeypatch):
 
 def test_a_quiet_pilot_warns_of_nothing(pilot):
     """Calls that get faster as the router keeps less are no noise."""
-    falling = (0.1 * 0.97**n for n in range(1000))
-    table = pilot(falling)
-    assert table.spread == pytest.approx(0, abs=1e-6)
+    table = pilot(lambda run, rho, n: 0.1 * (1 - rho / 2) * 0.999**n)
+    assert table.spread == pytest.approx(0, abs=1e-3)
     assert table.warnings == []
 
 
 @pytest.mark.parametrize("guidance", [{}, {"scale": 2.0, "interval": (0.3, 0.6)}])
 def test_a_noisy_pilot_warns(pilot, guidance):
     source = random.Random(0)
-    table = pilot(iter(lambda: source.uniform(0.05, 0.3), None), **guidance)
+    table = pilot(lambda *_: source.uniform(0.05, 0.3), **guidance)
     assert table.spread > 0.2
     assert table.warnings[0].startswith("the times of the pilot's calls scatter by ±")
 
 
-def test_a_pilot_that_gets_slower_warns(pilot):
+def test_larger_fractions_that_take_longer_are_said(pilot):
     """Dropping more cannot cost more; choose() replaces such a cost, and the table says that it was there."""
-    rising = (0.1 + 0.05 * (n > 2 * 16) for n in range(1000))  # after a first call and two fractions
-    table = pilot(rising)
+    table = pilot(lambda run, rho, n: 0.1 + 0.05 * (rho > 0.5))
     assert table.warnings == ["the pilot took 0.8 s at drop fraction 0.3 and 1.2 s at 0.6"]
+
+
+def test_a_machine_that_becomes_slower_is_so_for_all_fractions(pilot):
+    """The costs keep their ratios, because the fractions are gone through there and back, and the drift is said."""
+    table = pilot(lambda run, rho, n: 0.1 * (1 - rho / 2) * (1 + 0.1 * run))
+    assert [cost / table.costs[0] for cost in table.costs] == pytest.approx([1, 0.85, 0.7, 0.55])
+    assert table.warnings == ["the pilot took 0.8 s at drop fraction 0 the first time and 1.36 s the second"]
 
 
 @pytest.mark.parametrize(("reliable", "warned"), [({}, 0), ({"reliable": True}, 0), ({"reliable": False}, 1)])

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from support import capturable_attention, fake_device
+from support.fake_device import FakeDriver
 from support.small import small_dc_dit, small_dit
 
+from dcdit.checkpoint import save_model
 from dcdit.diffusion import sample
-from dcdit.sample.drawing import class_labels, draw
+from dcdit.sample.drawing import class_labels, draw, load_for_sampling
 from dcdit.sample.options import CostTarget, SamplingOptions
 from dcdit.sample.plan import make_plans
 from dcdit.utils.images import to_pixels
@@ -56,6 +59,17 @@ def test_images_that_are_not_finite_are_not_handed_on(make):
         to_pixels(torch.full((1, 3, 2, 2), torch.nan))
 
 
+def test_a_file_of_several_dtypes_is_drawn_from_in_one(tmp_path):
+    model = small_dc_dit(grid=(8, 8))
+    model.x_embedder.half()
+    model.router.double()
+    save_model(tmp_path / "a.safetensors", model)
+    options = SamplingOptions(str(tmp_path / "a.safetensors"), "ddim", steps=2)
+    loaded = load_for_sampling(options.checkpoint, torch.device("cpu")).model
+    expected = draw(model.float(), options, LABELS, 0.3, progress=False)
+    torch.testing.assert_close(draw(loaded, options, LABELS, 0.3, progress=False).x, expected.x)
+
+
 def test_labels():
     assert class_labels(20, None, 1, None).tolist() == list(range(16))
     assert class_labels(3, None, 2, None).tolist() == [0, 0, 1, 1, 2, 2]
@@ -81,3 +95,39 @@ def test_plans():
     ]
     with pytest.raises(ValueError, match="a target needs labels"):
         plans(dynamic, target=CostTarget(1.0, "TFLOPs"))
+
+
+# --- CUDA graphs, on a stand-in for the device ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    capturable_attention.install(monkeypatch, 64)
+    return fake_device.install(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "captured"),
+    [
+        (small_dc_dit, {"budget": 9, "null_drop_fraction": None}, 4),  # two batch sizes, with and without guidance
+        (small_dit, {"null_drop_fraction": None}, 4),
+        (small_dc_dit, {}, None),  # exact mode: one graph for each number of rows
+    ],
+)
+def test_graphs_draw_the_same_images_and_records(fake: FakeDriver, make, changes, captured: int | None) -> None:
+    model = make(grid=(8, 8))
+    drop = 0.3 if captured is None else None
+    options = {**vars(OPTIONS), "batch_size": 2, **changes}
+    plain, graphed = (
+        draw(model, SamplingOptions(**{**options, "graph": graph}), LABELS, drop, progress=False)
+        for graph in (False, True)
+    )
+    assert torch.equal(graphed.x, plain.x) and graphed.calls == plain.calls
+    assert fake.graphs and (captured is None or len(fake.graphs) == captured)
+
+
+def test_without_a_gpu_graphs_are_refused_in_one_line() -> None:
+    for make, budget in ((small_dc_dit, None), (small_dc_dit, 9), (small_dit, None)):
+        options = SamplingOptions("run", "ddim", steps=1, budget=budget, graph=True)
+        with pytest.raises(ValueError, match=r"^the model is on cpu; CUDA graphs need a CUDA device$"):
+            draw(make(grid=(8, 8)), options, LABELS, None, progress=False)

@@ -200,7 +200,7 @@ def test_class_names_can_be_given(tmp_path, dynamic):
         dcdit.load(dynamic, device="cpu", class_names=["a", "b"])
     for damaged in ("[1, 2]", '{"a": 1}', "nonsense"):
         ckpt.save_model(tmp_path / "model.safetensors", small_dit(**PIXELS), notes={"class_names": damaged})
-        with pytest.raises(ValueError, match="is damaged: its class_names are not a list of names"):
+        with pytest.raises(ValueError, match="its class_names"):
             dcdit.load(tmp_path, device="cpu")
 
 

@@ -201,6 +201,33 @@ def dechunk_spatial(
     return h, p, sel, grid, sigma, c, added
 
 
+# --- group norm ---------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    layout: str,
+    *shape: int,
+    groups: int,
+    dtype: torch.dtype = torch.float32,
+    parameter_dtype: torch.dtype = torch.float32,
+    shifted: bool = True,
+    mean: float = 0.0,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> tuple[Any, ...]:
+    """x of (B, C, H, W) in one of :data:`MEMORY_FORMATS`, or as ``tokens`` (B, L, C); the shift is a slice."""
+    images, channels = shape[:2]
+    made = "channels_last" if layout == "tokens" else layout
+    x = predictability_features(made, *shape, dtype=dtype, seed=seed, device=device)
+    if mean:
+        x.add_(mean)
+    if layout == "tokens":
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+    weight, bias, *_ = predictability_parameters(channels, parameter_dtype, seed, device)
+    table = randn(images, 2 * channels, dtype=parameter_dtype, seed=seed + 5).to(device)
+    return x, groups, weight, bias, table[:, channels:] if shifted else None, 1e-5
+
+
 # --- modulation ---------------------------------------------------------------------------------------------------
 
 

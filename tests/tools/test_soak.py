@@ -16,10 +16,12 @@ SMALL = {"optim.steps": 3, "run.checkpoint_every": 1, "model.name": "DiT-S/2"}
 
 
 def test_two_kills_find_nothing():
-    found = kills.run(2, (kills.Setting("training", 0.5, kills.IN_TRAINING, SMALL),))
+    settings = [("training", 0.5, kills.IN_TRAINING, SMALL), ("writing", 0.01, kills.IN_WRITING, SMALL, True)]
+    found = kills.run(2, tuple(kills.Setting(*setting) for setting in settings))
     assert found.faults == 0
-    cells = [cell.strip() for cell in found.page.splitlines()[-1].strip("|").split("|")]
-    assert cells[:2] == ["training", "2"] and int(cells[4]) >= 1 and cells[5:] == ["0"] * 4
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.page.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["training", "writing"] and rows[0][1] == rows[1][2] == "2"
+    assert all(int(row[4]) >= 1 and row[5:] == ["0"] * 4 for row in rows)
 
 
 def test_what_is_wrong_is_counted(tmp_path):

@@ -223,8 +223,9 @@ def test_a_signal_before_the_first_step(config, tmp_path, monkeypatch):
     """A new run saves what it began with, and a resumed one has its checkpoint; both go on as ever."""
 
     class AtOnce(Signals):
+        caught = signal.SIGTERM
+
         def __enter__(self):
-            self.caught = signal.SIGTERM
             return self
 
         def __exit__(self, *error):

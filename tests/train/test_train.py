@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dcdit import checkpoint as ckpt
@@ -482,10 +484,87 @@ def test_old_checkpoints_go(config):
     assert [path.name for path in ckpt.list_checkpoints(result.log.parent)] == ["step_00000003", "step_00000004"]
 
 
+@pytest.mark.parametrize("launcher", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", None])
+def test_a_run_ends_with_its_launcher(config, monkeypatch, launcher):
+    """That of one process dies of SIGTERM and passes nothing on. Without a launcher, the parent may end (nohup)."""
+    if launcher is not None:
+        monkeypatch.setenv(launcher, "no")
+
+    def launcher_ends(record):
+        if record["step"] == 2:
+            monkeypatch.setattr(os, "getppid", lambda: 1)
+
+    result = train(config(), callbacks=[launcher_ends])
+    ended = (4, "steps", 0) if launcher is None else (2, "interrupt", signal.SIGTERM)
+    assert (result.step, result.reason, result.signal) == ended
+    assert ckpt.read_trainer(result.checkpoint)["step"] == result.step
+
+
 def test_signal_handlers_come_back(config):
     before = signal.getsignal(signal.SIGINT)
     train(config("optim.steps=1"), callbacks=[stop_at(1)])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A function that makes a folder with class folders of these names."""
+    count = itertools.count()
+
+    def make(*classes):
+        folder = tmp_path / f"pictures-{next(count)}"
+        for name in classes:
+            (folder / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name / f"{i}.png")
+        return folder
+
+    return make
+
+
+CHANGED_CLASSES = {
+    # classes of the data: what the error says
+    ("bird", "cat", "dog", "fox"): "with 'bird', so label 0 was 'cat' and would be 'bird'",
+    ("cat", "dog", "fox", "wolf"): "with 'wolf', so label 3 was None and would be 'wolf'",
+    ("cat", "fox"): "without 'dog', so label 1 was 'dog' and would be 'fox'",
+    ("cat", "dog"): "without 'fox', so label 2 was 'fox' and would be None",
+    ("Dog", "cat", "fox"): "without 'dog', with 'Dog', so label 0 was 'cat' and would be 'Dog'",
+    (*"abcde", "cat", "dog", "fox"): "with 'a', 'b', 'c', and 2 more, so label 0",
+}
+
+
+def test_a_run_does_not_go_on_with_other_classes(config, pictures, tmp_path):
+    data = config("optim.steps=1", "model.num_classes=9", "data.kind=folder", "data.size=8", "run.checkpoint_every=1")
+    run = train(override(data, {"data.path": str(pictures("cat", "dog", "fox"))})).log.parent
+    before = {path: path.read_bytes() for path in run.glob("*.*") if path.is_file()}
+    for classes, message in CHANGED_CLASSES.items():
+        changed = override(data, {"data.path": str(pictures(*classes)), "optim.steps": 2})
+        with pytest.raises(ValueError, match=rf"^the data has other classes than {run}: {message}"):
+            train(changed, resume=run)
+    assert {path: path.read_bytes() for path in before} == before
+    same = override(data, {"data.path": str(pictures("fox", "dog", "cat")), "optim.steps": 2})
+    assert train(same, resume=run).step == 2
+
+
+def test_a_run_goes_on_where_no_label_changes(config, pictures, archive, tmp_path):
+    """The classes of an archive have no names, a single class has that of a folder, old checkpoints have none."""
+    more = tmp_path / "more.npz"
+    with np.load(archive) as arrays:
+        np.savez(more, images=arrays["images"], labels=arrays["labels"] + 1)
+    folder = ["data.kind=folder", "data.size=8"]
+    for name, options, before, after in (
+        ("counted", ["model.num_classes=4"], archive, more),
+        ("one", folder, pictures("cat") / "cat", pictures("dog") / "dog"),
+        ("old", folder, pictures("ant", "cat"), pictures("cat", "dog")),
+    ):
+        settings = config("optim.steps=1", *options, f"data.path={before}", out=name)
+        saved = train(settings).checkpoint
+        if name == "old":
+            for file in (saved / ckpt.MODEL_FILE, saved / ckpt.EMA_FILE):
+                metadata = ckpt.read_metadata(file)
+                del metadata["class_names"]
+                save_file(load_file(file), file, metadata)
+        assert train(override(settings, ["optim.steps=2", f"data.path={after}"]), resume=tmp_path / name).step == 2
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -495,7 +574,7 @@ def test_signal_handlers_come_back(config):
     ("overrides", "message"),
     [
         (["model.name=DC-DiT-M"], "unknown preset 'DC-DiT-M'; accepted: DC-DiT-S"),
-        (["model.overrides.widht=3"], "unknown DCDiTConfig keys: widht"),
+        (["model.overrides.widht=3"], "unknown key 'widht' in DCDiTConfig"),
         (["router.group_size=3"], r"router\.group_size is 3; accepted: a divisor of the 4 .* pass, or null$"),
         (
             ["router.group_size=4", "optim.accumulate=2"],

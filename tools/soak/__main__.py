@@ -9,6 +9,8 @@ import argparse
 import importlib
 import os
 import platform
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from tools.soak.part import Part
 
 PARTS = {
     "kills": "training and checkpoint writing, killed at random moments",
+    "malformed": "malformed files, made and randomly damaged, given to the commands that read them",
     "operations": "random calls of every operation against the float64 definition",
 }
 """Name of a module to what it does."""
@@ -29,6 +32,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the page to this file")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that files are removed
     unknown = set(args.parts) - PARTS.keys()
     if unknown:
         parser.error(f"part {min(unknown)!r}; accepted: {', '.join(PARTS)}")
@@ -41,7 +45,12 @@ def main() -> int:
         print(f"\n{pages[-1]}\n", flush=True)
         faults += part.faults
     if args.out is not None:
-        conditions = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%F')}"
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        conditions = (
+            f"commit {commit}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{time.strftime('%F')}"
+        )
         page = ["# Soak", f"`make soak` printed this: {conditions}.", *pages]
         args.out.write_text("\n\n".join(page) + "\n", encoding="utf-8")
     return int(faults > 0)

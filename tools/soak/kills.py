@@ -5,12 +5,13 @@ for bit, and the log must be the same. After every kill, the newest checkpoint m
 one before the kill.
 
 Each attempt is a process, forked from one that has imported everything but has never computed. Its parent kills it
-after a random time. In the first setting most of the time is spent on steps; in the second on writing, replacing and
-deleting checkpoints.
+after a random time. In the first setting most of the time is spent on steps. In the second the time begins when a
+checkpoint begins to be written, and most of it is spent on writing, replacing and deleting checkpoints.
 """
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -35,6 +36,7 @@ from dcdit.config import TrainConfig, override
 from dcdit.train import train
 from dcdit.utils.tables import markdown_table
 from tools.soak.part import Part
+from tools.soak.processes import end_with
 
 KILLS = 100
 SEED = 0
@@ -63,6 +65,8 @@ class Setting:
     seconds: float
     counted: str
     overrides: dict[str, Any]
+    from_writing: bool = False
+    """Whether the seconds begin when the attempt begins to write a checkpoint."""
 
 
 IN_TRAINING, IN_WRITING = "kills", "while a checkpoint was written or deleted"
@@ -70,7 +74,7 @@ SETTINGS = (
     Setting("training", 3.0, IN_TRAINING, {"optim.steps": 60, "run.checkpoint_every": 5, "data.workers": 1}),
     Setting(
         "checkpoint writing",
-        3.0,
+        0.5,
         IN_WRITING,
         {
             "optim.steps": 12,
@@ -79,6 +83,7 @@ SETTINGS = (
             "model.overrides.hidden_size": 768,
             "model.overrides.num_heads": 12,
         },
+        from_writing=True,
     ),
 )
 COLUMNS = (
@@ -116,24 +121,24 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
     np.savez(folder / "images.npz", images=images, labels=labels)
     config = override({}, {**BASE, **setting.overrides, "data.path": str(folder / "images.npz")})
     whole = folder / "whole"
-    _end(_start(_training(config, whole), folder), folder)
+    _ends_within(math.inf, _training(config, whole), folder)
     found: Counter[str] = Counter()
     moments = random.Random(SEED)
     with tqdm(total=kills, desc=setting.name, unit="kill") as bar:
         while found[setting.counted] < kills:
             out = folder / f"run-{found['runs finished']}"
             newest = _newest(out)
-            process = _start(_training(config, out), folder)
-            if _ends_within(moments.uniform(0, setting.seconds), process, folder):
+            begun = _writes_to(out) if setting.from_writing else _at_once
+            if _ends_within(moments.uniform(0, setting.seconds), _training(config, out), folder, begun):
                 _compare(whole, out, found)
             else:
                 found[IN_TRAINING] += 1
-                found[IN_WRITING] += any((out / "checkpoints").glob(".*/*/*"))
+                found[IN_WRITING] += bool(_unfinished(out))
                 found["before the first checkpoint"] += _newest(out) is None
                 bar.update(found[setting.counted] - bar.n)
             found["checkpoints incomplete or lost"] += not _is_kept(newest, _newest(out), out)
     out = folder / f"run-{found['runs finished']}"
-    _end(_start(_training(config, out), folder), folder)
+    _ends_within(math.inf, _training(config, out), folder)
     _compare(whole, out, found)
     return found
 
@@ -146,12 +151,49 @@ def _training(config: TrainConfig, out: Path) -> Callable[[], Any]:
     return lambda: train(settings, resume=out if ckpt.list_checkpoints(out) else None)
 
 
-def _start(work: Callable[[], Any], folder: Path) -> int:
-    """A forked process that does ``work``; what it prints goes to a file in ``folder``."""
+def _at_once() -> bool:
+    return True
+
+
+def _writes_to(out: Path) -> Callable[[], bool]:
+    """Whether something is written to a run's folder that was not there before."""
+    before = _unfinished(out)
+    return lambda: bool(_unfinished(out) - before)
+
+
+def _unfinished(out: Path) -> set[Path]:
+    """Files of checkpoints that are being written or deleted."""
+    return set((out / ckpt.CHECKPOINTS).glob(".*/*/*"))
+
+
+def _ends_within(seconds: float, work: Callable[[], Any], folder: Path, begun: Callable[[], bool] = _at_once) -> bool:
+    """Whether a forked process that does ``work`` ends before so many seconds; else it is killed.
+
+    What it prints goes to a file in ``folder``. The seconds begin when ``begun`` says so.
+    """
+    process, deadline = _fork(work, folder), math.inf
+    try:
+        while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT | os.WNOHANG) and time.monotonic() < deadline:
+            time.sleep(0.001)
+            if deadline == math.inf and begun():
+                deadline = time.monotonic() + seconds
+    finally:  # also if this process is asked to end
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+    if os.WIFEXITED(status) and status:
+        raise RuntimeError(f"a run failed by itself: {(folder / OUTPUT).read_text().splitlines()[-1:]}")
+    return os.WIFEXITED(status)
+
+
+def _fork(work: Callable[[], Any], folder: Path) -> int:
+    parent = os.getpid()
     process = os.fork()
     if process:
         return process
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_with(parent)
+        tempfile.tempdir = str(folder)  # what a killed process leaves there goes with the folder
         output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -161,26 +203,6 @@ def _start(work: Callable[[], Any], folder: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(1)
-
-
-def _end(process: int, folder: Path, options: int = 0) -> bool:
-    """Whether a process has ended; waits for that unless ``options`` say otherwise."""
-    ended, status = os.waitpid(process, options)
-    if status:
-        raise RuntimeError(f"a run failed by itself: {(folder / OUTPUT).read_text().splitlines()[-1:]}")
-    return bool(ended)
-
-
-def _ends_within(seconds: float, process: int, folder: Path) -> bool:
-    """Whether a process ends by itself before so many seconds; else it is killed."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if _end(process, folder, os.WNOHANG):
-            return True
-        time.sleep(0.001)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return False
 
 
 # --- what is found --------------------------------------------------------------------------------------------------

@@ -12,21 +12,30 @@ from torch import Tensor
 from dcdit import ops
 from dcdit.ops import TokenSelection
 
-SIZES = (0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 33, 40)
-WIDTHS = (1, 2, 3, 4, 7, 8, 8, 16, 20, 33)
+SIZES = (0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 33, 40, 70)
+SIDES = (0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9, 17)
+"""Of grids. The longest are longer than the window of the smoothing."""
+WIDTHS = (1, 2, 3, 4, 7, 8, 8, 16, 20, 33, 66)
 SCALES = (1.0, 1.0, 1.0, 1e-3, 1e3)
 _KERNEL_DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 EVERY_DTYPE = {"torch": (*_KERNEL_DTYPES, torch.float64), "triton": _KERNEL_DTYPES}
 """The dtypes that a backend has; a likely one stands there twice."""
+LAYOUTS = 6
 LARGE_SCALES = (1e-14, 1e20, 1e30)
 """Of rows whose cosine is taken."""
 
 
 class Call(NamedTuple):
-    """An operation and its arguments."""
+    """An operation, its arguments, and how it is called and differentiated."""
 
     op: Callable[..., Any]
     args: tuple[Any, ...]
+    without_gradient: tuple[int, ...] = ()
+    """Numbers of the arguments whose gradient nobody wants."""
+    cotangents: int = 0
+    """The memory layout of what flows back, as in :func:`strided`."""
+    autocast: bool = False
+    """Whether all runs under autocast, which changes nothing."""
 
 
 class Maker:
@@ -62,7 +71,7 @@ class Maker:
         return [self.random.choice(SIZES) for _ in range(self.random.randrange(5))]
 
     def grid(self) -> tuple[int, int]:
-        return self.random.randrange(8), self.random.randrange(8)
+        return self.random.choice(SIDES), self.random.choice(SIDES)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float | None = None) -> Tensor:
         """Normal numbers in random strides."""
@@ -80,19 +89,7 @@ class Maker:
         return self._strided(x.to(dtype))
 
     def _strided(self, x: Tensor) -> Tensor:
-        """The same numbers in another layout."""
-        kind = self.random.randrange(6)
-        if x.dim() < 2 or kind == 0:
-            return torch.stack([x, x], -1)[..., 0] if x.dim() == 1 and kind else x
-        if kind == 1:
-            return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        if kind == 2:
-            return x.movedim(0, -1).contiguous().movedim(-1, 0)
-        if kind == 3:
-            return torch.cat([x, x], -1)[..., x.shape[-1] :]
-        if kind == 4:
-            return torch.stack([x, x], -1)[..., 0]
-        return x[:1].expand(x.shape) if x.shape[0] else x
+        return strided(x, self.random.randrange(LAYOUTS))
 
     def cu_seqlens(self, lengths: list[int]) -> Tensor:
         return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -148,6 +145,34 @@ class Maker:
         return torch.where((sel.indices >= 0)[:, None], rows, float("nan"))
 
 
+def strided(x: Tensor, layout: int) -> Tensor:
+    """The same numbers in another memory layout; of the last one, one slice in place of all."""
+    if x.dim() < 2 or layout == 0:
+        return torch.stack([x, x], -1)[..., 0] if x.dim() == 1 and layout else x
+    if layout == 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == 2:
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == 3:
+        return torch.cat([x, x], -1)[..., x.shape[-1] :]
+    if layout == 4:
+        return torch.stack([x, x], -1)[..., 0]
+    return x[:1].expand(x.shape) if x.shape[0] else x
+
+
+def random_call(operation: str, seed: str, dtypes: tuple[torch.dtype, ...]) -> Call:
+    """A call of an operation, the same for the same seed."""
+    make = Maker(seed, dtypes)
+    call = MAKERS[operation](make)
+    floats = [i for i, a in enumerate(call.args) if isinstance(a, Tensor) and a.is_floating_point()]
+    unwanted = tuple(i for i in floats if make.random.random() < 0.5) if make.random.random() < 0.3 else ()
+    return call._replace(
+        without_gradient=unwanted,
+        cotangents=make.random.randrange(LAYOUTS),
+        autocast=make.random.random() < 0.2,
+    )
+
+
 def _selection_of_mask(mask: Tensor) -> TokenSelection:
     lengths = mask.sum(1).to(torch.int32)
     return TokenSelection(
@@ -192,6 +217,17 @@ def boundary_prob_predictability(make: Maker) -> Call:
     parameters = [make.normal(channels, dtype=dtypes[1], scale=1.0) for _ in range(3)]
     bias = make.normal(dtype=dtypes[1], scale=1.0)
     return Call(ops.boundary_prob_predictability, (features, *parameters, bias, groups))
+
+
+def group_norm_silu(make: Maker) -> Call:
+    groups, width = make.random.randint(1, 4), make.one_of(1, 2, 3, 8)
+    images, channels, (a, b) = make.random.randrange(4), groups * width, make.dtypes(2)
+    height, length = make.grid()
+    x = make.normal(images, channels, height, length, dtype=a) if make.one_of(False, True) else None
+    x = make.normal(images, height * length, channels, dtype=a) if x is None else x
+    weight, bias = (make.normal(channels, dtype=b, scale=1.0) for _ in range(2))
+    shift = make.normal(images, channels, dtype=b, scale=1.0) if make.one_of(False, True) else None
+    return Call(ops.group_norm_silu, (x, groups, weight, bias, shift))
 
 
 def select_tokens(make: Maker) -> Call:
@@ -281,6 +317,14 @@ def varlen_attention(make: Maker) -> Call:
         ops.varlen_attention,
         (q, k, v, make.cu_seqlens(lengths), longest, make.one_of(False, True), "auto", padding > 0),
     )
+
+
+def philox_normal(make: Maker) -> Call:
+    def whole(bits: int, *shape: int) -> Tensor:
+        numbers = [make.random.getrandbits(make.one_of(3, bits)) for _ in range(math.prod(shape))]
+        return torch.tensor(numbers, dtype=torch.int64).reshape(shape)
+
+    return Call(ops.philox_normal, (whole(63), whole(63, make.random.randrange(4)), whole(63), make.size()))
 
 
 MAKERS: dict[str, Callable[[Maker], Call]] = {

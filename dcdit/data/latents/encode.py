@@ -27,6 +27,7 @@ from dcdit.data.latents.manifest import (
     write_manifest,
 )
 from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
+from dcdit.data.loader import leave_signals_to_parent
 from dcdit.data.samples import sample_rng, to_sample
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import atomically
@@ -113,7 +114,8 @@ def encode_images(
         for number in missing[rank::world]:
             first = number * shard_size
             members = slice(first, first + shard_size)
-            pixels = DataLoader(_Images(files[members], size), batch_size, num_workers=workers)
+            opened = _Images(files[members], size)
+            pixels = DataLoader(opened, batch_size, num_workers=workers, worker_init_fn=leave_signals_to_parent)
             latents, mirrored = _encode(encoder, pixels, first, bar)
             shard = _write_shard(out / names[number], latents, mirrored, labels[members])
             if rank == 0:

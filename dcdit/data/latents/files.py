@@ -6,17 +6,22 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 
+from dcdit.data.archives import parse_npy
 from dcdit.data.samples import DamagedFile
-from dcdit.utils.reading import open_regular
+from dcdit.utils.reading import kind_of, kind_of_file, open_regular, read_bytes
+from dcdit.utils.text import one_line
 
 T = TypeVar("T")
 Array = np.ndarray[Any, Any]
+FILE_BYTES = 1 << 30
+"""The file of one image may have so many."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Header of a file inside a zip: signature, and the lengths of the name and the extra field that follow."""
 
@@ -74,10 +79,10 @@ class FolderFiles:
     def read(self, index: int) -> bytes:
         """The file's content. DamagedFile if there is no such file, or no regular one."""
         try:
-            with open_regular(self.path / self.names[index]) as file:
-                return file.read()
-        except OSError as error:
-            raise DamagedFile(f"cannot read {self.path_of(index)}: {error.strerror}") from None
+            return read_bytes(self.path / self.names[index], FILE_BYTES)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it has more bytes than the file of an image"
+            raise DamagedFile(f"cannot read {self.path_of(index)}: {reason}") from None
 
 
 class ZipFiles:
@@ -99,10 +104,16 @@ class ZipFiles:
         if compressed is not None:
             raise ValueError(f"{path} compresses {compressed!r}; accepted: a zip without compression (zip -0)")
         self.path, self.names = path, Names(names)
+        self._file = PerProcess(functools.partial(_open_unbuffered, path))
+        size = os.fstat(self._file.get().fileno()).st_size
+        beyond = next((i for i in infos if i is not None and max(i.file_size, i.header_offset) > size), None)
+        if beyond is not None:
+            raise ValueError(
+                f"{path}: {beyond.filename!r} is said to have {beyond.file_size} bytes, and the zip has {size}"
+            )
         self._offsets = np.array([-1 if info is None else info.header_offset for info in infos], np.int64)
         self._sizes = np.array([0 if info is None else info.file_size for info in infos], np.int64)
         self._checks = np.array([0 if info is None else info.CRC for info in infos], np.uint32)
-        self._file = PerProcess(functools.partial(open, path, "rb", buffering=0))
 
     def path_of(self, index: int) -> str:
         return f"{self.path}/{self.names[index]}"
@@ -121,6 +132,34 @@ class ZipFiles:
         raise DamagedFile(f"cannot read {self.path_of(index)}: it differs from the zip's own checksum")
 
 
+def _open_unbuffered(path: Path) -> IO[bytes]:
+    with open_regular(path) as file:
+        return os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
+
+
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip as long as the block lasts.
+
+    Raises:
+        ValueError: it is damaged or no zip, also if that shows within the block.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except (ValueError, KeyError):  # of the block
+        raise
+    except Exception as error:  # a damaged zip raises BadZipFile, zlib.error, EOFError, NotImplementedError and others
+        raise ValueError(f"{path} is damaged or no zip: {_why(path, error)}") from None
+
+
+def _why(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = kind_of_file(path)
+    return one_line(error) if known is None or "zip" in known else known
+
+
 Files = FolderFiles | ZipFiles
 
 
@@ -128,6 +167,8 @@ def read_npy(files: Files, index: int) -> Array:
     """The array in one ``.npy`` of ``files``. DamagedFile if it cannot be read."""
     data = files.read(index)
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DamagedFile(f"cannot read {files.path_of(index)}: {' '.join(str(error).split())}") from None
+        return parse_npy(io.BytesIO(data), len(data))
+    except ValueError as error:
+        known = None if data.startswith(np.lib.format.MAGIC_PREFIX) else kind_of(data)
+        reason = known or one_line(error)
+        raise DamagedFile(f"cannot read {files.path_of(index)}: {reason}") from None

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from dcdit.utils.files import write_text
 from dcdit.utils.inside import is_inside
-from dcdit.utils.reading import sha256
+from dcdit.utils.reading import read_json, sha256
+from dcdit.utils.schema import check_types, from_mapping
 
 MANIFEST_FILE = "manifest.json"
 ENTRY = ".entry.json"
@@ -30,6 +32,13 @@ class ShardEntry:
     """Per channel, over the latents that are not mirrored."""
     sum_of_squares: list[float]
     """The same of their squares."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not is_inside(self.file):
+            raise ValueError(f"it lists {self.file!r}; accepted: files inside the folder")
+        if self.images < 1 or self.bytes < 1:
+            raise ValueError(f"{self.file!r} has {self.images} images and {self.bytes} bytes; accepted: at least 1")
 
 
 @dataclass
@@ -51,6 +60,15 @@ class Manifest:
     """Those that are finished, in order."""
     format: str = FORMAT
 
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"it has the format {self.format!r}; accepted: {FORMAT}")
+        check_types(self)
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"shape is {self.shape}; accepted: [C, H, W], positive integers")
+        if self.images < 1 or not self.scale:
+            raise ValueError(f"images is {self.images} and scale {self.scale}; accepted: at least 1, and not 0")
+
     @property
     def done(self) -> int:
         """Number of images in finished shards."""
@@ -58,21 +76,18 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None if it has none. ValueError if it is not readable."""
+    """The manifest of a folder; None if it has none. ValueError if it is not readable, or values are of other types."""
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    data = read_json(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**{**data, "shards": [ShardEntry(**shard) for shard in data["shards"]]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not readable: {' '.join(str(error).split())}") from None
-    if manifest.format != FORMAT:
-        raise ValueError(f"{path} has the format {manifest.format!r}; accepted: {FORMAT}")
-    outside = next((shard.file for shard in manifest.shards if not is_inside(shard.file)), None)
-    if outside is not None:
-        raise ValueError(f"{path} lists {outside!r}; accepted: files inside the folder")
-    return manifest
+        shards = data.get("shards") if isinstance(data, dict) else None
+        if isinstance(shards, list):
+            data = {**data, "shards": [from_mapping(ShardEntry, shard, "a shard") for shard in shards]}
+        return from_mapping(Manifest, data, "the manifest")
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable: {error}") from None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -89,8 +104,8 @@ def read_entries(folder: Path) -> dict[str, ShardEntry]:
     """What :func:`write_entry` wrote, by the shards' file names. Other files of such names are ignored."""
     found = {}
     for file in sorted(folder.glob(f"*{ENTRY}")):
-        with contextlib.suppress(ValueError, TypeError):
-            shard = ShardEntry(**json.loads(file.read_text(encoding="utf-8")))
+        with contextlib.suppress(ValueError, OSError):
+            shard = from_mapping(ShardEntry, read_json(file), "a shard")
             if file == _entry_file(folder, shard.file):
                 found[shard.file] = shard
     return found
@@ -110,7 +125,7 @@ def size_problem(folder: Path, shard: ShardEntry) -> str | None:
     """What is wrong with a shard, judged by its size alone; None if nothing."""
     path = folder / shard.file
     if not path.is_file():
-        return f"{path} is missing"
+        return f"{path} {'is no regular file' if path.exists() else 'is missing'}"
     size = path.stat().st_size
     return None if size == shard.bytes else f"{path} has {size} bytes, the manifest says {shard.bytes}"
 

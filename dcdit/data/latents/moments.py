@@ -1,7 +1,5 @@
 """Moments of an autoencoder's posterior, one ``.npy`` per image, in a folder or a zip: the format of EDM2 and REPA."""
 
-import json
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,12 +9,15 @@ from torch import Tensor
 
 from dcdit.data.autoencoder import SD_VAE_SCALE
 from dcdit.data.labels import MAX_CLASSES
-from dcdit.data.latents.files import Files, FolderFiles, ZipFiles, read_npy
+from dcdit.data.latents.files import Files, FolderFiles, ZipFiles, open_zip, read_npy
 from dcdit.data.latents.store import LatentStore, as_latent, finite, first_readable
 from dcdit.data.samples import DamagedFile
 from dcdit.utils.inside import is_inside
+from dcdit.utils.reading import parse_json, read_bytes
 
 INDEX = "dataset.json"
+INDEX_BYTES = 1 << 30
+"""It may have so many; that of ImageNet has 60 million."""
 FOLDER = "vae-sd"
 """REPA's name for the folder of moments inside its data folder."""
 
@@ -79,27 +80,32 @@ def find_moments(path: Path) -> Path | None:
 def _open_files(path: Path) -> tuple[Files, list[int]]:
     if path.is_dir():
         present = (str(file.relative_to(path)) for file in path.rglob("*.npy"))
-        names, labels = _parse_index(path, (path / INDEX).read_bytes(), present)
+        names, labels = _parse_index(path, read_bytes(path / INDEX, INDEX_BYTES), present)
         return FolderFiles(path, names), labels
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
+            if archive.getinfo(INDEX).file_size > INDEX_BYTES:
+                raise ValueError(f"{path}: {INDEX} is too large; accepted: at most {INDEX_BYTES} bytes")
             names, labels = _parse_index(path, archive.read(INDEX), archive.namelist())
             return ZipFiles(archive, path, names), labels
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no zip of moments: {' '.join(str(error).split())}") from None
+    except KeyError:
+        raise ValueError(f"{path} is no zip of moments: there is no {INDEX} in it") from None
 
 
 def _parse_index(path: Path, data: bytes, present: Iterable[str]) -> tuple[list[str], list[int]]:
     """(names of the arrays, sorted; label of each). ``present`` are the names of all files there are."""
-    try:
-        given = json.loads(data)["labels"]
-        given = given if given is not None else [(name, 0) for name in present if name.endswith(".npy")]
-        pairs = dict(given)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: {INDEX} is not readable: {type(error).__name__} {error}") from None
+    index = parse_json(data, f"{path}: {INDEX}")
+    if not isinstance(index, dict) or not isinstance(index.get("labels", 0), list | None):
+        raise ValueError(f"{path}: {INDEX} has no list of labels; accepted: {{'labels': [[name, label], ...]}} or null")
+    given = index["labels"]
+    given = given if given is not None else [[name, 0] for name in present if name.endswith(".npy")]
+    odd = next((pair for pair in given if not isinstance(pair, list) or len(pair) != 2), None)
+    if odd is not None:
+        raise ValueError(f"{path}: {INDEX} lists {odd!r}; accepted: pairs of a name and a label")
+    pairs = {name if isinstance(name, str) else repr(name): label for name, label in given}
     for name, label in pairs.items():
         # bool is a kind of int in Python
-        if type(name) is not str or not name.endswith(".npy") or type(label) is not int or not 0 <= label < MAX_CLASSES:
+        if not name.endswith(".npy") or type(label) is not int or not 0 <= label < MAX_CLASSES:
             raise ValueError(
                 f"{path}: {INDEX} lists {name!r} with label {label!r}; accepted: .npy, integers from 0 to "
                 f"{MAX_CLASSES - 1}"

@@ -1,6 +1,6 @@
 """Safetensors shards of latents: the format of LightningDiT, and with a manifest that of ``dcdit extract``."""
 
-import pickle
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,14 @@ from dcdit.data.latents.files import PerProcess
 from dcdit.data.latents.manifest import MANIFEST_FILE, Manifest, read_manifest, size_problem
 from dcdit.data.latents.store import LatentStore, PerChannel, finite
 from dcdit.data.samples import DamagedFile, skip_or_raise
+from dcdit.utils.pickles import check_dense, load_pickled
+from dcdit.utils.tensors import open_tensors
+from dcdit.utils.text import one_line
 
 LATENTS, MIRRORED, LABELS = "latents", "latents_flip", "labels"
 STATISTICS = "latents_stats.pt"
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""Dtypes of latents, as safetensors calls them."""
 Slices = dict[str, Any]
 """The tensors of one open shard, by name, to be read row by row."""
 
@@ -82,17 +87,20 @@ class ShardStore(LatentStore):
         slices = _open(file)
         if not {LATENTS, LABELS} <= slices.keys():
             raise DamagedFile(f"{file} holds {', '.join(sorted(slices))}; accepted: {LATENTS} and {LABELS}")
+        if len(slices[LATENTS].get_shape()) != 4 or 0 in slices[LATENTS].get_shape():
+            raise DamagedFile(f"{file}: {LATENTS} has the shape {slices[LATENTS].get_shape()}; accepted: (N, C, H, W)")
         count, *shape = slices[LATENTS].get_shape()
         if first:
             self.shape, self.has_mirrored = tuple(shape), MIRRORED in slices
+        for name in slices.keys() & {LATENTS, MIRRORED}:
+            if slices[name].get_dtype() not in FLOATS:
+                raise DamagedFile(f"{file}: {name} is {slices[name].get_dtype()}; accepted: {', '.join(FLOATS)}")
         labels = _integers(slices[LABELS][:], file)
         expected = {LATENTS: [count, *self.shape], MIRRORED: [count, *self.shape], LABELS: [count]}
         for name, accepted in expected.items():
             found = slices[name].get_shape() if name in slices else None
             if found != accepted and (name != MIRRORED or self.has_mirrored):
                 raise DamagedFile(f"{file}: {name} has the shape {found}; accepted: {accepted}")
-        if len(self.shape) != 3:
-            raise DamagedFile(f"{file}: {LATENTS} has the shape {[count, *shape]}; accepted: (N, C, H, W)")
         return as_labels(labels, count, str(file), len(self.class_names or ()) or MAX_CLASSES)
 
 
@@ -126,27 +134,31 @@ def _of_right_size(path: Path, manifest: Manifest, skip_damaged: bool) -> list[P
 
 
 def _open(file: Path) -> Slices:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        opened = safe_open(file, framework="pt")
-        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
-        raise DamagedFile(f"cannot read {file}: {' '.join(str(error).split())}") from None
+        with open_tensors(file) as opened:
+            return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"cannot read {one_line(error)}") from None
 
 
 def _read_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     """(mean, 1 / std) of ``latents_stats.pt``, each (C, 1, 1)."""
     file = path / STATISTICS
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ValueError(
             f"{path} has neither {MANIFEST_FILE} nor {STATISTICS}; accepted: one of them, or data.scale (1: as stored)"
         )
-    try:
-        statistics = torch.load(file, map_location="cpu", weights_only=True)
-        mean, std = (statistics[name].float().reshape(channels, 1, 1) for name in ("mean", "std"))
-    except (OSError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} holds no mean and std of {channels} channels: {type(error).__name__}") from None
-    if not (std > 0).all():
-        raise ValueError(f"{file} holds the std {std.flatten().tolist()}; accepted: above 0")
+    statistics = load_pickled(file)
+    named = {name: statistics.get(name) for name in ("mean", "std")} if isinstance(statistics, dict) else {}
+    tensors = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
+    check_dense(tensors, file)
+    mean, std = tensors.get("mean"), tensors.get("std")
+    if mean is None or std is None or mean.numel() != channels or std.numel() != channels:
+        raise ValueError(
+            f"{file} holds no mean and std of {channels} channels; accepted: tensors (1, {channels}, 1, 1)"
+        )
+    mean, std = (tensor.float().reshape(channels, 1, 1) for tensor in (mean, std))
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        found = f"the mean {mean.flatten().tolist()} and the std {std.flatten().tolist()}"
+        raise ValueError(f"{file} holds {found}; accepted: finite numbers, a std above 0")
     return mean, 1 / std

@@ -21,12 +21,12 @@ from dcdit.nn import sincos_position
 
 SOURCE = "a DiTTransformer2DModel state dict of diffusers"
 PATCH_EMBED = "pos_embed.proj.weight"
-SIZING_KEYS = (
-    PATCH_EMBED,
-    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",
-    "proj_out_2.bias",
-    "transformer_blocks.0.ff.net.0.proj.weight",
-)
+SIZING_KEYS = {
+    PATCH_EMBED: 4,
+    "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight": 2,
+    "proj_out_2.bias": 1,
+    "transformer_blocks.0.ff.net.0.proj.weight": 2,
+}
 
 
 def key_table(depth: int) -> KeyTable:

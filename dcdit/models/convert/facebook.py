@@ -20,13 +20,13 @@ from dcdit.models.convert.mapping import (
 from dcdit.models.dit import DiT
 
 SOURCE = "a DiT state dict of facebookresearch/DiT or diffusers"
-SIZING_KEYS = (
-    "x_embedder.proj.weight",
-    "y_embedder.embedding_table.weight",
-    "pos_embed",
-    "final_layer.linear.bias",
-    "blocks.0.mlp.fc1.weight",
-)
+SIZING_KEYS = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "final_layer.linear.bias": 1,
+    "blocks.0.mlp.fc1.weight": 2,
+}
 
 
 def key_table(depth: int) -> KeyTable:

@@ -67,6 +67,8 @@ def import_weights(model: nn.Module, state_dict: StateDict, table: KeyTable, sou
         value, expected = state_dict[key], target.foreign_shape(ours[target.name])
         if value.shape != expected:
             raise ValueError(f"{key} has shape {tuple(value.shape)}; accepted: {tuple(expected)}")
+        if not value.is_floating_point():
+            raise ValueError(f"{key} is {value.dtype}; accepted: floating-point weights")
         first_key, first = parts[target.name].setdefault(target.part, (key, value))
         if first is not value and (first.dtype != value.dtype or not torch.equal(first, value)):
             raise ValueError(f"{key} differs from {first_key}; accepted: equal copies, for we keep one")
@@ -106,11 +108,14 @@ def _check_keys(state_dict: StateDict, table: KeyTable, source: str) -> None:
 # --- sizes from shapes --------------------------------------------------------------------------------------------
 
 
-def shapes_of(state_dict: StateDict, keys: tuple[str, ...], source: str) -> list[torch.Size]:
+def shapes_of(state_dict: StateDict, keys: Mapping[str, int], source: str) -> list[torch.Size]:
     """The shapes of these tensors.
 
+    Args:
+        keys: of the tensors, to the number of their dimensions.
+
     Raises:
-        ValueError: one of them is missing, so the state dict is of something else.
+        ValueError: one of them is missing or of other dimensions, so the state dict is of something else.
     """
     missing = [key for key in keys if not isinstance(state_dict.get(key), Tensor)]
     if missing:
@@ -118,6 +123,10 @@ def shapes_of(state_dict: StateDict, keys: tuple[str, ...], source: str) -> list
         raise ValueError(
             f"not {source}: {missing[0]} is missing, found {found}, ...; accepted: the keys of its model.state_dict()"
         )
+    for key, dims in keys.items():
+        if state_dict[key].dim() != dims or not state_dict[key].numel():
+            shape = tuple(state_dict[key].shape)
+            raise ValueError(f"not {source}: {key} has shape {shape}; accepted: {dims} dimensions, none of them 0")
     return [state_dict[key].shape for key in keys]
 
 
@@ -146,7 +155,7 @@ def transformer_fields(
         raise ValueError(
             f"the final layer predicts {out_channels} channels; accepted: {in_channels} or {2 * in_channels}"
         )
-    numbers = {int(found[1]) for key in state_dict if (found := re.match(re.escape(blocks) + r"(\d+)\.", key))}
+    numbers = {int(found[1]) for key in state_dict if (found := re.match(re.escape(blocks) + r"(\d{1,9})\.", key))}
     null_class = overrides.get("class_dropout_prob", DCDiTConfig.class_dropout_prob) > 0
     return {
         "in_channels": in_channels,

@@ -23,14 +23,14 @@ from dcdit.models.dc_dit import DCDiT
 SOURCE = "a DC-DiT state dict of the reference implementation"
 ROUTER = "hnet.routing_module"
 TRANSFORMER = "hnet.main_network.main_network"
-SIZING_KEYS = (
-    "x_embedder.proj.weight",
-    "y_embedder.embedding_table.weight",
-    "pos_embed",
-    "final_layer.linear.bias",
-    f"{TRANSFORMER}.layers.0.mlp.fc1.weight",
-    f"{ROUTER}.residual_scorer.3.bias",
-)
+SIZING_KEYS = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "final_layer.linear.bias": 1,
+    f"{TRANSFORMER}.layers.0.mlp.fc1.weight": 2,
+    f"{ROUTER}.residual_scorer.3.bias": 1,
+}
 
 
 def key_table(depth: int) -> KeyTable:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.ops._torch import host_reads
+from dcdit.ops._torch.group_norm import group_norm
 from dcdit.ops.autograd import apply, first_derivative_only, matmul
 from dcdit.ops.numerics import LARGE, NORM_EPS, shrinking_factor, upcast_all
 
@@ -45,15 +46,15 @@ def boundary_prob_predictability(
     eps: float,
 ) -> Tensor:
     x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
-        features, norm_weight, norm_bias, out_weight, out_bias
+        features.flatten(2), norm_weight, norm_bias, out_weight, out_bias
     )  # fmt: skip
-    if x.numel() == 0:  # the norm of no position would be NaN, and so would its gradients
-        x = x * (norm_weight + norm_bias)[:, None, None]
+    images, channels, length = x.shape
+    channels_last = x.stride(1) == 1
+    if channels_last or x.numel() == 0:
+        x = F.silu(group_norm(x.mT, num_groups, norm_weight, norm_bias, eps)).mT
     else:
         x = F.silu(torch.group_norm(x, num_groups, norm_weight, norm_bias, eps))
-    x = x.flatten(2)
-    images, channels, length = x.shape
-    if x.stride(1) == 1 and not torch.compiler.is_compiling():
+    if channels_last and not torch.compiler.is_compiling():
         rows = x.mT.reshape(1, images * length, channels)
         logit = matmul(rows, out_weight[None, :, None]).view(images, length)
     else:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dcdit.ops._torch.segments import segment_of_rows
 from dcdit.ops.numerics import upcast
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
+from dcdit.utils.cuda import PendingRead
 
 
 def select_tokens(
@@ -17,7 +18,7 @@ def select_tokens(
     budget: int | None,
     capacity: int | None,
     max_seqlen: int | None,
-) -> TokenSelection:
+) -> PendingSelection:
     images = _Images(p, cu_seqlens)
     natural = upcast(p.flatten()) > threshold
     overflow = torch.zeros((), dtype=torch.int32, device=p.device)
@@ -37,14 +38,16 @@ def select_tokens(
     prefix_count = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
     kept_starts = prefix_count[images.starts]
     lengths = kept_starts.diff()
+    sizes = None
     if budget is not None:
         total, bound = budget * images.count, budget
     elif capacity is not None:
         total, bound = capacity, p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
     else:
         longest = lengths.max() if images.count else kept_starts[0]
-        total, bound = torch.stack([kept_starts[-1], longest]).tolist()
-    return TokenSelection(
+        sizes = PendingRead(torch.stack([kept_starts[-1], longest]))
+        total, bound = p.numel(), p.shape[-1]
+    selection = TokenSelection(
         indices=_kept_positions(mask, prefix_count, total),
         cu_seqlens=kept_starts,
         lengths=lengths,
@@ -56,6 +59,7 @@ def select_tokens(
         source_cu_seqlens=cu_seqlens,
         prob_floor=0.0 if budget is not None else threshold,
     )
+    return PendingSelection(selection, sizes)
 
 
 class _Images:
@@ -103,7 +107,9 @@ class _Images:
     def drop(self, natural: Tensor, fraction: float | Tensor) -> Tensor:
         """(S,) bool: ``natural`` without the given fraction of lowest p in each image."""
         counts = F.pad(natural.cumsum(0), (1, 0)).index_select(0, self.starts).diff().float()
-        n_drop = (counts * torch.as_tensor(fraction, dtype=torch.float32, device=counts.device)).floor()
+        if not isinstance(fraction, Tensor):  # made on the device: a copy from the host is no part of a CUDA graph
+            fraction = torch.full((), fraction, dtype=torch.float32, device=counts.device)
+        n_drop = (counts * fraction).floor()
         return natural & (self.drop_order(natural) >= self.to_positions(n_drop))
 
     def limit(self, mask: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -60,21 +60,29 @@ class KernelOp:
 
     def __call__(self, *args: Any) -> Any:
         """What the launcher returns; its leaves while a trace is made."""
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if torch.float64 in [x.dtype for x in tensors]:
-            raise TypeError(
-                f"{self.op._name} has a float64 argument; the triton backend accepts float32, bfloat16, float16: "
-                "use dcdit.ops.use_backend('torch') or 'reference'"
-            )
-        if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
-            # Fake and functional tensors belong to a trace, which must see the registered op.
-            return self.op(*leaves(args))
-        if any(map(_is_wrapped, tensors)):
+        in_trace, transformed, requires_grad = torch.compiler.is_compiling(), False, False
+        for a in args:  # one pass: this is much of what a small call costs the host
+            if not isinstance(a, Tensor):
+                continue
+            if a.dtype is torch.float64:
+                raise TypeError(
+                    f"{self.op._name} has a float64 argument; the triton backend accepts float32, bfloat16, float16: "
+                    "use dcdit.ops.use_backend('torch') or 'reference'"
+                )
+            if in_trace or type(a) not in _PLAIN:
+                in_trace = True  # fake and functional tensors belong to one
+            elif _is_wrapped(a):
+                transformed = True
+            elif a.requires_grad:
+                requires_grad = True
+        if in_trace:
+            return self.op(*leaves(args))  # a trace must see the registered op
+        if transformed:
             # A tensor of torch.func has no memory of its own. A backward may keep it until after the transform.
             if self._function is not None and torch._C._are_functorch_transforms_active():
                 return self._function.apply(*args)
             return self.op(*leaves(args))
-        if self._function is not None and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if requires_grad and self._function is not None and torch.is_grad_enabled():
             return apply(self._function, *args)
         return self.launcher(*args)
 
@@ -135,4 +143,6 @@ def without_gradient(ctx: Any, *outputs: Tensor) -> None:
 
 def unit_stride(rows: Tensor) -> Tensor:
     """Rows that a kernel can read: any stride between rows, elements side by side; other tensors are copied."""
-    return rows if known_true(rows.stride(-1) == 1) else rows.contiguous()
+    if torch.compiler.is_compiling():
+        return rows if known_true(rows.stride(-1) == 1) else rows.contiguous()
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

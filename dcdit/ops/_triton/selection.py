@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dcdit.kernels import selection as kernels
 from dcdit.ops._triton.kernel_op import KernelOp
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import PendingSelection, TokenSelection
+from dcdit.utils.cuda import PendingRead
 
 
 def select_tokens(
@@ -16,22 +17,19 @@ def select_tokens(
     budget: int | None,
     capacity: int | None,
     max_seqlen: int | None,
-) -> TokenSelection:
+) -> PendingSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
     indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
         p.contiguous(), sequences, threshold, rho, per_image, budget, capacity, max_seqlen
     )
+    exact, bound = budget is None and capacity is None, p.shape[-1]
     if budget is not None:
         bound = budget
-    elif capacity is not None:
-        bound = p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
-    else:
-        # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
-        total, bound = sizes.tolist()
-        indices = indices[:total]
-    return TokenSelection(
+    elif capacity is not None and max_seqlen is not None:
+        bound = min(max_seqlen, p.shape[-1])
+    selection = TokenSelection(
         indices=indices,
         cu_seqlens=starts,
         lengths=lengths,
@@ -43,6 +41,8 @@ def select_tokens(
         source_cu_seqlens=cu_seqlens,
         prob_floor=threshold if budget is None else 0.0,
     )
+    # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
+    return PendingSelection(selection, PendingRead(sizes) if exact else None)
 
 
 def _select_fake(

@@ -1,5 +1,6 @@
 """What the registry is made of: operations, the cases in which they are called, and a case ready to run."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -157,6 +158,12 @@ class Workload:
         }
         self._outputs = case.outputs
 
+    def copy(self) -> "Workload":
+        """The same on other memory: the same values, strides included."""
+        made = copy.copy(self)
+        made.arguments = {name: _copied(value) for name, value in self.arguments.items()}
+        return made
+
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
         """The arguments whose gradients are wanted; empty without a backward."""
@@ -209,3 +216,13 @@ def tensors_of(outputs: Tensor | tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # The columns of a table of adaLN rows stay columns of a table: rows that lie apart are read apart.
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return made.copy_(value.detach()).requires_grad_(value.requires_grad)
+    if isinstance(value, TokenSelection):
+        return TokenSelection(*(_copied(part) for part in value))
+    return value

@@ -6,7 +6,15 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+from dcdit.utils.text import printable, short
+
+T = TypeVar("T")
+
+
+class WrongType(TypeError, ValueError):
+    """A value of another type than its key takes. Like every error that a user can cause, it is a ValueError too."""
 
 
 def option(
@@ -14,12 +22,14 @@ def option(
     doc: str,
     *,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
     """A dataclass field with its documentation and the values that it accepts (None is never out of bounds)."""
-    metadata = {"doc": doc, "at_least": at_least, "above": above, "below": below, "choices": choices}
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    metadata = {"doc": doc, **bounds, "choices": choices}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -30,16 +40,18 @@ def build(cls: type, data: Any, where: str = "") -> Any:
 
     Raises:
         ValueError: unknown key.
-        TypeError: a value of another type. Both messages name the key with its section.
+        WrongType: a value of another type. Both messages name the key with its section.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"{where.rstrip('.') or 'configuration'} is {data!r}; accepted: a section of keys")
+        raise WrongType(f"{where.rstrip('.') or 'configuration'} is {short(data)}; accepted: a section of keys")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
         if key not in hints:
             known = ", ".join(hints)
-            raise ValueError(f"unknown configuration key '{where}{key}'; accepted: {known}{did_you_mean(key, hints)}")
+            raise ValueError(
+                f"unknown configuration key '{where}{printable(key, 100)}'; accepted: {known}{did_you_mean(key, hints)}"
+            )
         if dataclasses.is_dataclass(hints[key]):
             values[key] = build(hints[key], {} if value is None else value, f"{where}{key}.")
         else:
@@ -59,7 +71,7 @@ def check_bounds(section: Any, where: str) -> None:
             hint = did_you_mean(value, field.metadata["choices"])
             items = "" if field.metadata["choices"] else "numbers "
             what = f"a non-empty list of {items}" if isinstance(value, list) else ""
-            raise ValueError(f"{where}{field.name} is {value!r}; accepted: {what}{accepted}{hint}")
+            raise ValueError(f"{where}{field.name} is {short(value)}; accepted: {what}{accepted}{hint}")
 
 
 def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
@@ -67,6 +79,7 @@ def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
         return value in bounds["choices"]
     return (
         (bounds["at_least"] is None or value >= bounds["at_least"])
+        and (bounds["at_most"] is None or value <= bounds["at_most"])
         and (bounds["above"] is None or value > bounds["above"])
         and (bounds["below"] is None or value < bounds["below"])
     )
@@ -75,8 +88,12 @@ def _inside(value: Any, bounds: typing.Mapping[str, Any]) -> bool:
 def _accepted(bounds: typing.Mapping[str, Any]) -> str:
     if bounds["choices"]:
         return ", ".join(bounds["choices"])
-    words = {"at_least": "at least", "above": "above", "below": "below"}
-    return " and ".join(f"{word} {bounds[key]:g}" for key, word in words.items() if bounds[key] is not None)
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
+    return " and ".join(f"{word} {_number(bounds[key])}" for key, word in words.items() if bounds[key] is not None)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -92,15 +109,81 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return [_convert(v, item, f"{name}[{i}]") for i, v in enumerate(value)]
         elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
-    raise TypeError(f"{name} is {value!r}; accepted: {type_name(hint)}")
+    raise WrongType(f"{name} is {short(value)}; accepted: {type_name(hint)}")
 
 
 def _finite(value: int | float | str) -> float | None:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # of text that is no number, of a whole number beyond 1e308
         return None
     return number if math.isfinite(number) else None
+
+
+# --- dataclasses that say by themselves what they accept ----------------------------------------------------------
+
+
+def from_mapping(cls: type[T], data: Any, where: str) -> T:
+    """An instance of the dataclass ``cls`` from a mapping as it comes from a file.
+
+    Args:
+        where: the mapping comes from, for error messages.
+
+    Raises:
+        ValueError: no mapping, a missing key, what :func:`check_values` refuses, or a value that ``cls`` refuses.
+    """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    if not isinstance(data, dict):
+        known = ", ".join(field.name for field in fields)
+        raise ValueError(f"{where} is {short(data)}; accepted: a mapping with the keys {known}")
+    check_values(cls, data, where)
+    for field in fields:
+        if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the key {field.name!r}")
+    return cls(**data)
+
+
+def check_values(cls: type, values: typing.Mapping[str, Any], where: str) -> None:
+    """Check names and types of some of the values of a dataclass, whatever the others are.
+
+    A bool is no number here, a float may be a whole number, and numbers are finite.
+
+    Raises:
+        ValueError: a name that is no field of ``cls`` (with the nearest that is one), or a value of another type than
+            the field is declared with.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(
+                f"unknown key {short(name)} in {where}; accepted: {', '.join(known)}{did_you_mean(name, known)}"
+            )
+        if not _is(value, hints[name]):
+            finite = "finite " if isinstance(value, float) else ""
+            raise ValueError(f"{name} is {short(value)}; accepted: {finite}{type_name(hints[name])}")
+
+
+def check_types(instance: Any) -> None:
+    """:func:`check_values` for all values of a dataclass instance."""
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    check_values(type(instance), values, type(instance).__name__)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is(value, part) for part in typing.get_args(hint))
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value) is not None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        return False
+    if kind is tuple:
+        return len(value) == len(parts) and all(_is(*pair) for pair in zip(value, parts, strict=True))
+    return kind is not list or all(_is(item, parts[0]) for item in value)
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def type_name(hint: Any) -> str:
@@ -110,6 +193,8 @@ def type_name(hint: Any) -> str:
     kind = typing.get_origin(hint) or hint
     if kind is list:
         return f"list of {type_name(typing.get_args(hint)[0])}"
+    if kind is tuple:
+        return f"({', '.join(map(type_name, typing.get_args(hint)))})"
     return {type(None): "null", dict: "mapping", str: "text"}.get(kind, kind.__name__)
 
 

@@ -1,0 +1,125 @@
+"""Sampler steps as CUDA graphs: one launch a step, however many kernels it has."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dcdit.diffusion.guidance import Seen
+from dcdit.diffusion.step import Branches, SamplerStep
+from dcdit.graphs.safety import FixedModel, graph_obstacle
+from dcdit.utils import cuda
+
+TakeStep = Callable[[Branches], tuple[Tensor, Tensor, list[Seen]]]
+"""What a :class:`SamplerStep` is called as."""
+WORTHWHILE = 20
+"""Steps from which on a run is captured without being asked: a capture takes the time of about four of them."""
+
+
+class SamplerGraphs:
+    """The captured steps of sampling runs, which :func:`dcdit.diffusion.sample` uses again in its next call.
+
+    A graph holds all of a step: both branches of guidance, the drop fractions, the model, the update and the noise. It
+    is captured once for each kind of work: shapes, method, guidance scale, budget, and which branches are computed.
+    Labels, seeds, drop schedules and the numbers of the sampler are read from memory, so they may change between calls.
+    All graphs share one pool of memory. The models are kept alive. What a graph forbids stands in :mod:`dcdit.graphs`.
+
+    Args:
+        limit: runs of different work to keep; the one that was not used for longest goes first.
+        optional: a capture that fails gives a warning, and the run goes on without a graph.
+
+    Example:
+        >>> graphs = SamplerGraphs()
+        >>> # for labels in batches: sample(model, labels, budget=256, graph=graphs)
+    """
+
+    def __init__(self, limit: int = 16, optional: bool = False) -> None:
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; accepted: at least 1")
+        self._limit, self._optional = limit, optional
+        self._runs: dict[tuple[Any, ...], _Run] = {}
+        self._pool: cuda.Pool | None = None
+
+    def adopt(self, step: SamplerStep, model: Callable[..., Any]) -> TakeStep:
+        """What to call in place of a step: it replays the graph of equal work, and the run moves to its memory.
+
+        The tensors that it returns are overwritten by its next call.
+
+        Raises:
+            ValueError: the model cannot be captured, or has changed since it was.
+            CaptureError: the capture failed.
+        """
+        captured = captured_model(model)
+        if obstacle := obstacle_of(model, step.sizes):
+            raise ValueError(obstacle)
+        key = (id(captured), getattr(model, "observes", None), *step.work())
+        run = self._runs.pop(key, None)
+        if run is None:
+            self._pool = cuda.driver.new_pool() if self._pool is None else self._pool
+            run = _Run(step, FixedModel(captured), self._pool, self._optional)
+        else:
+            run.fixed.check()
+            run.load(step)
+        self._runs[key] = run
+        while len(self._runs) > self._limit:
+            del self._runs[next(iter(self._runs))]
+        return run
+
+
+@dataclass
+class _Run:
+    step: SamplerStep
+    fixed: FixedModel
+    pool: cuda.Pool
+    optional: bool
+    failed: bool = False
+    graphs: dict[Branches, cuda.Captured] = field(default_factory=dict)
+
+    def load(self, step: SamplerStep) -> None:
+        """Begin another run in the memory of the graphs."""
+        for mine, new in zip(self.step.tensors(), step.tensors(), strict=True):
+            mine.copy_(new)
+
+    def __call__(self, branches: Branches) -> tuple[Tensor, Tensor, list[Seen]]:
+        graph = self.graphs.get(branches)
+        if graph is None and not self.failed:
+            graph = self._capture(branches)
+        if graph is None:
+            return self.step(branches)
+        graph.replay()
+        return graph.outputs
+
+    def _capture(self, branches: Branches) -> cuda.Captured | None:
+        """The steps of the warm-up are taken back, also where the capture fails."""
+        state = self.step.x, self.step.number
+        before = [tensor.clone() for tensor in state]
+
+        def undo() -> None:
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+
+        what, device = f"a step of {self.step.method}", self.step.x.device
+        try:
+            graph = cuda.capture(lambda: self.step(branches), device, self.pool, what, undo=undo)
+        except cuda.CaptureError as error:
+            if not self.optional:
+                raise
+            warnings.warn(f"sampling goes on without CUDA graphs: {error}", stacklevel=5)
+            self.failed = True
+            return None
+        finally:
+            undo()
+        self.graphs[branches] = graph
+        return graph
+
+
+def captured_model(model: Callable[..., Any]) -> Any:
+    """The model itself, inside of what records its calls."""
+    return getattr(model, "model", model) if hasattr(model, "observe") else model
+
+
+def obstacle_of(model: Callable[..., Any], sizes: dict[str, int]) -> str | None:
+    """Why sampling with this model cannot be captured; None if it can."""
+    return graph_obstacle(captured_model(model), **sizes)

@@ -1,0 +1,159 @@
+"""Exact mode without its cost on the host: the part after the selection as one graph for each number of rows.
+
+Which tokens are kept is known only when the router has run. So a forward pass is three graphs: encoder, router and
+selection; what needs no selection, while the number of kept tokens is on its way to the host; and the rest, with the
+packed buffer rounded up to the next of a few sizes. The rows between are padding, as with a capacity.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcdit.graphs.safety import FixedModel, graph_obstacle
+from dcdit.models import DCDiT, DCDiTConfig, Routing
+from dcdit.models.capacity import TILE, last_row_of_waves, multiprocessors_of
+from dcdit.models.dc_dit import Encoded, Prepared
+from dcdit.ops import TokenSelection
+from dcdit.utils import cuda
+
+
+class ExactGraphedDenoiser:
+    """A DC-DiT in graphs that keeps exactly the tokens of exact mode. It is called like the model.
+
+    Graphs are captured when their number of images and rows first comes up: a call that meets a new size takes longer.
+    It keeps the model alive. What it forbids stands in :mod:`dcdit.graphs`.
+
+    Args:
+        model: a DC-DiT in evaluation mode on a CUDA device.
+        max_graphs: sizes of the packed buffer to keep for each number of images; the one that was not used for longest
+            goes first. So are numbers of images beyond four.
+
+    Raises:
+        ValueError: the model cannot be captured (:func:`dcdit.graphs.graph_obstacle`).
+    """
+
+    def __init__(self, model: DCDiT, max_graphs: int = 16) -> None:
+        if max_graphs < 1:
+            raise ValueError(f"max_graphs is {max_graphs}; accepted: at least 1")
+        positions = model.config.grid[0] * model.config.grid[1]
+        if obstacle := graph_obstacle(model, capacity=positions):
+            raise ValueError(obstacle)
+        self.config, self.objective = model.config, model.objective
+        self._fixed, self._max_graphs = FixedModel(model), max_graphs
+        self._pool = cuda.driver.new_pool()
+        self._batches: dict[int, _Batch] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """The model's output for a batch, as fresh tensors; arguments as in :meth:`dcdit.models.DCDiT.forward`.
+
+        Raises:
+            ValueError: the model changed since it was captured.
+            CaptureError: the capture of a new size failed; ``__cause__`` says why.
+        """
+        self._fixed.check()
+        batch = self._batches.pop(len(x), None)
+        if batch is None:
+            batch = _Batch(self._fixed.model, len(x), self._pool)
+        self._batches[len(x)] = batch
+        while len(self._batches) > 4:
+            del self._batches[next(iter(self._batches))]
+        return batch.run(x, t, y, drop_fraction, return_routing, self._max_graphs)
+
+
+class _Routed(NamedTuple):
+    """What the first graph leaves behind."""
+
+    encoded: Encoded
+    sel: TokenSelection
+    """With as many rows as there are positions."""
+    sizes: Tensor
+    """(2,) int32: kept tokens of the batch, and of its longest image."""
+
+
+class _Batch:
+    """The graphs for one number of images."""
+
+    def __init__(self, model: Any, images: int, pool: cuda.Pool) -> None:
+        config, weight = model.config, next(model.parameters())
+        self._model, self._pool, self._device = model, pool, weight.device
+        self._positions = config.grid[0] * config.grid[1]
+        self._rows = images * self._positions
+        self._x = torch.zeros(images, config.in_channels, *config.grid, dtype=weight.dtype, device=weight.device)
+        self._t = torch.zeros(images, dtype=torch.float32, device=weight.device)
+        self._y = torch.zeros(images, dtype=torch.int64, device=weight.device)
+        self._drop = torch.zeros(images, dtype=torch.float32, device=weight.device)
+        self._routed: cuda.Captured | None = None
+        self._prepared: cuda.Captured | None = None
+        self._decoded: dict[tuple[int, int], cuda.Captured] = {}
+
+    def run(
+        self, x: Tensor, t: Tensor, y: Tensor, drop: float | Tensor, return_routing: bool, max_graphs: int
+    ) -> Tensor | tuple[Tensor, Routing]:
+        self._x.copy_(x)
+        self._t.copy_(t)
+        self._y.copy_(y)
+        self._drop.copy_(drop) if isinstance(drop, Tensor) else self._drop.fill_(drop)
+        if self._routed is None:
+            self._routed = cuda.capture(self._route, self._device, self._pool, "encoder and router")
+        self._routed.replay()
+        routed: _Routed = self._routed.outputs
+        pending = cuda.PendingRead(routed.sizes)
+        if self._prepared is None:
+            self._prepared = cuda.capture(
+                lambda: self._model.prepare(routed.encoded), self._device, self._pool, "the modulation"
+            )
+        self._prepared.replay()
+        total, longest = pending.wait()
+        graph = self._graph_for(total, longest, routed, self._prepared.outputs, max_graphs)
+        graph.replay()
+        out = graph.outputs.clone()
+        if not return_routing:
+            return out
+        copies: dict[str, Any] = {
+            name: part.clone() for name, part in routed.sel._asdict().items() if isinstance(part, Tensor)
+        }
+        sel = routed.sel._replace(**copies)
+        sel = sel._replace(indices=sel.indices[:total], max_seqlen=longest)
+        return out, Routing(routed.encoded.prob.clone(), sel.mask, sel.natural_mask, sel)
+
+    def _route(self) -> _Routed:
+        encoded = self._model.encode(self._x, self._t, self._y)
+        sel = self._model.chunk.start(encoded.prob, self._drop, capacity=self._rows).wait()
+        return _Routed(encoded, sel, torch.stack([sel.cu_seqlens[-1], sel.lengths.max()]))
+
+    def _graph_for(
+        self, total: int, longest: int, routed: _Routed, prepared: Prepared, max_graphs: int
+    ) -> cuda.Captured:
+        """The graph of the smallest size that holds so many rows, and images of that length."""
+        rows = min(self._rows, size_of(total, self._model.config, self._device))
+        bound = self._positions
+        while bound % 2 == 0 and bound // 2 >= longest:
+            bound //= 2
+        graph = self._decoded.pop((rows, bound), None)
+        if graph is None:
+            sel = routed.sel._replace(indices=routed.sel.indices[:rows], max_seqlen=bound)
+
+            def decode() -> Tensor:
+                packed = self._model.chunk.pack(routed.encoded.tokens, sel, self._model.pos_embed)
+                return self._model.decode(routed.encoded, prepared, packed, sel, padding=True)
+
+            graph = cuda.capture(decode, self._device, self._pool, f"the transformer on {rows} rows")
+        self._decoded[rows, bound] = graph
+        while len(self._decoded) > max_graphs:
+            del self._decoded[next(iter(self._decoded))]
+        return graph
+
+
+def size_of(total: int, config: DCDiTConfig, device: torch.device) -> int:
+    """Rows of the packed buffer for so many tokens: the most that cost no wave of tiles more, a whole number of tiles.
+
+    On a device without multiprocessors these are the next whole tiles.
+    """
+    multiprocessors = multiprocessors_of(device)
+    if multiprocessors is None:
+        return TILE[0] * -(-total // TILE[0])
+    return last_row_of_waves(config, total, multiprocessors, TILE)

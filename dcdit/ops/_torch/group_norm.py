@@ -1,0 +1,99 @@
+"""Group norm of channels-last images, and SiLU.
+
+PyTorch's own group norm of such an image takes the variance from sums of squares on a CPU, which lose it where the mean
+is large, and its backward ends the process if the image needs no gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcdit.ops.autograd import apply, first_derivative_only
+from dcdit.ops.numerics import accumulation_dtype
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float
+) -> Tensor:
+    y, *_ = apply(_GroupNormSiLU, x, num_groups, weight, bias, shift, eps)
+    return y
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group norm alone, of x (B, L, C) in the dtype of weight and bias. Twice differentiable."""
+    if x.numel() == 0:  # the norm of no position would be NaN, and so would its gradients
+        return x * (weight + bias)
+    image = _as_image(x + offset_to_zero_mean(x.detach(), num_groups, None, x.dtype)[:, None])
+    if torch.is_grad_enabled() and not image.requires_grad:
+        image = image.contiguous()
+    return torch.group_norm(image, num_groups, weight, bias, eps).squeeze(2).mT
+
+
+def offset_to_zero_mean(x: Tensor, num_groups: int, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(B, C): what to add to x (B, L, C), so that the mean of every group is zero and the shift is in it."""
+    mean = x.mean(1, dtype=dtype)
+    return -_group_mean(mean, num_groups) if shift is None else shift - _group_mean(mean + shift, num_groups)
+
+
+def _group_mean(values: Tensor, num_groups: int) -> Tensor:
+    """(B, C) -> (B, C), the mean of its group in the place of each channel."""
+    groups = values.unflatten(1, (num_groups, values.shape[1] // num_groups))
+    return groups.mean(2, keepdim=True).expand_as(groups).reshape(values.shape)
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, C, 1, L), channels-last."""
+    return x.mT.unsqueeze(2)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    """The backward computes x_hat again, so x is all that is kept of its size."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The result; what is added to x (B, C) and multiplied with the sum (B, groups) to get x_hat."""
+        dtype = accumulation_dtype(x, weight, bias, *(() if shift is None else (shift,)))
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        offset = offset_to_zero_mean(x, num_groups, None if shift is None else shift.to(dtype), dtype)
+        images, length, channels = x.shape
+        centred = (x + offset[:, None]).contiguous()
+        normed, _, rstd = torch.native_group_norm(
+            _as_image(centred), weight, bias, images, channels, length, num_groups, eps
+        )  # fmt: skip
+        # Into memory that is at hand. A view of another tensor could not be changed in place later.
+        y = torch.ops.aten.silu.out(normed.squeeze(2).mT, out=centred)
+        return y.to(x.dtype), offset, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.num_groups, weight, bias, shift, _ = inputs
+        _, offset, rstd = output
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.mark_non_differentiable(offset, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, offset, rstd)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, offset, rstd = ctx.saved_tensors
+        need_x, _, _, _, need_shift, _ = ctx.needs_input_grad
+        rstd = rstd.repeat_interleave(x.shape[2] // ctx.num_groups, 1)
+        scale, length = weight.to(rstd.dtype), max(x.shape[1], 1)
+        x_hat = (x + offset[:, None]).mul_(rstd[:, None])
+        normed = (x_hat * scale).add_(bias)
+        grad_normed = torch.ops.aten.silu_backward(grad.to(rstd.dtype), normed)
+        bias_sum = grad_normed.sum(1)
+        weight_sum = torch.mul(grad_normed, x_hat, out=normed).sum(1)
+        grad_x = grad_shift = None
+        if need_x or need_shift:
+            mean_grad = _group_mean(bias_sum * scale, ctx.num_groups) / length
+            mean_grad_x_hat = _group_mean(weight_sum * scale, ctx.num_groups) / length
+            grad_x = grad_normed.mul_(scale).sub_(mean_grad[:, None])
+            grad_x = grad_x.addcmul_(x_hat, mean_grad_x_hat[:, None], value=-1).mul_(rstd[:, None])
+            grad_shift = grad_x.sum(1).to(ctx.shift_dtype) if need_shift else None
+            grad_x = grad_x.to(x.dtype) if need_x else None
+        return grad_x, None, weight_sum.sum(0).to(weight.dtype), bias_sum.sum(0).to(bias.dtype), grad_shift, None
