@@ -10,11 +10,10 @@ What a file holds becomes 8-bit RGB by these rules:
 """
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -89,15 +88,15 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
     Raises:
         DamagedFile: whatever goes wrong in Pillow while it is open.
     """
-    from PIL import UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with open_regular(path) as file, _opened(file) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             pixels, size = image.width * image.height, os.fstat(file.fileno()).st_size
             if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * size):
                 raise DamagedFile(f"cannot read image {str(path)!r}: {size} bytes cannot hold its {pixels} pixels")
             yield image
-    except DamagedFile:
+    except (DamagedFile, NameError):  # the second is a fault of the program
         raise
     except UnidentifiedImageError:
         reason = f"{kind_of_file(path) or 'it is damaged or of another format'}; accepted: {', '.join(FORMATS)}"
@@ -105,15 +104,6 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
     except Exception as error:  # a damaged file raises anything in Pillow's decoders
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
-
-
-def _opened(file: IO[bytes]) -> "Image.Image":
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        # Pillow warns of sizes that are judged by the size of the file here.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file, formats=FORMATS)
 
 
 def _to_rgb(image: "Image.Image", path: Path) -> "Image.Image":
@@ -157,5 +147,5 @@ def _is_turned(path: Path) -> bool:
         with open_image(path) as image:
             # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any program writes them.
             return (image.format != "PNG" or "exif" in image.info) and _orientation(image) in TURNS
-    except DamagedFile:
+    except (DamagedFile, NameError):  # the second is a fault of the program
         return False
