@@ -94,6 +94,14 @@ def test_the_result_shares_no_memory_with_x() -> None:
     assert not torch.equal(before, randn(*x.shape))
 
 
+def test_frozen_features_of_one_position() -> None:
+    """PyTorch's backward of a channels-last image that needs no gradient ends the process."""
+    weight = randn(4, seed=1).requires_grad_()
+    p = ops.boundary_prob_predictability(randn(2, 4, 1, 1), weight, randn(4), randn(4), torch.tensor(0.1), 2)
+    (grad,) = torch.autograd.grad(p.sum(), weight, allow_unused=True)
+    assert grad is None or not grad.any()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_parameters_with_gaps_in_memory(backend: str) -> None:
     """As columns of a larger tensor are. PyTorch's own kernel would read what lies between."""

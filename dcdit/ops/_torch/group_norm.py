@@ -27,7 +27,8 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
         return x * (weight + bias)
     image = _as_image(x + offset_to_zero_mean(x.detach(), num_groups, None, x.dtype))
     if torch.is_grad_enabled() and not image.requires_grad:
-        image = image.contiguous()
+        # Three dimensions are never channels-last; four are, even when contiguous, where there is one position.
+        return torch.group_norm(image.squeeze(2).contiguous(), num_groups, weight, bias, eps).mT
     return torch.group_norm(image, num_groups, weight, bias, eps).squeeze(2).mT
 
 
