@@ -317,13 +317,13 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(config, overrides):
 def test_flops_are_counted_from_the_lengths_kept(config, name, monkeypatch):
     """Three times the forward passes, over accumulation, dropped tokens and a resumed run."""
     lengths = []
-    select = ops.select_tokens
+    gather = ops.gather_tokens
 
-    def recording(*args, **kwargs):
-        lengths.append(select(*args, **kwargs).lengths.tolist())
-        return select(*args, **kwargs)
+    def recording(x, sel, *args):
+        lengths.append(sel.lengths.tolist())
+        return gather(x, sel, *args)
 
-    monkeypatch.setattr(ops, "select_tokens", recording)
+    monkeypatch.setattr(ops, "gather_tokens", recording)
     settings = override(config("optim.accumulate=2", "run.log_every=2", out="stopped"), {"model.name": name})
     first = train(settings, callbacks=[stop_at(2)])
     result = train(settings, resume=first.log.parent)
