@@ -23,6 +23,7 @@ MOST_IMPORTANT_FIRST = (
     "tests/kernels/test_model.py",
     "tests/kernels/test_modulation.py",
     "tests/kernels/test_dechunk_spatial.py",
+    "tests/kernels/test_group_norm.py",
     "tests/kernels/test_packing.py",
     "tests/kernels/test_selection.py",
     "tests/kernels/test_boundary_predictability.py",

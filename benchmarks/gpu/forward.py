@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -24,12 +23,13 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.harness.equality import TOLERANCE, check_equal
 from benchmarks.harness.static import CompiledDiT, choose_sdpa
 from dcdit import ops
-from dcdit.graphs import GraphedDenoiser
+from dcdit.graphs import ExactGraphedDenoiser, GraphedDenoiser
 from dcdit.models import KeptShare, count_flops, plan_capacity
 from dcdit.models.capacity import multiprocessors_of
 from dcdit.profiling.device_timing import CapturedCalls
 from dcdit.profiling.rounds import WHOLE, Rounds
 from dcdit.profiling.timing import time_rounds, time_stages
+from dcdit.utils import cuda
 
 Forward = Callable[[], Any]
 STATIC, STATIC_GRAPH = "static", "static graph"
@@ -49,7 +49,6 @@ class ForwardCases:
         torch.backends.cudnn.allow_tf32 = False  # the models compute in bfloat16; this is for checks in float32
         # Several calls in a row, as a sampler makes them: the host may run ahead of the device.
         self.chain = 1 if setting.rehearsal else max(1, min(8, 64 // size))
-        # Not in inference mode: the reference implementation is built from a copy of these weights.
         self.dynamic = sides.create_dynamic(setting).to(setting.dtype).eval()
         self.batch = sides.create_batch(self.dynamic, size)
         sides.calibrate(self.dynamic, self.batch)
@@ -59,7 +58,7 @@ class ForwardCases:
         static = sides.create_static(setting).to(setting.dtype).eval()
         self.static_flops = count_flops(static.config, batch=size)["total"]
         self.attention_ms = choose_sdpa(static.config, size, self.device, setting.dtype)
-        with torch.inference_mode():
+        with torch.no_grad():
             self.forms = self._static_forms(static)
             quick = self._time(self.forms, setting.seconds / 4)
         self.fastest = {
@@ -67,7 +66,7 @@ class ForwardCases:
             STATIC_GRAPH: _fastest(quick, [name for name in self.forms if name.endswith("graph")]),
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as a sampler calls the model
     def run(self, case: str) -> Mapping[str, Any]:
         if case == "equal":
             return self._equal()
@@ -143,15 +142,16 @@ class ForwardCases:
         if mode == "official":
             if (reason := official.reason_unavailable()) is not None:
                 raise LeftOut(reason)
-            with torch.inference_mode(False), torch.no_grad():
-                module = official.build_verified(self.dynamic, *batch, rho)
+            module = official.build_verified(self.dynamic, *batch, rho)
             return partial(module, *batch, tail_dropping_fraction=rho), lengths, {"comparable": False}
         if mode == "exact":
             forward = partial(self.dynamic, *batch, drop_fraction=rho)
             stages = time_stages(forward, self.device, 5)
             return forward, lengths, {"stage_ms": stages, "comparable": True}
         how, shape = mode.split(", ")
-        if shape == "budget":
+        if shape == "exact":
+            options, fixed, comparable = {"drop_fraction": rho}, {}, True
+        elif shape == "budget":
             budget = max(1, sum(lengths) // size)
             options, fixed, comparable = {}, {"budget": budget}, False
             lengths = [budget] * size
@@ -161,7 +161,7 @@ class ForwardCases:
         if how == "eager":
             return eager, lengths, {**fixed, "comparable": comparable}
         graphed = _graphed_denoiser(self.dynamic, size, self.device, **fixed)
-        check_equal(f"{mode}: graph", [graphed(*batch, **options)], [eager()], TOLERANCE[self.setting.dtype])
+        check_equal(f"{mode} against no graph", [graphed(*batch, **options)], [eager()], TOLERANCE[self.setting.dtype])
         return partial(graphed, *batch, **options), lengths, {**fixed, "comparable": comparable}
 
     def _static_sizes(self, rho: float) -> dict[str, int]:
@@ -233,10 +233,10 @@ class _Graphed:
 
 
 def _graphed_denoiser(model: Any, size: int, device: torch.device, **fixed: int) -> Callable[..., Tensor]:
-    if device.type != "cuda":  # a rehearsal
+    if not cuda.has_graphs(device):  # a rehearsal
         return partial(model, **fixed)
-    if "max_seqlen" not in signature(GraphedDenoiser).parameters:
-        fixed = {name: value for name, value in fixed.items() if name != "max_seqlen"}
+    if not fixed:
+        return ExactGraphedDenoiser(model)
     return GraphedDenoiser(model, size, **fixed)
 
 

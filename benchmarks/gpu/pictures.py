@@ -10,7 +10,14 @@ from benchmarks.gpu.plan import Group
 if TYPE_CHECKING:
     from benchmarks.gpu.page import Found
 
-COLORS = {"exact": "C0", "graph, capacity": "C1", "graph, budget": "C2", "eager, capacity": "C4", "eager, budget": "C5"}
+COLORS = {
+    "exact": "C0",
+    "graph, exact": "C3",
+    "graph, capacity": "C1",
+    "graph, budget": "C2",
+    "eager, capacity": "C4",
+    "eager, budget": "C5",
+}
 HOLLOW = {"marker": "D", "mfc": "white", "ls": "none", "ms": 6}
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 DROPS = (0.0, 0.6, 0.2, 0.4)
 """The two ends first: a line between them says most about the others."""
-MODES = ("exact", "graph, capacity", "graph, budget")
+MODES = ("exact", "graph, capacity", "graph, budget", "graph, exact")
 EAGER_MODES = ("eager, capacity", "eager, budget")
 """The same shapes without a graph: what the graph is worth."""
 OPERATIONS = (
@@ -15,8 +15,8 @@ OPERATIONS = (
     "gather_tokens",
     "dechunk_spatial",
     "boundary_prob_predictability",
+    "group_norm_silu",
     "select_tokens",
-    "scatter_tokens",
 )
 DIRECTIONS = ("forward", "forward+backward")
 FORWARD_ONLY = ("select_tokens",)

@@ -17,6 +17,7 @@ from dcdit.cli.sampling_options import (
     sampling_options,
 )
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
+from dcdit.sample.graphed import with_graphs
 from dcdit.sample.options import CostTarget
 from dcdit.sample.output import RECORD, check_folder, describe, describe_run, write_images
 from dcdit.sample.plan import Plan, make_plans
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         check_dynamic(options, model, "--report")
         importlib.import_module("matplotlib")  # if it is missing, say so before the work
+    sampled = with_graphs(model, options)  # if there can be none, say so before the work
     plans = make_plans(options, model, labels.to(device))
     if options.target is not None:
         _print_choice(plans[0])
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     write_text(out / RECORD, json.dumps(facts, indent=2))
     for plan in plans:
         began = time.perf_counter()
-        drawn = draw(model, options, labels.to(device), plan.drop, trace=args.report)
+        drawn = draw(model, options, labels.to(device), plan.drop, trace=args.report, sampled=sampled)
         seconds = time.perf_counter() - began
         files = write_images(
             out,

@@ -48,6 +48,11 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
     )
     add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights (default fp32)")
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="draw with CUDA graphs (default: on a GPU with --budget or a static model)",
+    )
     add("--vae", metavar="DIR", help="local diffusers AutoencoderKL that turns latents into pixels")
 
 
@@ -88,6 +93,7 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
         batch_size=args.batch_size,
         precision=args.precision,
         vae=args.vae,
+        graph=args.graph,
     )
     _check(options)
     return options
@@ -137,6 +143,8 @@ def _check(options: SamplingOptions) -> None:
     for rho in [*(options.drop_fractions or ()), *([] if null is None else [null])]:
         if not 0 <= rho < 1:
             raise ValueError(f"drop_fraction is {rho}; accepted: a number in [0, 1)")
+    if options.graph and options.target is not None and options.target.unit == "seconds":
+        raise ValueError("--graph changes the seconds that the pilot of --target-latency measures; leave one out")
     if null is not None and options.budget is not None:
         raise ValueError(f"--budget {options.budget} is for both branches of guidance; leave --null-drop-fraction out")
     for flag, value in {"--null-drop-fraction": null, "--cfg-interval": options.cfg_interval}.items():

@@ -28,28 +28,24 @@ class SamplerGraphs:
 
     Args:
         limit: runs of different work to keep; the one that was not used for longest goes first.
+        optional: a capture that fails gives a warning, and the run goes on without a graph.
 
     Example:
         >>> graphs = SamplerGraphs()
         >>> # for labels in batches: sample(model, labels, budget=256, graph=graphs)
     """
 
-    def __init__(self, limit: int = 16) -> None:
+    def __init__(self, limit: int = 16, optional: bool = False) -> None:
         if limit < 1:
             raise ValueError(f"limit is {limit}; accepted: at least 1")
-        self._limit = limit
+        self._limit, self._optional = limit, optional
         self._runs: dict[tuple[Any, ...], _Run] = {}
         self._pool: cuda.Pool | None = None
 
-    def adopt(self, step: SamplerStep, model: Callable[..., Any], optional: bool = False) -> TakeStep:
+    def adopt(self, step: SamplerStep, model: Callable[..., Any]) -> TakeStep:
         """What to call in place of a step: it replays the graph of equal work, and the run moves to its memory.
 
         The tensors that it returns are overwritten by its next call.
-
-        Args:
-            step: of the run.
-            model: of its calls.
-            optional: a capture that fails gives a warning, and the run goes on without a graph.
 
         Raises:
             ValueError: the model cannot be captured, or has changed since it was.
@@ -62,7 +58,7 @@ class SamplerGraphs:
         run = self._runs.pop(key, None)
         if run is None:
             self._pool = cuda.driver.new_pool() if self._pool is None else self._pool
-            run = _Run(step, FixedModel(captured), self._pool, optional)
+            run = _Run(step, FixedModel(captured), self._pool, self._optional)
         else:
             run.fixed.check()
             run.load(step)

@@ -111,8 +111,8 @@ def _take_step(step: SamplerStep, calls: Guided, graph: bool | SamplerGraphs | N
         graph = False
     if graph is False:
         return step, False
-    graphs = graph if isinstance(graph, SamplerGraphs) else SamplerGraphs()
-    return graphs.adopt(step, calls.model, optional=graph is None), True
+    graphs = graph if isinstance(graph, SamplerGraphs) else SamplerGraphs(optional=graph is None)
+    return graphs.adopt(step, calls.model), True
 
 
 def _copied(noted: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
 from dcdit.models import DCDiT, DiT
 from dcdit.sample.drawing import Decoder, draw
+from dcdit.sample.graphed import with_graphs
 from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.files import atomically, recover, write_text
@@ -63,6 +64,7 @@ class SampleSettings:
             "batch_size": options.batch_size,
             "precision": options.precision,
             "vae": options.vae,
+            "noise": "philox",
         }
 
 
@@ -132,10 +134,19 @@ def generate(
     missing = [k for k, file in enumerate(files) if not _is_drawn(file, settings)]
     wait()  # all processes look before any of them draws
     title = f"sampling, process {rank + 1} of {world}"
+    sampled = with_graphs(model, settings.options)
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
         numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num))
         labels = numbers % model.config.num_classes
-        drawn = draw(model, settings.options, labels.to(device), drop, first_index=k * batch_size, progress=False)
+        drawn = draw(
+            model,
+            settings.options,
+            labels.to(device),
+            drop,
+            first_index=k * batch_size,
+            progress=False,
+            sampled=sampled,
+        )
         batch = {
             "images": to_pixels(decode(drawn.x)),
             "labels": labels.numpy(),

@@ -1,29 +1,33 @@
-"""One forward pass of a DC-DiT as a graph. A fixed budget or a capacity makes every shape static.
+"""One forward pass of a model as a graph. In a DC-DiT, a fixed budget or a capacity makes every shape static.
 
 Which tokens are kept still changes from replay to replay.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcdit.graphs.safety import FixedModel, graph_obstacle
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, DiT
 from dcdit.utils import cuda
 
 
 class GraphedDenoiser:
-    """One captured forward pass of a DC-DiT. It is called like the model, so :func:`dcdit.diffusion.sample` takes it.
+    """One captured forward pass of a model. It is called like the model, so :func:`dcdit.diffusion.sample` takes it.
 
     It keeps the model alive. What it forbids stands in :mod:`dcdit.graphs`.
 
     Args:
-        model: a DC-DiT in evaluation mode on a CUDA device.
+        model: a DC-DiT or static DiT in evaluation mode on a CUDA device.
         batch: images per call, always exactly that many (with guidance, twice the samples).
-        budget: tokens kept per image. Give either this or ``capacity``.
+        budget: tokens kept per image. A DC-DiT needs either this or ``capacity``.
         capacity: static size of the packed buffer for the whole batch. Tokens beyond it are dropped, lowest p first,
             and counted in :attr:`overflow`.
         warmup: eager forward passes before the capture. They compile kernels and fill caches.
         pool: of another graph, to share its memory: ``other.pool``.
+        max_seqlen: most tokens of one image, with a capacity: attention then starts no programs for longer ones
+            (:func:`dcdit.models.plan_capacity` gives both).
 
     Raises:
         ValueError: the model cannot be captured (:func:`dcdit.graphs.graph_obstacle`), or not one of budget and
@@ -33,12 +37,13 @@ class GraphedDenoiser:
 
     def __init__(
         self,
-        model: DCDiT,
+        model: DCDiT | DiT,
         batch: int,
         budget: int | None = None,
         capacity: int | None = None,
         warmup: int = 3,
         pool: cuda.Pool | None = None,
+        max_seqlen: int | None = None,
     ) -> None:
         if budget is not None and capacity is not None:
             raise ValueError(f"budget is {budget} and capacity is {capacity}; accepted: one of them")
@@ -46,7 +51,9 @@ class GraphedDenoiser:
             raise ValueError(obstacle)
         config, weight = model.config, next(model.parameters())
         self.config, self.objective = config, model.objective
-        self.batch, self._budget, self._fixed = batch, budget, FixedModel(model)
+        self.batch, self._fixed = batch, FixedModel(model)
+        self._drops = isinstance(model, DCDiT) and budget is None
+        self._why = "of a static model" if budget is None else f"with budget={budget}"
         device = weight.device
         self._x = torch.zeros(batch, config.in_channels, *config.grid, dtype=weight.dtype, device=device)
         self._t = torch.zeros(batch, dtype=torch.float32, device=device)
@@ -55,11 +62,13 @@ class GraphedDenoiser:
         self.overflow = torch.zeros((), dtype=torch.int64, device=device)
         """() int64: tokens that the capacity dropped so far, in all replays. Reading it is a sync."""
 
+        sizes: dict[str, Any] = {"budget": budget, "capacity": capacity, "max_seqlen": max_seqlen}
+
         def forward() -> Tensor:
+            if not isinstance(model, DCDiT):
+                return model(self._x, self._t, self._y)
             drop = {} if budget is not None else {"drop_fraction": self._drop}
-            out, routing = model(
-                self._x, self._t, self._y, budget=budget, capacity=capacity, return_routing=True, **drop
-            )
+            out, routing = model(self._x, self._t, self._y, **sizes, **drop, return_routing=True)
             self.overflow += routing.selection.overflow
             return out
 
@@ -78,8 +87,8 @@ class GraphedDenoiser:
         """
         if x.shape[0] != self.batch:
             raise ValueError(f"x holds {x.shape[0]} images; this graph was captured for {self.batch}")
-        if self._budget is not None and (isinstance(drop_fraction, Tensor) or drop_fraction > 0):
-            raise ValueError(f"the graph was captured with budget={self._budget}; it takes no drop_fraction")
+        if not self._drops and (isinstance(drop_fraction, Tensor) or drop_fraction > 0):
+            raise ValueError(f"this graph takes no drop_fraction: it was captured {self._why}")
         self._fixed.check()
         with torch.no_grad():
             self._x.copy_(x)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dcdit.profiling.rounds import WHOLE, Rounds
 from dcdit.profiling.timing import Call, Clock, time_rounds
+from dcdit.utils import cuda
 
 FLUSH_BYTES = 1 << 28
 """More bytes than any L2 cache holds."""
@@ -72,41 +73,40 @@ class CapturedCalls:
         self.calls, self.device = list(calls), device
         self.held: list[object] = []
         """What the captured calls returned: memory that a replay writes."""
-        self._graph: Any = None
-        if device.type != "cuda":
+        self._graph: cuda.Captured | None = None
+        if not cuda.has_graphs(device):
             return
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # This block goes back to the stream that was current even where torch.cuda.graph fails to.
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP):
-                    for call in self.calls:
-                        call()
-                check_capturable(self.calls[0])
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, stream=stream):
-                    self.held = [call() for call in self.calls]
-            torch.cuda.current_stream().wait_stream(stream)
+        check_capturable(self.calls[0], device)
+        try:
+            what = f"{len(self.calls)} calls to time"
+            self._graph = cuda.capture(self._all, device, cuda.driver.new_pool(), what, WARMUP)
+        except cuda.CaptureError as error:
+            raise NotCapturableError(f"{error}: {error.__cause__}") from error
+        self.held = self._graph.outputs
+
+    def _all(self) -> list[object]:
+        return [call() for call in self.calls]
 
     def __call__(self) -> None:
         if self._graph is None:
-            for call in self.calls:
-                call()
+            self._all()
         else:
             self._graph.replay()
 
 
 class NotCapturableError(RuntimeError):
-    """A call waits for the device, so no CUDA graph can hold it."""
+    """No CUDA graph can hold a call: it waits for the device, or its capture failed."""
 
 
-def check_capturable(call: Call) -> None:
-    """Make a call and refuse it if it waits for the device. A capture that fails would leave a process unusable.
+def check_capturable(call: Call, device: torch.device) -> None:
+    """Make a call twice, and refuse it if it waits for the device: the best of captures is one that does not fail.
 
     Raises:
         NotCapturableError: it does.
     """
+    call()  # compiles kernels, which may wait
+    if device.type != "cuda":
+        return
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -149,7 +149,7 @@ def time_graph(calls: Sequence[Call], device: torch.device, seconds: float = 0.2
         device: where they run.
         seconds: how long to measure.
     """
-    if device.type != "cuda":
+    if not cuda.has_graphs(device):
         return None
     try:
         return median(time_graphs({"graph": calls}, device, seconds).times("graph"))

@@ -15,6 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from dcdit.graphs import ExactGraphedDenoiser, GraphedDenoiser
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops
 from dcdit.nn import STAGES
 from dcdit.nn.stages import collect_stages
@@ -69,6 +70,8 @@ class Profile:
     torch: str
     attention: str
     compiled: bool
+    graph: bool
+    """Whether the models were timed as CUDA graphs; the stages never are."""
     channels_last: bool
     """Whether the convolution weights of the dynamic model lie channels-last."""
     variants: list[Variant]
@@ -159,6 +162,7 @@ def profile(
     drop_fractions: Sequence[float] = (0.0, 0.3, 0.6),
     seconds: float = 2.0,
     compiled: bool = False,
+    graph: bool = False,
 ) -> Profile:
     """Time a DC-DiT at several budgets against static DiTs of the same transformer, in one run.
 
@@ -170,6 +174,10 @@ def profile(
         seconds: timing budget per variant. Less is used if every eta is certain before. More is used if it is too short
             for ``LEAST_ROUNDS``, unless other work disturbs them anyway.
         compiled: run the static models and the convolutions of the DC-DiT through ``torch.compile``.
+        graph: time CUDA graphs of all models, of the DC-DiT in exact mode. Only the stages are timed without.
+
+    Raises:
+        ValueError: graphs are asked for and cannot be (:func:`dcdit.graphs.graph_obstacle`).
     """
     device, batch = x.device, x.shape[0]
     dtype = model.x_embedder.weight.dtype
@@ -185,13 +193,18 @@ def profile(
     by_stage = {label: f"{label} with its stages timed" for label in dynamics.values()}
     for rho, label in dynamics.items():
         calls[label] = calls[by_stage[label]] = partial(model, x, t, y, drop_fraction=rho)
+    if graph:
+        calls |= {label: partial(GraphedDenoiser(static, batch), x, t, y) for label, static in statics.items()}
+        exact = ExactGraphedDenoiser(model)
+        calls |= {label: partial(exact, x, t, y, drop_fraction=rho) for rho, label in dynamics.items()}
+    repeated = {} if graph else by_stage
     pairs = [(static, label) for static in statics for label in dynamics.values()]
     budget = seconds * (len(statics) + len(dynamics))
 
     def enough(rounds: Rounds) -> bool:
         if len(rounds) < LEAST_ROUNDS:
             return rounds.seconds > budget and is_crowded(rounds)
-        return is_narrow(rounds, pairs) and not doubts(rounds, pairs, by_stage)
+        return is_narrow(rounds, pairs) and not doubts(rounds, pairs, repeated)
 
     staged = by_stage.values()
     rounds = time_rounds(calls, device, budget, staged=staged, warmup=1, least=LEAST_ROUNDS, enough=enough)
@@ -225,7 +238,7 @@ def profile(
             eta = rounds.ratio(static.name, label).scaled(dynamic.gflops / static.gflops)
             dynamic.eta[static.name], dynamic.eta_interval[static.name] = eta.value, (eta.low, eta.high)
         variants.append(dynamic)
-    reasons = doubts(rounds, pairs, by_stage)
+    reasons = doubts(rounds, pairs, repeated)
     return Profile(
         model=name,
         device=device_name(device),
@@ -235,6 +248,7 @@ def profile(
         torch=torch.__version__,
         attention=next(label for label, available, _ in attention_backends(device) if available),
         compiled=compiled,
+        graph=graph,
         channels_last=all(
             weight.is_contiguous(memory_format=torch.channels_last)
             for weight in model.parameters()
@@ -279,8 +293,8 @@ def advice(result: Profile, low: float = 0.9) -> list[str]:
         )
     if on_gpu and not result.compiled:
         hints.append("--compile: the static models and the convolutions gain from it.")
-    if on_gpu and result.batch < 8:
-        hints.append(f"--batch above {result.batch}: launches take most of the time of a small batch.")
+    if on_gpu and result.batch < 8 and not result.graph:
+        hints.append(f"--graph, or --batch above {result.batch}: launches take most of the time of a small batch.")
     if not result.channels_last:
         hints.append("convolution weights are not channels-last: model.to(memory_format=torch.channels_last).")
     per_flop = worst.stage_ms["transformer"] / worst.stage_gflops["transformer"]

@@ -15,6 +15,7 @@ from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, DiT
 from dcdit.nn.memory_format import channels_last
+from dcdit.sample.graphed import Sampled, with_graphs
 from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
 from dcdit.sample.options import SamplingOptions
 
@@ -92,6 +93,7 @@ def draw(
     trace: bool = False,
     maps: bool = False,
     progress: bool = True,
+    sampled: Sampled | None = None,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
 
@@ -102,15 +104,18 @@ def draw(
         trace: also record how the first image was drawn.
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
+        sampled: graphs of an earlier call with the same model and options; None makes them.
 
     Raises:
+        ValueError: graphs are asked for and cannot be.
         FloatingPointError: an image is not finite.
     """
+    sampled = with_graphs(model, options) if sampled is None else sampled
     images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
         batch = labels[start : start + options.batch_size]
-        calls = ModelCalls(model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
+        calls = ModelCalls(sampled.model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
         expected: dict[float, Tensor] = {}
 
         def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
@@ -131,6 +136,7 @@ def draw(
                 first_index=first_index + start,
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
+                graph=sampled.graph,
             )
         images.append(drawn)
         records.append((len(batch), calls.records()))

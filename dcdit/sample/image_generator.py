@@ -103,6 +103,7 @@ class ImageGenerator:
         batch_size: int = 16,
         output_type: str = "pil",
         return_maps: bool = False,
+        graph: bool | None = None,
         progress: bool = True,
     ) -> Any:
         """Draw one image for each label.
@@ -126,6 +127,7 @@ class ImageGenerator:
             output_type: ``pil`` for pictures; ``pt`` for a float32 tensor (N, 3, H, W) in [-1, 1]; ``latent`` for what
                 the model makes, (N, C, h, w).
             return_maps: also return what the router saw and kept.
+            graph: draw with CUDA graphs; None where that is safe and pays, see :func:`dcdit.diffusion.sample`.
             progress: show a bar for each batch, in a notebook too.
 
         Returns:
@@ -154,6 +156,7 @@ class ImageGenerator:
             budget=budget,
             seed=seed,
             batch_size=_positive("batch_size", batch_size),
+            graph=graph,
         )
         drop = self._drop(drop_fraction, options, return_maps)
         classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)

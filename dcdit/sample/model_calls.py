@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dcdit.diffusion import sample
+from dcdit.graphs import ExactGraphedDenoiser
 from dcdit.models import DCDiT, DiT, count_flops
 from dcdit.utils.modules import accepts_keyword
 
@@ -46,7 +47,7 @@ class ModelCalls:
         maps: also record how the router sees so many of the first images.
     """
 
-    def __init__(self, model: DCDiT | DiT, images: int, maps: int = 0) -> None:
+    def __init__(self, model: DCDiT | DiT | ExactGraphedDenoiser, images: int, maps: int = 0) -> None:
         self.config, self.objective = model.config, model.objective
         self.model, self.images = model, images
         self.observes = maps
@@ -60,9 +61,10 @@ class ModelCalls:
 
     def observe(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The output of a call, and what there is to record of it."""
+        model: Any = self.model
         if not self._dynamic:
-            return self.model(x, t, y, **options), {"t": t}
-        out, routing = self.model(x, t, y, **options, return_routing=True)
+            return model(x, t, y, **options), {"t": t}
+        out, routing = model(x, t, y, **options, return_routing=True)
         seen = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
         if self.observes:
             seen |= {"prob": routing.prob[: self.observes], "mask": routing.mask[: self.observes]}

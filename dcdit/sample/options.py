@@ -66,6 +66,8 @@ class SamplingOptions:
         batch_size: images per forward pass.
         precision: of the weights, ``fp32`` or ``bf16``.
         vae: folder of the autoencoder that decodes latents.
+        graph: draw with CUDA graphs; None where that is safe and pays, see :func:`dcdit.diffusion.sample`. It decides
+            the speed and not the images.
     """
 
     checkpoint: str
@@ -83,6 +85,7 @@ class SamplingOptions:
     batch_size: int = 16
     precision: str = "fp32"
     vae: str | None = None
+    graph: bool | None = None
 
     @property
     def guidance(self) -> Guidance:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import capturable_attention, fake_device
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import gpu_report
@@ -156,13 +157,27 @@ def cases() -> forward.ForwardCases:
     return forward.ForwardCases(SETTING, 2, None)
 
 
-@pytest.mark.parametrize("mode", ["exact", "graph, capacity", "graph, budget", "eager, budget"])
+@pytest.mark.parametrize("mode", ["exact", "graph, exact", "graph, capacity", "eager, budget"])
 def test_a_forward_is_timed_against_both_static_sides(cases: forward.ForwardCases, mode: str) -> None:
     found = cases.run(f"drop 0.4, {mode}")
     assert set(found["ms"]) == {"static", "static graph", mode}
     assert set(found["eta"]) == {"static", "static graph"}
     assert found["flops"] > 0 and 0 < found["kept"] < 0.3
     assert ("stage_ms" in found) == (mode == "exact")
+
+
+@pytest.mark.parametrize("mode", ["graph, exact", "graph, budget"])
+def test_graphs_are_captured_and_replayed(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a GPU, on a driver that plays one: every side that is called a graph is one."""
+    capturable_attention.install(monkeypatch, longest=64)
+    driver = fake_device.install(monkeypatch)
+    monkeypatch.setattr(forward, "CompiledDiT", lambda model, backend: model)  # nothing compiles on such a driver
+    cases = forward.ForwardCases(SETTING, 2, None)
+    before = len(driver.graphs)
+    assert before == 2  # the static model, plain and compiled
+    assert set(cases.run(f"drop 0.4, {mode}")["ms"]) == {"static", "static graph", mode}
+    assert len(driver.graphs) > before
+    assert sum(call.startswith("replay") for call in driver.calls) >= 2 * 5
 
 
 def test_a_mode_that_computes_something_else_is_not_timed(

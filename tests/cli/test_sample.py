@@ -271,6 +271,9 @@ def test_report_of_latents(tmp_path, draw):
         ("--target-flops 0", "--target-flops is 0.0; accepted: a positive number"),
         ("--target-latency nan", "--target-latency is nan; accepted: a positive number"),
         ("--profile a.json", "--profile is for --target-latency"),
+        ("--graph", "^the model is on cpu; CUDA graphs need a CUDA device$"),
+        ("--graph --budget 4", "^the model is on cpu; CUDA graphs need a CUDA device$"),
+        ("--graph --target-latency 1", "--graph changes the seconds that the pilot of --target-latency measures"),
         ("--target-latency 1 --profile nowhere.json", "no profile 'nowhere.json'"),
     ],
 )

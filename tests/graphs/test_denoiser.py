@@ -47,6 +47,17 @@ def test_the_graph_gives_the_bits_of_the_model(fake: FakeDriver, options: dict[s
 
 
 @torch.no_grad()
+def test_a_static_model(fake: FakeDriver) -> None:
+    model = small_dit()
+    graphed = GraphedDenoiser(model, IMAGES)
+    for seed in range(2):
+        args = inputs(model, seed)
+        assert torch.equal(graphed(*args), model(*args))
+    with pytest.raises(ValueError, match="takes no drop_fraction: it was captured of a static model"):
+        graphed(*args, 0.5)
+
+
+@torch.no_grad()
 def test_the_graph_keeps_its_model_alive(fake: FakeDriver) -> None:
     model = small_dc_dit()
     args = inputs(model, 1)
@@ -133,7 +144,7 @@ def test_bad_calls_are_named(fake: FakeDriver) -> None:
     graphed = GraphedDenoiser(model, IMAGES, budget=9)
     with pytest.raises(ValueError, match="x holds 2 images; this graph was captured for 3"):
         graphed(x[:2], t[:2], y[:2])
-    with pytest.raises(ValueError, match="captured with budget=9; it takes no drop_fraction"):
+    with pytest.raises(ValueError, match="this graph takes no drop_fraction: it was captured with budget=9"):
         graphed(x, t, y, 0.5)
     with pytest.raises(ValueError, match="budget is 9 and capacity is 50; accepted: one of them"):
         GraphedDenoiser(model, IMAGES, 9, 50)
@@ -176,3 +187,15 @@ def test_a_cpu_is_an_obstacle() -> None:
     for make in (lambda m: GraphedDenoiser(m, 1, budget=4), ExactGraphedDenoiser):
         with pytest.raises(ValueError, match="the model is on cpu; CUDA graphs need a CUDA device"):
             make(small_dc_dit())
+
+
+def test_a_bound_on_the_length_of_an_image_reaches_the_model(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, forward = [], DCDiT.forward
+
+    def recorded(self: DCDiT, *args: torch.Tensor, **options: object) -> object:
+        given.append((options["capacity"], options["max_seqlen"]))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(DCDiT, "forward", recorded)
+    GraphedDenoiser(small_dc_dit(), 3, capacity=110, max_seqlen=40)
+    assert set(given) == {(110, 40)}

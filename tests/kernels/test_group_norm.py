@@ -83,7 +83,7 @@ def test_as_accurate_as_pytorch_over_many_inputs(device: torch.device) -> None:
     def arguments(seed: int) -> tuple[Any, ...]:
         return cases.group_norm_silu("tokens", 2, 24, 5, 5, groups=8, seed=seed, device=device)
 
-    check_rms_against_reference(OP, arguments, backend="triton")
+    check_rms_against_reference(OP, arguments, seeds=8, backend="triton")
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -168,7 +168,7 @@ def test_images_far_apart_in_memory(strides: tuple[int, int, int], device: torch
     with ops.use_backend("triton"):
         results = [differentiate(OP, (x, groups, *rest)) for x in (far, far.contiguous())]
     for actual, wanted in zip(itertools.chain(*results[0]), itertools.chain(*results[1]), strict=True):
-        assert torch.equal(actual, wanted)
+        assert_equal_but_rounding(actual, wanted)
 
 
 def test_float64_is_refused(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import capturable_attention, fake_device
 
 from dcdit.cli import main
 from dcdit.models import DCDiT, DCDiTConfig, count_flops
@@ -299,6 +300,7 @@ def low(eta: float = 0.5, interval: tuple[float, float] = (0.48, 0.52), scatter:
         torch="2",
         attention="flash3",
         compiled=True,
+        graph=False,
         channels_last=True,
         variants=[variant],
         rounds=20,
@@ -385,3 +387,14 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys, tmp_p
 def test_a_missing_gpu_is_named(capsys) -> None:
     assert main(["profile", "--device", "cuda"]) == 2
     assert "no CUDA device is visible" in capsys.readouterr().err
+
+
+def test_graphs_are_timed_where_they_are_asked_for(model: DCDiT, batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for the device: every variant is replayed, and only the stages run without graphs."""
+    with pytest.raises(ValueError, match="the model is on cpu; CUDA graphs need a CUDA device"):
+        profile(model, "small", *batch, (0.5,), seconds=0.01, graph=True)
+    capturable_attention.install(monkeypatch, model.config.grid[0] * model.config.grid[1])
+    fake = fake_device.install(monkeypatch)
+    found = profile(model, "small", *batch, (0.5,), seconds=0.01, graph=True)
+    assert found.graph and all(graph.replays >= found.rounds for graph in fake.graphs)
+    assert not any("which is the same work" in warning for warning in found.warnings)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from support import capturable_attention, fake_device
+from support.fake_device import FakeDriver
 from support.small import small_dc_dit, small_dit
 
 from dcdit.checkpoint import save_model
@@ -93,3 +95,39 @@ def test_plans():
     ]
     with pytest.raises(ValueError, match="a target needs labels"):
         plans(dynamic, target=CostTarget(1.0, "TFLOPs"))
+
+
+# --- CUDA graphs, on a stand-in for the device ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    capturable_attention.install(monkeypatch, 64)
+    return fake_device.install(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "captured"),
+    [
+        (small_dc_dit, {"budget": 9, "null_drop_fraction": None}, 4),  # two batch sizes, with and without guidance
+        (small_dit, {"null_drop_fraction": None}, 4),
+        (small_dc_dit, {}, None),  # exact mode: one graph for each number of rows
+    ],
+)
+def test_graphs_draw_the_same_images_and_records(fake: FakeDriver, make, changes, captured: int | None) -> None:
+    model = make(grid=(8, 8))
+    drop = 0.3 if captured is None else None
+    options = {**vars(OPTIONS), "batch_size": 2, **changes}
+    plain, graphed = (
+        draw(model, SamplingOptions(**{**options, "graph": graph}), LABELS, drop, progress=False)
+        for graph in (False, True)
+    )
+    assert torch.equal(graphed.x, plain.x) and graphed.calls == plain.calls
+    assert fake.graphs and (captured is None or len(fake.graphs) == captured)
+
+
+def test_without_a_gpu_graphs_are_refused_in_one_line() -> None:
+    for make, budget in ((small_dc_dit, None), (small_dc_dit, 9), (small_dit, None)):
+        options = SamplingOptions("run", "ddim", steps=1, budget=budget, graph=True)
+        with pytest.raises(ValueError, match=r"^the model is on cpu; CUDA graphs need a CUDA device$"):
+            draw(make(grid=(8, 8)), options, LABELS, None, progress=False)
