@@ -134,7 +134,6 @@ READERS = {
     "dcdit/profiling/load.py",
     "dcdit/cli/configurations.py",  # the recipes of this package
     "dcdit/cli/demo.py",  # its own log
-    "dcdit/cli/tune.py",  # launch configurations that it wrote
     "kernels/launch.py",
 }
 
