@@ -134,6 +134,7 @@ READERS = {
     "dcdit/profiling/load.py",
     "dcdit/cli/configurations.py",  # the recipes of this package
     "dcdit/cli/demo.py",  # its own log
+    "kernels/launch.py",
 }
 
 
