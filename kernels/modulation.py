@@ -192,15 +192,14 @@ def modulated_layer_norm_fwd(
     t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(T, D) rows and (B, D) modulation with unit last strides -> normed (T, D), float32 mean and 1/std (2, T)."""
-    (rows, d), device = t.shape, t.device
-    normed, stats = launch.empty((rows, d), t.dtype, device), launch.empty((2, rows), torch.float32, device)
+    normed, stats = launch.empty_like(t, t.dtype), launch.empty((2, t.shape[0]), torch.float32, t.device)
     _forward(t, None, None, shift, scale, cu_seqlens, None, normed, stats, eps)
     return normed, stats
 
 
 def gated_add_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T, D) rows and (B, D) gate with unit last strides -> (T, D) in the wider dtype of x and y."""
-    added = launch.empty(tuple(x.shape), widest(x, y), x.device)
+    added = launch.empty_like(x, widest(x, y))
     _forward(x, y, gate, None, None, cu_seqlens, added, None, None, 0.0)
     return added
 
@@ -209,9 +208,8 @@ def gated_add_modulated_layer_norm_fwd(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both of the above in one pass: the sum (T, D), its norm (T, D), float32 mean and 1/std (2, T)."""
-    (rows, d), device = x.shape, x.device
-    added = launch.empty((rows, d), widest(x, y), device)
-    normed, stats = launch.empty_like(added), launch.empty((2, rows), torch.float32, device)
+    added = launch.empty_like(x, widest(x, y))
+    normed, stats = launch.empty_like(added, added.dtype), launch.empty((2, x.shape[0]), torch.float32, x.device)
     _forward(x, y, gate, shift, scale, cu_seqlens, added, normed, stats, eps)
     return added, normed, stats
 
@@ -225,7 +223,7 @@ def _forward(
     launch.launch(
         _modulation_fwd_kernel, (max_chunks(rows, images, config["ROWS"]),),
         x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images,
-        *(_row_stride(tensor) for tensor in (x, y, gate, shift, scale)), eps,
+        *map(_row_stride, (x, y, gate, shift, scale)), eps,
         D=d, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip
 
