@@ -176,6 +176,12 @@ def shipped_configs() -> dict[str, list[Entry]]:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has. In the interpreter it is a small number, so that one program has several tiles there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
 def device_slug(device: torch.device) -> str:
     """File name, without ``.json``, of the configurations tuned for a device: its name and its architecture."""
     if device.type != "cuda":
