@@ -87,9 +87,17 @@ def _device(found: Found, folder: Path, number: int) -> list[str]:
         section = _SECTIONS[group.name](found, group)
         if section:
             parts += [f"## {group.title}", *section]
-            picture = pictures.draw(group, found, folder / f"{group.name.split(',')[0]}-{number}.png")
-            parts += [f"![{group.title}]({picture.name})"] if picture else []
+            parts.append(_picture(found, group, folder / f"{group.name.split(',')[0]}-{number}.png"))
     return parts
+
+
+def _picture(found: Found, group: Group, path: Path) -> str:
+    """The picture of a group. One that cannot be drawn must not cost the page."""
+    try:
+        picture = pictures.draw(group, found, path)
+    except Exception as error:
+        return f"No picture: {type(error).__name__}: {error}"
+    return f"![{group.title}]({picture.name})" if picture else ""
 
 
 def _head(found: Found) -> str:

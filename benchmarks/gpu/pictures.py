@@ -51,8 +51,8 @@ def _forward(group: Group, found: "Found", lines: dict[str, Line], path: Path, n
         left.plot([0, edge], [0, edge * ms / static_gflops], label=f"eta = 1 vs {side}", **style)
         left.plot(static_gflops, ms, "s", color="black", mfc="black" if number else "white")
     for mode, color in COLORS.items():
-        own = {case: line for case, line in compared.items() if case.endswith(f", {mode}")}
-        drops = sorted((float(case.split(",")[0].split()[-1]), line) for case, line in own.items()) if own else []
+        own = [(case, line) for case, line in compared.items() if case.partition(", ")[2] == mode]
+        drops = sorted(((float(case.split(",")[0].split()[-1]), line) for case, line in own), key=lambda pair: pair[0])
         if not drops:
             continue
         side = "static graph" if mode.startswith("graph") else "static"

@@ -277,7 +277,7 @@ def write_lines(folder: Path, device: str = DEVICE, warnings: list[str] | None =
     group = "forward, large batch"
     lines.write(f"{group}: static", DONE, ms={"compiled": figure(15.0), "compiled graph": figure(14.8)}, fastest={})
     for drop, ms in ((0.0, 18.0), (0.2, 15.0), (0.4, 12.5), (0.6, 10.0)):
-        for mode in ("exact", "graph, capacity"):
+        for mode in ("exact", "graph, exact", "graph, capacity"):
             flops = 8.5e12 * (1 - 0.8 * drop)
             eta = {
                 side: {"value": v, "low": v - 0.02, "high": v + 0.02}
@@ -321,6 +321,7 @@ def test_the_page_shows_measurements_floors_and_predictions(tmp_path: Path, monk
     assert "cut: forward, large batch: drop 0, graph, budget was running" in text
     assert "not run: training: equal; drop 0" in text
     assert "Not all tests ran" in text
+    assert "No picture" not in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward-large-1.png", "operations-1.png"}
 
 

@@ -31,7 +31,12 @@ def write(folder: Path, name: str, *configs: tuple[int, launch.Config]) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"gather": entries}))
 
 
-NARROW, WIDE = ({"ROWS": rows, "BLOCK_D": 64, "num_warps": 2} for rows in (2, 4))
+def config_of(kernel: str, rows: int) -> launch.Config:
+    """A configuration with the numbers that the kernel takes."""
+    return {**launch.shipped_configs()[kernel][0]["config"], "ROWS": rows}
+
+
+NARROW, WIDE = (config_of("gather", rows) for rows in (32, 64))
 
 
 def test_tuned_entries_win_over_defaults(tables: Path) -> None:
@@ -76,23 +81,24 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def write(content: object) -> Path:
         path = tmp_path / "cpu.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        for cached in (launch._lookup, launch._tuned_configs):
+        for cached in CACHED:
             cached.cache_clear()
         return path
 
     launch.shipped_configs()  # imports all kernel files
     monkeypatch.setenv("DCDIT_CONFIG_FOLDER", str(tmp_path))
     yield write
-    for cached in (launch._lookup, launch._tuned_configs):
+    for cached in CACHED:
         cached.cache_clear()
 
 
 def test_the_users_entries_win_over_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user_folder) -> None:
-    def entries(rows: int) -> list[dict]:
-        return [{"shape": {"D": 64}, "config": {"ROWS": rows, "BLOCK_D": 64, "num_warps": 2}}]
+    def entries(rows: int, kernel: str = "gather") -> list[dict]:
+        return [{"shape": {"D": 64}, "config": config_of(kernel, rows)}]
 
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "cpu.json").write_text(json.dumps({"gather": entries(2), "scatter": entries(4)}))
+    package = {"gather": entries(2), "scatter": entries(4, "scatter")}
+    (tmp_path / "package" / "cpu.json").write_text(json.dumps(package))
     monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path / "package")
     user_folder({"gather": entries(8)})
     assert [launch.config_for(kernel, CPU, D=64)["ROWS"] for kernel in ("gather", "scatter")] == [8, 4]

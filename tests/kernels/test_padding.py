@@ -79,9 +79,14 @@ def test_autograd_does_not_see_the_write(backend: str, strided: bool, device: to
 # --- whole models ---------------------------------------------------------------------------------------------------
 
 
+def inputs_of(model: DCDiT) -> list[Tensor]:
+    """A batch on the device of the model."""
+    return [value.to(model.pos_embed.device) for value in batch(model.config)]
+
+
 def run_model(model: DCDiT, capacity: int | None) -> list[Tensor]:
     """Output, loss and gradients."""
-    x, t, y = batch(model.config)
+    x, t, y = inputs_of(model)
     out, routing = model(x, t, y, drop_fraction=0.3, capacity=capacity, return_routing=True)
     assert capacity is None or (routing.selection.cu_seqlens[-1] < capacity and not routing.selection.overflow)
     loss = out.square().mean() + ops.ratio_loss(routing.prob, routing.natural_mask, 4.0)
@@ -111,7 +116,7 @@ def test_inference_leaves_padding_unwritten_and_reads_none_of_it(
     backend: str, mode: type, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_dc_dit(grid=(4, 6), num_heads=2).to(device)
-    inputs = batch(model.config)
+    inputs = inputs_of(model)
     with mode(), ops.use_backend(backend):
         expected = model(*inputs, drop_fraction=0.3)
         results = unwritten.install(monkeypatch)
@@ -139,7 +144,7 @@ def test_a_changed_layer_behind_attention_gets_zeros(
             block.proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         elif change == "class":
             block.proj.__class__ = Scaled
-    inputs = batch(model.config)
+    inputs = inputs_of(model)
     results = unwritten.install(monkeypatch)
     with torch.set_grad_enabled(change.endswith("gradient")):
         out = model(*inputs, capacity=3 * 24)
