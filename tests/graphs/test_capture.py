@@ -45,7 +45,9 @@ def test_the_warm_up_runs_and_is_undone(fake: FakeDriver) -> None:
     assert x.item() == 1
 
 
-@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.nonzero, lambda x: torch.tensor(1) + x])
+@pytest.mark.parametrize(
+    "read", [torch.Tensor.item, torch.Tensor.nonzero, lambda x: x.tolist(), lambda x: torch.tensor(1) + x]
+)
 def test_waiting_for_the_device_breaks_a_capture(fake: FakeDriver, read) -> None:
     x = torch.ones(())
     calls = []

@@ -4,16 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcdit import ops
+from dcdit.ops import unchecked
 
 
 def install(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
-    """Replace ``ops.varlen_attention``. Every image takes ``longest`` rows, so no result depends on other lengths."""
+    """Replace the blocks' attention. Every image takes ``longest`` rows, so no result depends on other lengths."""
 
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bool = False
-    ) -> Tensor:
-        packed_rows = q.shape[0]
+    def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bool, zero_padding: bool) -> Tensor:
+        packed_rows, (q, k, v) = qkv.shape[0], qkv.unbind(1)
         lengths, place = cu_seqlens.diff(), torch.arange(longest, device=q.device)
         real = place < lengths[:, None]  # (B, longest)
         rows = torch.where(real, cu_seqlens[:-1, None] + place, 0)
@@ -24,4 +22,4 @@ def install(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
         out = dense.new_zeros(spare + 1, *dense.shape[1:])
         return out.index_copy(0, torch.where(real, rows, spare).flatten(), dense)[:packed_rows]
 
-    monkeypatch.setattr(ops, "varlen_attention", attention)
+    monkeypatch.setattr(unchecked, "self_attention", attention)

@@ -156,6 +156,7 @@ class Graph:
         self._pool = pool
         self._driver.open_pools.append(pool)
         self._tape.__enter__()
+        torch.Tensor.tolist = self._tape.refuse  # type: ignore[method-assign]
         self.state = "capturing"
 
     def capture_end(self) -> None:
@@ -164,6 +165,7 @@ class Graph:
         if self.state != "capturing":
             raise RuntimeError("capture_end() called before capture_begin()")
         self.state = "failed"
+        del torch.Tensor.tolist  # type: ignore[misc]
         self._tape.__exit__(None, None, None)
         self._tape.undo()
         if "capture_end" in self._driver.fail_at:
@@ -204,8 +206,7 @@ class _Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name in FORBIDDEN:
-            self.broken = True
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+            self.refuse(func)
         arguments = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         for tensor in _written(func, args, kwargs):
             self._keep(tensor)
@@ -216,6 +217,11 @@ class _Tape(TorchDispatchMode):
         self._made |= {_storage(x) for x in outputs if isinstance(x, Tensor)} - known
         self.entries.append((func, args, kwargs, outputs, view))
         return result
+
+    def refuse(self, what: Any = "Tensor.tolist") -> None:
+        """Also in place of ``Tensor.tolist``, which is no operator."""
+        self.broken = True
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
 
     def _keep(self, tensor: Tensor) -> None:
         """Remember what a tensor from outside of the graph held before the capture wrote to it."""
