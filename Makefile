@@ -5,7 +5,7 @@ PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test clean
+.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test locked clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -48,6 +48,12 @@ gpu-test: ## everything that needs a CUDA device; plain Python, no network; with
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info
+
+locked: ## .venv as CI has it: every file checked by its hash, PyTorch as its CPU build (Linux on x86-64)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r .ci/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

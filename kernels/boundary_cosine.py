@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
-from dcdit.kernels.numerics import LARGE, NORM_EPS, SHRINKING_FACTOR, cdiv
+from dcdit.kernels.numerics import LARGE, NORM_EPS, SHRINKING_FACTOR, cdiv, next_power_of_2
 
 _NORM_EPS = tl.constexpr(NORM_EPS)
 _LARGE = tl.constexpr(LARGE)
@@ -160,7 +160,7 @@ def cosine_fwd(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, length: int) -> 
     launch.launch(
         _cosine_fwd_kernel, (cdiv(rows, config["ROWS"]),), q, k, cu_seqlens, out,
         rows, length, *_search(cu_seqlens), q.stride(0), k.stride(0),
-        D=d, PACKED=cu_seqlens is not None, BLOCK_D=triton.next_power_of_2(d), **config,
+        D=d, PACKED=cu_seqlens is not None, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip
     return out
 
@@ -177,7 +177,7 @@ def cosine_bwd(
     launch.launch(
         _cosine_bwd_kernel, (rows and cdiv(rows + 1, config["ROWS"]),), grad, q, k, cu_seqlens, grad_q, grad_k,
         rows, length, *_search(cu_seqlens), q.stride(0), k.stride(0), D=d, PACKED=cu_seqlens is not None,
-        NEED_Q=need_q, NEED_K=need_k, BLOCK_D=triton.next_power_of_2(d), **config,
+        NEED_Q=need_q, NEED_K=need_k, BLOCK_D=next_power_of_2(d), **config,
     )  # fmt: skip
     return grad_q, grad_k
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
-from dcdit.kernels.numerics import LARGE, NORM_EPS, SHRINKING_FACTOR, cdiv
+from dcdit.kernels.numerics import LARGE, NORM_EPS, SHRINKING_FACTOR, cdiv, next_power_of_2
 
 PLANES = 15
 """Planes of stats."""
@@ -325,7 +325,7 @@ def cosine2d_fwd(q: Tensor, k: Tensor, weight: Tensor, height: int, width: int) 
     config = launch.config_for("cosine2d_scalars", q.device)
     launch.launch(
         _cosine2d_prob_kernel, (cdiv(rows, config["BLOCK"]),), q, k, weight, stats, p, rows, height, width,
-        q.stride(0), k.stride(0), D=d, BLOCK_D=min(SHRUNK_BLOCK_D, triton.next_power_of_2(d)), **config,
+        q.stride(0), k.stride(0), D=d, BLOCK_D=min(SHRUNK_BLOCK_D, next_power_of_2(d)), **config,
     )  # fmt: skip
     return p, stats
 
@@ -358,4 +358,4 @@ def cosine2d_bwd(
 
 def _limit_block_d(config: launch.Config, d: int) -> launch.Config:
     """A block need not be wider than the row."""
-    return {**config, "BLOCK_D": min(config["BLOCK_D"], triton.next_power_of_2(d))}
+    return {**config, "BLOCK_D": min(config["BLOCK_D"], next_power_of_2(d))}

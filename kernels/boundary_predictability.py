@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.activation import silu, silu_derivative
-from dcdit.kernels.numerics import cdiv
+from dcdit.kernels.numerics import cdiv, next_power_of_2
 
 MAX_SPLITS = 128
 """Most splits of one image: enough for one image to fill a GPU, few enough to combine quickly."""
@@ -365,7 +365,7 @@ def predictability_fwd(
     p is (B, L) float32; stats (B, 2, num_groups) float32 holds the mean and 1 / standard deviation of the groups.
     """
     images, channels, length = x.shape
-    memory, block_g = _memory_format(x), triton.next_power_of_2(num_groups)
+    memory, block_g = _memory_format(x), next_power_of_2(num_groups)
     partial, split_length = _statistics(x, memory, num_groups)
     p = launch.empty((images, length), torch.float32, x.device)
     stats = launch.empty((images, 2, num_groups), torch.float32, x.device)
@@ -406,7 +406,7 @@ def predictability_bwd(
     means = launch.empty((images, 2, groups), torch.float32, x.device)
     launch.launch(
         _predictability_combine_kernel, (images, groups), partial, norm_weight, sums, means, length, splits,
-        C=channels, GROUPS=groups, BLOCK_S=16, BLOCK_C=triton.next_power_of_2(channels // groups), num_warps=4,
+        C=channels, GROUPS=groups, BLOCK_S=16, BLOCK_C=next_power_of_2(channels // groups), num_warps=4,
     )  # fmt: skip
     if need_features:
         grad_x = _dense_like(x, memory)
@@ -439,7 +439,7 @@ def _statistics(x: Tensor, memory: _MemoryFormat, groups: int) -> tuple[Tensor, 
     while _membership(program_groups, width) > MAX_MEMBERSHIP and program_groups > 1:
         program_groups = cdiv(program_groups, 2)
     config = dict(launch.config_for("predictability_statistics", x.device, C=channels))
-    block_c = triton.next_power_of_2(program_groups * width)
+    block_c = next_power_of_2(program_groups * width)
     block_p = min(MAX_POSITIONS, max(1, config.pop("TILE") // block_c))
     tiles = cdiv(length, MAX_SPLITS * block_p)
     splits = cdiv(length, max(1, tiles * block_p))
@@ -448,17 +448,17 @@ def _statistics(x: Tensor, memory: _MemoryFormat, groups: int) -> tuple[Tensor, 
         _predictability_statistics_kernel, (images, splits, cdiv(groups, program_groups)), x, partial,
         length, tiles, memory.image_stride, memory.outer_stride,
         C=channels, GROUPS=groups, PROGRAM_GROUPS=program_groups, CHANNELS_LAST=memory.channels_last,
-        DIVISOR=memory.divisor, BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_G=triton.next_power_of_2(program_groups),
+        DIVISOR=memory.divisor, BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_G=next_power_of_2(program_groups),
         **config,
     )  # fmt: skip
     return partial, tiles * block_p
 
 
 def _membership(groups: int, width: int) -> int:
-    return triton.next_power_of_2(groups) * triton.next_power_of_2(groups * width)
+    return next_power_of_2(groups) * next_power_of_2(groups * width)
 
 
 def _tile_config(x: Tensor, memory: _MemoryFormat) -> launch.Config:
     name = "predictability_channels_last" if memory.channels_last else "predictability_channels_first"
     config = launch.config_for(name, x.device, C=x.shape[1])
-    return {**config, "BLOCK_C": min(config["BLOCK_C"], triton.next_power_of_2(x.shape[1]))}
+    return {**config, "BLOCK_C": min(config["BLOCK_C"], next_power_of_2(x.shape[1]))}

@@ -4,14 +4,15 @@ Kernel files call ``launch.empty``, ``launch.config_for`` and ``launch.launch`` 
 replaces one of them here reaches every kernel.
 
 The default configurations of a kernel are in its own file (``set_default_configs``). Those tuned for one device are in
-``configs/<device>.<architecture>.json``; ``dcdit tune`` writes such a file, and its entries win over the defaults. A
-device without a file of its own takes that of another device of its architecture: an H200 that of an H100.
+``<device>.<architecture>.json``, in the package's ``configs/`` or in the user's folder, to which ``dcdit tune`` writes.
+The user's win over the package's, and these over the defaults. A device without a file of its own takes that of another
+device of its architecture: an H200 that of an H100.
 """
 
 import functools
 import importlib
-import json
 import math
+import os
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dcdit.utils.reading import read_json
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -93,9 +96,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def empty_like(made: Tensor) -> Tensor:
-    """The same for one more output of the shape and dtype of ``made``, which :func:`empty` returned: a cheaper call."""
-    return torch.empty_like(made)
+def empty_like(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same for a contiguous output of the shape and the device of ``rows``: often a cheaper call."""
+    if dtype == rows.dtype and rows.is_contiguous():
+        return torch.empty_like(rows)
+    return empty(tuple(rows.shape), dtype, rows.device)
 
 
 def set_default_configs(kernel: str, config: Config | None = None, **by_size: dict[int, Config]) -> None:
@@ -116,10 +121,47 @@ def set_default_configs(kernel: str, config: Config | None = None, **by_size: di
         raise ValueError(f"kernel name {kernel!r} is taken; accepted is a name without default configurations")
 
 
+def user_config_folder() -> Path:
+    """Where ``dcdit tune`` writes: ``DCDIT_CONFIG_FOLDER``, else ``dcdit/configs`` in the user's cache folder."""
+    given = os.environ.get("DCDIT_CONFIG_FOLDER")
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    return Path(cache, "dcdit", "configs")
+
+
+def read_configs(path: Path) -> dict[str, list[Entry]]:
+    """The entries of a file of ``dcdit tune``, by kernel name.
+
+    Raises:
+        ValueError: a file of something else.
+        OSError: it cannot be read.
+    """
+    try:
+        tables = read_json(path)
+        entries = [entry for table in tables.values() for entry in table]
+        sizes = [size for entry in entries for size in (*entry["shape"].values(), *entry["config"].values())]
+        if all(type(size) is int and size > 0 for size in sizes):
+            return tables
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(
+        f"{path} holds no launch configurations; accepted: a file of dcdit tune, whose numbers are positive integers"
+    )
+
+
 @functools.cache
-def _tuned_configs(device_name: str) -> dict[str, list[Entry]]:
-    path = CONFIG_FOLDER / f"{device_name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _tuned_configs(table: str | None) -> dict[str, list[Entry]]:
+    paths = [folder / f"{table}.json" for folder in (CONFIG_FOLDER, user_config_folder())]
+    found: dict[str, list[Entry]] = {}
+    for path in filter(Path.is_file, paths):
+        found |= read_configs(path)
+    return found
+
+
+def _is_current(kernel: str, entry: Entry) -> bool:
+    """Whether an entry names the numbers that the kernel takes. The user's file may be older than the package."""
+    return any(all(entry[part].keys() == own[part].keys() for part in own) for own in _defaults[kernel])
 
 
 def shipped_configs() -> dict[str, list[Entry]]:
@@ -128,9 +170,15 @@ def shipped_configs() -> dict[str, list[Entry]]:
         importlib.import_module(f"{__package__}.{module.name}")
     found = {kernel: list(entries) for kernel, entries in _defaults.items()}
     for path in sorted(CONFIG_FOLDER.glob("*.json")):
-        for kernel, entries in _tuned_configs(path.stem).items():
+        for kernel, entries in read_configs(path).items():
             found.setdefault(kernel, []).extend(entries)
     return found
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has. In the interpreter it is a small number, so that one program has several tiles there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache
@@ -152,17 +200,18 @@ def table_for(device: torch.device) -> str | None:
     Its own, else those of another device of the same architecture, else None: then kernels use their defaults.
     """
     own = device_slug(device)
-    if (CONFIG_FOLDER / f"{own}.json").is_file():
+    folders = (user_config_folder(), CONFIG_FOLDER)
+    if any((folder / f"{own}.json").is_file() for folder in folders):
         return own
-    architecture = own.rpartition(".")[2]
-    same = sorted(CONFIG_FOLDER.glob(f"*.{architecture}.json")) if device.type == "cuda" else []
+    pattern = f"*.{own.rpartition('.')[2]}.json"
+    same = [path for folder in folders for path in sorted(folder.glob(pattern))] if device.type == "cuda" else []
     return same[0].stem if same else None
 
 
 @functools.cache
 def _lookup(kernel: str, device: torch.device, shape: tuple[tuple[str, int], ...]) -> Config:
-    table = table_for(device)
-    entries = (_tuned_configs(table).get(kernel) if table else None) or _defaults[kernel]
+    tuned = _tuned_configs(table_for(device)).get(kernel, ())
+    entries = [entry for entry in tuned if _is_current(kernel, entry)] or _defaults[kernel]
     sizes = dict(shape)
 
     def distance(entry: Entry) -> float:

@@ -3,9 +3,12 @@
     added = x + gate[image] * y
     normed = x_hat * (1 + scale[image]) + shift[image],  x_hat = (added - mean) / sqrt(var + eps)
 
-Without a gated residual, added is x. A program takes consecutive rows of one image and keeps whole rows in registers,
-so it loads the image's modulation once. An operation that lacks one half passes None for its pointers, and Triton
-compiles the half away.
+Without a gated residual, added is x. An operation that lacks one half passes None for its pointers, and Triton compiles
+the half away. Rows are kept whole in registers, in two parts (see ``rows``).
+
+In the forward, the rows are divided evenly over as many programs as the GPU holds at a time. A program looks up the
+image of its first row and walks on from there. What it computes for a row depends on that row and its image alone, so
+the number of programs changes no bit.
 
 Backward is one pass over the tokens, with grad_hat = grad_normed (1 + scale) the gradient by x_hat:
 
@@ -25,20 +28,71 @@ import triton.language as tl
 from torch import Tensor
 
 from dcdit.kernels import launch
-from dcdit.kernels.numerics import cdiv, next_power_of_2, widest
-from dcdit.kernels.segments import find_chunk, max_chunks, segment_bounds
+from dcdit.kernels.numerics import cdiv, widest
+from dcdit.kernels.rows import (
+    load_part,
+    load_table_part,
+    parts_of,
+    row_pointers,
+    rows_from,
+    store_part,
+    sum_columns,
+)
+from dcdit.kernels.segments import find_chunk, find_segment, max_chunks, next_segment, segment_bounds
 
 launch.set_default_configs(
     "modulation_fwd",
     D={
-        64: {"ROWS": 8, "num_warps": 4},
-        384: {"ROWS": 4, "num_warps": 4},
-        1024: {"ROWS": 4, "num_warps": 8},
+        64: {"ROWS": 16, "PER_SM": 16, "num_warps": 1},
+        288: {"ROWS": 8, "PER_SM": 12, "num_warps": 1},
+        384: {"ROWS": 4, "PER_SM": 16, "num_warps": 1},
+        1024: {"ROWS": 1, "PER_SM": 16, "num_warps": 1},
     },
 )
 
 
-@triton.jit(do_not_specialize=["rows", "images"])
+@triton.jit
+def _add_part(
+    x_ptr, y_ptr, gate_ptr, added_ptr, exists, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """``x + gate y`` [ROWS, N]: stored, and returned in float32 as it is stored. Without y it is x."""
+    x = load_part(x_ptr, exists, FIRST, N, D).to(tl.float32)
+    if y_ptr is not None:
+        y = load_part(y_ptr, exists, FIRST, N, D).to(tl.float32)
+        added = (x + load_table_part(gate_ptr, FIRST, N, D) * y).to(added_ptr.dtype.element_ty)
+        store_part(added_ptr, added, exists, FIRST, N, D)
+        x = added.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _centre_part(x, mean, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """``x - mean`` [ROWS, N], 0 past column D."""
+    centred = x - mean
+    if FIRST + N > D:
+        centred = tl.where((FIRST + tl.arange(0, N) < D)[None, :], centred, 0.0)
+    return centred
+
+
+@triton.jit
+def _norm_part(
+    centred, rstd, shift_ptr, scale_ptr, normed_ptr, exists, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    shift, scale = load_table_part(shift_ptr, FIRST, N, D), load_table_part(scale_ptr, FIRST, N, D)
+    store_part(normed_ptr, centred * rstd * (1.0 + scale) + shift, exists, FIRST, N, D)
+
+
+@triton.jit
+def _pad_part(
+    x_ptr, added_ptr, normed_ptr, exists, ROWS: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    if added_ptr is not None:
+        store_part(added_ptr, load_part(x_ptr, exists, FIRST, N, D), exists, FIRST, N, D)
+    if normed_ptr is not None:
+        store_part(normed_ptr, tl.zeros((ROWS, N), tl.float32), exists, FIRST, N, D)
+
+
+@triton.jit(do_not_specialize=["rows", "images", "rows_each"])
 def _modulation_fwd_kernel(
     x_ptr,  # (rows, D) float, row stride x_stride
     y_ptr,  # (rows, D) float, row stride y_stride; None without a gated residual, like gate and added
@@ -48,47 +102,113 @@ def _modulation_fwd_kernel(
     cu_ptr,  # (images + 1,) int32
     added_ptr,  # (rows, D) in the wider dtype of x and y
     normed_ptr,  # (rows, D) in the same dtype
-    stats_ptr,  # (2, rows) float32: mean and 1 / standard deviation
-    rows, images, x_stride, y_stride, gate_stride, shift_stride, scale_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    stats_ptr,  # (2, rows) float32: mean and 1 / standard deviation, 0 in padding rows
+    rows, images, rows_each, x_stride, y_stride, gate_stride, shift_stride, scale_stride, eps,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
-    image, first, last, _ = find_chunk(cu_ptr, images, rows, tl.program_id(0), ROWS)
-    if first >= last:
-        return
-    row = first + tl.arange(0, ROWS)  # [ROWS]
-    col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    inside = (row < last)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
-    # In padding rows the modulation reads as zero.
-    has_modulation = (col < D) & (image < images)  # [BLOCK_D]
-    not_padding = inside & (image < images)  # [ROWS, BLOCK_D]
-    image = image.to(tl.int64)
-    x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        gate = tl.load(gate_ptr + image * gate_stride + col, mask=has_modulation, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + row[:, None] * y_stride + col[None, :], mask=not_padding, other=0.0).to(tl.float32)
-        added = (x + gate[None, :] * y).to(added_ptr.dtype.element_ty)  # [ROWS, BLOCK_D]
-        tl.store(added_ptr + row[:, None] * D + col[None, :], added, mask=inside)
-        x = added.to(tl.float32)
-    if normed_ptr is not None:
-        shift = tl.load(shift_ptr + image * shift_stride + col, mask=has_modulation, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + image * scale_stride + col, mask=has_modulation, other=0.0).to(tl.float32)
-        mean = tl.sum(x, 1) / D  # [ROWS]
-        centred = tl.where(inside, x - mean[:, None], 0.0)  # [ROWS, BLOCK_D]
-        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)  # [ROWS]
-        normed = centred * rstd[:, None] * (1.0 + scale[None, :]) + shift[None, :]  # [ROWS, BLOCK_D]
-        tl.store(normed_ptr + row[:, None] * D + col[None, :], tl.where(not_padding, normed, 0.0), mask=inside)
-        tl.store(stats_ptr + row, mean, mask=row < last)
-        tl.store(stats_ptr + rows + row, rstd, mask=row < last)
+    """A program takes rows_each consecutive rows, ROWS of one image at a time."""
+    first = tl.program_id(0).to(tl.int64) * rows_each
+    last = tl.minimum(first + rows_each, rows)
+    image = find_segment(cu_ptr, images, first)
+    image, end = image - 1, first.to(tl.int32)  # as if the image before ended here: the loop looks up the next
+    while first < last:
+        image, end = next_segment(cu_ptr, image, end, images, rows, first)
+        row, exists = rows_from(first, tl.minimum(end, last), ROWS)
+        first = tl.minimum(tl.minimum(first + ROWS, end), last)
+        x, y = row_pointers(x_ptr, row, x_stride), row_pointers(y_ptr, row, y_stride)
+        added, normed = row_pointers(added_ptr, row, D), row_pointers(normed_ptr, row, D)
+        if image == images:
+            _pad_part(x, added, normed, exists, ROWS, 0, MAIN, D)
+            if TAIL > 0:
+                _pad_part(x, added, normed, exists, ROWS, MAIN, TAIL, D)
+            if normed_ptr is not None:
+                tl.store(stats_ptr + row, 0.0, mask=row < first)
+                tl.store(stats_ptr + rows + row, 0.0, mask=row < first)
+        else:
+            gate = row_pointers(gate_ptr, image.to(tl.int64), gate_stride)
+            shift = row_pointers(shift_ptr, image.to(tl.int64), shift_stride)
+            scale = row_pointers(scale_ptr, image.to(tl.int64), scale_stride)
+            main = _add_part(x, y, gate, added, exists, 0, MAIN, D)  # [ROWS, MAIN]
+            if TAIL > 0:
+                tail = _add_part(x, y, gate, added, exists, MAIN, TAIL, D)  # [ROWS, TAIL]
+            if normed_ptr is not None:
+                total = sum_columns(main)
+                if TAIL > 0:
+                    total += sum_columns(tail)
+                mean = total / D
+                main = _centre_part(main, mean, 0, MAIN, D)
+                square = sum_columns(main * main)
+                if TAIL > 0:
+                    tail = _centre_part(tail, mean, MAIN, TAIL, D)
+                    square += sum_columns(tail * tail)
+                rstd = tl.rsqrt(square / D + eps)
+                _norm_part(main, rstd, shift, scale, normed, exists, 0, MAIN, D)
+                if TAIL > 0:
+                    _norm_part(tail, rstd, shift, scale, normed, exists, MAIN, TAIL, D)
+                tl.store(stats_ptr + row, mean, mask=row < first)
+                tl.store(stats_ptr + rows + row, rstd, mask=row < first)
 
 
 launch.set_default_configs(
     "modulation_bwd",
     D={
-        64: {"CHUNK": 16, "ROWS": 8, "num_warps": 2},
+        64: {"CHUNK": 16, "ROWS": 8, "num_warps": 1},
+        288: {"CHUNK": 16, "ROWS": 1, "num_warps": 1},
+        384: {"CHUNK": 16, "ROWS": 1, "num_warps": 2},
         1024: {"CHUNK": 16, "ROWS": 1, "num_warps": 4},
-        1152: {"CHUNK": 16, "ROWS": 1, "num_warps": 8},
     },
 )
+
+
+@triton.jit
+def _load_or_zero(ptr, exists, ROWS: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """Columns of rows in float32 [ROWS, N], zeros for a pointer that is None."""
+    if ptr is not None:
+        return load_part(ptr, exists, FIRST, N, D).to(tl.float32)
+    else:
+        return tl.zeros((ROWS, N), tl.float32)
+
+
+@triton.jit
+def _table_or_zero(ptr, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    if ptr is not None:
+        return load_table_part(ptr, FIRST, N, D)
+    else:
+        return tl.zeros((1, N), tl.float32)
+
+
+@triton.jit
+def _store_gradient_part(
+    grad_x, gate, grad_x_ptr, grad_y_ptr, exists, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    if grad_x_ptr is not None:
+        store_part(grad_x_ptr, grad_x, exists, FIRST, N, D)
+    if grad_y_ptr is not None:
+        store_part(grad_y_ptr, grad_x * gate, exists, FIRST, N, D)
+
+
+@triton.jit
+def _pad_gradient_part(
+    grad_added_ptr, grad_x_ptr, grad_y_ptr, exists, ROWS: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    if grad_x_ptr is not None:
+        store_part(grad_x_ptr, _load_or_zero(grad_added_ptr, exists, ROWS, FIRST, N, D), exists, FIRST, N, D)
+    if grad_y_ptr is not None:
+        store_part(grad_y_ptr, tl.zeros((ROWS, N), tl.float32), exists, FIRST, N, D)
+
+
+@triton.jit
+def _store_sum_part(
+    shift_sum, scale_sum, gate_sum, partial_ptr, GATE: tl.constexpr, PARTS: tl.constexpr,
+    FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    col = FIRST + tl.arange(0, N)  # [N]
+    if PARTS >= 2:
+        tl.store(partial_ptr + col, tl.sum(shift_sum, 0), mask=col < D)
+        tl.store(partial_ptr + D + col, tl.sum(scale_sum, 0), mask=col < D)
+    if GATE:
+        tl.store(partial_ptr + (PARTS - 1) * D + col, tl.sum(gate_sum, 0), mask=col < D)
 
 
 @triton.jit(do_not_specialize=["rows", "images"])
@@ -105,65 +225,83 @@ def _modulation_bwd_kernel(
     grad_y_ptr,  # (rows, D) float; None if not wanted
     partial_ptr,  # (chunks, PARTS, D) float32: shift, scale and gate, as far as wanted; None if none is
     rows, images, grad_added_stride, grad_normed_stride, added_stride, y_stride, gate_stride, scale_stride,
-    D: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
+    """A program takes one chunk, ROWS rows at a time."""
     chunk_index = tl.program_id(0)
     image, first, last, _ = find_chunk(cu_ptr, images, rows, chunk_index, CHUNK)
     if first >= last:
         return
-    col = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    has_image = image < images
-    has_modulation = (col < D) & has_image  # [BLOCK_D]
     image = image.to(tl.int64)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + image * gate_stride + col, mask=has_modulation, other=0.0).to(tl.float32)
-    if grad_normed_ptr is not None:
-        scale = tl.load(scale_ptr + image * scale_stride + col, mask=has_modulation, other=0.0).to(tl.float32)
-    shift_sum = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-    scale_sum = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-    gate_sum = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    if image == images:
+        for start in range(first, last, ROWS):
+            row, exists = rows_from(start, last, ROWS)
+            grad_added = row_pointers(grad_added_ptr, row, grad_added_stride)
+            grad_x, grad_y = row_pointers(grad_x_ptr, row, D), row_pointers(grad_y_ptr, row, D)
+            _pad_gradient_part(grad_added, grad_x, grad_y, exists, ROWS, 0, MAIN, D)
+            if TAIL > 0:
+                _pad_gradient_part(grad_added, grad_x, grad_y, exists, ROWS, MAIN, TAIL, D)
+        return
+    gate, scale = row_pointers(gate_ptr, image, gate_stride), row_pointers(scale_ptr, image, scale_stride)
+    gate_main, scale_main = _table_or_zero(gate, 0, MAIN, D), 1.0 + _table_or_zero(scale, 0, MAIN, D)
+    shift_sum = tl.zeros((ROWS, MAIN), tl.float32)
+    scale_sum = tl.zeros((ROWS, MAIN), tl.float32)
+    gate_sum = tl.zeros((ROWS, MAIN), tl.float32)
+    if TAIL > 0:
+        gate_tail, scale_tail = _table_or_zero(gate, MAIN, TAIL, D), 1.0 + _table_or_zero(scale, MAIN, TAIL, D)
+        tail_shift_sum = tl.zeros((ROWS, TAIL), tl.float32)
+        tail_scale_sum = tl.zeros((ROWS, TAIL), tl.float32)
+        tail_gate_sum = tl.zeros((ROWS, TAIL), tl.float32)
     for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)  # [ROWS]
-        inside = (row < last)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
-        not_padding = inside & has_image
-        if grad_added_ptr is None:
-            grad_x = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-        else:
-            grad_x = tl.load(grad_added_ptr + row[:, None] * grad_added_stride + col[None, :], mask=inside, other=0.0)
-            grad_x = grad_x.to(tl.float32)
+        row, exists = rows_from(start, last, ROWS)
+        grad_added = row_pointers(grad_added_ptr, row, grad_added_stride)
+        grad_normed = row_pointers(grad_normed_ptr, row, grad_normed_stride)
+        added, y = row_pointers(added_ptr, row, added_stride), row_pointers(y_ptr, row, y_stride)
+        grad_x, grad_y = row_pointers(grad_x_ptr, row, D), row_pointers(grad_y_ptr, row, D)
+        # All loads come before the sums over the columns, because none is moved over the barriers in them.
+        dx = _load_or_zero(grad_added, exists, ROWS, 0, MAIN, D)  # [ROWS, MAIN]
+        dn = _load_or_zero(grad_normed, exists, ROWS, 0, MAIN, D)
+        x_hat = _load_or_zero(added, exists, ROWS, 0, MAIN, D)
+        y_main = _load_or_zero(y, exists, ROWS, 0, MAIN, D)
+        if TAIL > 0:
+            tail_dx = _load_or_zero(grad_added, exists, ROWS, MAIN, TAIL, D)  # [ROWS, TAIL]
+            tail_dn = _load_or_zero(grad_normed, exists, ROWS, MAIN, TAIL, D)
+            tail_x_hat = _load_or_zero(added, exists, ROWS, MAIN, TAIL, D)
+            y_tail = _load_or_zero(y, exists, ROWS, MAIN, TAIL, D)
         if grad_normed_ptr is not None:
-            offset = row[:, None] * grad_normed_stride + col[None, :]
-            grad_normed = tl.load(grad_normed_ptr + offset, mask=not_padding, other=0.0)
-            grad_normed = grad_normed.to(tl.float32)
-            x = tl.load(added_ptr + row[:, None] * added_stride + col[None, :], mask=not_padding, other=0.0)
-            x = x.to(tl.float32)
-            mean = tl.load(stats_ptr + row, mask=(row < last) & has_image, other=0.0)  # [ROWS]
-            rstd = tl.load(stats_ptr + rows + row, mask=(row < last) & has_image, other=0.0)  # [ROWS]
-            x_hat = tl.where(not_padding, (x - mean[:, None]) * rstd[:, None], 0.0)  # [ROWS, BLOCK_D]
-            shift_sum += grad_normed
-            scale_sum += grad_normed * x_hat
-            grad_hat = grad_normed * (1.0 + scale[None, :])  # [ROWS, BLOCK_D]
-            mean_grad = tl.sum(grad_hat, 1) / D  # [ROWS]
-            mean_grad_x_hat = tl.sum(grad_hat * x_hat, 1) / D
-            grad_x += (grad_hat - mean_grad[:, None] - x_hat * mean_grad_x_hat[:, None]) * rstd[:, None]
-        if grad_x_ptr is not None:
-            tl.store(grad_x_ptr + row[:, None] * D + col[None, :], grad_x, mask=inside)
-        if grad_y_ptr is not None:
-            grad_y = tl.where(not_padding, grad_x * gate[None, :], 0.0)
-            tl.store(grad_y_ptr + row[:, None] * D + col[None, :], grad_y, mask=inside)
-        if y_ptr is not None:
-            y = tl.load(y_ptr + row[:, None] * y_stride + col[None, :], mask=not_padding, other=0.0).to(tl.float32)
-            gate_sum += grad_x * y
+            mean = tl.load(stats_ptr + row, mask=row < last, other=0.0)
+            rstd = tl.load(stats_ptr + rows + row, mask=row < last, other=0.0)
+            x_hat = (x_hat - mean) * rstd
+            dx_hat = dn * scale_main
+            shift_sum += dn
+            scale_sum += dn * x_hat
+            total, total_x_hat = sum_columns(dx_hat), sum_columns(dx_hat * x_hat)
+            if TAIL > 0:
+                tail_x_hat = (tail_x_hat - mean) * rstd
+                tail_dx_hat = tail_dn * scale_tail
+                tail_shift_sum += tail_dn
+                tail_scale_sum += tail_dn * tail_x_hat
+                total += sum_columns(tail_dx_hat)
+                total_x_hat += sum_columns(tail_dx_hat * tail_x_hat)
+            total, total_x_hat = total / D, total_x_hat / D
+            dx += (dx_hat - total - x_hat * total_x_hat) * rstd
+            if TAIL > 0:
+                tail_dx += (tail_dx_hat - total - tail_x_hat * total_x_hat) * rstd
+        _store_gradient_part(dx, gate_main, grad_x, grad_y, exists, 0, MAIN, D)
+        gate_sum += dx * y_main
+        if TAIL > 0:
+            _store_gradient_part(tail_dx, gate_tail, grad_x, grad_y, exists, MAIN, TAIL, D)
+            tail_gate_sum += tail_dx * y_tail
     if partial_ptr is not None:
-        partial_ptr += chunk_index.to(tl.int64) * (PARTS * D) + col
-        if PARTS >= 2:
-            tl.store(partial_ptr, tl.sum(shift_sum, 0), mask=has_modulation)
-            tl.store(partial_ptr + D, tl.sum(scale_sum, 0), mask=has_modulation)
-        if y_ptr is not None:
-            tl.store(partial_ptr + (PARTS - 1) * D, tl.sum(gate_sum, 0), mask=has_modulation)
+        partial_ptr += chunk_index.to(tl.int64) * (PARTS * D)
+        GATE: tl.constexpr = y_ptr is not None
+        _store_sum_part(shift_sum, scale_sum, gate_sum, partial_ptr, GATE, PARTS, 0, MAIN, D)
+        if TAIL > 0:
+            _store_sum_part(tail_shift_sum, tail_scale_sum, tail_gate_sum, partial_ptr, GATE, PARTS, MAIN, TAIL, D)
 
 
-launch.set_default_configs("modulation_sum", D={1024: {"CHUNKS": 8, "BLOCK": 128, "num_warps": 4}})
+launch.set_default_configs("modulation_sum", D={1024: {"CHUNKS": 8, "BLOCK": 128, "num_warps": 1}})
 
 
 @triton.jit(do_not_specialize=["rows", "images"])
@@ -192,15 +330,14 @@ def modulated_layer_norm_fwd(
     t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(T, D) rows and (B, D) modulation with unit last strides -> normed (T, D), float32 mean and 1/std (2, T)."""
-    (rows, d), device = t.shape, t.device
-    normed, stats = launch.empty((rows, d), t.dtype, device), launch.empty((2, rows), torch.float32, device)
+    normed, stats = launch.empty_like(t, t.dtype), launch.empty((2, t.shape[0]), torch.float32, t.device)
     _forward(t, None, None, shift, scale, cu_seqlens, None, normed, stats, eps)
     return normed, stats
 
 
 def gated_add_fwd(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(T, D) rows and (B, D) gate with unit last strides -> (T, D) in the wider dtype of x and y."""
-    added = launch.empty(tuple(x.shape), widest(x, y), x.device)
+    added = launch.empty_like(x, widest(x, y))
     _forward(x, y, gate, None, None, cu_seqlens, added, None, None, 0.0)
     return added
 
@@ -209,9 +346,8 @@ def gated_add_modulated_layer_norm_fwd(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both of the above in one pass: the sum (T, D), its norm (T, D), float32 mean and 1/std (2, T)."""
-    (rows, d), device = x.shape, x.device
-    added = launch.empty((rows, d), widest(x, y), device)
-    normed, stats = launch.empty_like(added), launch.empty((2, rows), torch.float32, device)
+    added = launch.empty_like(x, widest(x, y))
+    normed, stats = launch.empty_like(added, added.dtype), launch.empty((2, x.shape[0]), torch.float32, x.device)
     _forward(x, y, gate, shift, scale, cu_seqlens, added, normed, stats, eps)
     return added, normed, stats
 
@@ -222,11 +358,12 @@ def _forward(
 ) -> None:  # fmt: skip
     (rows, d), images = x.shape, cu_seqlens.shape[0] - 1
     config = launch.config_for("modulation_fwd", x.device, D=d)
+    rows_each = max(config["ROWS"], cdiv(rows, config["PER_SM"] * launch.multiprocessors(x.device)))
     launch.launch(
-        _modulation_fwd_kernel, (max_chunks(rows, images, config["ROWS"]),),
-        x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images,
-        *(_row_stride(tensor) for tensor in (x, y, gate, shift, scale)), eps,
-        D=d, BLOCK_D=next_power_of_2(d), **config,
+        _modulation_fwd_kernel, (cdiv(rows, rows_each),),
+        x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images, rows_each,
+        *map(_row_stride, (x, y, gate, shift, scale)), eps,
+        D=d, **parts_of(d), **config,
     )  # fmt: skip
 
 
@@ -265,7 +402,7 @@ def modulation_bwd(
         grad_added, grad_normed, None if grad_normed is None else added, y, gate, scale, stats, cu_seqlens,
         None if x_dtype is None else grad_x, None if y_dtype is None else grad_y, partial, rows, images,
         *(_row_stride(tensor) for tensor in (grad_added, grad_normed, added, y, gate, scale)),
-        D=d, PARTS=parts, BLOCK_D=next_power_of_2(d), **config,
+        D=d, **parts_of(d), PARTS=parts, **config,
     )  # fmt: skip
     grad_modulation = launch.empty((images, parts, d), _modulation_dtype(gate, scale), device)
     if partial is not None:

@@ -4,7 +4,8 @@
     scatter:  out[s] = t[packed_row[s]],  the fill value where packed_row[s] = -1
 
 Each is one pass, with one read and one write per element, and each is the backward of the other. The gradient of the
-bias is one more pass: a sum over the images in their order.
+bias is one more pass: a sum over the images in their order. A warp moves whole rows (see ``rows``), so that it reads an
+index once for each, and no row is cut into pieces of different programs.
 
 In the comments at pointers, "float" is float32, bfloat16 or float16. Without a named stride, rows are contiguous.
 """
@@ -16,52 +17,50 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import cdiv
-
-
-@triton.jit
-def _tile(D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [ROWS] and columns [BLOCK_D] of a program. Programs of the same rows are neighbours."""
-    blocks_per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    pid = tl.program_id(0)
-    row = (pid // blocks_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return row, (pid % blocks_per_row) * BLOCK_D + tl.arange(0, BLOCK_D)
-
+from dcdit.kernels.rows import load_part, parts_of, row_pointers, rows_from, store_part
 
 launch.set_default_configs(
     "gather",
     D={
-        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
-        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+        32: {"ROWS": 32, "num_warps": 4},
+        256: {"ROWS": 1, "num_warps": 1},
     },
 )
+
+
+@triton.jit
+def _gather_part(x_ptr, bias_ptr, out_ptr, exists, kept, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    tile = load_part(x_ptr, kept, FIRST, N, D)  # [ROWS, N]
+    if bias_ptr is not None:
+        bias = load_part(bias_ptr, kept, FIRST, N, D)
+        tile = (tile.to(tl.float32) + bias.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    store_part(out_ptr, tile, exists, FIRST, N, D)
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def _gather_kernel(
     x_ptr,  # (S, D) float, row stride x_stride
     index_ptr,  # (rows,) int64: row of x, -1 in padding rows
-    bias_ptr,  # (length, D) float; unused without HAS_BIAS
+    bias_ptr,  # (length, D) float or None
     out_ptr,  # (rows, D) in x's dtype
     rows, length, x_stride,
-    D: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
-    index = tl.load(index_ptr + row, mask=row < rows, other=-1)  # [ROWS]
-    inside = (row < rows)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
-    not_padding = inside & (index >= 0)[:, None]
-    tile = tl.load(x_ptr + index[:, None] * x_stride + col[None, :], mask=not_padding, other=0.0)  # [ROWS, BLOCK_D]
-    if HAS_BIAS:
-        bias_row = (index % length)[:, None] * D
-        bias = tl.load(bias_ptr + bias_row + col[None, :], mask=not_padding, other=0.0)
-        tile = (tile.to(tl.float32) + bias.to(tl.float32)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * D + col[None, :], tile, mask=inside)
+    row, exists = rows_from(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS)
+    index = tl.load(index_ptr + row, mask=row < rows, other=-1)
+    kept = exists & (index >= 0)
+    x, out = row_pointers(x_ptr, index, x_stride), row_pointers(out_ptr, row, D)
+    bias = row_pointers(bias_ptr, index % length, D)
+    _gather_part(x, bias, out, exists, kept, 0, MAIN, D)
+    if TAIL > 0:
+        _gather_part(x, bias, out, exists, kept, MAIN, TAIL, D)
 
 
 launch.set_default_configs(
     "scatter",
     D={
-        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
-        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+        32: {"ROWS": 32, "num_warps": 4},
+        256: {"ROWS": 1, "num_warps": 1},
     },
 )
 
@@ -72,14 +71,24 @@ def _scatter_kernel(
     packed_row_ptr,  # (rows,) int32: row of t, -1 where the position is not kept
     out_ptr,  # (rows, D) in t's dtype
     rows, t_stride, fill,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
-    packed_row = tl.load(packed_row_ptr + row, mask=row < rows, other=-1).to(tl.int64)  # [ROWS]
-    inside = (row < rows)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
-    kept = inside & (packed_row >= 0)[:, None]
-    tile = tl.load(t_ptr + packed_row[:, None] * t_stride + col[None, :], mask=kept, other=fill)  # [ROWS, BLOCK_D]
-    tl.store(out_ptr + row[:, None] * D + col[None, :], tile, mask=inside)
+    row, exists = rows_from(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS)
+    packed_row = tl.load(packed_row_ptr + row, mask=row < rows, other=-1).to(tl.int64)
+    kept = exists & (packed_row >= 0)
+    t, out = row_pointers(t_ptr, packed_row, t_stride), row_pointers(out_ptr, row, D)
+    store_part(out, load_part(t, kept, 0, MAIN, D, fill), exists, 0, MAIN, D)
+    if TAIL > 0:
+        store_part(out, load_part(t, kept, MAIN, TAIL, D, fill), exists, MAIN, TAIL, D)
+
+
+launch.set_default_configs(
+    "gather_bias_bwd",
+    D={
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+    },
+)
 
 
 @triton.jit(do_not_specialize=["images", "length"])
@@ -90,7 +99,9 @@ def _bias_bwd_kernel(
     images, length,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row, col = _tile(D, ROWS, BLOCK_D)  # [ROWS], [BLOCK_D]
+    blocks_per_row: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    row = (tl.program_id(0) // blocks_per_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    col = (tl.program_id(0) % blocks_per_row) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     inside = (row < length)[:, None] & (col < D)[None, :]  # [ROWS, BLOCK_D]
     total = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
     position = row
@@ -107,11 +118,10 @@ def gather_fwd(x: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     rows, d = indices.shape[0], x.shape[1]
     out = launch.empty((rows, d), x.dtype, x.device)
     config = launch.config_for("gather", x.device, D=d)
-    grid = _grid(rows, d, config)
     length = 1 if bias is None else max(bias.shape[0], 1)  # a divisor
     launch.launch(
-        _gather_kernel, grid, x, indices, x if bias is None else bias, out, rows, length, x.stride(0),
-        D=d, HAS_BIAS=bias is not None, **config,
+        _gather_kernel, (cdiv(rows, config["ROWS"]),), x, indices, bias, out, rows, length, x.stride(0),
+        D=d, **parts_of(d), **config,
     )  # fmt: skip
     return out
 
@@ -121,8 +131,10 @@ def scatter_fwd(t: Tensor, packed_rows: Tensor, fill: float) -> Tensor:
     rows, d = packed_rows.numel(), t.shape[1]
     out = launch.empty((rows, d), t.dtype, t.device)
     config = launch.config_for("scatter", t.device, D=d)
-    grid = _grid(rows, d, config)
-    launch.launch(_scatter_kernel, grid, t, packed_rows, out, rows, t.stride(0), fill, D=d, **config)
+    launch.launch(
+        _scatter_kernel, (cdiv(rows, config["ROWS"]),), t, packed_rows, out, rows, t.stride(0), fill,
+        D=d, **parts_of(d), **config,
+    )  # fmt: skip
     return out
 
 
@@ -130,11 +142,7 @@ def bias_bwd(grad: Tensor, packed_rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous (T, D) gradient of the packed tokens, (B, L) int32 packed_rows -> (L, D): sum over the images."""
     (images, length), d = packed_rows.shape, grad.shape[1]
     out = launch.empty((length, d), dtype, grad.device)
-    config = launch.config_for("gather", grad.device, D=d)
-    grid = _grid(length, d, config)
+    config = launch.config_for("gather_bias_bwd", grad.device, D=d)
+    grid = (cdiv(length, config["ROWS"]) * cdiv(d, config["BLOCK_D"]),)
     launch.launch(_bias_bwd_kernel, grid, grad, packed_rows, out, images, length, D=d, **config)
     return out
-
-
-def _grid(rows: int, d: int, config: launch.Config) -> tuple[int]:
-    return (cdiv(rows, config["ROWS"]) * cdiv(d, config["BLOCK_D"]),)

@@ -29,12 +29,13 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.nearest import KeptIndex
 from dcdit.kernels.numerics import cdiv, widest
+from dcdit.kernels.rows import load_part, parts_of, row_pointers, rows_from, store_part
 
 launch.set_default_configs(
     "plug_back_fwd",
     D={
-        32: {"ROWS": 16, "BLOCK_D": 32, "num_warps": 4},
-        1024: {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4},
+        32: {"ROWS": 16, "num_warps": 4},
+        256: {"ROWS": 1, "num_warps": 1},
     },
 )
 launch.set_default_configs("bounding_box", {"BLOCK": 256, "num_warps": 4})
@@ -61,6 +62,17 @@ def _load_smoothed(h_ptr, h_minus_s_ptr, q_ptr, packed_row, known, channel, h_st
     return h - (1 - q) * h_minus_s
 
 
+@triton.jit
+def _plug_back_part(
+    h_ptr, h_minus_s_ptr, residual_ptr, out_ptr, q, known, exists, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    h = load_part(h_ptr, known, FIRST, N, D).to(tl.float32)  # [ROWS, N]
+    out = h - (1 - q) * load_part(h_minus_s_ptr, known, FIRST, N, D)
+    if residual_ptr is not None:
+        out += load_part(residual_ptr, exists, FIRST, N, D).to(tl.float32)
+    store_part(out_ptr, out, exists, FIRST, N, D)
+
+
 @triton.jit(do_not_specialize=["positions"])
 def _plug_back_fwd_kernel(
     h_ptr,  # (T, D), row stride h_stride
@@ -70,20 +82,18 @@ def _plug_back_fwd_kernel(
     residual_ptr,  # (S, D), row stride residual_stride, or None
     out_ptr,  # (S, D), written
     positions, h_stride, residual_stride,  # positions: S = B * H * W
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program writes ROWS positions."""
-    position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    inside = (position < positions)[:, None] & (channel < D)[None, :]  # [ROWS, BLOCK_D]
-    token = tl.load(nearest_ptr + position, mask=position < positions, other=-1)
-    out = _load_smoothed(h_ptr, h_minus_s_ptr, q_ptr, token, token >= 0, channel, h_stride, D)
-    if residual_ptr is not None:
-        residual = tl.load(
-            residual_ptr + position[:, None] * residual_stride + channel[None, :], mask=inside, other=0.0
-        )  # fmt: skip
-        out += residual.to(tl.float32)
-    tl.store(out_ptr + position[:, None] * D + channel[None, :], out, mask=inside)
+    """A program writes ROWS positions, whole rows at a time (see ``rows``)."""
+    position, exists = rows_from(tl.program_id(0).to(tl.int64) * ROWS, positions, ROWS)
+    token = tl.load(nearest_ptr + position, mask=position < positions, other=-1).to(tl.int64)
+    known = exists & (token >= 0)
+    q = tl.load(q_ptr + token, mask=token >= 0, other=0.0)
+    h, h_minus_s = row_pointers(h_ptr, token, h_stride), row_pointers(h_minus_s_ptr, token, D)
+    residual, out = row_pointers(residual_ptr, position, residual_stride), row_pointers(out_ptr, position, D)
+    _plug_back_part(h, h_minus_s, residual, out, q, known, exists, 0, MAIN, D)
+    if TAIL > 0:
+        _plug_back_part(h, h_minus_s, residual, out, q, known, exists, MAIN, TAIL, D)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -282,9 +292,9 @@ def plug_back_fwd(h: Tensor, h_minus_s: Tensor, index: KeptIndex, nearest: Tenso
     out = launch.empty((positions, d), widest(h, residual), h.device)
     config = launch.config_for("plug_back_fwd", h.device, D=d)
     launch.launch(
-        _plug_back_fwd_kernel, (cdiv(positions, config["ROWS"]), cdiv(d, config["BLOCK_D"])),
+        _plug_back_fwd_kernel, (cdiv(positions, config["ROWS"]),),
         h, h_minus_s, index.clamped_prob, nearest, residual, out, positions, h.stride(0),
-        0 if residual is None else residual.stride(0), D=d, **config,
+        0 if residual is None else residual.stride(0), D=d, **parts_of(d), **config,
     )  # fmt: skip
     return out
 

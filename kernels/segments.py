@@ -49,3 +49,29 @@ def find_chunk(
     start, end = segment_bounds(cu_ptr, segment, segments, rows)
     first = tl.maximum(start.to(tl.int64) + (chunk_index - start // CHUNK - segment) * CHUNK, start)
     return segment, first, tl.minimum(first + CHUNK, end), end
+
+
+@triton.jit
+def find_segment(
+    cu_ptr,  # (segments + 1,) int32
+    segments, row,
+):  # fmt: skip
+    """The segment of a row, ``segments`` for a padding row."""
+    found = tl.zeros((), dtype=tl.int32)
+    for base in range(0, segments + 1, _SEARCH):
+        index = base + tl.arange(0, _SEARCH)  # [_SEARCH]
+        start = tl.load(cu_ptr + index, mask=index <= segments, other=0)
+        found += tl.sum(((start <= row) & (index <= segments)).to(tl.int32))
+    return tl.maximum(found - 1, 0)
+
+
+@triton.jit
+def next_segment(
+    cu_ptr,  # (segments + 1,) int32
+    segment, end, segments, rows, row,
+):  # fmt: skip
+    """The segment of a row that is at or behind ``segment``, which ends at ``end``, and the row after its last."""
+    while (end <= row) & (segment < segments):
+        segment += 1
+        end = tl.minimum(tl.load(cu_ptr + segment + 1, mask=segment < segments, other=rows), rows)
+    return segment, end

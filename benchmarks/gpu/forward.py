@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 from statistics import median
 from typing import Any
 
@@ -238,8 +237,6 @@ def _graphed_denoiser(model: Any, size: int, device: torch.device, **fixed: int)
         return partial(model, **fixed)
     if not fixed:
         return ExactGraphedDenoiser(model)
-    if "max_seqlen" not in signature(GraphedDenoiser).parameters:
-        fixed = {name: value for name, value in fixed.items() if name != "max_seqlen"}
     return GraphedDenoiser(model, size, **fixed)
 
 

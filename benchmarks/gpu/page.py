@@ -9,7 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def _device(found: Found, folder: Path, number: int) -> list[str]:
 
 def _head(found: Found) -> str:
     times = [line["at"] for line in found.lines.values()]
-    day = datetime.fromtimestamp(min(times), timezone.utc).strftime("%F")
+    day = datetime.fromtimestamp(min(times), UTC).strftime("%F")
     copy = found.done("ceilings", "copy")
     machine = ", ".join(f"{name} {value}" for name, value in copy["machine"].items()) if copy else "not recorded"
     rehearsal = "**A rehearsal on a CPU with tiny models: its numbers mean nothing.**\n\n"

@@ -13,14 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from dcdit.checkpoint.model import Tensors, read_tensors
+from dcdit.checkpoint.state_dicts import find_state_dict, plain_names
 from dcdit.models import DCDiT, DiT, load_dit, load_official
+from dcdit.models.convert.diffusers import embedders_differ
 from dcdit.models.presets import SCALES
 from dcdit.utils.inside import listed_files
 from dcdit.utils.pickles import check_dense, load_pickled
 from dcdit.utils.reading import read_json
+from dcdit.utils.weight_files import find_weights
 
 PICKLE_SUFFIXES = (".pt", ".pth")
-TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model.safetensors"
+TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model"
 """Names of a pipeline's parts in diffusers."""
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """Both names that diffusers has had for DiT."""
@@ -30,21 +33,22 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     """A state dict that PyTorch pickled. Nothing but tensors and plain values is unpickled.
 
     Args:
-        path: the state dict itself, or a training checkpoint with entries ``"ema"`` and ``"model"``. The argparse
-            namespace that facebookresearch/DiT adds holds plain values and is accepted.
-        ema: take ``"ema"`` rather than ``"model"``.
+        path: the state dict itself, or a training checkpoint with an entry such as ``"ema"``, ``"model"`` or
+            ``"state_dict"`` (:mod:`dcdit.checkpoint.state_dicts`). What wrappers put into names (``module.``,
+            ``_orig_mod.``) is removed. The argparse namespace that facebookresearch/DiT adds holds plain values and is
+            accepted.
+        ema: take averaged weights where there are any.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: the file needs real unpickling, which could run any code, or holds no state dict.
     """
-    state = load_pickled(path, allowed=[argparse.Namespace])
-    if isinstance(state, dict):
-        state = state.get("ema" if ema else "model", state)
+    state = find_state_dict(load_pickled(path, allowed=[argparse.Namespace]), ema)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         raise ValueError(f"{path} holds no state dict; accepted: names to tensors, or a dict with 'ema' and 'model'")
     check_dense(state, path)
-    return state
+    with _naming(Path(path)):
+        return plain_names(state)
 
 
 def load_official_file(path: Path, ema: bool = True) -> DCDiT:
@@ -97,12 +101,13 @@ def find_diffusers_dit(path: Path) -> Path | None:
 def load_diffusers_dit(folder: Path) -> DiT:
     """A static DiT in eval mode, float32, from a folder of diffusers with safetensors weights, in shards or not.
 
-    The weights are read as those of the original DiT, which trained them: frequency_shift 0, mlp_norm_eps 1e-6
-    (:func:`dcdit.models.load_dit` says more).
+    If all blocks have the same embedders, the weights are read as those of the original DiT, which trained them:
+    frequency_shift 0, mlp_norm_eps 1e-6. If embedders differ, diffusers trained them, and its conventions hold
+    (:func:`dcdit.models.load_dit` says more). Without plain weights, a variant such as ``fp16`` is read.
 
     Raises:
         FileNotFoundError: no safetensors weights.
-        ValueError: a damaged file, or a model that is no DiT.
+        ValueError: a damaged file, several variants, or a model that is no DiT.
     """
     kind = _entry(folder / CONFIG, "_class_name")
     if kind not in CLASSES:
@@ -111,13 +116,18 @@ def load_diffusers_dit(folder: Path) -> DiT:
     for key, value in (("sample_size", side), ("num_attention_heads", num_heads)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{folder / CONFIG} has the {key} {value!r}; accepted: a positive integer")
-    index = folder / f"{WEIGHTS}.index.json"
+    weights = find_weights(folder, WEIGHTS)
+    if weights is None:
+        raise FileNotFoundError(
+            f"no {WEIGHTS}.safetensors in {str(folder)!r}; accepted: weights in safetensors, not pickled ones"
+        )
     state: dict[str, Tensor] = {}
-    for name in listed_files(index) if index.is_file() else [WEIGHTS]:
+    for name in listed_files(weights) if weights.suffix == ".json" else [weights.name]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= read_tensors(folder / name)[0]
-    return _convert_dit(folder, state, num_heads, grid=(side, side), frequency_shift=0, mlp_norm_eps=1e-6)
+    conventions = {} if embedders_differ(state) else {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
+    return _convert_dit(folder, state, num_heads, grid=(side, side), **conventions)
 
 
 def published_heads() -> dict[int, int]:

@@ -24,6 +24,7 @@ from dcdit.checkpoint.model import (
     refuse_not_finite,
 )
 from dcdit.checkpoint.run import MODEL_FILE, list_checkpoints, model_file
+from dcdit.checkpoint.state_dicts import plain_names
 from dcdit.models import DiT
 from dcdit.utils.reading import parse_json
 
@@ -83,8 +84,8 @@ def load_static_dit(path: str | Path, num_heads: int | None = None) -> DiT:
     Args:
         path: a ``.pt`` or ``.pth`` state dict or training checkpoint of facebookresearch/DiT; a ``.safetensors`` file
             with the same keys; a ``.safetensors`` file, checkpoint folder or run folder of this package; or a folder
-            of diffusers, the pipeline or its transformer, with safetensors weights. The weights of the last are read as
-            those of the original DiT (:func:`~dcdit.checkpoint.foreign.load_diffusers_dit`).
+            of diffusers, the pipeline or its transformer, with safetensors weights
+            (:func:`~dcdit.checkpoint.foreign.load_diffusers_dit` says how they are read).
         num_heads: of the attention. State dicts do not say it; by default it is that of the published size of the same
             width.
 
@@ -110,7 +111,7 @@ def _load_static_dit(path: Path, num_heads: int | None) -> DiT:
         raise ValueError(f"{path} is no pretrained DiT; accepted: .pt, .pth, .safetensors, or a folder")
     if read_file_metadata(path).get("format") == FORMAT:
         return _load_own_dit(path)
-    return load_facebook_dit(path, read_tensors(path)[0], num_heads)
+    return load_facebook_dit(path, plain_names(read_tensors(path)[0]), num_heads)
 
 
 def read_objective(path: str | Path) -> str | None:

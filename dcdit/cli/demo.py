@@ -5,6 +5,7 @@ times the model against the static DiT with the same transformer.
 """
 
 import argparse
+import importlib
 import json
 import resource
 import time
@@ -22,7 +23,8 @@ from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
 from dcdit.utils.files import atomically, write_text
-from dcdit.utils.outputs import check_own
+from dcdit.utils.outputs import check_output_folder, check_own
+from dcdit.utils.signals import Stopped
 
 DROP_FRACTIONS = (0.0, 0.3, 0.6)
 NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -76,14 +78,19 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     from dcdit.profiling.router_study import study_router
     from dcdit.train import train
 
+    for module in ("matplotlib", "skimage"):
+        importlib.import_module(module)  # if one is missing, say so before the work
     began = time.monotonic()
+    check_output_folder(out)
     check_own(out, RECORD, ("config",), FILES)
     run_folder = out / time.strftime("run-%Y%m%d-%H%M%S")
     config = demo_config(run_folder, minutes, seed)
     print(f"1/4 training for {minutes:g} minutes on crops of real photographs", flush=True)
     result = train(config)
+    if result.signal:
+        raise Stopped(result.signal)
     write_text(out / RECORD, json.dumps({"config": asdict(config)}))
-    log = [json.loads(line) for line in result.log.read_text().splitlines()]
+    log = [json.loads(line) for line in result.log.read_text(encoding="utf-8").splitlines()]
     log = [row for row in log if "loss" in row]
     plot_training(log, config.router.target, out / "training.png")
     model = load_model(result.checkpoint).eval()

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def _check(args: argparse.Namespace) -> str | Statistics | None:
     check_counts(args, "num", "size", "num_reference")
     if args.extractor is None and (args.images or args.reference or args.write_statistics):
         raise ValueError("--images, --reference and --write-statistics need features; give an --extractor")
+    if args.extractor is not None:
+        importlib.import_module("torchmetrics")  # if it is missing, say so before the work
     _check_outputs(args)
     if args.images is not None and not Path(args.images).is_dir():
         open_images(args.images, args.size)

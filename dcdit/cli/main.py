@@ -7,15 +7,19 @@ It is imported when it is called.
 import argparse
 import contextlib
 import importlib
-import io
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from dcdit import __version__
+from dcdit.cli.extras import missing
+from dcdit.cli.output import lenient_output
+from dcdit.utils.processes import is_first_process, is_first_to_say
+from dcdit.utils.signals import Signals, Stopped
 from dcdit.utils.text import one_line, printable
 
 COMMANDS = {
@@ -30,17 +34,6 @@ COMMANDS = {
     "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
 }
 """Name of a subcommand to its module and its line of help."""
-EXTRAS = {
-    "accelerate": "train",
-    "diffusers": "train",
-    "tqdm": "train",
-    "PIL": "train",
-    "yaml": "train",
-    "skimage": "demo",
-    "matplotlib": "demo",
-    "torchmetrics": "eval",
-}
-"""Import names and the extra of this package that installs them."""
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
 """Errors that a user can cause: these are printed in one line. Others are faults of the program, with a traceback."""
 NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -87,23 +80,34 @@ def _warnings_in_one_line() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of a signal that ended
-    it: 130 after Ctrl-C, and of training also 143 after SIGTERM and 129 after SIGHUP, when the checkpoint is saved.
+    0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of the signal that ended
+    it: 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP. Training has saved a checkpoint by then.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character of a result is no reason to fail.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with lenient_output(), Signals(raising=True):
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
+            if is_first_process():
+                print(f"dcdit: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+            return 128 + number
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code of a command that nobody interrupts."""
+    called = _called(arguments)
     try:
         args = create_parser(arguments).parse_args(arguments)
-        return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
-    except KeyboardInterrupt:
-        print("dcdit: interrupted", file=sys.stderr)
-        return 130
+        code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
+        sys.stdout.flush()  # an error here is one of the command: its result is not whole
+        return code
     except (*USER_ERRORS, RuntimeError) as error:
         if os.environ.get("DCDIT_TRACEBACK") == "1" or not (isinstance(error, USER_ERRORS) or _lacks_memory(error)):
             raise
-        print(f"dcdit: error: {_one_line(error)}", file=sys.stderr)
+        message = _one_line(error, called)
+        if is_first_to_say(message):
+            print(f"dcdit: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -112,7 +116,7 @@ def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="dcdit", description="Dynamic-token diffusion transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dcdit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    called = _called(arguments)
     for name, (module, help_text) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         if name == called:
@@ -120,11 +124,14 @@ def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        if package in EXTRAS:
-            return f"{package} is not installed: pip install 'dcdit[{EXTRAS[package]}]'"
+def _called(arguments: Sequence[str]) -> str | None:
+    """The subcommand that these arguments call."""
+    return next((argument for argument in arguments if not argument.startswith("-")), None)
+
+
+def _one_line(error: Exception, command: str | None) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and (hint := missing(error.name, command)):
+        return hint
     if isinstance(error, MemoryError) or _lacks_memory(error):
         first = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
         return f"there is not enough memory ({first}); accepted: a smaller batch, image or model"

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from dcdit.checkpoint import load_model, model_file
+from dcdit.cli.extras import is_installed, missing
 from dcdit.cli.options import add_device_option, check_counts, check_number
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
+from dcdit.profiling.plots import plot_profile
 from dcdit.profiling.profile import advice, profile, write_trace
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import write_text
@@ -41,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from dcdit.profiling.plots import plot_profile
-
     device = resolve_device(args.device)
     check_counts(args, "batch", most=MOST_IMAGES)
     check_number("--seconds", args.seconds, at_most=MOST_SECONDS)
@@ -63,13 +63,17 @@ def run(args: argparse.Namespace) -> None:
         calibrate_router(model, x, t, y, args.keep)
     result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile, args.graph)
     write_text(out / RECORD, json.dumps(asdict(result), indent=2) + "\n")
-    plot_profile(result, out / PICTURE)
+    pictures = is_installed("matplotlib")
+    if pictures:
+        plot_profile(result, out / PICTURE)
     parts = [result.caution(), result.conditions(), result.table(), result.stage_table(), *advice(result)]
     print(*filter(None, parts), sep="\n\n")
     if args.trace:
         write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
         print(f"\nwrote {args.trace}: open it in ui.perfetto.dev or chrome://tracing")
-    print(f"\nwrote {out / RECORD} and {out / PICTURE}")
+    print(f"\nwrote {out / RECORD}" + (f" and {out / PICTURE}" if pictures else ""))
+    if not pictures:
+        print(f"left out {PICTURE}, because {missing('matplotlib', 'profile')}")
 
 
 def _check_outputs(args: argparse.Namespace, out: Path) -> None:

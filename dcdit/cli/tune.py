@@ -1,9 +1,8 @@
-"""``dcdit tune``: find launch configurations for this GPU and write them to the file that the kernels read."""
+"""``dcdit tune``: find launch configurations for this GPU and write them to the file that the kernels read first."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,19 +19,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32, help="images (default: %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="side of the grid (default: %(default)s, a 256 px latent)")
     parser.add_argument("--seconds", type=float, default=0.3, help="timing budget per candidate (default: %(default)s)")
-    parser.add_argument("--out", help="JSON file to write (default: the file of this GPU in the package)")
+    parser.add_argument(
+        "--out", help="JSON file to write (default: this GPU's in the user's cache, which is read first)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Entry point of ``dcdit tune``."""
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device is visible to PyTorch; tuning times kernels on one")
-    from dcdit.kernels.launch import CONFIG_FOLDER, device_slug
+    from dcdit.kernels.launch import device_slug, read_configs, user_config_folder
 
     device = torch.device("cuda", torch.cuda.current_device())
-    out = Path(args.out) if args.out else CONFIG_FOLDER / f"{device_slug(device)}.json"
+    out = Path(args.out) if args.out else user_config_folder() / f"{device_slug(device)}.json"
     check_output_file(out)
-    earlier = _read(out) if out.is_file() else {}
+    earlier = read_configs(out) if out.is_file() else {}
     shapes = [Shape(args.batch, (args.side, args.side), d, 0.25, torch.bfloat16, device) for d in args.width]
 
     def save(table: Table) -> None:
@@ -42,16 +43,3 @@ def run(args: argparse.Namespace) -> int:
     save(table)
     print(f"wrote {out}: {', '.join(table)}")
     return 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The tables of an earlier call, to which new ones are added."""
-    try:
-        tables = json.loads(path.read_bytes())
-    except ValueError:
-        tables = None
-    if not isinstance(tables, dict):
-        raise ValueError(
-            f"{path} holds no launch configurations; accepted: a file of dcdit tune, or a name that is free"
-        )
-    return tables

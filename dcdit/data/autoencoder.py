@@ -13,6 +13,7 @@ from dcdit.utils.inside import listed_files
 from dcdit.utils.reading import read_json
 from dcdit.utils.tensors import open_tensors
 from dcdit.utils.text import one_line, short
+from dcdit.utils.weight_files import find_weights, variant_of
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 """Names of diffusers."""
@@ -31,7 +32,9 @@ SD_VAE_SCALE = 0.18215
 
 
 def load_autoencoder(path: str | Path, device: torch.device) -> Any:
-    """A diffusers ``AutoencoderKL`` in eval mode, without gradients.
+    """A diffusers ``AutoencoderKL`` in eval mode, float32, without gradients.
+
+    Without plain weights, a variant such as ``fp16`` is read.
 
     Raises:
         FileNotFoundError: no diffusers configuration there, or no weights in safetensors; nothing is ever downloaded.
@@ -44,7 +47,14 @@ def load_autoencoder(path: str | Path, device: torch.device) -> Any:
     except ImportError:
         raise ModuleNotFoundError("an autoencoder needs diffusers: pip install 'dcdit[train]'") from None
     try:
-        autoencoder = AutoencoderKL.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        weights = find_weights(Path(path), WEIGHTS)
+        autoencoder = AutoencoderKL.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=None if weights is None else variant_of(weights),
+            torch_dtype=torch.float32,
+        )
     except Exception as error:  # a configuration that makes no sense raises anything in diffusers
         raise ValueError(f"{path} holds no readable AutoencoderKL: {one_line(error)}") from None
     return autoencoder.to(device).eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dcdit.data.decode import SUFFIXES, count_turned
 from dcdit.data.samples import DataWarning
-from dcdit.utils.environment import is_first_process
+from dcdit.utils.processes import is_first_process
 
 CLUTTER = (
     "$recycle.bin",

@@ -6,14 +6,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dcdit.data.samples import Samples
+from dcdit.utils.signals import SIGNALS
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 LOOK_FOR_PARENT = 0.5
 """Seconds after which a loading process looks again whether its parent is there."""
 
@@ -48,9 +49,13 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )
+    yield from started(loader)
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader whose ``worker_init_fn`` is :func:`leave_signals_to_parent`."""
     with _signals_held():
-        loaded = iter(loader)
-    yield from loaded
+        return iter(loader)
 
 
 def leave_signals_to_parent(worker: int) -> None:

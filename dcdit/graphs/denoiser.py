@@ -3,6 +3,8 @@
 Which tokens are kept still changes from replay to replay.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ class GraphedDenoiser:
             and counted in :attr:`overflow`.
         warmup: eager forward passes before the capture. They compile kernels and fill caches.
         pool: of another graph, to share its memory: ``other.pool``.
+        max_seqlen: most tokens of one image, with a capacity: attention then starts no programs for longer ones
+            (:func:`dcdit.models.plan_capacity` gives both).
 
     Raises:
         ValueError: the model cannot be captured (:func:`dcdit.graphs.graph_obstacle`), or not one of budget and
@@ -39,6 +43,7 @@ class GraphedDenoiser:
         capacity: int | None = None,
         warmup: int = 3,
         pool: cuda.Pool | None = None,
+        max_seqlen: int | None = None,
     ) -> None:
         if budget is not None and capacity is not None:
             raise ValueError(f"budget is {budget} and capacity is {capacity}; accepted: one of them")
@@ -57,13 +62,13 @@ class GraphedDenoiser:
         self.overflow = torch.zeros((), dtype=torch.int64, device=device)
         """() int64: tokens that the capacity dropped so far, in all replays. Reading it is a sync."""
 
+        sizes: dict[str, Any] = {"budget": budget, "capacity": capacity, "max_seqlen": max_seqlen}
+
         def forward() -> Tensor:
             if not isinstance(model, DCDiT):
                 return model(self._x, self._t, self._y)
             drop = {} if budget is not None else {"drop_fraction": self._drop}
-            out, routing = model(
-                self._x, self._t, self._y, budget=budget, capacity=capacity, return_routing=True, **drop
-            )
+            out, routing = model(self._x, self._t, self._y, **sizes, **drop, return_routing=True)
             self.overflow += routing.selection.overflow
             return out
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from dcdit.kernels import launch
 from dcdit.models.config import DCDiTConfig
 
 TILE = (128, 256)
@@ -139,7 +140,7 @@ def plan_capacity(
 
 def multiprocessors_of(device: torch.device) -> int | None:
     """How many a GPU has, None for a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+    return launch.multiprocessors(device) if device.type == "cuda" else None
 
 
 def last_row_of_waves(config: DCDiTConfig, rows: int, multiprocessors: int, tile: tuple[int, int]) -> int:

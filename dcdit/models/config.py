@@ -37,6 +37,13 @@ class _TransformerConfig:
     """Chance that training replaces a label by the null class ``num_classes``. At 0 there is no null class."""
     learn_sigma: bool = True
     """Whether to predict a variance for every channel, too."""
+    frequency_shift: int = 0
+    """Of the timestep frequencies, see :class:`dcdit.nn.TimestepEmbedder`: 0 in the original DiT, 1 in diffusers."""
+    mlp_norm_eps: float = 1e-6
+    """eps of the norm before the MLP: 1e-6 in the original DiT, 1e-5 in diffusers."""
+    separate_embedders: bool = False
+    """Whether each block has timestep and class embedders of its own, as in a DiT that diffusers trained. What is no
+    block then sees the embedders of the first one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", _as_tuple(self.grid))
@@ -49,6 +56,10 @@ class _TransformerConfig:
             )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}; accepted: a number in [0, 1)")
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift is {self.frequency_shift}; accepted: 0, 1")
+        if not 0 < self.mlp_norm_eps < 1:
+            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a number in (0, 1)")
 
     @property
     def out_channels(self) -> int:
@@ -134,10 +145,6 @@ class DiTConfig(_TransformerConfig):
 
     patch_size: int = 2
     """Positions per side of a token."""
-    frequency_shift: int = 0
-    """Of the timestep frequencies, see :class:`dcdit.nn.TimestepEmbedder`: 0 in the original, 1 in diffusers."""
-    mlp_norm_eps: float = 1e-6
-    """eps of the norm before the MLP: 1e-6 in the original, 1e-5 in diffusers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +154,3 @@ class DiTConfig(_TransformerConfig):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size is {self.hidden_size}; accepted: a multiple of 4 (sine-cosine positions)")
-        if self.frequency_shift not in (0, 1):
-            raise ValueError(f"frequency_shift is {self.frequency_shift}; accepted: 0, 1")
-        if not 0 < self.mlp_norm_eps < 1:
-            raise ValueError(f"mlp_norm_eps is {self.mlp_norm_eps}; accepted: a number in (0, 1)")

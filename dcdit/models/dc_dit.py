@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dcdit.models import init
 from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_capacity
+from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
@@ -17,19 +18,17 @@ from dcdit.nn import (
     ChunkLayer,
     ConvStack,
     EMADeChunk,
-    LabelEmbedder,
     PackedDiTBlock,
     PackedFinalLayer,
     PendingResidual,
     PredictabilityRouter,
     RMSNorm,
     SpatialDeChunk,
-    StackedModulation,
-    TimestepEmbedder,
     VarlenMeta,
     sincos_position,
     stage,
 )
+from dcdit.nn.embedding import of_first_block
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.modulation import Modulation
 from dcdit.ops import TokenSelection, gated_add
@@ -52,7 +51,8 @@ class BlockStates(NamedTuple):
     """What the inner transformer computed in a forward pass; distillation compares it with a teacher's."""
 
     cond: Tensor
-    """(B, D): SiLU of the conditioning that every block saw, so with the null class where a label was dropped."""
+    """(B, D): SiLU of the conditioning that every block saw, so with the null class where a label was dropped. With
+    ``separate_embedders`` it is (depth, B, D)."""
     outputs: list[Tensor]
     """The packed tokens (T, D) after each block."""
 
@@ -61,7 +61,7 @@ class Encoded(NamedTuple):
     """What a forward pass knows before the tokens are selected."""
 
     cond: Tensor
-    """(B, D): SiLU of the conditioning."""
+    """(B, D): SiLU of the conditioning; (depth, B, D) with ``separate_embedders``."""
     conv_cond: Tensor
     """(B, D): the same for encoder and decoder."""
     tokens: Tensor
@@ -105,16 +105,15 @@ class DCDiT(nn.Module):
         self.config = config
         dim, narrow = config.hidden_size, config.hidden_size // 4
         self.x_embedder = nn.Conv2d(config.in_channels, narrow, 3, padding=1)
-        self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.t_embedder, self.y_embedder = create_embedders(config)
         self.cond_adaptor = nn.LayerNorm(dim) if config.adapt_conditioning else None
         self.register_buffer("pos_embed", torch.empty(math.prod(config.grid), dim, dtype=torch.float32))
         self.encoder = ConvStack((narrow, narrow, dim), dim)
         self.router = ROUTERS[config.router](dim, config.grid)
         self.chunk = ChunkLayer()
-        self.modulation = StackedModulation(dim, config.depth)
+        self.modulation = create_modulation(config)
         self.blocks = nn.ModuleList(
-            PackedDiTBlock(dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+            PackedDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.norm = RMSNorm(dim)
         self.residual_proj = nn.Linear(dim, dim)
@@ -209,7 +208,8 @@ class DCDiT(nn.Module):
             embedded = self.t_embedder(t) + self.y_embedder(y)
             # All that read the conditioning start with this SiLU.
             cond = F.silu(embedded)
-            conv_cond = cond if self.cond_adaptor is None else F.silu(self.cond_adaptor(embedded))
+            outer, adaptor = of_first_block(embedded), self.cond_adaptor
+            conv_cond = of_first_block(cond) if adaptor is None else F.silu(adaptor(outer))
             x = x.to(dtype_of(self.x_embedder), memory_format=torch.channels_last)
             tokens = to_tokens(self.x_embedder(x))
         with stage("encoder"):
@@ -251,7 +251,7 @@ class DCDiT(nn.Module):
         with stage("decoder"):
             tokens = self.decoder(tokens, grid, encoded.conv_cond)
         with stage("final"):
-            return to_grid(self.final_layer(tokens, encoded.cond), grid).contiguous()
+            return to_grid(self.final_layer(tokens, of_first_block(encoded.cond)), grid).contiguous()
 
     def plan_capacity(self, batch: int, drop_fraction: float | Sequence[float] | Tensor = 0.0) -> Capacity:
         """The static sizes for ``batch`` images on this device, by ``kept_share``: :func:`dcdit.models.plan_capacity`.

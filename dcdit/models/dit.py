@@ -7,17 +7,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dcdit.models import init
+from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DiTConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
     DenseDiTBlock,
     DenseFinalLayer,
-    LabelEmbedder,
-    StackedModulation,
-    TimestepEmbedder,
     sincos_position,
     stage,
 )
+from dcdit.nn.embedding import of_first_block
 from dcdit.nn.memory_format import to_tokens
 from dcdit.utils.modules import dtype_of
 
@@ -39,10 +38,9 @@ class DiT(nn.Module):
         dim, patch = config.hidden_size, config.patch_size
         self.patch_grid = (config.grid[0] // patch, config.grid[1] // patch)
         self.x_embedder = nn.Conv2d(config.in_channels, dim, patch, stride=patch)
-        self.t_embedder = TimestepEmbedder(dim, config.frequency_shift)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.t_embedder, self.y_embedder = create_embedders(config)
         self.register_buffer("pos_embed", torch.empty(math.prod(self.patch_grid), dim, dtype=torch.float32))
-        self.modulation = StackedModulation(dim, config.depth)
+        self.modulation = create_modulation(config)
         self.blocks = nn.ModuleList(
             DenseDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
@@ -83,7 +81,7 @@ class DiT(nn.Module):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
                 tokens = block(tokens, mod)
         with stage("final"):
-            return self.unpatchify(self.final_layer(tokens, cond))
+            return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, L, P*P*C) -> (B, C, H, W). A token holds the pixels (p q) of its patch in raster order, channels last."""

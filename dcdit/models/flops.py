@@ -63,7 +63,7 @@ def _dynamic(config: DCDiTConfig, kept: list[int]) -> dict[str, int]:
         return sum(_conv_block(length, before, after, dim) for before, after in widths)
 
     per_image = {
-        "embed": _conv(length, config.in_channels, narrow, 3) + _timestep(dim),
+        "embed": _conv(length, config.in_channels, narrow, 3) + _timestep(config),
         "encoder": stack((narrow, narrow), (narrow, dim)),
         "router": _router(config, length),
         "dechunk": _linear(length, dim, dim),
@@ -77,7 +77,7 @@ def _static(config: DiTConfig, batch: int) -> dict[str, int]:
     dim, patch = config.hidden_size, config.patch_size
     length = (config.grid[0] // patch) * (config.grid[1] // patch)
     return {
-        "embed": batch * (_conv(length, config.in_channels, dim, patch) + _timestep(dim)),
+        "embed": batch * (_conv(length, config.in_channels, dim, patch) + _timestep(config)),
         "transformer": _transformer(config, [length] * batch),
         "final": batch * _final(length, dim, patch**2 * config.out_channels, dim),
     }
@@ -106,8 +106,9 @@ def _conv_block(length: int, before: int, after: int, cond_dim: int) -> int:
     return _conv(length, before, inner, 3) + _conv(length, inner, after, 3) + _linear(1, cond_dim, inner) + skip
 
 
-def _timestep(dim: int) -> int:
-    return _linear(1, 2 * TimestepEmbedder.FREQUENCIES, dim) + _linear(1, dim, dim)
+def _timestep(config: DCDiTConfig | DiTConfig) -> int:
+    embedders, dim = config.depth if config.separate_embedders else 1, config.hidden_size
+    return embedders * (_linear(1, 2 * TimestepEmbedder.FREQUENCIES, dim) + _linear(1, dim, dim))
 
 
 def _final(length: int, dim: int, out_dim: int, cond_dim: int) -> int:

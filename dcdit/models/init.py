@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dcdit.nn import LabelEmbedder, PackedFinalLayer, StackedModulation, TimestepEmbedder
+from dcdit.nn import LabelEmbedder, PackedFinalLayer
 
 
 def reset_submodules(module: nn.Module) -> None:
@@ -44,14 +44,16 @@ def init_patch_embed(conv: nn.Conv2d) -> None:
     zero(conv.bias)
 
 
-def init_embedders(t_embedder: TimestepEmbedder, y_embedder: LabelEmbedder) -> None:
+def init_embedders(t_embedder: nn.Module, y_embedder: LabelEmbedder) -> None:
     xavier(t_embedder.modules())
-    for layer in (t_embedder.fc1, t_embedder.fc2):
-        nn.init.normal_(layer.weight, std=0.02)
+    for layer in t_embedder.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
     nn.init.normal_(y_embedder.table.weight, std=0.02)
 
 
-def init_output(modulation: StackedModulation, final_layer: PackedFinalLayer) -> None:
+def init_output(modulation: nn.Module, final_layer: PackedFinalLayer) -> None:
     """adaLN-Zero: every block starts as the identity, and the output as zero."""
-    for layer in (modulation.linear, final_layer.modulation, final_layer.linear):
-        zero(layer.weight, layer.bias)
+    for layer in (*modulation.modules(), final_layer.modulation, final_layer.linear):
+        if isinstance(layer, nn.Linear):
+            zero(layer.weight, layer.bias)

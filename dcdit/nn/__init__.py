@@ -4,9 +4,9 @@ from dcdit.nn import hnet
 from dcdit.nn.chunk import ChunkLayer, EMADeChunk, SpatialDeChunk
 from dcdit.nn.conv_block import ConvBlock, ConvStack
 from dcdit.nn.dit_block import DenseDiTBlock, PackedDiTBlock, PendingResidual, VarlenMeta
-from dcdit.nn.embedding import LabelEmbedder, TimestepEmbedder, sincos_position
+from dcdit.nn.embedding import LabelEmbedder, SeparateTimestepEmbedders, TimestepEmbedder, sincos_position
 from dcdit.nn.final_layer import DenseFinalLayer, PackedFinalLayer
-from dcdit.nn.modulation import Modulation, StackedModulation
+from dcdit.nn.modulation import Modulation, SeparateModulation, StackedModulation
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
 from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
 from dcdit.nn.stages import STAGES, collect_stages, stage
@@ -41,6 +41,8 @@ __all__ = [
     "PendingResidual",
     "PredictabilityRouter",
     "RMSNorm",
+    "SeparateModulation",
+    "SeparateTimestepEmbedders",
     "SpatialDeChunk",
     "StackedModulation",
     "TimestepEmbedder",

@@ -39,11 +39,13 @@ class DiTBlockBase(nn.Module):
         dim: D.
         num_heads: divides D.
         mlp_ratio: hidden width of the MLP divided by D.
+        mlp_norm_eps: eps of the norm before the MLP.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.mlp_norm_eps = mlp_norm_eps
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
@@ -91,22 +93,13 @@ class PackedDiTBlock(DiTBlockBase):
             x, h = unchecked.gated_add_modulated_layer_norm(x, *pending, mod.attn_shift, mod.attn_scale, cu_seqlens)
         branch = self.attention(h, varlen)
         x, h = unchecked.gated_add_modulated_layer_norm(
-            x, branch, mod.attn_gate, mod.mlp_shift, mod.mlp_scale, cu_seqlens
+            x, branch, mod.attn_gate, mod.mlp_shift, mod.mlp_scale, cu_seqlens, self.mlp_norm_eps
         )
         return x, PendingResidual(self.mlp(h), mod.mlp_gate)
 
 
 class DenseDiTBlock(DiTBlockBase):
-    """A block for a dense batch, in operations that ``torch.compile`` fuses.
-
-    Args:
-        dim, num_heads, mlp_ratio: as in :class:`DiTBlockBase`.
-        mlp_norm_eps: eps of the norm before the MLP.
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float = 1e-6) -> None:
-        super().__init__(dim, num_heads, mlp_ratio)
-        self.mlp_norm_eps = mlp_norm_eps
+    """A block for a dense batch, in operations that ``torch.compile`` fuses."""
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

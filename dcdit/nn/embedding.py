@@ -36,6 +36,21 @@ class TimestepEmbedder(nn.Module):
         return self.fc2(F.silu(self.fc1(features.to(dtype_of(self.fc1)))))
 
 
+class SeparateTimestepEmbedders(nn.ModuleList):
+    """A timestep embedder for each of several blocks: (B,) -> (depth, B, D).
+
+    Args:
+        depth: number of blocks.
+        dim, frequency_shift: as in :class:`TimestepEmbedder`.
+    """
+
+    def __init__(self, depth: int, dim: int, frequency_shift: int = 0) -> None:
+        super().__init__(TimestepEmbedder(dim, frequency_shift) for _ in range(depth))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.stack([embedder(t) for embedder in self])
+
+
 class LabelEmbedder(nn.Module):
     """Class labels (B,) -> (B, D). Label ``num_classes`` is the null class; it exists if ``dropout_prob`` is above 0.
 
@@ -44,19 +59,29 @@ class LabelEmbedder(nn.Module):
         dim: D.
         dropout_prob: in training mode, the chance that a label is replaced by the null class. Set the attribute to 0
             to embed labels that a training loop has dropped itself (:func:`drop_labels`).
+        depth: of several blocks with a table each: the result is (depth, B, D). A label is dropped for all of them.
     """
 
-    def __init__(self, num_classes: int, dim: int, dropout_prob: float) -> None:
+    def __init__(self, num_classes: int, dim: int, dropout_prob: float, depth: int | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
-        self.table = nn.Embedding(num_classes + (dropout_prob > 0), dim)
+        self.depth = depth
+        self.rows = num_classes + (dropout_prob > 0)
+        self.table = nn.Embedding((depth or 1) * self.rows, dim)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout_prob > 0:
             dropped = torch.rand(y.shape, device=y.device) < self.dropout_prob
             y = drop_labels(y, dropped, self.num_classes)
+        if self.depth is not None:
+            y = y + self.rows * torch.arange(self.depth, device=y.device)[:, None]
         return self.table(y)
+
+
+def of_first_block(embedded: Tensor) -> Tensor:
+    """What layers outside of the blocks see: (depth, B, D) -> (B, D). A conditioning that all share stays as it is."""
+    return embedded[0] if embedded.dim() == 3 else embedded
 
 
 def drop_labels(y: Tensor, dropped: Tensor, null_class: int) -> Tensor:

@@ -31,7 +31,7 @@ def _may_fuse(linear: nn.Linear, x: Tensor) -> bool:
         and x.dim() >= 2
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
-        # A subclass of Tensor may be quantised or divided over processes.
+        # A subclass of Tensor may be quantised, or divided over processes.
         and type(linear.weight) is type(linear.bias) is nn.Parameter
         and x.dtype == linear.weight.dtype == linear.bias.dtype
     )

@@ -36,3 +36,20 @@ class StackedModulation(nn.Module):
         """SiLU(conditioning) (B, D) -> the modulation of each block."""
         rows = self.linear(cond).unflatten(1, (-1, cond.shape[1])).unbind(1)
         return [Modulation(*rows[i : i + 6]) for i in range(0, len(rows), 6)]
+
+
+class SeparateModulation(nn.Module):
+    """The adaLN of blocks that each have a conditioning of their own. Rows as in :class:`StackedModulation`.
+
+    Args:
+        dim: D.
+        depth: number of blocks.
+    """
+
+    def __init__(self, dim: int, depth: int) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(dim, 6 * dim) for _ in range(depth))
+
+    def forward(self, cond: Tensor) -> list[Modulation]:
+        """SiLU(conditioning) (depth, B, D) -> the modulation of each block."""
+        return [Modulation(*linear(own).chunk(6, dim=1)) for linear, own in zip(self.linears, cond, strict=True)]

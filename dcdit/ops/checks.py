@@ -20,20 +20,26 @@ def check_float(**tensors: Tensor | None) -> None:
 
 def check_same(**tensors: Tensor | None) -> None:
     """All given tensors must share one dtype and one device."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (first_name, first), *others = given.items()
-    for name, tensor in others:
-        if tensor.dtype != first.dtype:
+    first_name, first = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.dtype != first.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}; they must be equal")
-    check_device(**given)
+    check_device(**tensors)
 
 
 def check_device(**tensors: Tensor | None) -> None:
     """All given tensors must be on one device."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    (first_name, first), *others = given.items()
-    for name, tensor in others:
-        if tensor.device != first.device:
+    first_name, first = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}; use one device")
 
 

@@ -100,7 +100,7 @@ def block_outputs(dit: DiT, x: Tensor, cond: Tensor) -> list[Tensor]:
 
     Args:
         x: (B, C, H, W).
-        cond: (B, D) SiLU of the sum of its timestep and label embeddings.
+        cond: SiLU of the sum of its timestep and label embeddings: (B, D); (depth, B, D) with ``separate_embedders``.
     """
     tokens = dit.x_embedder(x.to(dit.x_embedder.weight.dtype)).flatten(2).transpose(1, 2) + dit.pos_embed
     outputs = []

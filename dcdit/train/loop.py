@@ -37,9 +37,10 @@ from dcdit.train.records import (
 from dcdit.train.schedule import learning_rate
 from dcdit.train.sharding import shard, unsynchronised
 from dcdit.train.state import TrainState
-from dcdit.train.stopping import NO_STOP, Signals, StopCheck
+from dcdit.train.stopping import NO_STOP, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
 from dcdit.train.validate import Validation
+from dcdit.utils.signals import Signals
 
 
 @dataclass(frozen=True)

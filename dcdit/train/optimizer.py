@@ -29,6 +29,6 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = whole(nn.utils.get_total_norm(gradients))
     # The same epsilon as in clip_grad_norm_. A norm that is not finite spoils the weights in both ways.
-    optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)
+    optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.step()
     return norm

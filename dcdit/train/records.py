@@ -15,7 +15,7 @@ from dcdit.train.compute import SpentFlops
 from dcdit.train.divergence import check_metrics
 from dcdit.train.schedule import compression_target, learning_rate
 from dcdit.train.trackers import Trackers
-from dcdit.utils.files import write_text
+from dcdit.utils.files import write_text, writing
 from dcdit.utils.reading import read_bytes
 
 LOG_BYTES = 1 << 32
@@ -120,7 +120,7 @@ class RecordWriter:
 
 
 def append(log: Path, record: LogRecord) -> None:
-    with log.open("a", encoding="utf-8") as file:
+    with writing(log), log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -1,6 +1,5 @@
 """What a program runs on: devices, the processor, versions of packages."""
 
-import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
@@ -51,8 +50,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def is_first_process() -> bool:
-    """Whether this is the first of the processes that torchrun or ``accelerate launch`` started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dcdit.utils.lock import LOCK_FILE, FolderInUseError, locked
-from dcdit.utils.outputs import check_output_file, make_folder
+from dcdit.utils.outputs import check_file_place, check_output_folder, make_folder
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.dcdit")
 NEW, OLD, GONE = "new", "old", "gone"
@@ -45,9 +45,10 @@ def atomically(path: Path, write: Callable[[Path], Any], clean: bool = True) -> 
         clean: call :func:`recover` before, which lists the folder.
 
     Raises:
-        ValueError, PermissionError: no file can be written there (:func:`~dcdit.utils.outputs.check_output_file`).
+        ValueError, OSError: no file can be written there (:func:`~dcdit.utils.outputs.check_output_file`). The error
+            names the path.
     """
-    check_output_file(path)
+    check_file_place(path)
     _replace(path, write, clean)
 
 
@@ -78,7 +79,7 @@ def _replace(path: Path, write: Callable[[Path], Any], clean: bool) -> None:
     path = Path(os.path.realpath(path))
     if clean:
         recover(path.parent)
-    with _temporary_folder(path.parent) as temporary:
+    with writing(path), _temporary_folder(path.parent) as temporary:
         new = temporary / NEW / path.name
         new.parent.mkdir()
         write(new)
@@ -90,6 +91,15 @@ def _replace(path: Path, write: Callable[[Path], Any], clean: bool) -> None:
             _sync(file)
         _put_in_place(new, path, temporary)
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let errors of the system inside the block name what is being written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _put_in_place(new: Path, path: Path, temporary: Path) -> None:
@@ -131,6 +141,7 @@ def claimed(folder: Path) -> Iterator[None]:
         ValueError, OSError: there can be no such folder.
     """
     made = not folder.exists()
+    check_output_folder(folder)
     make_folder(folder)
     with contextlib.ExitStack() as stack:
         if made:

@@ -1,6 +1,7 @@
 """Where results must not go: what is refused before any work is done, so that nothing of the user's is lost."""
 
 import os
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -8,12 +9,33 @@ from dcdit.utils.reading import read_json
 
 
 def check_output_file(path: Path) -> None:
-    """Refuse a path that a file cannot have. An existing file is accepted: it will be replaced.
+    """Refuse a path where no file can be written. An existing file is accepted: it will be replaced.
 
     Raises:
         ValueError: a folder, a device, a link that leads nowhere, or below a file.
-        PermissionError: a file or folder that is write-protected.
+        OSError: a file or folder that is write-protected, or no file can be made there, e.g. because the disk is full.
     """
+    check_file_place(path)
+    _check_writing(path, Path(os.path.realpath(path)).parent)
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a path where no folder is and none can be made. Errors as in :func:`check_output_file`."""
+    check_folder_place(path)
+    _check_writing(path, path)
+
+
+def _check_writing(path: Path, folder: Path) -> None:
+    """Write a byte where ``path`` will be made. Permissions do not tell everything, least of all to root."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(f"nothing can be written to {path}: {error.strerror}") from None
+
+
+def check_file_place(path: Path) -> None:
+    """The part of :func:`check_output_file` that writes nothing."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ValueError(f"{path} is a folder; accepted: the name of a file")
@@ -23,21 +45,26 @@ def check_output_file(path: Path) -> None:
         raise ValueError(f"{path} is no regular file; accepted: a file, or a name that is free")
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"{path} is write-protected; accepted: a file that may be replaced")
-    check_output_folder(target.parent)
+    check_folder_place(target.parent)
 
 
-def check_output_folder(path: Path) -> None:
-    """Refuse a path where no folder is and none can be made. Errors as in :func:`check_output_file`."""
-    existing = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+def check_folder_place(path: Path) -> None:
+    """The part of :func:`check_output_folder` that writes nothing."""
+    existing = _existing(path)
     if not existing.is_dir():
         raise ValueError(f"{path} is no folder and cannot become one; accepted: a folder, or a name that is free")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"{existing} is write-protected; accepted: a folder for the results")
 
 
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents where they are missing. Errors as in :func:`check_output_file`."""
-    check_output_folder(path)
+    check_folder_place(path)
     path.mkdir(parents=True, exist_ok=True)
 
 

@@ -45,4 +45,4 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     try:
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
-        raise OSError(f"{path.name} cannot be written: {one_line(error)}") from None
+        raise OSError(f"{path.name}: {one_line(error)}") from None

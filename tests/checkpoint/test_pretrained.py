@@ -3,13 +3,15 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.small import batch, randomize_zero_weights, small_dc_dit, small_dit
 
 from dcdit import checkpoint
-from dcdit.checkpoint import load_static_dit, read_objective
+from dcdit.checkpoint import load_static_dit, read_objective, read_state_dict
+from dcdit.cli import main
 from dcdit.models import to_dit
 
 WIDTH = {"grid": (8, 8), "hidden_size": 384, "num_heads": 6, "depth": 1}
@@ -51,6 +53,49 @@ def test_training_checkpoint_of_facebookresearch(dit, tmp_path):
     args = argparse.Namespace(model="DiT-S/2", image_size=256, ckpt_every=50_000)
     torch.save({"model": last, "ema": to_dit(dit), "opt": {"state": {}}, "args": args}, tmp_path / "0050000.pt")
     assert_same_model(load_static_dit(tmp_path / "0050000.pt"), dit)
+
+
+WRAPPED = {
+    "model alone": lambda s: {"model": s, "opt": {"state": {}}},
+    "state_dict": lambda s: {"epoch": 3, "state_dict": s},
+    "nested": lambda s: {"state_dict": {"model": s}},
+    "distributed": lambda s: renamed(s, lambda name: f"module.{name}"),
+    "compiled": lambda s: {"ema": renamed(s, lambda name: f"_orig_mod.{name}"), "model": {"a": torch.zeros(1)}},
+    "both": lambda s: {"model": renamed(s, lambda name: f"module._orig_mod.{name}")},
+    "the other way round": lambda s: renamed(s, lambda name: f"_orig_mod.module.{name}"),
+    "compiled blocks": lambda s: renamed(s, lambda name: name.replace("blocks.0.", "blocks.0._orig_mod.")),
+    "checkpointing": lambda s: renamed(
+        s, lambda name: name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module.")
+    ),
+    "averaged": lambda s: {"n_averaged": torch.tensor(3), **renamed(s, lambda name: f"module.{name}")},
+}
+
+
+def renamed(state, rename):
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_what_training_scripts_put_around_a_state_dict(dit, tmp_path, wrap):
+    torch.save(wrap(to_dit(dit)), tmp_path / "DiT.pt")
+    assert_same_model(load_static_dit(tmp_path / "DiT.pt"), dit)
+
+
+def test_names_of_wrappers_in_safetensors(dit, tmp_path):
+    save_file(renamed(to_dit(dit), lambda name: f"module.{name}"), tmp_path / "DiT.safetensors")
+    assert_same_model(load_static_dit(tmp_path / "DiT.safetensors"), dit)
+
+
+def test_the_last_weights_of_a_checkpoint(tmp_path):
+    averaged, last = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
+    torch.save({"model": last, "ema": averaged}, tmp_path / "both.pt")
+    torch.save({"ema": averaged}, tmp_path / "averaged.pt")
+    assert [float(read_state_dict(tmp_path / "both.pt", ema)["a"]) for ema in (True, False)] == [0, 1]
+    with pytest.raises(ValueError, match=r"averaged\.pt holds no state dict"):
+        read_state_dict(tmp_path / "averaged.pt", ema=False)
+    torch.save({"a": torch.zeros(1), "_orig_mod.a": torch.zeros(1)}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"twice\.pt: the weight 'a' is there twice, once as '_orig_mod\.a'"):
+        read_state_dict(tmp_path / "twice.pt")
 
 
 def test_safetensors_with_the_same_keys(dit, tmp_path):
@@ -106,11 +151,69 @@ def test_diffusers_transformer_and_pipeline(dit, tmp_path):
         assert read_objective(path) is None
 
 
-def test_diffusers_in_shards(dit, tmp_path):
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("max_shard_size", ["4MB", "1GB"])
+def test_diffusers_in_shards_and_variants(dit, tmp_path, variant, max_shard_size):
     pytest.importorskip("diffusers")
-    diffusers_folder(tmp_path, dit, max_shard_size="4MB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    diffusers_folder(tmp_path, dit, variant=variant, max_shard_size=max_shard_size)
+    names = [path.name for path in tmp_path.glob("*.safetensors")]
+    assert (len(names) > 1) == (max_shard_size == "4MB") and all((variant or "") in name for name in names)
     assert_same_model(load_static_dit(tmp_path), dit)
+
+
+def test_diffusers_with_several_variants(dit, tmp_path):
+    pytest.importorskip("diffusers")
+    for variant in ("fp16", "bf16"):
+        diffusers_folder(tmp_path, dit, variant=variant)
+    refused(tmp_path, "holds the variants bf16, fp16; accepted: one of them")
+    diffusers_folder(tmp_path, dit)
+    assert_same_model(load_static_dit(tmp_path), dit)
+
+
+def test_a_dit_that_diffusers_trained(tmp_path):
+    """Embedders that differ: the model is diffusers' own, also in what it shares with no original DiT."""
+    transformer = pytest.importorskip("diffusers.models.transformers.dit_transformer_2d")
+    torch.manual_seed(0)
+    model = transformer.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=64,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    ).eval()
+    randomize_zero_weights(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_static_dit(tmp_path)
+    x, t, y = batch(loaded.config)
+    expected = model(x, timestep=t, class_labels=y).sample
+    torch.testing.assert_close(loaded(x, t, y), expected, rtol=1e-4, atol=1e-5)
+    out = tmp_path / "run"
+    command = ["upcycle", "--from", tmp_path, "--data-path", latents(tmp_path), "--steps", 1, "--batch-size", 2]
+    command += [
+        "--set",
+        "run.eval_every=0",
+        "--set",
+        "data.kind=latents",
+        "--set",
+        "router.group_size=null",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
+    assert main([str(word) for word in command]) == 0
+    saved = checkpoint.load_model(out)
+    assert saved.config.separate_embedders and saved.config.frequency_shift == 1
+    assert torch.equal(saved.t_embedder(t), loaded.t_embedder(t)) and torch.equal(
+        saved.y_embedder(y), loaded.y_embedder(y)
+    )
+
+
+def latents(folder):
+    arrays = {"latents": np.random.default_rng(0).standard_normal((4, 4, 8, 8), "f4"), "labels": np.arange(4)}
+    np.savez(folder / "latents.npz", **arrays)
+    return folder / "latents.npz"
 
 
 def test_an_index_of_shards_names_no_file_outside_of_its_folder(dit, tmp_path):

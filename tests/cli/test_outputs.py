@@ -1,6 +1,7 @@
 """No command replaces what it reads, what somebody else made, or a folder; each says so before it works."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def place(tmp_path, monkeypatch):
     save_model("model.safetensors", small_dc_dit(**PIXELS))
     torch.jit.script(Net()).save("net.pt")
     np.savez("real.npz", arr_0=images(12))
+    np.savez("train.npz", images=images(12), labels=np.arange(12))
     (tmp_path / "images").mkdir()
     for i, image in enumerate(images(12)):
         Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
@@ -95,17 +97,117 @@ def test_evaluate_replaces_its_own_files_and_the_target_of_a_link(place):
     assert sorted(contents(place / "out")) == ["images.png", "metrics.json", "notes.txt", "report.md"]
 
 
-def test_a_result_that_the_terminal_cannot_show_is_no_error(place, monkeypatch):
-    import io
-
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("sys.stdout", terminal)
-    assert main((MEASURE + "--images real.npz --reference images").split()) == 0
-    terminal.flush()
-    assert rb"\xb1" in terminal.buffer.getvalue()
-
-
 SAMPLE = "sample --checkpoint model.safetensors --steps 1 --labels 0 --device cpu --out "
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Give standard output and standard error other files, as a shell does."""
+
+    def streams(stdout, stderr, encoding="utf-8"):
+        for name, path in (("stdout", stdout), ("stderr", stderr)):
+            monkeypatch.setattr(f"sys.{name}", open(path, "w", encoding=encoding))  # noqa: SIM115
+
+    return streams
+
+
+def test_results_and_bars_that_the_terminal_cannot_show_are_no_error(place, streams):
+    streams("shown", "bars", encoding="ascii")
+    assert main((MEASURE + "--images real.npz --reference images").split()) == 0
+    assert rb"\xb1" in (place / "shown").read_bytes() and b"features: 100%" in (place / "bars").read_bytes()
+
+
+def test_nobody_has_to_read_to_the_end(place, streams):
+    """``dcdit sample | head -0``: the pipe is closed from the first line on, and the work is done all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams(writer, os.dup(writer))
+    assert main(["info"]) == 0
+    assert main(f"{SAMPLE} results --drop-fraction 0 0.5".split()) == 0
+    assert (place / "results" / "drop_0.5.png").is_file()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+
+
+def test_output_that_gets_lost_is_an_error(streams, tmp_path):
+    streams("/dev/full", tmp_path / "errors")
+    assert main(["info"]) == 2
+    assert (tmp_path / "errors").read_text() == "dcdit: error: /dev/full: No space left on device\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_may_be_closed(stream, place, monkeypatch):
+    monkeypatch.setattr(f"sys.{stream}", None)
+    assert main(f"{SAMPLE} results".split()) == 0
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+TRAIN = "train --data-path train.npz --set data.kind=npz --device cpu --steps 1"
+SIZES = ("in_channels=3", "grid=[8,8]", "hidden_size=128", "depth=1", "num_heads=2")
+TINY = "--batch-size 2 --set router.group_size=null " + " ".join(f"--set model.overrides.{size}" for size in SIZES)
+SAMPLED = "--checkpoint model.safetensors --steps 1 --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (f"{SAMPLE} /proc/a --report", "/proc/a"),
+        (f"{TRAIN} --out /proc/a", "/proc/a"),
+        ("demo --out /proc/a", "/proc/a"),
+        ("profile --checkpoint model.safetensors --device cpu --out /proc/a/b", "/proc/a/b"),
+        ("profile --checkpoint model.safetensors --device cpu --out out --trace /proc/a.json", "/proc/a.json"),
+        ("evaluate --checkpoint model.safetensors --device cpu --out /proc/a", "/proc/a"),
+        (f"{MEASURE} --images images --cache /proc/a", "/proc/a"),
+        (f"{MEASURE} --images images --write-statistics /proc/a.npz", "/proc/a.npz"),
+        ("extract --images images --vae vae --device cpu --workers 0 --out /proc/a", "/proc/a"),
+        ("tune --out /proc/a.json", "/proc/a.json"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_the_work(place, capsys, monkeypatch, words, path):
+    """Not even root writes to /proc, though permissions say that root may."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: words.startswith("tune"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def work(*args, **options):
+        pytest.fail("worked")
+
+    for moment in ("nn.Module.forward", "optim.AdamW", "jit.load"):
+        monkeypatch.setattr(f"torch.{moment}", work)
+    for moment in ("profiling.tune.tune", "sample.drawing.sample", "models.DCDiT.forward", "cli.tune.tune"):
+        monkeypatch.setattr(f"dcdit.{moment}", work)
+    refused(place, capsys, words, path)
+
+
+@pytest.mark.parametrize(
+    ("words", "limit", "name"),
+    [
+        (f"{SAMPLE} out", 100, "out/samples.json"),
+        (f"{SAMPLE} out --num 16", 2000, "out/drop_0.png"),
+        (f"{TRAIN} {TINY} --out out", 5000, "out/checkpoints/step_00000001"),
+        (f"evaluate {SAMPLED} --out out --num 40", 5000, "out/batches/000000.npz"),
+        (f"evaluate {SAMPLED} --out out --num 40 --batch-size 4", 5000, "out/samples.npz"),
+        (f"{MEASURE} --images images", 200, "cache/"),
+        (f"{MEASURE} --images images --write-statistics s.npz", 1000, "s.npz"),
+    ],
+)
+def test_a_disk_that_fills_up(place, capsys, words, limit, name):
+    """The error names the file, whatever library writes it. Here a limit on the size of files stands for the disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        assert main(words.split()) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("dcdit: error: ") and name in last and "cannot be written: " in last, last
+    assert not list(place.rglob("*.dcdit")), "nothing unfinished is left"
 
 
 @pytest.mark.parametrize("file", ["drop_0.png", "samples.json", "report.md", "drop_0/00000_class0.png"])
@@ -147,6 +249,9 @@ def test_tune(place, capsys, monkeypatch):
     """It adds to its own tables, and looks at them before it tunes for hours."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("DCDIT_CONFIG_FOLDER", str(place / "configs"))
     monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [entry(1)]})
     refused(place, capsys, "tune --out results", "results is a folder; accepted: the name of a file")
     for text in ("months of work", "[1]"):
@@ -156,6 +261,8 @@ def test_tune(place, capsys, monkeypatch):
     assert main(["tune", "--out", "table.json"]) == 0
     found = {"scatter": [entry(2)], "gather": [entry(4, D=64), entry(1)]}
     assert json.loads((place / "table.json").read_text()) == found
+    assert main(["tune"]) == 0
+    assert [path.name for path in (place / "configs").iterdir()] == ["Some_GPU.sm_90.json"]
 
 
 @pytest.mark.parametrize(

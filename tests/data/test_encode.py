@@ -9,7 +9,7 @@ from safetensors import safe_open
 from support.autoencoder import SIZE, flip_last_bit, save_autoencoder, write_images
 
 from dcdit.data import LatentDataset
-from dcdit.data.autoencoder import create_decoder
+from dcdit.data.autoencoder import create_decoder, load_autoencoder
 from dcdit.data.folder import read_centre
 from dcdit.data.latents.encode import encode_images, verify_shards
 
@@ -23,6 +23,18 @@ def images(tmp_path_factory):
 def vae(tmp_path_factory):
     pytest.importorskip("diffusers")
     return save_autoencoder(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.mark.parametrize("size", ["5KB", "1GB"])
+def test_a_variant_of_an_autoencoder(vae, tmp_path, size):
+    """Weights stored in half precision, in shards or not. They are computed with in float32."""
+    plain = load_autoencoder(vae, torch.device("cpu"))
+    plain.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    again = load_autoencoder(tmp_path, torch.device("cpu"))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in plain.state_dict().items())
+    plain.half().save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    stored = load_autoencoder(tmp_path, torch.device("cpu")).state_dict()
+    assert {value.dtype for value in stored.values()} == {torch.float32}
 
 
 @pytest.fixture(scope="module")

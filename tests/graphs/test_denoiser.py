@@ -187,3 +187,15 @@ def test_a_cpu_is_an_obstacle() -> None:
     for make in (lambda m: GraphedDenoiser(m, 1, budget=4), ExactGraphedDenoiser):
         with pytest.raises(ValueError, match="the model is on cpu; CUDA graphs need a CUDA device"):
             make(small_dc_dit())
+
+
+def test_a_bound_on_the_length_of_an_image_reaches_the_model(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, forward = [], DCDiT.forward
+
+    def recorded(self: DCDiT, *args: torch.Tensor, **options: object) -> object:
+        given.append((options["capacity"], options["max_seqlen"]))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(DCDiT, "forward", recorded)
+    GraphedDenoiser(small_dc_dit(), 3, capacity=110, max_seqlen=40)
+    assert set(given) == {(110, 40)}

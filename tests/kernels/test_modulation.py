@@ -149,7 +149,8 @@ def test_fused_pair_is_the_two_operations(
     with ops.use_backend("triton"):
         added, normed = PAIR(x, y, gate, shift, scale, cu_seqlens, eps)
         torch.testing.assert_close(added, ADD(x, y, gate, cu_seqlens), rtol=0, atol=0)
-        torch.testing.assert_close(normed, NORM(added, shift, scale, cu_seqlens, eps), rtol=0, atol=0)
+        # Two programs: compiled, they may add the columns of a row in different orders.
+        assert_equal_but_rounding(normed, NORM(added, shift, scale, cu_seqlens, eps))
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)

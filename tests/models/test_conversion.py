@@ -1,5 +1,8 @@
 """Checkpoints of other code bases: numerical agreement, lossless round trips, clear refusals."""
 
+import copy
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +107,15 @@ def diffusers_model():
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def trained_in_diffusers(diffusers_model):
+    model = copy.deepcopy(diffusers_model)
+    torch.manual_seed(1)
+    for name, parameter in model.transformer_blocks[1].norm1.emb.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if "embedding_table" in name else 0.1)
+    return model
+
+
 def test_diffusers_layout_matches_diffusers(diffusers_model) -> None:
     state = diffusers_model.state_dict()
     model = load_dit(state, num_heads=4, grid=(8, 8)).eval()
@@ -124,14 +136,39 @@ def test_the_two_conventions_differ_by_what_is_documented(diffusers_model) -> No
     assert not torch.allclose(original(x, t, y), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_diffusers_needs_equal_embedders_and_a_grid(diffusers_model) -> None:
-    state = dict(diffusers_model.state_dict())
+def test_diffusers_needs_a_grid(diffusers_model) -> None:
     with pytest.raises(ValueError, match=r"diffusers stores no position table; accepted: grid=\(sample_size"):
-        load_dit(state, num_heads=4)
-    key = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
-    state[key] = state[key] + 1
-    with pytest.raises(ValueError, match=f"{key} differs from transformer_blocks.0.norm1.emb"):
-        load_dit(state, num_heads=4, grid=(8, 8))
+        load_dit(diffusers_model.state_dict(), num_heads=4)
+
+
+def test_blocks_that_diffusers_trained_have_embedders_of_their_own(trained_in_diffusers) -> None:
+    """Their timestep and class embedders differ from block to block, and the final layer reads the first one's."""
+    state = trained_in_diffusers.state_dict()
+    model = load_dit(state, num_heads=4, grid=(8, 8)).eval()
+    assert model.config.separate_embedders
+    x, t, y = batch(model.config)
+    y[0] = 10  # the null class
+    expected = trained_in_diffusers(x, timestep=t, class_labels=y).sample
+    torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-5)
+    assert_same_state(to_dit(model, "diffusers"), state)
+    with pytest.raises(ValueError, match="facebookresearch/DiT has no such model; accepted: 'diffusers'"):
+        to_dit(model)
+    shared = load_dit({**state, **{k: state[first_block(k)] for k in state if ".norm1.emb." in k}}, 4, grid=(8, 8))
+    assert not shared.config.separate_embedders
+    assert not torch.allclose(shared.eval()(x, t, y), expected, rtol=1e-2, atol=1e-2)
+
+
+def first_block(key: str) -> str:
+    return re.sub(r"blocks\.\d+\.", "blocks.0.", key)
+
+
+def test_a_label_is_dropped_for_all_blocks_or_none(trained_in_diffusers) -> None:
+    model = load_dit(trained_in_diffusers.state_dict(), num_heads=4, grid=(8, 8)).train()
+    labels = torch.zeros(200, dtype=torch.long)
+    tables = model.y_embedder.table.weight.view(2, 11, -1)
+    torch.manual_seed(0)
+    dropped = (model.y_embedder(labels) == tables[:, None, 10]).all(-1)
+    assert torch.equal(dropped[0], dropped[1]) and 5 < dropped[0].sum() < 60
 
 
 @pytest.mark.parametrize("layout", ["facebook", "diffusers"])

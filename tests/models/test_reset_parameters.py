@@ -17,6 +17,7 @@ MODELS = {
     "cosine2d": lambda: DCDiT(DCDiTConfig(grid=GRID, router="cosine2d", adapt_conditioning=True, **SIZES)),
     "cosine1d": lambda: DCDiT(DCDiTConfig(grid=GRID, router="cosine1d", dechunk="ema", **SIZES)),
     "dit": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, **SIZES)),
+    "separate": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, separate_embedders=True, **SIZES)),
 }
 MODULES = {
     **{name: lambda router=router: router(64, GRID) for name, router in ROUTERS.items()},

@@ -9,7 +9,8 @@ from support.small import GRID, SIZES, batch, small_dc_dit, small_dit
 from dcdit import checkpoint
 from dcdit.models import DCDiT, DCDiTConfig, DiTConfig
 from dcdit.models.upcycle import check_source, freeze_embedders, upcycle, upcycled_fields
-from dcdit.nn import sincos_position
+from dcdit.nn import VarlenMeta, sincos_position
+from dcdit.train.distill import block_outputs
 
 COPIED = ("blocks.", "modulation.", "t_embedder.", "y_embedder.")
 
@@ -71,6 +72,26 @@ def test_an_upcycled_model_is_an_ordinary_checkpoint(tmp_path):
     assert torch.equal(loaded(*inputs), model(*inputs))
 
 
+def test_a_source_whose_blocks_have_embedders_of_their_own(tmp_path):
+    """As diffusers trains them. The blocks then compute what they did in the source, and so does the teacher."""
+    source = small_dit(separate_embedders=True, frequency_shift=1, mlp_norm_eps=0.1, patch_size=1)
+    model, _ = upcycled(source)
+    x, t, y = batch(model.config)
+    _, _, states = model(x, t, y, return_states=True)
+    assert states.cond.shape == (2, 3, 128) and not torch.equal(states.cond[0], states.cond[1])
+    theirs = block_outputs(source, x, states.cond)
+    tokens = (source.x_embedder(x).flatten(2).mT + source.pos_embed).flatten(0, 1)
+    length, ours = len(model.pos_embed), []
+    varlen = VarlenMeta(torch.arange(4, dtype=torch.int32) * length, length, padding=False)
+    model.transform(tokens, model.modulation(states.cond), varlen, ours)
+    for packed, dense in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(packed, dense.flatten(0, 1), rtol=1e-4, atol=1e-4)
+    freeze_embedders(model)
+    assert not any(p.requires_grad for p in (*model.t_embedder.parameters(), *model.y_embedder.parameters()))
+    checkpoint.save_model(tmp_path / "model.safetensors", model.eval())
+    assert torch.equal(checkpoint.load_model(tmp_path / "model.safetensors")(x, t, y), model(x, t, y))
+
+
 def test_frozen_embedders():
     model, _ = upcycled(small_dit())
     freeze_embedders(model)
@@ -101,7 +122,9 @@ def test_fields_of_the_same_transformer():
         ({"num_classes": 9}, r"no null class beside its 10 labels and the DC-DiT has class_dropout_prob 0\.1"),
         ({"class_dropout_prob": 0.0}, r"no null class beside its 10 labels .*; accepted: 0$"),
         ({"class_dropout_prob": 0.0, "num_classes": 11}, "no null class beside its 11 labels"),
-        ({"frequency_shift": 1}, "frequency_shift 1; accepted: 0"),
+        ({"frequency_shift": 1}, "frequency_shift 1, the DC-DiT 0; accepted: equal ones"),
+        ({"mlp_norm_eps": 1e-5}, "mlp_norm_eps 1e-05, the DC-DiT 1e-06"),
+        ({"separate_embedders": True}, "separate_embedders True, the DC-DiT False"),
     ],
 )
 def test_misfits(change, message):

@@ -14,4 +14,4 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """For every launch until the monkeypatch is undone."""
     monkeypatch.setattr(launch, "empty", _poisoned)
-    monkeypatch.setattr(launch, "empty_like", lambda made: _poisoned(tuple(made.shape), made.dtype, made.device))
+    monkeypatch.setattr(launch, "empty_like", lambda rows, dtype: _poisoned(tuple(rows.shape), dtype, rows.device))

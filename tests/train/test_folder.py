@@ -13,7 +13,7 @@ from dcdit.cli.main import main
 from dcdit.config import dump_yaml, override
 from dcdit.train import train
 from dcdit.train.records import cut_log
-from dcdit.train.stopping import Signals
+from dcdit.utils.signals import Signals
 
 MODEL = {"in_channels": 3, "grid": [8, 8], "hidden_size": 32, "depth": 1, "num_heads": 1}
 

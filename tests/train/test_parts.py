@@ -1,8 +1,6 @@
 """The parts of the loop: averaged weights, schedules, validation, the log."""
 
 import json
-import signal
-import time
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from dcdit.diffusion import DiTObjective, FlowMatchingObjective
 from dcdit.train import EMA, matched_steps
 from dcdit.train.records import MetricMeans, append, cut_log
 from dcdit.train.schedule import compression_target, drop_fraction, learning_rate, seed_of
-from dcdit.train.stopping import SIGNALS, Signals
 from dcdit.train.validate import validate
 
 
@@ -138,29 +135,3 @@ def test_a_torn_line_of_the_log_goes(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2, "los')
     cut_log(log, 9)
     assert log.read_text() == '{"step": 1}\n'
-
-
-def test_signals_are_noted_and_a_late_second_ctrl_c_interrupts(monkeypatch):
-    """A launcher repeats what its whole group already got, so a repeated signal within two seconds is the same one."""
-    outer = [signal.getsignal(number) for number in SIGNALS]
-    with Signals() as signals:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.raise_signal(number)
-        assert signals.caught == signal.SIGTERM
-        later = time.monotonic() + 60
-        monkeypatch.setattr(time, "monotonic", lambda: later)
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(number) for number in SIGNALS] == outer
-
-
-def test_a_run_outlives_its_terminal_under_nohup():
-    outer = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Signals() as signals:
-            signal.raise_signal(signal.SIGHUP)
-            assert not signals.caught
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, outer)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dcdit.data.latents.manifest import (
     write_manifest,
 )
 from dcdit.data.latents.shards import LABELS, LATENTS, MIRRORED, STATISTICS
-from dcdit.data.loader import leave_signals_to_parent
+from dcdit.data.loader import leave_signals_to_parent, started
 from dcdit.data.samples import sample_rng, to_sample
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import atomically
@@ -114,9 +115,13 @@ def encode_images(
         for number in missing[rank::world]:
             first = number * shard_size
             members = slice(first, first + shard_size)
-            opened = _Images(files[members], size)
-            pixels = DataLoader(opened, batch_size, num_workers=workers, worker_init_fn=leave_signals_to_parent)
-            latents, mirrored = _encode(encoder, pixels, first, bar)
+            loader = DataLoader(
+                _Images(files[members], size),
+                batch_size,
+                num_workers=workers,
+                worker_init_fn=leave_signals_to_parent,
+            )
+            latents, mirrored = _encode(encoder, started(loader), first, bar)
             shard = _write_shard(out / names[number], latents, mirrored, labels[members])
             if rank == 0:
                 finished[shard.file] = shard
@@ -203,7 +208,7 @@ class _Images(Dataset[Tensor]):
         return to_sample(read_centre(self.files[index], self.size))
 
 
-def _encode(encoder: _Encoder, batches: DataLoader[Tensor], first: int, bar: Any) -> tuple[Tensor, Tensor]:
+def _encode(encoder: _Encoder, batches: Iterable[Tensor], first: int, bar: Any) -> tuple[Tensor, Tensor]:
     """The latents of all batches and those of the mirror images; ``first`` is the number of the first image."""
     parts: list[tuple[Tensor, Tensor]] = []
     for pixels in batches:
@@ -276,7 +281,14 @@ def _write_statistics(path: Path, manifest: Manifest) -> None:
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()
     stored = {name: value.float().reshape(1, channels, 1, 1) for name, value in {"mean": mean, "std": std}.items()}
-    atomically(path, lambda file: torch.save(stored, file))
+    content = io.BytesIO()  # torch has an error of its own for files that it cannot write
+    torch.save(stored, content)
+
+    def write(file: Path) -> None:
+        with file.open("wb") as target:
+            target.write(content.getbuffer())
+
+    atomically(path, write)
 
 
 def _progress(total: int, unit: str = "image", disable: bool = False) -> Any:

@@ -20,6 +20,9 @@ def load_dit(state_dict: StateDict, num_heads: int, **overrides: Any) -> DiT:
     from. For weights that the original trained and diffusers only stores, pass ``frequency_shift=0,
     mlp_norm_eps=1e-6``.
 
+    diffusers keeps embedders in every block. If they are copies, the model has one; if they differ, it has one for each
+    block (``separate_embedders``).
+
     Args:
         state_dict: in either key format; its keys tell which. Every tensor keeps its dtype.
         num_heads: of the attention; the weights do not tell.
@@ -27,8 +30,7 @@ def load_dit(state_dict: StateDict, num_heads: int, **overrides: Any) -> DiT:
             table, so its format needs ``grid`` (there ``(sample_size, sample_size)``).
 
     Raises:
-        ValueError: keys or shapes of another architecture, embedders that differ between the blocks (diffusers keeps a
-            copy in each), or a missing grid.
+        ValueError: keys or shapes of another architecture, or a missing grid.
     """
     load = load_diffusers if is_diffusers(state_dict) else load_facebook
     return load(state_dict, num_heads, overrides)
@@ -42,7 +44,7 @@ def to_dit(model: DiT, layout: str = "facebook") -> dict[str, Tensor]:
             embedders in every block.
 
     Raises:
-        ValueError: unknown layout.
+        ValueError: unknown layout, or one that cannot hold embedders of every block.
     """
     if layout not in EXPORTS:
         raise ValueError(f"unknown layout {layout!r}; accepted: {', '.join(EXPORTS)}")

@@ -78,4 +78,8 @@ def load_facebook(state_dict: StateDict, num_heads: int, overrides: dict[str, An
 
 def to_facebook(model: DiT) -> dict[str, Tensor]:
     """See :func:`dcdit.models.to_dit`."""
+    if model.config.separate_embedders:
+        raise ValueError(
+            "separate_embedders is True, and facebookresearch/DiT has no such model; accepted: 'diffusers'"
+        )
     return export_weights(model, key_table(model.config.depth))

@@ -107,4 +107,6 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
         )
     if config.adapt_conditioning:
         raise ValueError("adapt_conditioning is True; accepted: False, the reference implementation has no adaptor")
+    if config.separate_embedders or config.frequency_shift or config.mlp_norm_eps != DCDiTConfig.mlp_norm_eps:
+        raise ValueError("the model is upcycled from a DiT of diffusers, and the reference implementation has no such")
     return export_weights(model, key_table(config.depth))

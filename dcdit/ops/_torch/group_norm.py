@@ -16,7 +16,8 @@ from dcdit.ops.numerics import accumulation_dtype
 def group_norm_silu(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float
 ) -> Tensor:
-    y, *_ = apply(_GroupNormSiLU, x, num_groups, weight, bias, shift, eps)
+    arguments = (x, num_groups, weight, bias, shift, eps)
+    y, *_ = apply(_GroupNormSiLU, *arguments) if torch.is_grad_enabled() else _GroupNormSiLU.forward(*arguments)
     return y
 
 
@@ -24,21 +25,24 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
     """Group norm alone, of x (B, L, C) in the dtype of weight and bias. Twice differentiable."""
     if x.numel() == 0:  # the norm of no position would be NaN, and so would its gradients
         return x * (weight + bias)
-    image = _as_image(x + offset_to_zero_mean(x.detach(), num_groups, None, x.dtype)[:, None])
+    image = _as_image(x + offset_to_zero_mean(x.detach(), num_groups, None, x.dtype))
     if torch.is_grad_enabled() and not image.requires_grad:
         image = image.contiguous()
     return torch.group_norm(image, num_groups, weight, bias, eps).squeeze(2).mT
 
 
 def offset_to_zero_mean(x: Tensor, num_groups: int, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(B, C): what to add to x (B, L, C), so that the mean of every group is zero and the shift is in it."""
-    mean = x.mean(1, dtype=dtype)
-    return -_group_mean(mean, num_groups) if shift is None else shift - _group_mean(mean + shift, num_groups)
+    """(B, 1, C): what to add to x (B, L, C), so that the mean of every group is zero and the shift is in it."""
+    mean = x.mean(1, keepdim=True, dtype=dtype)
+    if shift is None:
+        return _group_mean(mean.neg_(), num_groups)
+    shift = shift.unsqueeze(1)
+    return shift - _group_mean(mean.add_(shift), num_groups)
 
 
 def _group_mean(values: Tensor, num_groups: int) -> Tensor:
-    """(B, C) -> (B, C), the mean of its group in the place of each channel."""
-    groups = values.unflatten(1, (num_groups, values.shape[1] // num_groups))
+    """(B, 1, C) -> (B, 1, C), the mean of its group in the place of each channel."""
+    groups = values.view(values.shape[0], num_groups, values.shape[2] // num_groups)
     return groups.mean(2, keepdim=True).expand_as(groups).reshape(values.shape)
 
 
@@ -54,12 +58,12 @@ class _GroupNormSiLU(torch.autograd.Function):
     def forward(
         x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The result; what is added to x (B, C) and multiplied with the sum (B, groups) to get x_hat."""
+        """The result; what is added to x (B, 1, C) and multiplied with the sum (B, groups) to get x_hat."""
         dtype = accumulation_dtype(x, weight, bias, *(() if shift is None else (shift,)))
         weight, bias = weight.to(dtype), bias.to(dtype)
         offset = offset_to_zero_mean(x, num_groups, None if shift is None else shift.to(dtype), dtype)
         images, length, channels = x.shape
-        centred = (x + offset[:, None]).contiguous()
+        centred = (x + offset).contiguous()
         normed, _, rstd = torch.native_group_norm(
             _as_image(centred), weight, bias, images, channels, length, num_groups, eps
         )  # fmt: skip
@@ -81,19 +85,20 @@ class _GroupNormSiLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, weight, bias, offset, rstd = ctx.saved_tensors
         need_x, _, _, _, need_shift, _ = ctx.needs_input_grad
-        rstd = rstd.repeat_interleave(x.shape[2] // ctx.num_groups, 1)
+        rstd = rstd.repeat_interleave(x.shape[2] // ctx.num_groups, 1).unsqueeze(1)
         scale, length = weight.to(rstd.dtype), max(x.shape[1], 1)
-        x_hat = (x + offset[:, None]).mul_(rstd[:, None])
+        x_hat = (x + offset).mul_(rstd)
         normed = (x_hat * scale).add_(bias)
         grad_normed = torch.ops.aten.silu_backward(grad.to(rstd.dtype), normed)
-        bias_sum = grad_normed.sum(1)
-        weight_sum = torch.mul(grad_normed, x_hat, out=normed).sum(1)
+        bias_sum = grad_normed.sum(1, keepdim=True)
+        weight_sum = torch.mul(grad_normed, x_hat, out=normed).sum(1, keepdim=True)
         grad_x = grad_shift = None
         if need_x or need_shift:
             mean_grad = _group_mean(bias_sum * scale, ctx.num_groups) / length
             mean_grad_x_hat = _group_mean(weight_sum * scale, ctx.num_groups) / length
-            grad_x = grad_normed.mul_(scale).sub_(mean_grad[:, None])
-            grad_x = grad_x.addcmul_(x_hat, mean_grad_x_hat[:, None], value=-1).mul_(rstd[:, None])
+            grad_x = grad_normed.mul_(scale).sub_(mean_grad)
+            grad_x = grad_x.addcmul_(x_hat, mean_grad_x_hat, value=-1).mul_(rstd)
             grad_shift = grad_x.sum(1).to(ctx.shift_dtype) if need_shift else None
             grad_x = grad_x.to(x.dtype) if need_x else None
-        return grad_x, None, weight_sum.sum(0).to(weight.dtype), bias_sum.sum(0).to(bias.dtype), grad_shift, None
+        weight_sum, bias_sum = weight_sum.sum((0, 1)), bias_sum.sum((0, 1))
+        return grad_x, None, weight_sum.to(weight.dtype), bias_sum.to(bias.dtype), grad_shift, None

@@ -143,6 +143,11 @@ def without_gradient(ctx: Any, *outputs: Tensor) -> None:
 
 def unit_stride(rows: Tensor) -> Tensor:
     """Rows that a kernel can read: any stride between rows, elements side by side; other tensors are copied."""
+    return rows if known_true(rows.stride(-1) == 1) else rows.contiguous()
+
+
+def unit_strides(*tensors: Tensor) -> list[Tensor]:
+    """The same of several tensors, at a lower cost."""
     if torch.compiler.is_compiling():
-        return rows if known_true(rows.stride(-1) == 1) else rows.contiguous()
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+        return [unit_stride(rows) for rows in tensors]
+    return [rows if rows.stride(-1) == 1 else rows.contiguous() for rows in tensors]

@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import modulation
-from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, without_gradient
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, unit_strides, without_gradient
 from dcdit.ops.numerics import widest
 
 
 def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
-    normed, _ = _norm(unit_stride(t), unit_stride(shift), unit_stride(scale), unit_stride(cu_seqlens), eps)
+    normed, _ = _norm(*unit_strides(t, shift, scale, cu_seqlens), eps)
     return normed
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return _add(unit_stride(x), unit_stride(y), unit_stride(gate), unit_stride(cu_seqlens))
+    return _add(*unit_strides(x, y, gate, cu_seqlens))
 
 
 def gated_add_modulated_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    added, normed, _ = _add_norm(*map(unit_stride, (x, y, gate, shift, scale, cu_seqlens)), eps)
+    added, normed, _ = _add_norm(*unit_strides(x, y, gate, shift, scale, cu_seqlens), eps)
     return added, normed
 
 
