@@ -1,5 +1,8 @@
 """Group norm and SiLU on the PyTorch backend, against the float64 definition."""
 
+import doctest
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,3 +95,8 @@ def test_the_result_shares_no_memory_with_x() -> None:
     ops.group_norm_silu(x, *rest).zero_()
     assert torch.equal(x, before)
     assert not torch.equal(before, randn(*x.shape))
+
+
+def test_the_example() -> None:
+    found = doctest.testmod(importlib.import_module("dcdit.ops.group_norm"))
+    assert found.attempted > 1 and not found.failed
