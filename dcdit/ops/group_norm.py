@@ -33,6 +33,8 @@ def group_norm_silu(
         ValueError, TypeError: shapes, dtypes or devices do not fit.
 
     Example:
+        >>> import torch
+        >>> from dcdit import ops
         >>> x = torch.randn(2, 96, 32, 32).to(memory_format=torch.channels_last)
         >>> y = ops.group_norm_silu(x, 32, torch.ones(96), torch.zeros(96), shift=torch.randn(2, 96))
         >>> y.shape, y.is_contiguous(memory_format=torch.channels_last)
