@@ -31,7 +31,13 @@ def write(folder: Path, name: str, *configs: tuple[int, launch.Config]) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"gather": entries}))
 
 
-NARROW, WIDE = ({"ROWS": rows, "BLOCK_D": 64, "num_warps": 2} for rows in (2, 4))
+def config(rows: int, kernel: str = "gather") -> launch.Config:
+    """The numbers that the kernel takes, with these rows, which no default has."""
+    launch.shipped_configs()  # imports all kernel files
+    return {**launch._defaults[kernel][0]["config"], "ROWS": rows}
+
+
+NARROW, WIDE = config(1 << 10), config(1 << 11)
 
 
 def test_tuned_entries_win_over_defaults(tables: Path) -> None:
@@ -88,15 +94,17 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_users_entries_win_over_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user_folder) -> None:
-    def entries(rows: int) -> list[dict]:
-        return [{"shape": {"D": 64}, "config": {"ROWS": rows, "BLOCK_D": 64, "num_warps": 2}}]
+    def entries(kernel: str, rows: int) -> list[dict]:
+        return [{"shape": {"D": 64}, "config": config(rows, kernel)}]
 
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "cpu.json").write_text(json.dumps({"gather": entries(2), "scatter": entries(4)}))
+    (tmp_path / "package" / "cpu.json").write_text(
+        json.dumps({"gather": entries("gather", 2), "scatter": entries("scatter", 4)})
+    )
     monkeypatch.setattr(launch, "CONFIG_FOLDER", tmp_path / "package")
-    user_folder({"gather": entries(8)})
+    user_folder({"gather": entries("gather", 8)})
     assert [launch.config_for(kernel, CPU, D=64)["ROWS"] for kernel in ("gather", "scatter")] == [8, 4]
-    assert entries(8)[0] not in launch.shipped_configs()["gather"]
+    assert entries("gather", 8)[0] not in launch.shipped_configs()["gather"]
 
 
 def test_entries_of_another_version_of_a_kernel_are_not_used(user_folder) -> None:
