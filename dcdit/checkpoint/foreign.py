@@ -25,6 +25,8 @@ from dcdit.utils.weight_files import find_weights
 PICKLE_SUFFIXES = (".pt", ".pth")
 TRANSFORMER, CONFIG, WEIGHTS = "transformer", "config.json", "diffusion_pytorch_model"
 """Names of a pipeline's parts in diffusers."""
+ACTIVATION = "gelu-approximate"
+"""That of a DiT, as diffusers calls it."""
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """Both names that diffusers has had for DiT."""
 
@@ -126,7 +128,13 @@ def load_diffusers_dit(folder: Path) -> DiT:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}; accepted: weights in safetensors, not pickled ones")
         state |= read_tensors(folder / name)[0]
-    conventions = {} if embedders_differ(state) else {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
+    optional = {"activation_fn": ACTIVATION, "norm_eps": 1e-5, **read_json(folder / CONFIG)}
+    if optional["activation_fn"] != ACTIVATION:
+        raise ValueError(
+            f"{folder / CONFIG} has the activation_fn {optional['activation_fn']!r}; accepted: {ACTIVATION!r}, DiT's"
+        )
+    own = {"mlp_norm_eps": optional["norm_eps"]}
+    conventions = own if embedders_differ(state) else {"frequency_shift": 0, "mlp_norm_eps": 1e-6}
     return _convert_dit(folder, state, num_heads, grid=(side, side), **conventions)
 
 

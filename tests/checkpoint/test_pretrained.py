@@ -179,6 +179,7 @@ def test_a_dit_that_diffusers_trained(tmp_path):
         attention_head_dim=64,
         out_channels=8,
         num_layers=2,
+        norm_eps=0.1,
         sample_size=8,
         num_embeds_ada_norm=10,
     ).eval()
@@ -208,6 +209,16 @@ def test_a_dit_that_diffusers_trained(tmp_path):
     assert torch.equal(saved.t_embedder(t), loaded.t_embedder(t)) and torch.equal(
         saved.y_embedder(y), loaded.y_embedder(y)
     )
+
+
+def test_what_the_configuration_of_diffusers_says_beside_sizes(dit, tmp_path):
+    pytest.importorskip("diffusers")
+    diffusers_folder(tmp_path, dit)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_eps": 0.1}))
+    assert load_static_dit(tmp_path).config.mlp_norm_eps == 1e-6, "the original's, which trained the weights"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_fn": "geglu"}))
+    refused(tmp_path, r"has the activation_fn 'geglu'; accepted: 'gelu-approximate', DiT's")
 
 
 def latents(folder):
