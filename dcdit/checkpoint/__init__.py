@@ -5,8 +5,8 @@
 """
 
 from dcdit.checkpoint.foreign import read_state_dict
-from dcdit.checkpoint.model import Model, architecture_of, load_weights, save_model
-from dcdit.checkpoint.pretrained import class_names_in, load_model, load_static_dit, read_metadata, read_objective
+from dcdit.checkpoint.model import Model, architecture_of, class_names_in, load_weights, save_model
+from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
     CHECKPOINTS,
     EMA_FILE,
@@ -23,6 +23,7 @@ from dcdit.checkpoint.run import (
     load_optimizer,
     model_file,
     optimizer_tensors,
+    read_class_names,
     read_trainer,
     run_folder,
     save_checkpoint,
@@ -50,6 +51,7 @@ __all__ = [
     "load_weights",
     "model_file",
     "optimizer_tensors",
+    "read_class_names",
     "read_metadata",
     "read_objective",
     "read_state_dict",

@@ -201,6 +201,25 @@ def read_file_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def class_names_in(metadata: dict[str, str], source: str | Path) -> list[str]:
+    """The name of every label, as training notes them; empty where a file does not say them.
+
+    Args:
+        metadata: see :func:`read_metadata`.
+        source: where it comes from, for error messages.
+
+    Raises:
+        ValueError: something else stands there.
+    """
+    try:
+        names = parse_json(metadata.get("class_names", "[]"), "class_names")
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} is damaged: its class_names are not a list of names")
+    return names
+
+
 def is_written_here(path: Path) -> bool:
     """Whether the header of a safetensors file has the mark of this package; the rest may be cut off. So may be all."""
     size = path.stat().st_size

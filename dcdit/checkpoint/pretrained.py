@@ -26,7 +26,6 @@ from dcdit.checkpoint.model import (
 from dcdit.checkpoint.run import MODEL_FILE, list_checkpoints, model_file
 from dcdit.checkpoint.state_dicts import plain_names
 from dcdit.models import DiT
-from dcdit.utils.reading import parse_json
 
 
 def load_model(path: str | Path, ema: bool = True) -> Model:
@@ -57,25 +56,6 @@ def read_metadata(path: str | Path, ema: bool = True) -> dict[str, str]:
     """
     path = Path(path)
     return {} if path.suffix in PICKLE_SUFFIXES else read_file_metadata(model_file(path, ema))
-
-
-def class_names_in(metadata: dict[str, str], source: str | Path) -> list[str]:
-    """The name of every label, as training notes them; empty where a file does not say them.
-
-    Args:
-        metadata: see :func:`read_metadata`.
-        source: where it comes from, for error messages.
-
-    Raises:
-        ValueError: something else stands there.
-    """
-    try:
-        names = parse_json(metadata.get("class_names", "[]"), "class_names")
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{source} is damaged: its class_names are not a list of names")
-    return names
 
 
 def load_static_dit(path: str | Path, num_heads: int | None = None) -> DiT:

@@ -26,8 +26,10 @@ from dcdit.checkpoint.model import (
     Model,
     Tensors,
     check_finite,
+    class_names_in,
     holds_finite,
     is_written_here,
+    read_file_metadata,
     read_model_file,
     read_tensors,
     refuse_not_finite,
@@ -136,6 +138,14 @@ def read_trainer(path: str | Path) -> dict[str, Any]:
         if type(step) is not int or step < 0:  # bool is a kind of int in Python
             raise ValueError(f"{folder / TRAINER_FILE} has the step {step!r}; accepted: a whole number from 0")
         return trainer
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """The names of the classes that a checkpoint learned; empty if it does not say. Errors as in
+    :func:`load_checkpoint`."""
+    folder = find_checkpoint(path)
+    with _naming_the_previous(folder):
+        return class_names_in(read_file_metadata(folder / MODEL_FILE), folder)
 
 
 def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tensors, source: str | Path) -> None:

@@ -85,7 +85,7 @@ def check_same_classes(data: Samples, resumed: str | Path) -> None:
     Old checkpoints do not name their classes. Names that only count the labels, as those of an ``.npz``, may become
     more or fewer, and the name of a single class is that of its folder, which may be moved.
     """
-    before = ckpt.class_names_in(ckpt.read_metadata(resumed, ema=False), resumed)
+    before = ckpt.read_class_names(resumed)
     now = list(data.class_names)
     if not before or before == now or len(before) == len(now) == 1 or (_only_count(before) and _only_count(now)):
         return

@@ -382,6 +382,8 @@ def test_the_command_runs_from_a_bare_checkout(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["gpu-report", "gpu-test"])
 def test_make_installs_nothing_for_a_gpu(target: str) -> None:
     """A rented machine has no network: no virtual environment, no pip, the plain Python."""
-    commands = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = subprocess.run(
+        ["make", "--no-print-directory", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert re.match(r"python3 ", commands)
     assert "pip" not in commands and "venv" not in commands

@@ -217,6 +217,7 @@ OLD_FOLDER = {
         "batch_size": 2,
         "precision": "fp32",
         "vae": None,
+        "noise": "philox",
     },
     "work": {
         "tflops": 2.7821414e-05,
@@ -242,6 +243,11 @@ def test_a_folder_of_an_earlier_version_is_recognised(tmp_path, monkeypatch):
     assert dataclasses.asdict(draw(tmp_path / "old", **options)) == OLD_FOLDER["work"]
     with pytest.raises(ValueError, match=r"is of other settings: cfg_interval was \[0.1, 0.7\] and is \[0.1, 0.8\]"):
         draw(tmp_path / "old", **{**options, "cfg_interval": (0.1, 0.8)})
+    # Before noise came from a counter, the same seed drew other images.
+    older = {**OLD_FOLDER, "settings": {k: v for k, v in OLD_FOLDER["settings"].items() if k != "noise"}}
+    (tmp_path / "old" / "sampling.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="is of other settings: noise was None and is 'philox'"):
+        draw(tmp_path / "old", **options)
 
 
 def test_a_missing_batch_is_named(tmp_path):

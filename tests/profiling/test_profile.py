@@ -364,9 +364,9 @@ def test_command_writes_json_picture_and_trace(tmp_path: Path, capsys, monkeypat
     [
         (["--device", "banana"], "device is 'banana'; accepted here: auto, cpu"),
         (["--batch", "0"], "--batch is 0"),
-        (["--keep", "3"], "kept_fraction is 3.0"),
+        (["--keep", "3"], "--keep is 3.0"),
         (["--seconds", "0"], "--seconds is 0.0"),
-        (["--drop-fraction", "1.5"], "drop_fraction is 1.5"),
+        (["--drop-fraction", "1.5"], "--drop-fraction is 1.5"),
         (["--model", "DC-DiT-Q"], "unknown preset 'DC-DiT-Q'"),
         (["--model", "DiT-S/2"], "DiT-S/2 is a static DiT"),
         (["--image-size", "100"], "image_size is 100"),

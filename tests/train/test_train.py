@@ -369,7 +369,7 @@ def test_resume_past_a_damaged_checkpoint(config):
     run = expected.parents[1]
     ckpt.checkpoint_path(run, 4).mkdir()
     (ckpt.checkpoint_path(run, 4) / ckpt.MODEL_FILE).write_bytes((expected / ckpt.MODEL_FILE).read_bytes()[:-1])
-    with pytest.raises(FileNotFoundError, match=r"step_00000004.*: --resume \S*/step_00000003$") as error:
+    with pytest.raises(ValueError, match=r"step_00000004.* is damaged .*: --resume \S*/step_00000003$") as error:
         train(settings, resume=run)
     result = train(settings, resume=str(error.value).split()[-1])
     assert_same_weights(expected, result.checkpoint)
