@@ -30,7 +30,7 @@ SMALL_BLOCKS = {
     "nearest": {"BLOCK": 16, "num_warps": 1},
     "smooth_bf16": SMOOTH,
     "smooth_float32": SMOOTH,
-    "plug_back_fwd": {"ROWS": 16, "BLOCK_D": 16, "num_warps": 1},
+    "plug_back_fwd": {"ROWS": 16, "num_warps": 1},
     "bounding_box": {"BLOCK": 16, "num_warps": 1},
     "plug_back_bwd": {"BLOCK_D": 16, "num_warps": 1},
     "dechunk_scalar_gradients": {"BLOCK": 16, "num_warps": 1},
@@ -50,7 +50,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         "kept_index": {"LINES": 64, "BLOCK": 64},
         "nearest": {"BLOCK": 4096},
         "smooth_float32": {"BAND_H": 64, "STRIP_W": 64, "BM": 256, "BJ": 256, "LINES": 64, "BLOCK_D": 16},
-        "plug_back_fwd": {"ROWS": 4096, "BLOCK_D": 16},
+        "plug_back_fwd": {"ROWS": 4096},
     }
     if triton.knobs.runtime.interpret:
         monkeypatch.setattr(launch, "config_for", lambda kernel, *_, **__: large[kernel])
