@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.models import init
-from dcdit.nn import PredictabilityRouter, SeparateModulation, StackedModulation
+from dcdit.nn import PredictabilityRouter
 
 Weight = Literal["zero", "xavier", "identity"]
 
@@ -39,35 +39,27 @@ STARTS = {
 @torch.no_grad()
 def apply_start(start: Start, residual_proj: nn.Linear, modulation: nn.Module, router: nn.Module) -> None:
     """Overwrite the first weights of the three parts. What is zero draws no random number."""
-    _fill(residual_proj.weight, start.residual)
-    init.zero(residual_proj.bias)
-    for block in _of_each_block(modulation):
-        _fill(block, start.modulation)
+    _fill(residual_proj, start.residual, residual_proj.out_features)
+    for linear in modulation.modules():
+        if isinstance(linear, nn.Linear):
+            # One Linear may hold the adaLN of all blocks; Xavier's bound is that of one block.
+            _fill(linear, start.modulation, 6 * linear.in_features)
     if isinstance(router, PredictabilityRouter):
-        bias = router.out.bias
         if start.kept_share is None:
-            nn.init.constant_(bias, PredictabilityRouter.INITIAL_LOGIT)
+            nn.init.constant_(router.out.bias, PredictabilityRouter.INITIAL_LOGIT)
         else:
-            bias.copy_(_bias_for(start.kept_share, router.out.weight))
+            router.out.bias.copy_(_bias_for(start.kept_share, router.out.weight))
 
 
-def _fill(weight: Tensor, how: Weight) -> None:
-    if how == "zero":
-        nn.init.zeros_(weight)
-    elif how == "xavier":
-        nn.init.xavier_uniform_(weight)
-    else:
+def _fill(linear: nn.Linear, how: Weight, fan_out: int) -> None:
+    weight = linear.weight
+    init.zero(weight, linear.bias)
+    if how == "xavier":
+        bound = (6 / (linear.in_features + fan_out)) ** 0.5
+        nn.init.uniform_(weight, -bound, bound)
+    elif how == "identity":
         # Not nn.init.eye_: that writes the whole identity into each shard of a sharded weight.
         weight.copy_(torch.ones_like(weight).tril().triu())
-
-
-def _of_each_block(modulation: nn.Module) -> list[Tensor]:
-    """The adaLN weights (6D, D) of each block: Xavier's bound depends on the shape."""
-    if isinstance(modulation, StackedModulation):
-        weight = modulation.linear.weight
-        return list(weight.split(6 * weight.shape[1]))
-    assert isinstance(modulation, SeparateModulation)
-    return [linear.weight for linear in modulation.linears]
 
 
 def _bias_for(share: float, weight: Tensor) -> Tensor:
