@@ -16,13 +16,13 @@ import torch
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
+from benchmarks.studies.comparison import by_way, loss_table, plot_courses, routing_table
 from benchmarks.studies.training import read_log, train_all
 from dcdit.checkpoint import load_model, read_trainer
 from dcdit.config import TrainConfig
 from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.models.starts import STARTS, Start
-from dcdit.profiling.plots import new_figure
 from dcdit.utils.tables import markdown_table
 
 
@@ -68,12 +68,10 @@ def measure(config: TrainConfig) -> dict[str, Any]:
 def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, Any], out: Path) -> Path:
     """Write report.md, its picture and study.json with the numbers behind them."""
     out.mkdir(parents=True, exist_ok=True)
-    starts = list(dict.fromkeys(map(start_of, results)))
-    _plot(results, starts, out / "start.png")
+    plot_courses(results, out / "start.png")
     runs = {name: {key: value for key, value in result.items() if key != "log"} for name, result in results.items()}
     (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
-    levels = [f"{level:g}" for level in cifar10.NOISE_LEVELS]
-    mean = {start: [run for name, run in results.items() if start_of(name) == start] for start in starts}
+    scales = {start: runs[0]["scales"] for start, runs in by_way(results).items()}
     parts = [
         "# How a DC-DiT should start",
         f"One DC-DiT on CIFAR-10 from each start, {conditions['flops']:.3g} training FLOPs a run, otherwise as in "
@@ -83,37 +81,21 @@ def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, A
         "## The starts",
         markdown_table(
             ["start", "residual_proj", "adaLN of the blocks", "router keeps at first"],
-            [[name, *_cells(STARTS[name])] for name in starts],
+            [[name, *_cells(STARTS[name])] for name in scales],
         ),
-        "## Held-out loss",
-        markdown_table(
-            ["start", "all levels", *levels],
-            [
-                [start, _spread([first_of(run["loss"]) for run in runs]), *_columns(runs, "loss_by_level")]
-                for start, runs in mean.items()
-            ],
-        ),
-        "## Kept fraction, and its correlation with local detail, by noise level",
-        markdown_table(
-            ["start", *levels],
-            [
-                row
-                for start, runs in mean.items()
-                for row in (
-                    [start, *_columns(runs, "kept_share", "{:.1%}")],
-                    [f"{start}, correlation", *_columns(runs, "detail_correlation", "{:+.2f}")],
-                )
-            ],
-        ),
+        "## Held-out loss, by noise level",
+        loss_table(results),
         "![loss and kept fraction while training](start.png)",
+        "## Kept fraction, and its correlation with local detail, by noise level",
+        routing_table(results),
         "## Scale of the branches",
         "Standard deviation of what each part gives at noise level 0.5, first seed, before and after training. The "
         "decoder reads the sum of de-chunk and residual.",
         markdown_table(
-            ["part", *(f"{start}: before, after" for start in starts)],
+            ["part", *(f"{start}: before, after" for start in scales)],
             [
-                [part, *(_before_and_after(mean[start][0]["scales"], part) for start in starts)]
-                for part in mean[starts[0]][0]["scales"]["start"]
+                [part, *(_before_and_after(found, part) for found in scales.values())]
+                for part in next(iter(scales.values()))["start"]
             ],
         ),
     ]
@@ -122,49 +104,13 @@ def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, A
     return page
 
 
-def start_of(run: str) -> str:
-    """ "official-1" -> "official"."""
-    return run.rpartition("-")[0]
-
-
-def first_of(values: Mapping[str, Any]) -> Any:
-    """Without dropping: the first of the drop fractions."""
-    return next(iter(values.values()))
-
-
 def _cells(start: Start) -> list[str]:
     share = "below 1 %" if start.kept_share is None else f"about {start.kept_share:.0%}"
     return [start.residual, start.modulation, share]
 
 
-def _columns(runs: Sequence[dict[str, Any]], key: str, form: str = "{:.3f}") -> list[str]:
-    rows = [first_of(run[key]) if key in run else run["routing"][key] for run in runs]
-    return [form.format(sum(column) / len(column)) for column in zip(*rows, strict=True)]
-
-
 def _before_and_after(scales: Mapping[str, Mapping[str, float]], part: str) -> str:
     return f"{scales['start'][part]:.3f}, {scales['end'][part]:.3f}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
-
-
-def _plot(results: Mapping[str, dict[str, Any]], starts: Sequence[str], path: Path) -> None:
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 4))
-    for name, result in results.items():
-        start = start_of(name)
-        label = start if name.endswith("-0") else None
-        color = f"C{starts.index(start)}"
-        course = result["course"]
-        losses = [(record["step"], record["val_loss_ema"]) for record in course if "val_loss_ema" in record]
-        kept = [(record["step"], record["natural"]) for record in course if "natural" in record]
-        left.plot(*zip(*losses, strict=True), color=color, lw=1, label=label)
-        right.plot(*zip(*kept, strict=True), color=color, lw=1, label=label)
-    left.set(xlabel="step", ylabel="held-out loss (128 images, averaged weights)", yscale="log")
-    right.set(xlabel="step", ylabel="kept fraction of the training batches")
-    left.legend(fontsize=8)
-    figure.savefig(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
