@@ -103,9 +103,12 @@ class Guided:
     observed: bool
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """The guided output for x (B, C, H, W) at a time from 1000 (noise) to 0."""
+        """The guided output for x (B, C, H, W) at a time from 1000 (noise) to 0. An observed model records the call."""
         both = self.both(t)
-        return self.call(x, torch.full((), t, device=x.device), both, self.fractions(t, both))[0]
+        out, seen = self.call(x, torch.full((), t, device=x.device), both, self.fractions(t, both))
+        if seen is not None:
+            self.model.record(seen)  # type: ignore[attr-defined]
+        return out
 
     def both(self, t: float) -> bool:
         """Whether a call at this time computes both branches."""
