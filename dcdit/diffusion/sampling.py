@@ -1,14 +1,16 @@
 """From labels to samples."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dcdit.diffusion import samplers
 from dcdit.diffusion.graphed import WORTHWHILE, SamplerGraphs, TakeStep, obstacle_of
-from dcdit.diffusion.guidance import Fraction, Guided, guided
+from dcdit.diffusion.guidance import Fraction, guided
 from dcdit.diffusion.noise import ImageNoise
 from dcdit.diffusion.samplers import Chain, Step
 from dcdit.diffusion.schedule import space_timesteps
@@ -34,7 +36,7 @@ def sample(
     null_class: int | None = None,
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
-    capacity: int | None = None,
+    capacity: int | Literal["auto"] | None = None,
     eta: float = 0.0,
     clip: bool = False,
     seed: int = 0,
@@ -57,7 +59,9 @@ def sample(
             :class:`DiTObjective`, euler and heun :class:`FlowMatchingObjective`. A model that says what trained it, as
             those of :func:`dcdit.checkpoint.load_model` do in ``model.objective``, is checked.
         shape: (C, H, W) of a sample; taken from ``model.config`` if None.
-        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`.
+        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`. If a capacity was
+            too small, a warning at the end says how many tokens were lost. A model that records its calls
+            (:class:`dcdit.sample.ModelCalls`) gets the numbers instead.
         null_class: label of the unconditional branch; taken from ``model.config`` if None.
         eta: noise of ddim.
         clip: clamp the expected clean data to [-1, 1] at every step of ddpm or ddim: for pixels, not for latents.
@@ -92,27 +96,37 @@ def sample(
     dtype = torch.promote_types(dtype_of(model), torch.float32)
     noise = ImageNoise(seed, first_index, labels.shape[0], shape, labels.device, dtype)
     step = SamplerStep(chain, calls, noise, dtype)
-    x = step.x
+    x, overflow = step.x, step.overflow
     with evaluating(model), progress_bar(len(chain.times), progress, "sampling", "step") as advance:
-        take, overwrites = _take_step(step, calls, graph)
+        take, overwrites = _take_step(step, graph)
         for number, (times, branches) in enumerate(zip(chain.times, step.branches, strict=True)):
-            x, x0, seen = take(branches)
-            for noted in seen:
+            x, x0, seen, overflow = take(branches)
+            for noted in seen if calls.observed else ():
                 model.record(_copied(noted) if overwrites else noted)  # type: ignore[attr-defined]
             advance()
             if callback is not None:
                 callback(Step(number, times[0], x.clone() if overwrites else x, x0.clone() if overwrites else x0))
+    if capacity is not None and not calls.observed:
+        _warn_of_overflow(int(overflow), capacity, len(chain.times))
     return x.clone() if overwrites else x
 
 
-def _take_step(step: SamplerStep, calls: Guided, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
+def _take_step(step: SamplerStep, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
     """What takes a step, and whether it overwrites its results: a graph, or the step itself."""
-    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(calls.model, calls.sizes)):
+    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(step.guided)):
         graph = False
     if graph is False:
         return step, False
     graphs = graph if isinstance(graph, SamplerGraphs) else SamplerGraphs(optional=graph is None)
-    return graphs.adopt(step, calls.model), True
+    return graphs.adopt(step), True
+
+
+def _warn_of_overflow(lost: int, capacity: int | str, steps: int) -> None:
+    if lost > 0:
+        text = (
+            f"capacity={capacity!r} was too small: {lost} tokens, those of the lowest p, were dropped in {steps} steps"
+        )
+        warnings.warn(text, stacklevel=4)
 
 
 def _copied(noted: dict[str, Tensor]) -> dict[str, Tensor]:
