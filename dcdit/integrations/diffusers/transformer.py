@@ -183,6 +183,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         router: str = "predictability",
         dechunk: str = "spatial",
         dechunk_sigma: float = 1.0,
+        start: str = "paper",
         adapt_conditioning: bool = False,
         notes: dict[str, str] | None = None,
     ) -> None:
