@@ -7,15 +7,17 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from dcdit.checkpoint import Model, model_notes, set_notes
 from dcdit.integrations.diffusers.blocks import OutputLayer, Step, chain
+from dcdit.integrations.diffusers.tea_cache import TeaCacheConfig, apply_tea_cache, remove_tea_cache
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 
+CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, TeaCacheConfig)
 OFFLOADING = "group_offloading"
 """Name that diffusers gives to its hooks of group offloading."""
 
@@ -83,24 +85,43 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
         """Leave out blocks in steps that change little (``diffusers.CacheMixin``).
 
         Args:
-            config: a ``FirstBlockCacheConfig``, ``MagCacheConfig`` or ``TaylorSeerCacheConfig`` of diffusers. One of
-                TaylorSeer that names no modules, and so means the attention, extrapolates ``_cached_by_default``: the
-                attention of a DC-DiT has a new shape in every step.
+            config: a ``FirstBlockCacheConfig``, ``MagCacheConfig`` or ``TaylorSeerCacheConfig`` of diffusers, or a
+                :class:`~dcdit.integrations.diffusers.TeaCacheConfig`. One of TaylorSeer that names no modules, and so
+                means the attention, extrapolates the block from grid to grid that holds it (all blocks of a static
+                model): the attention of a DC-DiT has a new shape in every step.
 
         Raises:
             ValueError: another cache, or there is one, or group offloading is on.
         """
-        if not isinstance(config, FirstBlockCacheConfig | MagCacheConfig | TaylorSeerCacheConfig):
-            raise ValueError(
-                f"the cache is a {type(config).__name__}; accepted: FirstBlockCacheConfig, MagCacheConfig, "
-                "TaylorSeerCacheConfig"
-            )
+        if not isinstance(config, CACHES):
+            accepted = ", ".join(cache.__name__ for cache in CACHES)
+            raise ValueError(f"the cache is a {type(config).__name__}; accepted: {accepted}")
         self._refuse_both(self._is_offloaded())
-        if isinstance(config, TaylorSeerCacheConfig):
-            named = config.cache_identifiers or config.skip_predict_identifiers or config.use_lite_mode
-            if not named:
-                config = dataclasses.replace(config, cache_identifiers=[self._cached_by_default])
-        super().enable_cache(config)
+        if isinstance(config, TeaCacheConfig):
+            if self.is_cache_enabled:
+                raise ValueError(f"there is a {type(self._cache_config).__name__} already; disable_cache first")
+            apply_tea_cache(self.blocks, config)
+            self._cache_config = config
+        else:
+            if isinstance(config, TaylorSeerCacheConfig):
+                named = config.cache_identifiers or config.skip_predict_identifiers or config.use_lite_mode
+                if not named:
+                    config = dataclasses.replace(config, cache_identifiers=[self._cached_by_default])
+            super().enable_cache(config)
+        self._forget_hooked_modules()
+
+    def disable_cache(self) -> None:
+        """Compute all blocks in all steps again."""
+        if isinstance(self._cache_config, TeaCacheConfig):
+            remove_tea_cache(self.blocks)
+            self._cache_config = None
+        else:
+            super().disable_cache()
+        self._forget_hooked_modules()
+
+    def _forget_hooked_modules(self) -> None:
+        """diffusers remembers where it found hooks, to tell them the context of a call."""
+        HookRegistry.check_if_exists_or_initialize(self)._child_registries_cache = None
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """Keep the weights elsewhere and fetch them by block or by layer (``diffusers.ModelMixin``).
