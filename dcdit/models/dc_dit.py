@@ -15,6 +15,7 @@ from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_
 from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
+from dcdit.models.starts import STARTS, apply_start
 from dcdit.nn import (
     ROUTERS,
     ChunkLayer,
@@ -23,7 +24,6 @@ from dcdit.nn import (
     PackedDiTBlock,
     PackedFinalLayer,
     PendingResidual,
-    PredictabilityRouter,
     RMSNorm,
     SpatialDeChunk,
     VarlenMeta,
@@ -150,19 +150,14 @@ class DCDiT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Initialise as the reference does, but leave residual_proj at zero.
-
-        There, a later Xavier pass overwrites that zero.
-        """
+        """Initialise as the reference does, except for what ``config.start`` says."""
         init.init_patch_embed(self.x_embedder)
         init.init_embedders(self.t_embedder, self.y_embedder)
         init.xavier(self.blocks.modules())
         for block in (*self.encoder.blocks, *self.decoder.blocks):
             init.xavier([block.cond_proj])
         init.init_output(self.modulation, self.final_layer)
-        init.zero(self.residual_proj.weight, self.residual_proj.bias)
-        if isinstance(self.router, PredictabilityRouter):
-            nn.init.constant_(self.router.out.bias, PredictabilityRouter.INITIAL_LOGIT)
+        apply_start(STARTS[self.config.start], self.residual_proj, self.modulation, self.router)
         self.pos_embed.copy_(sincos_position(self.config.hidden_size, self.config.grid))
 
     def forward(
