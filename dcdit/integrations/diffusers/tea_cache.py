@@ -96,6 +96,7 @@ class HeadHook(ModelHook):
         state.step += 1
         if state.computes:
             return self.fn_ref.original_forward(hidden_states, *args)
+        assert state.added is not None
         return hidden_states + state.added
 
     def _decide(self, state: State, seen: Tensor) -> bool:

@@ -30,6 +30,7 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
     """
 
     model: Any
+    _cache_config: Any
     _model_class: type[Model]
     _config_class: type[DCDiTConfig] | type[DiTConfig]
     _supports_gradient_checkpointing = True
@@ -204,6 +205,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         router: str = "predictability",
         dechunk: str = "spatial",
         dechunk_sigma: float = 1.0,
+        start: str = "paper",
         adapt_conditioning: bool = False,
         notes: dict[str, str] | None = None,
     ) -> None:
