@@ -229,6 +229,28 @@ def test_what_is_refused():
 
 
 @both
+def test_blocks_in_the_place_of_ours_are_run(pipe):
+    """As cache-dit puts them there: one that runs ours, each with the same arguments beside its input."""
+    transformer, ours = pipe.transformer, pipe.transformer.blocks
+    expected = drawn(pipe)
+
+    class Around(torch.nn.Module):
+        def forward(self, hidden_states, *args):
+            calls.append(1)
+            for block in ours:
+                hidden_states = block(hidden_states, *args)
+            return hidden_states
+
+    calls = []
+    transformer.blocks = torch.nn.ModuleList([Around()])
+    images = drawn(pipe)
+    transformer.blocks = ours
+    assert len(calls) == STEPS
+    assert torch.equal(images, expected) and torch.equal(drawn(pipe), expected)
+    assert len(calls) == STEPS
+
+
+@both
 def test_lite_mode_of_taylor_seer(pipe):
     """diffusers' own name for the output layer is the one here: it is extrapolated and the blocks are left out."""
     pipe.transformer.enable_cache(

@@ -26,7 +26,7 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
     """What both models share. ``model`` is the model of this package, and holds all weights.
 
     ``blocks`` and ``proj_out`` are the same model as a chain from grid to grid, without weights of their own, for
-    caches (:mod:`dcdit.integrations.diffusers.blocks`). Without a cache, ``model`` itself is called.
+    caches (:mod:`dcdit.integrations.diffusers.blocks`). Without one, ``model`` itself is called.
     """
 
     model: Any
@@ -48,6 +48,12 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
 
     def _hold(self, model: Model) -> None:
         self.model, self.blocks, self.proj_out = model, chain(model), OutputLayer(model)
+        self._own_blocks = (self.blocks,)  # a tuple: it is not a second place of the blocks
+
+    @property
+    def _runs_as_chain(self) -> bool:
+        """With a cache, or where a tool such as cache-dit has put blocks of its own in the place of ours."""
+        return self.is_cache_enabled or self.blocks is not self._own_blocks[0]
 
     @classmethod
     def from_dcdit(cls, model: Model, notes: Mapping[str, str] | None = None) -> Self:
@@ -238,7 +244,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
             ValueError: a shape, a label or an option that is not accepted.
         """
         inputs = (hidden_states, timestep.expand(len(hidden_states)), class_labels)
-        if self.is_cache_enabled:
+        if self._runs_as_chain:
             cond, conv_cond, tokens = self.model.embed(*inputs)
             step = Step(cond, conv_cond, drop_fraction, budget, capacity)
             for block in self.blocks:
@@ -286,10 +292,11 @@ class StaticDiTTransformer2DModel(Transformer2DModel):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """As :meth:`DCDiTTransformer2DModel.forward`, without the options of a dynamic model."""
         inputs = (hidden_states, timestep.expand(len(hidden_states)), class_labels)
-        if self.is_cache_enabled:
+        if self._runs_as_chain:
             tokens, cond = self.model.embed(*inputs)
-            for block, mod in zip(self.blocks, self.model.modulation(cond), strict=True):
-                tokens = block(tokens, mod)
+            modulation = self.model.modulation(cond)
+            for block in self.blocks:
+                tokens = block(tokens, modulation)
             sample = self.proj_out(tokens, cond)
         else:
             sample = self.model(*inputs)
