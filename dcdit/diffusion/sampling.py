@@ -1,8 +1,9 @@
 """From labels to samples."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def sample(
     null_class: int | None = None,
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
-    capacity: int | None = None,
+    capacity: int | Literal["auto"] | None = None,
     eta: float = 0.0,
     clip: bool = False,
     seed: int = 0,
@@ -63,7 +64,9 @@ def sample(
             must fit the objective as a method must, and its configuration decides what ``clip`` would. Noise that it
             adds in a step is that of the seed and the index, too.
         shape: (C, H, W) of a sample; taken from ``model.config`` if None.
-        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`.
+        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`. If a capacity was
+            too small, a warning at the end says how many tokens were lost. A model that records its calls
+            (:class:`dcdit.sample.ModelCalls`) gets the numbers instead.
         null_class: label of the unconditional branch; taken from ``model.config`` if None.
         eta: noise of ddim.
         clip: clamp the expected clean data to [-1, 1] at every step of ddpm or ddim: for pixels, not for latents.
@@ -105,32 +108,45 @@ def sample(
     dtype = torch.promote_types(dtype_of(model), torch.float32)
     noise = ImageNoise(seed, first_index, labels.shape[0], shape, labels.device, dtype)
     if scheduler is not None:
-        return _sample_by_scheduler(run, calls, noise, progress, callback)
+        x, overflow = _sample_by_scheduler(run, calls, noise, progress, callback)
+        _warn_of_overflow(calls, overflow, len(run.times))
+        return x
     step = SamplerStep(chain, calls, noise, dtype)
-    x = step.x
+    x, overflow = step.x, step.overflow
     with evaluating(model), progress_bar(len(chain.times), progress, "sampling", "step") as advance:
-        take, overwrites = _take_step(step, calls, graph)
+        take, overwrites = _take_step(step, graph)
         for number, (times, branches) in enumerate(zip(chain.times, step.branches, strict=True)):
-            x, x0, seen = take(branches)
-            for noted in seen:
+            x, x0, seen, overflow = take(branches)
+            for noted in seen if calls.observed else ():
                 model.record(_copied(noted) if overwrites else noted)  # type: ignore[attr-defined]
             advance()
             if callback is not None:
                 callback(Step(number, times[0], x.clone() if overwrites else x, x0.clone() if overwrites else x0))
+    _warn_of_overflow(calls, overflow, len(chain.times))
     return x.clone() if overwrites else x
 
 
 def _sample_by_scheduler(
     run: SchedulerRun, calls: Guided, noise: ImageNoise, progress: bool, callback: Callable[[Step], object] | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    overflow = torch.zeros((), dtype=torch.int64, device=calls.labels.device)
+
+    def model(x: Tensor, time: float) -> Tensor:
+        out, seen = calls.at(x, time)
+        if calls.observed:
+            calls.model.record(seen)  # type: ignore[attr-defined]
+        elif seen is not None:
+            overflow.add_(seen["overflow"])
+        return out
+
     x = run.start(noise(torch.zeros((), dtype=torch.int64, device=calls.labels.device)))
     with evaluating(calls.model), progress_bar(len(run.times), progress, "sampling", "step") as advance:
         for number, time in enumerate(run.times):
-            x, x0 = run.step(number, calls, x)
+            x, x0 = run.step(number, model, x)
             advance()
             if callback is not None:
                 callback(Step(number, time, x, x0))
-    return x
+    return x, overflow
 
 
 def _refuse_beside_scheduler(method: str, clip: bool, graph: bool | SamplerGraphs | None) -> None:
@@ -147,14 +163,23 @@ def _generators(seed: int, first_index: int, count: int) -> list[torch.Generator
     ]
 
 
-def _take_step(step: SamplerStep, calls: Guided, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
+def _take_step(step: SamplerStep, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
     """What takes a step, and whether it overwrites its results: a graph, or the step itself."""
-    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(calls.model, calls.sizes)):
+    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(step.guided)):
         graph = False
     if graph is False:
         return step, False
     graphs = graph if isinstance(graph, SamplerGraphs) else SamplerGraphs(optional=graph is None)
-    return graphs.adopt(step, calls.model), True
+    return graphs.adopt(step), True
+
+
+def _warn_of_overflow(calls: Guided, overflow: Tensor, steps: int) -> None:
+    if calls.capacity is not None and not calls.observed and int(overflow) > 0:
+        text = (
+            f"capacity={calls.capacity!r} was too small: {int(overflow)} tokens, those of the lowest p, were dropped "
+            f"in {steps} steps"
+        )
+        warnings.warn(text, stacklevel=4)
 
 
 def _copied(noted: dict[str, Tensor]) -> dict[str, Tensor]:

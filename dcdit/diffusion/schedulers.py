@@ -5,13 +5,12 @@ the model has to predict.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcdit.diffusion.guidance import Guided
 from dcdit.diffusion.schedule import TRAIN_STEPS, linear_schedule
 from dcdit.utils.modules import accepts_keyword
 
@@ -76,7 +75,7 @@ class SchedulerRun:
         """The first state, from standard normal noise."""
         return noise * getattr(self._scheduler, "init_noise_sigma", 1.0)
 
-    def step(self, number: int, model: Guided, x: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, number: int, model: Callable[[Tensor, float], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) after the step of this number, and the clean data that the model expects."""
         timestep, time = self._scheduler.timesteps[number], self.times[number]
         scale = getattr(self._scheduler, "scale_model_input", None)  # schedulers of flow matching have none

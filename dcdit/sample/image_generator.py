@@ -2,9 +2,10 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT
 from dcdit.sample.classes import class_numbers
 from dcdit.sample.drawing import SamplingModel, draw, load_for_sampling
+from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import DEFAULT_METHOD, SamplingOptions
 from dcdit.utils.environment import resolve_device
 
@@ -94,6 +96,7 @@ class ImageGenerator:
         drop_fraction: float | str | Callable[[float], float] = 0.0,
         null_drop_fraction: float | None = None,
         budget: int | None = None,
+        capacity: int | Literal["auto"] | None = None,
         num_steps: int = 250,
         method: str | None = None,
         cfg_scale: float = 1.0,
@@ -116,6 +119,9 @@ class ImageGenerator:
                 (``"linear:0.6:0.1"``), or any function of time. A static model takes only 0.
             null_drop_fraction: another one for the unconditional branch (Lite-CFG).
             budget: keep exactly so many tokens per image instead.
+            capacity: static size of the packed buffer of a batch, see :func:`dcdit.diffusion.sample`. If it was too
+                small, a warning says how many tokens were lost. "auto" first measures what the router keeps, unless
+                ``model.kept_share`` says it.
             num_steps: sampling steps.
             method: see :func:`dcdit.diffusion.sample`. By default ``ddpm``, or ``heun`` for a model that was trained
                 with the flow objective. One that does not fit is an error.
@@ -153,13 +159,18 @@ class ImageGenerator:
             cfg_interval=cfg_interval,
             null_drop_fraction=null_drop_fraction,
             budget=budget,
+            capacity=capacity,
             seed=seed,
             batch_size=_positive("batch_size", batch_size),
             graph=graph,
         )
         drop = self._drop(drop_fraction, options, return_maps)
         classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)
+        ensure_kept_share(self.model, options, classes, progress)
         drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress)
+        if drawn.overflow:
+            text = f"capacity={capacity!r} was too small: {drawn.overflow} tokens, those of the lowest p, were dropped"
+            warnings.warn(text, stacklevel=2)
         images = self._output(drawn.x, output_type, batch_size)
         return (images, drawn.maps) if return_maps else images
 
@@ -181,6 +192,7 @@ class ImageGenerator:
         asked = {
             "drop_fraction": not (isinstance(wanted, int | float) and wanted == 0),
             "budget": options.budget is not None,
+            "capacity": options.capacity is not None,
             "null_drop_fraction": options.null_drop_fraction is not None,
             "return_maps": maps,
         }
@@ -192,8 +204,10 @@ class ImageGenerator:
                 raise ValueError(f"{self._source} holds a static DiT, which drops no tokens; leave {name} out")
             return None
         if options.budget is not None:
-            if asked["drop_fraction"] or asked["null_drop_fraction"]:
-                raise ValueError(f"budget is {options.budget}, which fixes the tokens kept; leave the fractions out")
+            if asked["drop_fraction"] or asked["null_drop_fraction"] or asked["capacity"]:
+                raise ValueError(
+                    f"budget is {options.budget}, which fixes the tokens kept; leave the fractions and capacity out"
+                )
             positions = math.prod(self.model.config.grid)
             if not 1 <= options.budget <= positions:
                 raise ValueError(f"budget is {options.budget}; accepted: 1 to {positions}, the positions of an image")

@@ -241,6 +241,7 @@ FRESH = """
 import sys, torch
 import dcdit.integrations.diffusers
 from diffusers import DiffusionPipeline
+torch.set_num_threads(1)  # as in this process: the number of threads decides the order of sums
 folder, latents = sys.argv[1], torch.load(sys.argv[2])
 pipe = DiffusionPipeline.from_pretrained(folder)
 print(type(pipe).__module__, type(pipe).__name__)

@@ -22,6 +22,7 @@ SELECTIONS = (ops.select_tokens, ops.select_from_mask)
 ULPS = 8
 SAFETY = {"torch": 4, "triton": 8}
 """By backend. Triton's interpreter truncates to bfloat16, and so is up to twice as wrong as one that rounds."""
+GROUP_NORM_EPS = 1e-5
 LARGEST_COTANGENT = 3
 """About that, of some hundred normal numbers."""
 MOVES = (2, 20)
@@ -162,12 +163,35 @@ def _terms(call: Call, exact: list[Tensor]) -> dict[int, float]:
         # The gradient of p is the product of what flows back with h minus its average.
         h = call.args[0].double().nan_to_num()
         return {2: _largest(h) * h.shape[1] * LARGEST_COTANGENT}
+    if call.op is ops.group_norm_silu:
+        return _terms_of_group_norm(call)
     if call.op is ops.varlen_attention:
         # The scores have no gradient where all keys or all values are equal.
         q, k, v = (x.double().nan_to_num() for x in call.args[:3])
         of_scores = _largest(v) * q.shape[2] ** 0.5
         return {1: _largest(k) * of_scores, 2: _largest(q) * of_scores}
     return {}
+
+
+def _terms_of_group_norm(call: Call) -> dict[int, float]:
+    """Of the result and all gradients: of x, weight, bias and shift.
+
+    The norm undoes the shift of a group of one channel, and the norm of two numbers is the sign of their difference:
+    gradients that are exactly zero are sums of terms that are not. And x + shift is rounded before the mean is
+    subtracted, in the definition too.
+    """
+    x, groups, weight, _, shift = (a.double() if _is_float(a) else a for a in call.args)
+    x = x.flatten(2).mT if x.dim() == 4 else x
+    if x.numel() == 0:
+        return {}
+    moved = (x if shift is None else x + shift[:, None]).unflatten(2, (groups, -1)).transpose(1, 2).flatten(2)
+    rstd = (moved.var(2, correction=0) + GROUP_NORM_EPS).rsqrt()
+    rounded = 1 + _largest(moved.abs().amax(2) * rstd)  # x_hat is wrong by so many units
+    images, length, _ = x.shape
+    of_y = rounded * max(1.0, _largest(weight))
+    of_x = of_y * _largest(rstd) * LARGEST_COTANGENT
+    of_parameters = of_y * images * length * LARGEST_COTANGENT
+    return {0: of_y, 1: of_x, 2: of_parameters, 3: of_parameters, 4: of_x * length}
 
 
 def _difference(value: Tensor, truth: Tensor) -> Tensor:
