@@ -18,6 +18,7 @@ from dcdit.ops.numerics import NORM_EPS
 from tools.soak.random_calls import Call, strided
 
 COSINES = (ops.boundary_prob_cosine, ops.boundary_prob_cosine2d)
+SELECTIONS = (ops.select_tokens, ops.select_from_mask)
 ULPS = 8
 SAFETY = {"torch": 4, "triton": 8}
 """By backend. Triton's interpreter truncates to bfloat16, and so is up to twice as wrong as one that rounds."""
@@ -38,7 +39,7 @@ def error_over_allowed(call: Call, backend: str) -> float:
     expected, found = _results(plain, "reference"), _results(call, backend)
     if isinstance(expected, Exception) or isinstance(found, Exception):
         return 0.0 if repr(expected) == repr(found) else float("inf")
-    if call.op is ops.select_tokens or not all(map(_same_kind, found, expected)):
+    if call.op in SELECTIONS or not all(map(_same_kind, found, expected)):
         return 0.0 if all(map(_equal, found, expected)) else float("inf")
     exact = _results(_in(torch.float64, plain), "reference")
     sizes, terms, moved_rows = _sizes(call), _terms(call, exact), _moved_rows(call)
@@ -70,8 +71,9 @@ def _results(call: Call, backend: str, move: Callable[[Tensor], Tensor] = lambda
     """Outputs and gradients (of a selection, its fields), or the error. A gradient that is not wanted is None."""
     with ops.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
         try:
-            if call.op is ops.select_tokens:
-                return list(call.op(*call.args))
+            if call.op in SELECTIONS:
+                sel = call.op(*call.args)
+                return [*sel[:-1], *(sel.grid_selection or ())]
             return _differentiate(call, move)
         except Exception as error:
             return error
