@@ -75,6 +75,8 @@ MEASURE = "evaluate --trust-extractor --extractor net.pt --device cpu --cache ca
         ("--checkpoint model.safetensors --reference out/samples.npz", "out/samples.npz is where --reference is read"),
         ("--images real.npz --out net.pt", "net.pt is no folder and cannot become one"),
         ("--images real.npz --cache real.npz", "real.npz is no folder and cannot become one"),
+        ("--images images --cache images/features", "images/features is where --images is read from"),
+        ("--images real.npz --reference images --cache images", "images is where --reference is read from"),
         ("--images real.npz --out mine", "mine/report.md is already there and would be replaced"),
     ],
 )
