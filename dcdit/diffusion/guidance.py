@@ -107,9 +107,13 @@ class Guided:
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """The guided output for x (B, C, H, W) at a time from 1000 (noise) to 0."""
+        return self.at(x, t)[0]
+
+    def at(self, x: Tensor, t: float) -> tuple[Tensor, Seen | None]:
+        """The same, and what the model says about the call; see :meth:`call`."""
         both = self.both(t)
         time = torch.full((), t, device=x.device)
-        return self.call(x, time, both, self.fractions(t, both), self.sizes(both, [t]))[0]
+        return self.call(x, time, both, self.fractions(t, both), self.sizes(both, [t]))
 
     def both(self, t: float) -> bool:
         """Whether a call at this time computes both branches."""

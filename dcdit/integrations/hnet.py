@@ -74,7 +74,7 @@ class FastChunk:
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, int | None, Tensor | None]:  # fmt: skip
         _need_one(cu_seqlens, mask)
-        sel = _selection(boundary_mask, None if cu_seqlens is None else cu_seqlens.int())
+        sel = ops.select_from_mask(boundary_mask, None if cu_seqlens is None else cu_seqlens.int())
         chunks = ops.gather_tokens(hidden_states, sel)
         if cu_seqlens is not None:
             return chunks, sel.cu_seqlens.to(cu_seqlens.dtype), sel.max_seqlen, None
@@ -100,10 +100,10 @@ class FastDeChunk:
         if inference_params is not None and mask is None:
             raise ValueError("a prefill needs the mask of its tokens")
         if cu_seqlens is None:
-            sel = _selection(boundary_mask, None)
+            sel = ops.select_from_mask(boundary_mask)
             chunks = hidden_states.flatten(0, 1)[_rows(sel, hidden_states.shape[1])]
         else:
-            sel, chunks = _selection(boundary_mask, _starts(boundary_mask, cu_seqlens)), hidden_states
+            sel, chunks = ops.select_from_mask(boundary_mask, _starts(boundary_mask, cu_seqlens)), hidden_states
         wanted = chunks if inference_params is None else upcast(chunks)
         out = ops.dechunk_ema(wanted, boundary_prob[..., -1], sel)
         if inference_params is not None:
@@ -155,10 +155,6 @@ def _prediction(router: Any, p: Tensor, boundary_mask: Tensor) -> Any:
         boundary_mask=boundary_mask,
         selected_probs=torch.where(p > THRESHOLD, p, 1 - p)[..., None],
     )
-
-
-def _selection(boundary_mask: Tensor, cu_seqlens: Tensor | None) -> ops.TokenSelection:
-    return ops.select_tokens(boundary_mask.float(), cu_seqlens, THRESHOLD)
 
 
 def _rows(sel: ops.TokenSelection, longest: int) -> Tensor:

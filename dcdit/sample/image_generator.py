@@ -1,8 +1,6 @@
 """From a checkpoint to pictures, in Python."""
 
-import difflib
 import math
-import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from dcdit.checkpoint.hub import local_path
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT
+from dcdit.sample.classes import class_numbers
 from dcdit.sample.drawing import SamplingModel, draw, load_for_sampling
 from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import DEFAULT_METHOD, SamplingOptions
@@ -64,7 +63,7 @@ def load(
         raise ValueError(f"precision is {precision!r}; accepted: fp32, bf16")
     where = resolve_device(device)
     path = local_path(source, revision)
-    decoder = _autoencoder_beside(path) if vae is None else local_path(vae)
+    decoder = autoencoder_beside(path) if vae is None else local_path(vae)
     loaded = load_for_sampling(path, where, ema=ema, precision=precision, vae=decoder)
     return ImageGenerator(loaded, str(source), where, class_names)
 
@@ -177,12 +176,7 @@ class ImageGenerator:
 
     def labels(self, classes: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """Class numbers from names and numbers. ValueError or TypeError for what is neither."""
-        if isinstance(classes, Tensor):
-            classes = classes.tolist()
-        given = [classes] if isinstance(classes, int | str) else list(classes)
-        if not given:
-            raise ValueError("labels are empty; accepted: at least one class name or number")
-        return [self._label(one) for one in given]
+        return class_numbers(classes, self.class_names, self.model.config.num_classes, self._source)
 
     def __repr__(self) -> str:
         config = self.model.config
@@ -190,24 +184,6 @@ class ImageGenerator:
         return (
             f"<{type(self.model).__name__} of {self._source}: {config.num_classes} classes, {size}, on {self.device}>"
         )
-
-    def _label(self, one: Any) -> int:
-        if isinstance(one, str):
-            if one in self.class_names:
-                return self.class_names.index(one)
-            close = difflib.get_close_matches(one, self.class_names, n=3)
-            known = ", ".join(close or self.class_names[:8])
-            what = f"classes such as {known}" if known else "numbers, because the model's file holds no names"
-            raise ValueError(f"no class {one!r} in {self._source}; accepted: {what}")
-        try:
-            label = operator.index(one)
-        except TypeError:
-            label = -1
-        if isinstance(one, bool) or not 0 <= label < self.model.config.num_classes:
-            raise ValueError(
-                f"label {one!r}; accepted: a class name or a number from 0 to {self.model.config.num_classes - 1}"
-            )
-        return label
 
     def _drop(
         self, wanted: float | str | Callable[[float], float], options: SamplingOptions, maps: bool
@@ -251,7 +227,7 @@ class ImageGenerator:
         return [Image.fromarray(image) for image in to_pixels(pixels)]
 
 
-def _autoencoder_beside(path: Path) -> Path | None:
+def autoencoder_beside(path: Path) -> Path | None:
     """The folder of an autoencoder in the folder of the weights, or in the run that the checkpoint is of."""
     folder = path if path.is_dir() else path.parent
     run = [folder.parents[1]] if folder.parent.name == CHECKPOINTS else []

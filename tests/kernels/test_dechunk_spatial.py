@@ -65,7 +65,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hand_made(mask: Tensor, grid: tuple[int, int], width: int, device: torch.device) -> tuple[Any, ...]:
     """Arguments for a kept mask that no selection would make."""
-    args = cases.dechunk_ema(torch.where(mask, 0.8, 0.2), cases.selection_of_mask(mask), width, device=device)
+    args = cases.dechunk_ema(torch.where(mask, 0.8, 0.2), ops.select_from_mask(mask), width, device=device)
     return *args[:3], grid, 1.0, *args[3:]
 
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import cases
 from torch import Tensor
 
 from dcdit import ops
@@ -14,6 +13,7 @@ B, H, W, D = 2, 3, 4, 8
 L = H * W
 P = torch.full((B, L), 0.75)
 SEL = ops.select_tokens(P)
+EXTRA_SEL = ops.select_tokens(P[:, 1:], extra_tokens=1)
 T = B * L
 X, TOKENS, TABLE = torch.zeros(B, L, D), torch.zeros(T, D), torch.zeros(B, D)
 CU = SEL.cu_seqlens
@@ -91,6 +91,61 @@ SELECT = [
     Bad("max_seqlen 2.0", lambda: ops.select_tokens(P, max_seqlen=2.0), TypeError, ("max_seqlen", "2.0", "int")),
     Bad(
         "budget and max_seqlen", lambda: ops.select_tokens(P, budget=3, max_seqlen=9), ValueError, ("budget=3", "max_")
+    ),
+    Bad("always of floats", lambda: ops.select_tokens(P, always=P), TypeError, ("always", "torch.float32", "bool")),
+    Bad(
+        "always of another shape",
+        lambda: ops.select_tokens(P, always=P[0] > 0),
+        ValueError,
+        ("always", "(12)", "(2, 12)"),
+    ),
+    Bad("always elsewhere", lambda: ops.select_tokens(P, always=(P > 0).to(META)), ValueError, ("always", "meta")),
+    Bad(
+        "always above the budget",
+        lambda: ops.select_tokens(P, budget=3, always=P > 0),
+        ValueError,
+        ("always keeps 12", "budget", "3"),
+    ),
+    Bad(
+        "always of a sequence above the budget",
+        lambda: ops.select_tokens(P[0], PACKED_CU, budget=5, extra_tokens=0, always=P[0] > 0),
+        ValueError,
+        ("always keeps 7", "budget", "5"),
+    ),
+    Bad("extra tokens below 0", lambda: ops.select_tokens(P, extra_tokens=-1), ValueError, ("extra_tokens is -1", "0")),
+    Bad(
+        "extra tokens of 1.0", lambda: ops.select_tokens(P, extra_tokens=1.0), TypeError, ("extra_tokens", "1.0", "int")
+    ),
+    Bad(
+        "extra tokens of sequences",
+        lambda: ops.select_tokens(P[0], PACKED_CU, extra_tokens=1),
+        ValueError,
+        ("extra_tokens is 1", "grid batch"),
+    ),
+    Bad(
+        "no budget beside extra tokens",
+        lambda: ops.select_tokens(P, budget=2, extra_tokens=2),
+        ValueError,
+        ("budget is 2", "3 to 14", "2 extra tokens"),
+    ),
+    Bad(
+        "no capacity beside extra tokens",
+        lambda: ops.select_tokens(P, capacity=5, extra_tokens=2),
+        ValueError,
+        ("capacity is 5", "at least 6", "2 extra tokens"),
+    ),
+    Bad(
+        "no max_seqlen beside extra tokens",
+        lambda: ops.select_from_mask(P > 0, max_seqlen=2, extra_tokens=2),
+        ValueError,
+        ("max_seqlen is 2", "at least 3", "2 extra tokens"),
+    ),
+    Bad("a mask of floats", lambda: ops.select_from_mask(P), TypeError, ("mask", "torch.float32", "bool")),
+    Bad(
+        "a mask over a grid",
+        lambda: ops.select_from_mask(torch.ones(B, H, W, dtype=torch.bool)),
+        ValueError,
+        ("mask ", "(2, 3, 4)", "(B, L)"),
     ),
     Bad("capacity True", lambda: ops.select_tokens(P, capacity=True), TypeError, ("capacity", "True", "int")),
 ]
@@ -217,6 +272,18 @@ DECHUNK = [
         lambda: ops.dechunk_spatial(TOKENS, P[:1], SEL, (H, W)),
         ValueError,
         ("p ", "(1, 12)", "(2, 12)"),
+    ),
+    Bad(
+        "p over the extra tokens",
+        lambda: ops.dechunk_ema(TOKENS, P, EXTRA_SEL),
+        ValueError,
+        ("p ", "(2, 12)", "(2, 11)"),
+    ),
+    Bad(
+        "residual of the grid alone",
+        lambda: ops.dechunk_ema(TOKENS, P[:, 1:], EXTRA_SEL, residual=X[:, 1:]),
+        ValueError,
+        ("residual ", "(2, 11, 8)", "(2, 12, 8)"),
     ),
     Bad("grid", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (W, W)), ValueError, ("(4, 4)", "12", "(H, W)")),
     Bad("sigma 0", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), 0.0), ValueError, ("sigma is 0.0", "(0, 16]")),
@@ -404,7 +471,7 @@ def test_the_good_calls_beside_the_bad_ones_work() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_a_selection_whose_images_keep_nothing_is_accepted(backend: str) -> None:
-    sel = cases.selection_of_mask(torch.zeros(B, L, dtype=torch.bool))
+    sel = ops.select_from_mask(torch.zeros(B, L, dtype=torch.bool))
     with ops.use_backend(backend):
         assert ops.gather_tokens(X, sel).shape == (0, D)
         assert not ops.dechunk_spatial(TOKENS[:0], P, sel, (H, W)).any()
