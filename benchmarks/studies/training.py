@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,22 @@ from tqdm import tqdm
 from dcdit.checkpoint import list_checkpoints, read_trainer
 from dcdit.config import TrainConfig, dump_yaml
 
+TRAIN = ("-m", "dcdit", "train")
+
 
 class RunFailedError(RuntimeError):
     """A training run of a study ended with an error. The message names the file with its output."""
 
 
-def train_all(configs: Mapping[str, TrainConfig], jobs: int) -> None:
+def train_all(
+    configs: Mapping[str, TrainConfig], jobs: int, programs: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Train every run that is not finished, ``jobs`` at a time.
 
     Args:
         configs: name of a run -> its configuration, whose ``optim.flops`` or ``optim.steps`` ends it.
         jobs: number of processes.
+        programs: name of a run -> arguments of Python that stand in for ``-m dcdit train``.
 
     Raises:
         RunFailedError: a run failed; raised after the others have ended.
@@ -36,7 +41,7 @@ def train_all(configs: Mapping[str, TrainConfig], jobs: int) -> None:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                running[name] = _start(configs[name])
+                running[name] = _start(configs[name], (programs or {}).get(name, TRAIN))
             time.sleep(1)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 if running.pop(name).returncode:
@@ -62,10 +67,10 @@ def read_log(config: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _start(config: TrainConfig) -> subprocess.Popen[bytes]:
+def _start(config: TrainConfig, program: Sequence[str]) -> subprocess.Popen[bytes]:
     folder = Path(config.run.out)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "dcdit", "train"]
+    command = [sys.executable, *program]
     if list_checkpoints(folder):
         # The run keeps its own configuration except for its length, so a larger budget continues a smaller one.
         command += ["--resume", str(folder), "--set", f"optim.flops={json.dumps(config.optim.flops)}"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from dcdit.models.starts import STARTS
 from dcdit.nn.conv_block import ConvBlock
 from dcdit.nn.routers import ROUTERS
 from dcdit.ops.dechunk import MAX_SIGMA
@@ -115,6 +116,8 @@ class DCDiTConfig(_TransformerConfig):
     """``"spatial"`` or ``"ema"``."""
     dechunk_sigma: float = 1.0
     """Standard deviation of the spatial de-chunk's smoothing, in grid cells."""
+    start: str = "paper"
+    """How training starts, a name in :data:`dcdit.models.starts.STARTS`. Trained weights do not depend on it."""
     adapt_conditioning: bool = False
     """Whether a LayerNorm adapts the conditioning of the encoder and the decoder. It is for upcycling, where the
     embedders are those of a pretrained DiT and frozen."""
@@ -131,6 +134,8 @@ class DCDiTConfig(_TransformerConfig):
             raise ValueError(f"router is {self.router!r}; accepted: {', '.join(ROUTERS)}")
         if self.dechunk not in DECHUNKS:
             raise ValueError(f"dechunk is {self.dechunk!r}; accepted: {', '.join(DECHUNKS)}")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}; accepted: {', '.join(STARTS)}")
         if not 0 < self.dechunk_sigma <= MAX_SIGMA:
             raise ValueError(f"dechunk_sigma is {self.dechunk_sigma}; accepted: a number in (0, {MAX_SIGMA:g}]")
 

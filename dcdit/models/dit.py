@@ -1,10 +1,12 @@
 """The static DiT baseline (arXiv 2212.09748)."""
 
 import math
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcdit.models import init
 from dcdit.models.conditioning import create_embedders, create_modulation
@@ -31,6 +33,10 @@ class DiT(nn.Module):
     pos_embed: Tensor
     objective: str | None = None
     """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
+    gradient_checkpointing: bool = False
+    """Whether a backward pass computes the activations of the blocks anew, instead of keeping them."""
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+    """Calls a block so. The names of both are those of diffusers, which sets them."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -73,13 +79,22 @@ class DiT(nn.Module):
         Raises:
             ValueError: a shape or a label that is not accepted.
         """
+        tokens, cond = self.embed(x, t, y)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        with stage("transformer"):
+            for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
+                tokens = self._gradient_checkpointing_func(block, tokens, mod) if recompute else block(tokens, mod)
+        return self.project(tokens, cond)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches (B, L, D) with their positions, and SiLU of the conditioning. Arguments as in :meth:`forward`."""
         check_inputs(self.config, x, t, y)
         with stage("embed"):
             cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
-            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))) + self.pos_embed
-        with stage("transformer"):
-            for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
-                tokens = block(tokens, mod)
+            return to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))) + self.pos_embed, cond
+
+    def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """The final layer: what the blocks return and the conditioning -> (B, 2C, H, W)."""
         with stage("final"):
             return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
 

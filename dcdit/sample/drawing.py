@@ -16,7 +16,7 @@ from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, DiT
 from dcdit.nn.memory_format import channels_last
 from dcdit.sample.graphed import Sampled, with_graphs
-from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
+from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, lost_tokens, mean_records
 from dcdit.sample.options import SamplingOptions
 
 Decoder = Callable[[Tensor], Tensor]
@@ -45,6 +45,11 @@ class DrawnImages:
     """If it was asked for."""
     maps: list[list[BoundaryMap]]
     """How the router saw each image, one entry per model call, if it was asked for; else empty."""
+
+    @property
+    def overflow(self) -> int | None:
+        """Tokens that the capacity dropped, over all images and calls; None where there was no capacity."""
+        return lost_tokens(self.calls, len(self.x))
 
 
 class SamplingModel(NamedTuple):
@@ -131,6 +136,7 @@ def draw(
                 cfg_interval=options.cfg_interval,
                 drop_fraction=_both_branches(drop, options.null_drop_fraction),
                 budget=options.budget,
+                capacity=options.capacity,
                 clip=clips(model, options.method),
                 seed=options.seed,
                 first_index=first_index + start,

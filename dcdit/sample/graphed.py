@@ -24,9 +24,9 @@ def with_graphs(model: DCDiT | DiT, options: SamplingOptions) -> Sampled:
     Raises:
         ValueError: graphs are asked for and cannot be.
     """
-    if options.graph and isinstance(model, DCDiT) and options.budget is None:
+    if options.graph and isinstance(model, DCDiT) and options.budget is None and options.capacity is None:
         return Sampled(ExactGraphedDenoiser(model), False)
-    obstacle = graph_obstacle(model, options.budget)
+    obstacle = graph_obstacle(model, options.budget, options.capacity)
     if options.graph and obstacle:
         raise ValueError(obstacle)
     if options.graph is False or obstacle or (options.graph is None and options.steps < WORTHWHILE):

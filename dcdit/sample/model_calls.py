@@ -1,6 +1,7 @@
 """What each model call of a sampling run kept and cost."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from dcdit.diffusion import sample
 from dcdit.graphs import ExactGraphedDenoiser
-from dcdit.models import DCDiT, DiT, count_flops
+from dcdit.models import Capacity, DCDiT, DiT, count_flops
 from dcdit.utils.modules import accepts_keyword
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class ModelCalls:
             return model(x, t, y, **options), {"t": t}
         out, routing = model(x, t, y, **options, return_routing=True)
         seen = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
+        if options.get("capacity") is not None:
+            seen["overflow"] = routing.selection.overflow
         if self.observes:
             seen |= {"prob": routing.prob[: self.observes], "mask": routing.mask[: self.observes]}
         return out, seen
@@ -80,8 +83,14 @@ class ModelCalls:
         ``t``, and ``gflops`` per image (see :func:`dcdit.models.count_flops`), both branches together. With guidance
         ``gflops_null``, the part of the unconditional branch. Of a dynamic model also the fractions of the positions
         that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
+        With a capacity also ``overflow``: tokens per image that were lost to it, both branches together.
         """
         return [self._record(call) for call in self._calls]
+
+    def plan_capacity(self, batch: int, drop_fraction: Sequence[float]) -> Capacity:
+        """As :meth:`dcdit.models.DCDiT.plan_capacity`."""
+        plan: Capacity = self.model.plan_capacity(batch, drop_fraction)  # type: ignore[union-attr, operator]
+        return plan
 
     def natural_shares(self) -> list[list[float]]:
         """The share of its positions that the router kept of each row before dropping, one entry per call."""
@@ -101,6 +110,8 @@ class ModelCalls:
     def _record(self, call: dict[str, Tensor]) -> CallRecord:
         rows = len(call["t"])
         record = {"t": float(call["t"][0]), "gflops": 0.0}
+        if "overflow" in call:
+            record["overflow"] = int(call["overflow"]) / self.images
         for suffix, part in (("", slice(None, self.images)), ("_null", slice(self.images, None))):
             lengths = call["lengths"][part].tolist() if "lengths" in call else None
             branch = range(rows)[part]
@@ -130,6 +141,13 @@ def mean_records(batches: list[tuple[int, list[CallRecord]]]) -> list[CallRecord
 def tflops_per_image(records: list[CallRecord]) -> float:
     """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add."""
     return sum(call["gflops"] for call in records) / 1e3
+
+
+def lost_tokens(records: list[CallRecord], images: int) -> int | None:
+    """Tokens that a capacity dropped in all calls of so many images; None where there was no capacity."""
+    if not any("overflow" in call for call in records):
+        return None
+    return round(sum(call["overflow"] for call in records) * images)
 
 
 @torch.no_grad()

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks.studies import cifar10, training
+from benchmarks.studies import cifar10, cifar10_gpu, comparison, selection, start, training
 from dcdit.config import TrainConfig, load_config
+from dcdit.models.starts import STARTS
+from dcdit.ops import select_tokens
 from dcdit.train import train
 
 TINY = {**cifar10.COMMON, "hidden_size": 128, "depth": 1}
@@ -60,7 +64,7 @@ class Extractor(torch.nn.Module):
         return self.linear(torch.nn.functional.avg_pool2d(images.float(), 8).flatten(1))
 
 
-def train_here(configs: dict[str, TrainConfig], jobs: int) -> None:
+def train_here(configs: dict[str, TrainConfig], jobs: int, programs: object = None) -> None:
     """In this process: starting two more takes longer than the training."""
     for config in configs.values():
         if not training.finished(config):
@@ -91,6 +95,85 @@ def test_study_trains_measures_and_goes_on(package: Path, tiny: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tiny / "runs").rglob("*.safetensors")}
     cifar10.main(arguments(package, tiny))
     assert {path: path.stat().st_mtime_ns for path in (tiny / "runs").rglob("*.safetensors")} == before
+
+
+@pytest.fixture
+def short(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cifar10, "NOISE_LEVELS", (0.2, 0.8))
+    monkeypatch.setattr(cifar10, "DROPS", (0.0,))
+    return tiny
+
+
+def page_of(module: ModuleType, package: Path, folder: Path) -> tuple[str, dict[str, Any]]:
+    """What a study prints for one seed, and its runs."""
+    options = {"--data": package, "--flops": FLOPS, "--runs": folder / "runs", "--out": folder / "page"}
+    module.main([str(part) for pair in options.items() for part in pair] + ["--seeds", "0", "--jobs", "1"])
+    return (folder / "page" / "report.md").read_text(), json.loads((folder / "page" / "study.json").read_text())["runs"]
+
+
+def test_every_start_is_trained_and_its_branches_are_measured(package: Path, short: Path, monkeypatch) -> None:
+    monkeypatch.setattr(start, "train_all", train_here)
+    text, runs = page_of(start, package, short)
+    assert set(runs) == {f"{name}-0" for name in STARTS}
+    for name, run in runs.items():
+        residual = run["scales"]["start"]["residual"]
+        assert (residual == 0) == (STARTS[name.removesuffix("-0")].residual == "zero")
+        assert run["scales"]["start"] != run["scales"]["end"]
+        assert f"| {name.removesuffix('-0')} " in text
+
+
+def test_every_choice_of_tokens_is_trained_and_measured(package: Path, short: Path, monkeypatch) -> None:
+    def train_all(configs: dict[str, TrainConfig], jobs: int, programs: dict[str, tuple[str, ...]]) -> None:
+        for run, config in configs.items():
+            assert programs[run][-2:] == (comparison.way_of(run), "train")
+            with selection.installed(selection.VARIANTS[comparison.way_of(run)]):
+                train_here({run: config}, jobs)
+
+    monkeypatch.setattr(selection, "train_all", train_all)
+    _, runs = page_of(selection, package, short)
+    assert set(runs) == {f"{name}-0" for name in selection.VARIANTS}
+    for name in ("random", "uniform", "oracle", "uniform+cell"):
+        assert runs[f"{name}-0"]["routing"]["kept_share"] == pytest.approx([selection.SHARE] * 2, abs=0.002)
+    correlation = {name: run["routing"]["detail_correlation"][0] for name, run in runs.items()}
+    assert correlation["oracle-0"] > 0.5 > abs(correlation["random-0"])
+
+
+def test_a_cell_is_what_the_de_chunk_gives_to_its_token() -> None:
+    x = torch.arange(8 * 8, dtype=torch.float32).view(1, 64, 1)
+    kept = torch.zeros(1, 64)
+    kept[0, [0, 63]] = 1
+    means = selection.cell_means(x, select_tokens(kept))
+    rows, cols = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    first = (rows + cols <= 7).flatten()  # the diagonal is as far from both; ties go to the first token
+    assert torch.allclose(means.flatten(), torch.stack([x[0, first].mean(), x[0, ~first].mean()]))
+
+
+def test_the_gpu_study_goes_model_by_model_and_its_page_has_all(package: Path, short: Path, monkeypatch) -> None:
+    small = {name: (preset, {**overrides, "depth": 1}) for name, (preset, overrides) in cifar10_gpu.MODELS.items()}
+    settings = {"MODELS": small, "IMAGES": 20, "SAMPLES": 1600, "BATCH": 800, "MINUTES": 0.2}
+    for name, value in settings.items():
+        monkeypatch.setattr(cifar10_gpu, name, value)
+    monkeypatch.setattr(cifar10_gpu, "load_extractor", lambda path: Extractor())
+    monkeypatch.setattr(cifar10, "HELD_OUT", 3)
+    data, out = short / "data.npz", short / "gpu"
+
+    def call(verb: str, folder: Path, *options: str) -> None:
+        cifar10_gpu.main([verb, "--package", str(package), "--data", str(data), "--out", str(folder), *options])
+
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        call("page", out)
+    call("data", data)
+    for done, name in enumerate(small, start=1):
+        call("train", out, "--rehearse")
+        assert len(list(out.glob("*.json"))) == done
+        assert np.load(out / f"{name}-1.npy").shape == (8, 32, 32, 3)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    call("train", out, "--rehearse")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    call("page", out, "--inception", "x.pt")
+    text = (out / "report.md").read_text()
+    assert "REHEARSAL" in text
+    assert all(f"| {name}-0 " in text for name in small)
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:

@@ -195,7 +195,9 @@ def check_rms_against_reference(
 def assert_same_selection(actual: TokenSelection, expected: TokenSelection) -> None:
     """Every field is equal, in dtype and shape too."""
     for name, got, wanted in zip(TokenSelection._fields, actual, expected, strict=True):
-        if isinstance(wanted, Tensor):
+        if isinstance(wanted, TokenSelection):
+            assert_same_selection(got, wanted)
+        elif isinstance(wanted, Tensor):
             assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
             assert torch.equal(got.cpu(), wanted.cpu()), f"{name}: {got.tolist()}, expected {wanted.tolist()}"
         else:

@@ -16,9 +16,9 @@ def check_sharded_model(rank: int, store: str, processes: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
     mesh = init_device_mesh("cpu", (processes,))
-    for router in ("predictability", "cosine2d"):
+    for router, start in (("predictability", "share"), ("cosine2d", "identity")):
         # FSDP takes contiguous parameters only.
-        model = small_dc_dit(depth=1, router=router).to(memory_format=torch.contiguous_format)
+        model = small_dc_dit(depth=1, router=router, start=start).to(memory_format=torch.contiguous_format)
         inputs = batch(model.config)
         expected = model(*inputs)
         expected.square().mean().backward()
@@ -40,5 +40,5 @@ def check_sharded_model(rank: int, store: str, processes: int) -> None:
         whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
         assert all(tensor.isfinite().all() for tensor in whole.values())
         if router == "cosine2d":
-            assert all(torch.equal(whole[name], torch.eye(128)) for name in IDENTITY)
+            assert all(torch.equal(whole[name], torch.eye(128)) for name in (*IDENTITY, "residual_proj.weight"))
     dist.destroy_process_group()
