@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.ops.autocast import without_autocast
+from dcdit.ops.namespace import add_op_namespace_prefix
 from dcdit.ops.numerics import upcast
 from dcdit.ops.sizes import known_true
 
@@ -28,7 +29,7 @@ def sdpa_varlen(
         return out.clone() if out.requires_grad else out
     if torch.compiler.is_compiling():
         # The loop runs over lengths, which are data: the compiler sees one custom op instead of it.
-        return torch.ops.dcdit.varlen_sdpa(q, k, v, cu_seqlens, causal)
+        return _varlen_sdpa(q, k, v, cu_seqlens, causal)
     return _call_per_sequence(q, k, v, cu_seqlens, causal)
 
 
@@ -54,13 +55,13 @@ def _call_per_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, caus
     return torch.cat([*out, q.new_zeros(q.shape[0] - starts[-1], *q.shape[1:])])
 
 
-@torch.library.custom_op("dcdit::varlen_sdpa", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("varlen_sdpa"), mutates_args=())
 def _varlen_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
     with without_autocast(q):
         return _call_per_sequence(q, k, v, cu_seqlens, causal)
 
 
-@torch.library.custom_op("dcdit::varlen_sdpa_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("varlen_sdpa_backward"), mutates_args=())
 def _varlen_sdpa_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +106,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    return (*torch.ops.dcdit.varlen_sdpa_backward(grad, *ctx.saved_tensors, ctx.causal), None, None)
+    return (*_varlen_sdpa_backward(grad, *ctx.saved_tensors, ctx.causal), None, None)
 
 
 _varlen_sdpa.register_autograd(_backward, setup_context=_setup_context)
