@@ -46,7 +46,7 @@ class FastRouting:
         filled = None if inference_params is None else _prefilled(inference_params, mask)
         q, k = self.q_proj_layer(hidden_states), self.k_proj_layer(hidden_states)
         with without_autocast(q):
-            p = ops.boundary_prob_cosine(q, k, None if cu_seqlens is None else cu_seqlens.int())
+            p = ops.boundary_prob_cosine(q, k, cu_seqlens)
         boundary_mask = p > THRESHOLD
         if mask is not None:
             boundary_mask = boundary_mask & mask
@@ -74,7 +74,7 @@ class FastChunk:
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, int | None, Tensor | None]:  # fmt: skip
         _need_one(cu_seqlens, mask)
-        sel = ops.select_from_mask(boundary_mask, None if cu_seqlens is None else cu_seqlens.int())
+        sel = ops.select_from_mask(boundary_mask, cu_seqlens)
         chunks = ops.gather_tokens(hidden_states, sel)
         if cu_seqlens is not None:
             return chunks, sel.cu_seqlens.to(cu_seqlens.dtype), sel.max_seqlen, None
@@ -164,5 +164,5 @@ def _rows(sel: ops.TokenSelection, longest: int) -> Tensor:
 
 
 def _starts(boundary_mask: Tensor, next_cu_seqlens: Tensor) -> Tensor:
-    """int32 (B+1,) of the tokens, from that of the chunks: the first token of every sequence opens a chunk."""
-    return torch.searchsorted(boundary_mask.cumsum(0), next_cu_seqlens.long() + 1).int()
+    """int64 (B+1,) of the tokens, from that of the chunks: the first token of every sequence opens a chunk."""
+    return torch.searchsorted(boundary_mask.cumsum(0), next_cu_seqlens.long() + 1)

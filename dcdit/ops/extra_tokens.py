@@ -1,10 +1,13 @@
 """De-chunking where each image has tokens outside of the grid: they go around it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dcdit.ops.autocast import without_autocast
+from dcdit.ops.autograd import apply
 from dcdit.ops.backend import backend_for
 from dcdit.ops.numerics import widest
 from dcdit.ops.token_selection import TokenSelection
@@ -26,12 +29,29 @@ def around_extra_tokens(dechunk: DeChunk, h: Tensor, sel: TokenSelection, residu
     assert grid is not None
     images, width = grid.mask.shape[0], h.shape[1]
     rows = backend_for(h).gather_tokens(h, _extra_tokens_first(sel, grid), None)
-    outside, tokens = rows.split([images * extra, grid.indices.shape[0]])
+    outside, tokens = apply(_Split, rows, images * extra)
     outside = outside.view(images, extra, width)
     if residual is None:
         return torch.cat([outside, dechunk(tokens, grid, None)], 1)
     added = (outside + residual[:, :extra]).to(widest(h, residual))
     return torch.cat([added, dechunk(tokens, grid, residual[:, extra:])], 1)
+
+
+class _Split(torch.autograd.Function):
+    """``rows[:first], rows[first:]``. PyTorch's own split has a backward that autocast would change."""
+
+    @staticmethod
+    def forward(rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return rows[:first], rows[first:]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_of_rest: Tensor) -> tuple[Tensor, None]:
+        with without_autocast(grad):
+            return torch.cat([grad, grad_of_rest]), None
 
 
 def _extra_tokens_first(sel: TokenSelection, grid: TokenSelection) -> TokenSelection:

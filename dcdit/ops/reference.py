@@ -252,23 +252,26 @@ def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) -> Tensor:
     """``t_m = x[indices_m] + bias[indices_m mod L]`` (DC-DiT, routing).
 
-    x (B, L, D) or (S, D), bias (L, D) -> t (T, D), zeros in padding rows.
+    x (B, L, ...), (1, L, ...) shared by the images, or (S, ...), bias (L, ...), also of fewer channels than x has ->
+    t (T, ...), zeros in padding rows.
     """
     kept = sel.indices[sel.indices >= 0]
-    tokens = rearrange(x, "... d -> (...) d")[kept]
+    rows = x.flatten(0, sel.mask.dim() - 1)
+    tokens = rows[kept % max(rows.shape[0], 1)]
     if bias is not None:
-        tokens = (upcast(tokens) + upcast(bias)[kept % bias.shape[0]]).to(x.dtype)
-    return F.pad(tokens, (0, 0, 0, sel.indices.numel() - kept.numel()))
+        bias = F.pad(upcast(bias), (0, x.shape[-1] - bias.shape[-1]))
+        tokens = (upcast(tokens) + bias[kept % bias.shape[0]]).to(x.dtype)
+    return torch.cat([tokens, x.new_zeros(sel.indices.numel() - kept.numel(), *tokens.shape[1:])])
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
     """``x[indices_m] = t_m``, ``fill`` elsewhere: the inverse of :func:`gather_tokens`.
 
-    t (T, D) -> x (B, L, D) or (S, D).
+    t (T, ...) -> x (B, L, ...) or (S, ...).
     """
     is_token = sel.indices >= 0
-    out = t.new_full((sel.mask.numel(), t.shape[-1]), fill)
-    return out.index_put((sel.indices[is_token],), t[is_token]).view(*sel.mask.shape, t.shape[-1])
+    out = t.new_full((sel.mask.numel(), *t.shape[1:]), fill)
+    return out.index_put((sel.indices[is_token],), t[is_token]).view(*sel.mask.shape, *t.shape[1:])
 
 
 # --- de-chunking --------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def select_tokens(
 
     Args:
         p: (B, L), or (S,) with ``cu_seqlens``; probabilities in [0, 1].
-        cu_seqlens: int32 (B+1,), sequence starts of a packed source.
+        cu_seqlens: int32 or int64 (B+1,), sequence starts of a packed source.
         threshold: strict lower bound of the natural mask. The comparison is in float32 (for float64 p in float64), so
             the threshold is never rounded to half precision.
         drop_fraction: rho in [0, 1), one number or a (B,) tensor.

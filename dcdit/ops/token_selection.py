@@ -38,7 +38,7 @@ class TokenSelection(NamedTuple):
     overflow: Tensor
     """() int32: how many tokens were dropped because the capacity or ``max_seqlen`` was too small."""
     source_cu_seqlens: Tensor | None
-    """(B+1,) int32: where each sequence of a packed source starts; None for a grid batch."""
+    """(B+1,), int32 or int64 as given: where each sequence of a packed source starts; None for a grid batch."""
     prob_floor: float
     """Lower bound on the p of each kept token of an image that keeps several; 0 where p alone did not choose."""
     grid_selection: "TokenSelection | None" = None
@@ -92,6 +92,11 @@ def with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection
         packed_rows=packed_rows,
         grid_selection=grid,
     )
+
+
+def is_shared(x: Tensor, sel: TokenSelection) -> bool:
+    """Whether x is one table (1, L, ...) for a grid batch of several images, or of none."""
+    return sel.source_cu_seqlens is None and x.shape[0] != sel.mask.shape[0]
 
 
 def _inverse(packed_rows: Tensor, total: int) -> Tensor:

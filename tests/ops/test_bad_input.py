@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dcdit import ops
+from dcdit.ops import unchecked
 
 B, H, W, D = 2, 3, 4, 8
 L = H * W
@@ -151,7 +152,7 @@ SELECT = [
 ]
 
 CU_SEQLENS = [
-    Bad("int64", lambda: ops.select_tokens(P[0], cu(0, 5, L, dtype=torch.int64)), TypeError, ("torch.int64", "int32")),
+    Bad("int16", lambda: ops.select_tokens(P[0], cu(0, 5, L, dtype=torch.int16)), TypeError, ("torch.int16", "int32")),
     Bad("of two dimensions", lambda: ops.select_tokens(P[0], cu(0, L)[None]), ValueError, ("(1, 2)", "(B + 1,)")),
     Bad("empty", lambda: ops.select_tokens(P[0], cu()), ValueError, ("(0)", "(B + 1,)")),
     Bad("not from 0", lambda: ops.select_tokens(P[0], cu(1, L)), ValueError, ("starts at 1", "0")),
@@ -165,10 +166,16 @@ CU_SEQLENS = [
         ("ends at 25", "24"),
     ),
     Bad(
-        "int64 for the tokens",
-        lambda: ops.gated_add(TOKENS, TOKENS, TABLE, CU.long()),
+        "of floats for the tokens",
+        lambda: ops.gated_add(TOKENS, TOKENS, TABLE, CU.float()),
         TypeError,
-        ("torch.int64", "int32"),
+        ("torch.float32", "int32 or int64"),
+    ),
+    Bad(
+        "int64 for kernels of others",
+        lambda: unchecked.check_packed(TOKENS, CU.long(), L, False),
+        TypeError,
+        ("torch.int64", "cu_seqlens.int()"),
     ),
     Bad(
         "elsewhere",
@@ -247,10 +254,34 @@ BOUNDARY = [
 ]
 
 PACKING = [
-    Bad("x of another batch", lambda: ops.gather_tokens(X[:1], SEL), ValueError, ("x ", "(1, 12, 8)", "(2, 12)")),
-    Bad("x without width", lambda: ops.gather_tokens(P, SEL), ValueError, ("x ", "(2, 12)")),
+    Bad(
+        "x of another batch", lambda: ops.gather_tokens(X[[0, 1, 0]], SEL), ValueError, ("x ", "(3, 12, 8)", "(2, 12)")
+    ),
+    Bad("x without positions", lambda: ops.gather_tokens(P[0], SEL), ValueError, ("x ", "(12)", "(1, 12)")),
+    Bad("x of no channel", lambda: ops.gather_tokens(X[..., :0], SEL), ValueError, ("x ", "(2, 12, 0)", "one channel")),
+    Bad(
+        "a table for packed sequences",
+        lambda: ops.gather_tokens(X[:1, :5], PACKED_SEL),
+        ValueError,
+        ("x ", "(1, 5, 8)", "(12)"),
+    ),
     Bad("x elsewhere", lambda: ops.gather_tokens(X.to(META), SEL), ValueError, ("meta", "cpu")),
-    Bad("x of integers", lambda: ops.gather_tokens(X.long(), SEL), TypeError, ("x ", "torch.int64", "float32")),
+    Bad(
+        "x of complex numbers",
+        lambda: ops.gather_tokens(X + 1j, SEL),
+        TypeError,
+        ("x ", "complex64", "view_as_real"),
+    ),
+    Bad(
+        "bias for integers",
+        lambda: ops.gather_tokens(X.long(), SEL, X[0]),
+        TypeError,
+        ("x ", "torch.int64", "float32"),
+    ),
+    Bad("bias wider", lambda: ops.gather_tokens(X[..., 1:], SEL, X[0]), ValueError, ("bias", "(12, 8)", "(12, 7)")),
+    Bad("fill of half", lambda: ops.scatter_tokens(TOKENS.int(), SEL, 0.5), ValueError, ("fill is 0.5", "torch.int32")),
+    Bad("fill of 256", lambda: ops.scatter_tokens(TOKENS.byte(), SEL, 256), ValueError, ("fill is 256", "0 to 255")),
+    Bad("fill of text", lambda: ops.scatter_tokens(TOKENS, SEL, "0"), TypeError, ("fill is '0'", "a number")),
     Bad(
         "bias of another length",
         lambda: ops.gather_tokens(X, SEL, X[0, 1:]),

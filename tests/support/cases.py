@@ -177,6 +177,21 @@ def with_extra_tokens(arguments: dict[str, Any], images: int, extra_tokens: int)
     return {**arguments, **more, "extra_tokens": extra_tokens}
 
 
+# --- packing ------------------------------------------------------------------------------------------------------
+
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+TOKENS = [(), (3,), (2, 8), (1, 2, 5)]
+"""Shapes of a token."""
+
+
+def integers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Integers of all sizes, also those that no float holds."""
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator(seed)) < 0.5
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max, shape, dtype=dtype, generator=generator(seed))
+
+
 # --- de-chunking --------------------------------------------------------------------------------------------------
 
 

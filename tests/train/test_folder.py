@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dcdit import checkpoint as ckpt
 from dcdit.cli.main import main
@@ -188,6 +189,23 @@ def test_a_folder_with_files_of_such_a_name_is_refused(config, tmp_path, name, c
     before = contents(tmp_path)
     shown = "checkpoints/" if "checkpoints" in name else name
     fails(capsys, "train", "--config", "c.yaml", match=f"a already holds {shown}; choose another --out, or move them")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/run", "photos/cat/run", "linked/run"])
+def test_a_run_within_its_data_is_refused(config, tmp_path, out, capsys):
+    """It would be one more class, and the run could not be resumed."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+    (tmp_path / "linked").symlink_to("photos")
+    (tmp_path / "c.yaml").write_text(
+        dump_yaml(config("data.kind=folder", "data.path=photos", "data.size=8", f"run.out={out}"))
+    )
+    before = contents(tmp_path)
+    fails(
+        capsys, "train", "--config", "c.yaml", match=f"{out} is where data.path is read from; accepted: another place"
+    )
     assert contents(tmp_path) == before
 
 

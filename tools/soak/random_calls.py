@@ -155,6 +155,16 @@ class Maker:
             mode.pop("always", None)
         return p, ops.select_tokens(p, self.cu_seqlens(lengths), **mode)
 
+    def token(self) -> tuple[int, ...]:
+        """Mostly a row, sometimes a number or several heads."""
+        return self.one_of((), (2, 3), *((width,) for width in WIDTHS))
+
+    def integers(self, *shape: int) -> Tensor:
+        """Of any dtype and size."""
+        dtype = self.one_of(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        numbers = torch.randint(-(2**62), 2**62, shape, generator=self._generator)
+        return self._strided(numbers > 0 if dtype == torch.bool else numbers.to(dtype))
+
     def packed(self, sel: TokenSelection, width: int, dtype: torch.dtype) -> Tensor:
         """(T, D) with NaN in padding rows."""
         rows = self.normal(sel.indices.shape[0], width, dtype=dtype)
@@ -259,16 +269,23 @@ def _selecting(op: Callable[..., Any], p: Tensor, lengths: list[int] | None, mak
 
 def gather_tokens(make: Maker) -> Call:
     _, sel = make.any_selection()
-    (a, b), width = make.dtypes(2), make.one_of(*WIDTHS)
-    bias = None
+    (a, b), token, source, bias = make.dtypes(2), make.token(), sel.mask.shape, None
+    if sel.source_cu_seqlens is None and make.random.random() < 0.2:
+        source = 1, sel.mask.shape[1]
+    if make.random.random() < 0.2:
+        return Call(ops.gather_tokens, (make.integers(*source, *token), sel, None))
     if sel.source_cu_seqlens is None and make.one_of(False, True):
-        bias = make.normal(sel.mask.shape[1], width, dtype=b)
-    return Call(ops.gather_tokens, (make.normal(*sel.mask.shape, width, dtype=a), sel, bias))
+        narrow = (*token[:-1], make.random.randint(1, token[-1])) if token else ()
+        bias = make.normal(sel.mask.shape[1], *make.one_of(token, narrow), dtype=b)
+    return Call(ops.gather_tokens, (make.normal(*source, *token, dtype=a), sel, bias))
 
 
 def scatter_tokens(make: Maker) -> Call:
     _, sel = make.any_selection()
-    t = make.packed(sel, make.one_of(*WIDTHS), make.dtype())
+    if make.random.random() < 0.2:
+        return Call(ops.scatter_tokens, (make.integers(sel.indices.shape[0], *make.token()), sel, make.one_of(0, 1)))
+    token, rows = make.token(), make.packed(sel, 1, make.dtype())
+    t = rows.view(-1, *[1] * len(token)) * make.normal(*token, dtype=rows.dtype)
     return Call(ops.scatter_tokens, (t, sel, make.one_of(0.0, 0.0, 1.0, -3.5)))
 
 
