@@ -86,8 +86,8 @@ def _scatter_kernel(
 launch.set_default_configs(
     "gather_bias_bwd",
     D={
-        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
-        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4, "maxnreg": 128},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "maxnreg": 128},
     },
 )
 

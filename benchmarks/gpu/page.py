@@ -179,10 +179,11 @@ def _forward(found: Found, group: Group) -> list[str]:
     if compared:
         parts.append(_comparisons(found, group, compared))
         parts.append(_doubts(compared))
-    staged = {case: line["stage_ms"] for case, line in compared.items() if line.get("stage_ms")}
+    staged = {case: line for case, line in compared.items() if line.get("stage_ms")}
     if staged:
         rows = [
-            [stage, *(f"{ms.get(stage, 0):.3f}" for ms in staged.values())] for stage in next(iter(staged.values()))
+            [stage, *(f"{line['stage_ms'][stage]:.3f} ±{line['stage_spread'][stage]:.0%}" for line in staged.values())]
+            for stage in next(iter(staged.values()))["stage_ms"]
         ]
         parts += ["Milliseconds by stage, with events between the stages:", markdown_table(["stage", *staged], rows)]
     for case in ("kernels of drop 0, exact", "kernels of static"):
@@ -233,8 +234,8 @@ def _operations(found: Found, group: Group) -> list[str]:
             events = line["event_ms"]
             both = all(events.values())
             row += [
-                _number(1e3 * events["torch.compile"] if both else None, ".2f"),
-                _number(events["torch.compile"] / events["dcdit"] if both else None, ".2f"),
+                _figure(events["torch.compile"], ".2f", 1e3) if both else _number(None, ".2f"),
+                _number(events["torch.compile"]["median"] / events["dcdit"]["median"] if both else None, ".2f"),
             ]
             notes.append(f"- {case}: {line['why']}; both sides timed by events, dcdit's own time in a graph.")
         rows.append([*row, line["by"]])

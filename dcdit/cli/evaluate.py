@@ -158,6 +158,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     images = {"--images": args.images, "--reference": args.reference}
     if args.extractor is not None:
         check_output_folder(Path(args.cache))
+        check_not_read(Path(args.cache), images)
     check_own(out, METRICS, METRICS_KEYS, (REPORT, PICTURE))
     check_not_read(out, images)
     if args.checkpoint is not None:

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,7 @@ def draw(
     maps: bool = False,
     progress: bool = True,
     sampled: Sampled | None = None,
+    scheduler: Any = None,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
 
@@ -110,12 +111,16 @@ def draw(
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
         sampled: graphs of an earlier call with the same model and options; None makes them.
+        scheduler: of diffusers, in place of ``options.method``. It is not captured in graphs.
 
     Raises:
         ValueError: graphs are asked for and cannot be.
         FloatingPointError: an image is not finite.
     """
+    if scheduler is not None:
+        options = replace(options, graph=False)
     sampled = with_graphs(model, options) if sampled is None else sampled
+    ours = {"method": options.method, "clip": clips(model, options.method), "graph": sampled.graph}
     images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
@@ -131,18 +136,16 @@ def draw(
                 calls,
                 batch,
                 options.steps,
-                options.method,
                 cfg_scale=options.cfg_scale,
                 cfg_interval=options.cfg_interval,
                 drop_fraction=_both_branches(drop, options.null_drop_fraction),
                 budget=options.budget,
                 capacity=options.capacity,
-                clip=clips(model, options.method),
                 seed=options.seed,
                 first_index=first_index + start,
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
-                graph=sampled.graph,
+                **(ours if scheduler is None else {"scheduler": scheduler}),
             )
         images.append(drawn)
         records.append((len(batch), calls.records()))

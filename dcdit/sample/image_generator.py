@@ -99,6 +99,7 @@ class ImageGenerator:
         capacity: int | Literal["auto"] | None = None,
         num_steps: int = 250,
         method: str | None = None,
+        scheduler: Any = None,
         cfg_scale: float = 1.0,
         cfg_interval: tuple[float, float] | None = None,
         seed: int = 0,
@@ -125,6 +126,7 @@ class ImageGenerator:
             num_steps: sampling steps.
             method: see :func:`dcdit.diffusion.sample`. By default ``ddpm``, or ``heun`` for a model that was trained
                 with the flow objective. One that does not fit is an error.
+            scheduler: one of diffusers in place of a method, see :func:`dcdit.diffusion.sample`.
             cfg_scale: classifier-free guidance; 1 is none.
             cfg_interval: guide at these times only; 1 is noise, 0 data.
             seed: fixes the noise.
@@ -151,6 +153,9 @@ class ImageGenerator:
                 f"{self._source} makes latents of {self.model.config.in_channels} channels; give dcdit.load the vae "
                 "that decodes them, or generate with output_type='latent'"
             )
+        if scheduler is not None and (method is not None or graph):
+            name = "method" if method is not None else "graph"
+            raise ValueError(f"{name} is given beside a scheduler, which takes its place; accepted: leave one out")
         options = SamplingOptions(
             checkpoint=self._source,
             method=DEFAULT_METHOD[self.model.objective or "dit"] if method is None else method,
@@ -167,7 +172,7 @@ class ImageGenerator:
         drop = self._drop(drop_fraction, options, return_maps)
         classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)
         ensure_kept_share(self.model, options, classes, progress)
-        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress)
+        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress, scheduler=scheduler)
         if drawn.overflow:
             text = f"capacity={capacity!r} was too small: {drawn.overflow} tokens, those of the lowest p, were dropped"
             warnings.warn(text, stacklevel=2)

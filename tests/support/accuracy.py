@@ -62,6 +62,8 @@ def differentiate(
     own = tuple(a.detach().requires_grad_(i in wanted) if is_float(a) else a for i, a in enumerate(args))
     result = fn(*own)
     outputs = list(result) if isinstance(result, tuple) else [result]
+    if not wanted:
+        return outputs, []
     used = [i for i, output in enumerate(outputs) if output.requires_grad]
     grads = torch.autograd.grad(
         [outputs[i] for i in used],

@@ -14,9 +14,17 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from dcdit.integrations.diffusers.pipeline import DCDiTPipeline
+from dcdit.integrations.diffusers.tea_cache import TeaCacheConfig, fit_tea_cache
 from dcdit.integrations.diffusers.transformer import DCDiTTransformer2DModel, StaticDiTTransformer2DModel
 
-__all__ = ["DCDiTPipeline", "DCDiTTransformer2DModel", "ModelMixin", "StaticDiTTransformer2DModel"]
+__all__ = [
+    "DCDiTPipeline",
+    "DCDiTTransformer2DModel",
+    "ModelMixin",
+    "StaticDiTTransformer2DModel",
+    "TeaCacheConfig",
+    "fit_tea_cache",
+]
 # diffusers loads a component from a module that has a base class of its own by name. Hence ModelMixin.
 
 for _class in (DCDiTPipeline, DCDiTTransformer2DModel, StaticDiTTransformer2DModel):

@@ -6,7 +6,7 @@ number of kept tokens changes. Its chain is the blocks of the encoder, the route
 as a single block, and the blocks of the decoder.
 
 The blocks here own no weights. They look the layers up in the model at every call, so that whatever replaces one of
-those (an adapter, a hook) is seen.
+those (an adapter, a hook) is seen. All blocks of a chain get the same arguments beside their input.
 """
 
 from typing import Any, NamedTuple
@@ -91,13 +91,14 @@ class InnerBlock(_View):
 class StaticBlock(_View):
     """A transformer block of a static DiT."""
 
-    def forward(self, hidden_states: Tensor, mod: Modulation) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, hidden_states: Tensor, modulation: list[Modulation]) -> Tensor:
+        """(B, L, D) and the modulation of all blocks -> (B, L, D)."""
         with stage("transformer"):
-            return self.model.blocks[self.index](hidden_states, mod)
+            return self.model.blocks[self.index](hidden_states, modulation[self.index])
 
-    def modulated_input(self, hidden_states: Tensor, mod: Modulation) -> Tensor:
+    def modulated_input(self, hidden_states: Tensor, modulation: list[Modulation]) -> Tensor:
         """(B, L, D): the input of the attention, as TeaCache compares it (arXiv 2411.19108)."""
+        mod = modulation[self.index]
         return modulate(hidden_states, mod.attn_shift[:, None], mod.attn_scale[:, None])
 
 

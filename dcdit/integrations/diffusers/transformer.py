@@ -7,15 +7,17 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from dcdit.checkpoint import Model, model_notes, set_notes
 from dcdit.integrations.diffusers.blocks import OutputLayer, Step, chain
+from dcdit.integrations.diffusers.tea_cache import TeaCacheConfig, apply_tea_cache, remove_tea_cache
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 
+CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, TeaCacheConfig)
 OFFLOADING = "group_offloading"
 """Name that diffusers gives to its hooks of group offloading."""
 
@@ -24,15 +26,16 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
     """What both models share. ``model`` is the model of this package, and holds all weights.
 
     ``blocks`` and ``proj_out`` are the same model as a chain from grid to grid, without weights of their own, for
-    caches (:mod:`dcdit.integrations.diffusers.blocks`). Without a cache, ``model`` itself is called.
+    caches (:mod:`dcdit.integrations.diffusers.blocks`). Without one, ``model`` itself is called.
     """
 
     model: Any
+    _cache_config: Any
     _model_class: type[Model]
     _config_class: type[DCDiTConfig] | type[DiTConfig]
     _supports_gradient_checkpointing = True
     _supports_group_offloading = True
-    _group_offload_block_modules: ClassVar[list[str]] = ["model"]
+    _group_offload_block_modules: ClassVar[list[str]] = ["model"]  # by its blocks, not as a whole
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["x_embedder", "norm", "router", "final_layer"]
 
     def _build(self) -> None:
@@ -45,6 +48,12 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
 
     def _hold(self, model: Model) -> None:
         self.model, self.blocks, self.proj_out = model, chain(model), OutputLayer(model)
+        self._own_blocks = (self.blocks,)  # a tuple: it is not a second place of the blocks
+
+    @property
+    def _runs_as_chain(self) -> bool:
+        """With a cache, or where a tool such as cache-dit has put blocks of its own in the place of ours."""
+        return self.is_cache_enabled or self.blocks is not self._own_blocks[0]
 
     @classmethod
     def from_dcdit(cls, model: Model, notes: Mapping[str, str] | None = None) -> Self:
@@ -83,24 +92,43 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
         """Leave out blocks in steps that change little (``diffusers.CacheMixin``).
 
         Args:
-            config: a ``FirstBlockCacheConfig``, ``MagCacheConfig`` or ``TaylorSeerCacheConfig`` of diffusers. One of
-                TaylorSeer that names no modules, and so means the attention, extrapolates ``_cached_by_default``: the
-                attention of a DC-DiT has a new shape in every step.
+            config: a ``FirstBlockCacheConfig``, ``MagCacheConfig`` or ``TaylorSeerCacheConfig`` of diffusers, or a
+                :class:`~dcdit.integrations.diffusers.TeaCacheConfig`. One of TaylorSeer that names no modules, and so
+                means the attention, extrapolates the block from grid to grid that holds it (all blocks of a static
+                model): the attention of a DC-DiT has a new shape in every step.
 
         Raises:
             ValueError: another cache, or there is one, or group offloading is on.
         """
-        if not isinstance(config, FirstBlockCacheConfig | MagCacheConfig | TaylorSeerCacheConfig):
-            raise ValueError(
-                f"the cache is a {type(config).__name__}; accepted: FirstBlockCacheConfig, MagCacheConfig, "
-                "TaylorSeerCacheConfig"
-            )
+        if not isinstance(config, CACHES):
+            accepted = ", ".join(cache.__name__ for cache in CACHES)
+            raise ValueError(f"the cache is a {type(config).__name__}; accepted: {accepted}")
         self._refuse_both(self._is_offloaded())
-        if isinstance(config, TaylorSeerCacheConfig):
-            named = config.cache_identifiers or config.skip_predict_identifiers or config.use_lite_mode
-            if not named:
-                config = dataclasses.replace(config, cache_identifiers=[self._cached_by_default])
-        super().enable_cache(config)
+        if isinstance(config, TeaCacheConfig):
+            if self.is_cache_enabled:
+                raise ValueError(f"there is a {type(self._cache_config).__name__} already; disable_cache first")
+            apply_tea_cache(self.blocks, config)
+            self._cache_config = config
+        else:
+            if isinstance(config, TaylorSeerCacheConfig):
+                named = config.cache_identifiers or config.skip_predict_identifiers or config.use_lite_mode
+                if not named:
+                    config = dataclasses.replace(config, cache_identifiers=[self._cached_by_default])
+            super().enable_cache(config)
+        self._forget_hooked_modules()
+
+    def disable_cache(self) -> None:
+        """Compute all blocks in all steps again."""
+        if isinstance(self._cache_config, TeaCacheConfig):
+            remove_tea_cache(self.blocks)
+            self._cache_config = None
+        else:
+            super().disable_cache()
+        self._forget_hooked_modules()
+
+    def _forget_hooked_modules(self) -> None:
+        """diffusers remembers where it found hooks, to tell them the context of a call."""
+        HookRegistry.check_if_exists_or_initialize(self)._child_registries_cache = None
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """Keep the weights elsewhere and fetch them by block or by layer (``diffusers.ModelMixin``).
@@ -112,14 +140,14 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
         super().enable_group_offload(*args, **kwargs)
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Raise ValueError: attention runs on packed tokens, for which diffusers has no processors.
+        """Raise ValueError: attention on packed tokens has no processors in diffusers, so there are none to set.
 
         ``attn_processors`` is empty for the same reason. Queries, keys and values are one projection already, so
         ``fuse_qkv_projections`` has nothing to do.
         """
         raise ValueError(
-            f"{type(processor).__name__} is no attention for packed tokens; the kernel is chosen by "
-            "dcdit.ops.varlen_attention, and activate_flash_attention_impl of torch.nn.attention changes it"
+            f"a {type(self).__name__} takes no attention of diffusers ({processor!r}); dcdit.ops.varlen_attention says "
+            "how its kernel is chosen"
         )
 
     def set_attention_backend(self, backend: str) -> None:
@@ -216,7 +244,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
             ValueError: a shape, a label or an option that is not accepted.
         """
         inputs = (hidden_states, timestep.expand(len(hidden_states)), class_labels)
-        if self.is_cache_enabled:
+        if self._runs_as_chain:
             cond, conv_cond, tokens = self.model.embed(*inputs)
             step = Step(cond, conv_cond, drop_fraction, budget, capacity)
             for block in self.blocks:
@@ -264,10 +292,11 @@ class StaticDiTTransformer2DModel(Transformer2DModel):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """As :meth:`DCDiTTransformer2DModel.forward`, without the options of a dynamic model."""
         inputs = (hidden_states, timestep.expand(len(hidden_states)), class_labels)
-        if self.is_cache_enabled:
+        if self._runs_as_chain:
             tokens, cond = self.model.embed(*inputs)
-            for block, mod in zip(self.blocks, self.model.modulation(cond), strict=True):
-                tokens = block(tokens, mod)
+            modulation = self.model.modulation(cond)
+            for block in self.blocks:
+                tokens = block(tokens, modulation)
             sample = self.proj_out(tokens, cond)
         else:
             sample = self.model(*inputs)

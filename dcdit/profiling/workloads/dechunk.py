@@ -137,6 +137,7 @@ OPERATIONS = (
             "frozen_tokens": Case(_spatial, gradients=("p", "gate")),
             "gate_only": Case(_spatial, gradients=("gate",)),
             "padded": Case(partial(_spatial, padded=True)),
+            "inference": Case(partial(_spatial, padded=True), gradients=()),
             "extra_tokens": Case(partial(_spatial, padded=True, extra_tokens=2)),
         },
         forward_reads=("h", "p", "residual"),
