@@ -13,18 +13,21 @@ from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_
 from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
+from dcdit.models.slices import SlicedBlocks
 from dcdit.models.starts import STARTS, apply_start
 from dcdit.nn import (
     ROUTERS,
     ChunkLayer,
     ConvStack,
     EMADeChunk,
+    Gates,
     PackedDiTBlock,
     PackedFinalLayer,
     PendingResidual,
     RMSNorm,
     SpatialDeChunk,
     VarlenMeta,
+    WidthGates,
     sincos_position,
     stage,
 )
@@ -45,6 +48,8 @@ class Routing(NamedTuple):
     natural_mask: Tensor
     """(B, L) bool: the tokens that the router alone would keep, before any dropping."""
     selection: TokenSelection
+    gates: Gates | None = None
+    """Of heads and MLP groups, with ``dynamic_width``."""
 
 
 class BlockStates(NamedTuple):
@@ -60,6 +65,8 @@ class BlockStates(NamedTuple):
 class Encoded(NamedTuple):
     """What a forward pass knows before the tokens are selected."""
 
+    time: Tensor
+    """(B, D): embedding of the timestep, that of the first block with ``separate_embedders``."""
     cond: Tensor
     """(B, D): SiLU of the conditioning; (depth, B, D) with ``separate_embedders``."""
     conv_cond: Tensor
@@ -77,6 +84,8 @@ class Prepared(NamedTuple):
     """Of each block."""
     residual: Tensor
     """(B, L, D): the encoder's output on its way around the transformer."""
+    gates: Gates | None
+    """Of the heads and MLP groups to mask; None where nothing is masked."""
 
 
 class DCDiT(nn.Module):
@@ -112,6 +121,8 @@ class DCDiT(nn.Module):
         self.router = ROUTERS[config.router](dim, config.grid)
         self.chunk = ChunkLayer()
         self.modulation = create_modulation(config)
+        heads = config.num_heads
+        self.width_gates = WidthGates(dim, config.depth, heads, heads) if config.dynamic_width else None
         self.blocks = nn.ModuleList(
             PackedDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
@@ -155,6 +166,9 @@ class DCDiT(nn.Module):
         return_routing: bool = False,
         return_states: bool = False,
         max_seqlen: int | None = None,
+        complete: bool = False,
+        gate_noise: Tensor | None = None,
+        sliced: SlicedBlocks | None = None,
     ) -> Tensor | tuple[Tensor, Routing] | tuple[Tensor, Routing, BlockStates]:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
 
@@ -171,6 +185,11 @@ class DCDiT(nn.Module):
             return_states: also return the router's decision and the output of every block.
             max_seqlen: most tokens of one image; with a capacity, attention then starts fewer empty programs. See
                 :func:`dcdit.ops.select_tokens`.
+            complete: with ``dynamic_width``, compute all heads and MLP groups, whatever the gates say.
+            gate_noise: with ``dynamic_width``, (B, depth, n) with the sizes of ``config.gate_shape``, from
+                :func:`dcdit.nn.gates.logistic_noise`. In training mode None draws it, else there is none.
+            sliced: with ``dynamic_width``, the blocks of this timestep, for a forward pass without gradients; made by
+                :class:`dcdit.models.SlicedModel`. Without them, what a gate closes is computed and masked.
 
         Returns:
             (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
@@ -182,25 +201,31 @@ class DCDiT(nn.Module):
         if capacity == "auto":
             plan = self.plan_capacity(len(x), drop_fraction)
             capacity, max_seqlen = plan.capacity, plan.max_seqlen if max_seqlen is None else max_seqlen
+        if self.width_gates is None and (complete or gate_noise is not None or sliced is not None):
+            raise ValueError("complete, gate_noise and sliced are for dynamic_width=True; this model has a fixed width")
         encoded = self.encode(x, t, y)
+        masked = not complete and sliced is None
         prepared: list[Prepared] = []
         packed, sel = self.chunk(
             encoded.tokens, encoded.prob, self.pos_embed, drop_fraction, budget, capacity, max_seqlen,
-            meanwhile=lambda: prepared.append(self.prepare(encoded)),
+            meanwhile=lambda: prepared.append(self.prepare(encoded, masked, gate_noise)),
         )  # fmt: skip
         states = BlockStates(encoded.cond, []) if return_states else None
         outputs = None if states is None else states.outputs
-        out = self.decode(encoded, prepared[0], packed, sel, capacity is not None, outputs)
+        blocks = None if sliced is None else sliced.blocks
+        out = self.decode(encoded, prepared[0], packed, sel, capacity is not None, outputs, blocks)
         if not (return_routing or return_states):
             return out
-        routing = Routing(encoded.prob, sel.mask, sel.natural_mask, sel)
+        gates = prepared[0].gates if sliced is None else sliced.gates_of(len(x))
+        routing = Routing(encoded.prob, sel.mask, sel.natural_mask, sel, gates)
         return (out, routing) if states is None else (out, routing, states)
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Encoded:
         """The part before the selection: no shape depends on what is kept. Arguments as in :meth:`forward`."""
         check_inputs(self.config, x, t, y)
         with stage("embed"):
-            embedded = self.t_embedder(t) + self.y_embedder(y)
+            time = self.t_embedder(t)
+            embedded = time + self.y_embedder(y)
             # All that read the conditioning start with this SiLU.
             cond = F.silu(embedded)
             outer, adaptor = of_first_block(embedded), self.cond_adaptor
@@ -210,14 +235,21 @@ class DCDiT(nn.Module):
         with stage("encoder"):
             tokens = self.encoder(tokens, self.config.grid, conv_cond)
         with stage("router"):
-            return Encoded(cond, conv_cond, tokens, self.router(tokens))
+            return Encoded(of_first_block(time), cond, conv_cond, tokens, self.router(tokens))
 
-    def prepare(self, encoded: Encoded) -> Prepared:
-        """What the part after the selection needs and the selection has no part in."""
+    def prepare(self, encoded: Encoded, masked: bool = True, gate_noise: Tensor | None = None) -> Prepared:
+        """What the part after the selection needs and the selection has no part in.
+
+        Args:
+            encoded: of :meth:`encode`.
+            masked: with ``dynamic_width``, whether the gates mask what they close.
+            gate_noise: of the gates, as in :meth:`forward`.
+        """
         with stage("transformer"):
             modulation = self.modulation(encoded.cond)
+            gates = self.width_gates(encoded.time, gate_noise) if self.width_gates is not None and masked else None
         with stage("dechunk"):
-            return Prepared(modulation, self.residual_proj(encoded.tokens))
+            return Prepared(modulation, self.residual_proj(encoded.tokens), gates)
 
     def decode(
         self,
@@ -227,6 +259,7 @@ class DCDiT(nn.Module):
         sel: TokenSelection,
         padding: bool,
         outputs: list[Tensor] | None = None,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> Tensor:
         """The part after the selection: transformer, de-chunk, decoder, final layer -> (B, 2C, H, W).
 
@@ -236,11 +269,12 @@ class DCDiT(nn.Module):
             sel: which those are.
             padding: whether there may be padding rows.
             outputs: the packed tokens after each block are appended to it.
+            blocks: smaller ones to take in place of the model's own.
         """
         grid = self.config.grid
         with stage("transformer"):
             varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding)
-            packed = self.transform(packed, prepared.modulation, varlen, outputs)
+            packed = self.transform(packed, prepared.modulation, varlen, outputs, prepared.gates, blocks)
         with stage("dechunk"):
             tokens = self.dechunk(packed, encoded.prob, sel, prepared.residual)
         with stage("decoder"):
@@ -267,15 +301,23 @@ class DCDiT(nn.Module):
         return plan_capacity(self.config, batch, self.kept_share, drop_fraction, multiprocessors=multiprocessors)
 
     def transform(
-        self, tokens: Tensor, modulation: list[Modulation], varlen: VarlenMeta, outputs: list[Tensor] | None = None
+        self,
+        tokens: Tensor,
+        modulation: list[Modulation],
+        varlen: VarlenMeta,
+        outputs: list[Tensor] | None = None,
+        gates: Gates | None = None,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> Tensor:
         """The inner transformer: packed tokens (T, D), the modulation of each block -> (T, D).
 
-        It appends the tokens after each block to ``outputs``.
+        It appends the tokens after each block to ``outputs``, masks what ``gates`` close, and takes ``blocks`` in place
+        of its own.
         """
+        widths = [{}] * len(modulation) if gates is None else [{"widths": widths} for widths in gates.of_blocks()]
         pending: PendingResidual | None = None
-        for block, mod in zip(self.blocks, modulation, strict=True):
-            tokens, pending = block(tokens, pending, mod, varlen)
+        for block, mod, options in zip(self.blocks if blocks is None else blocks, modulation, widths, strict=True):
+            tokens, pending = block(tokens, pending, mod, varlen, **options)
             if outputs is not None:
                 outputs.append(gated_add(tokens, pending.branch, pending.gate, varlen.cu_seqlens))
         assert pending is not None

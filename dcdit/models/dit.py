@@ -1,6 +1,7 @@
 """The static DiT baseline (arXiv 2212.09748)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from dcdit.models import init
 from dcdit.models.conditioning import create_embedders, create_modulation
-from dcdit.models.config import DiTConfig
+from dcdit.models.config import DiTConfig, DyDiTConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
     DenseDiTBlock,
@@ -21,18 +22,29 @@ from dcdit.nn.memory_format import to_tokens
 from dcdit.utils.modules import dtype_of
 
 
-class DiT(nn.Module):
-    """Every patch is a token of the transformer. Dense and in plain PyTorch, made for ``torch.compile``.
+class Embedded(NamedTuple):
+    """What the blocks read."""
+
+    tokens: Tensor
+    """(B, L, D)"""
+    time: Tensor
+    """(B, D): the timestep alone; (depth, B, D) with ``separate_embedders``."""
+    cond: Tensor
+    """(B, D): SiLU of the conditioning; (depth, B, D) with ``separate_embedders``."""
+
+
+class PatchTransformer(nn.Module):
+    """The parts of a transformer on patches, dense and in plain PyTorch. A subclass initialises and runs them.
 
     Args:
-        config: see :class:`DiTConfig`.
+        config: of a subclass.
     """
 
     pos_embed: Tensor
     objective: str | None = None
     """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig | DyDiTConfig) -> None:
         super().__init__()
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
@@ -45,7 +57,6 @@ class DiT(nn.Module):
             DenseDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.final_layer = DenseFinalLayer(dim, patch * patch * config.out_channels, dim)
-        self._initialize()
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer, those of submodules too: with the same seed, as in a new model."""
@@ -58,6 +69,39 @@ class DiT(nn.Module):
         init.xavier(self.blocks.modules())
         init.init_output(self.modulation, self.final_layer)
         self.pos_embed.copy_(sincos_position(self.config.hidden_size, self.patch_grid))
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Embedded:
+        """The part before the blocks. Arguments as in :meth:`DiT.forward`."""
+        check_inputs(self.config, x, t, y)
+        with stage("embed"):
+            time = self.t_embedder(t)
+            cond = nn.functional.silu(time + self.y_embedder(y))
+            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))).contiguous() + self.pos_embed
+        return Embedded(tokens, time, cond)
+
+    def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """The part after the blocks: tokens (B, L, D) and the conditioning of :meth:`embed` -> (B, C or 2C, H, W)."""
+        with stage("final"):
+            return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, L, P*P*C) -> (B, C, H, W). A token holds the pixels (p q) of its patch in raster order, channels last."""
+        patch, rows = self.config.patch_size, self.patch_grid[0]
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
+
+
+class DiT(PatchTransformer):
+    """Every patch is a token of the transformer. Dense and in plain PyTorch, made for ``torch.compile``.
+
+    Args:
+        config: see :class:`DiTConfig`.
+    """
+
+    config: DiTConfig
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self._initialize()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
@@ -73,17 +117,8 @@ class DiT(nn.Module):
         Raises:
             ValueError: a shape or a label that is not accepted.
         """
-        check_inputs(self.config, x, t, y)
-        with stage("embed"):
-            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
-            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))) + self.pos_embed
+        tokens, _, cond = self.embed(x, t, y)
         with stage("transformer"):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
                 tokens = block(tokens, mod)
-        with stage("final"):
-            return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
-
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, L, P*P*C) -> (B, C, H, W). A token holds the pixels (p q) of its patch in raster order, channels last."""
-        patch, rows = self.config.patch_size, self.patch_grid[0]
-        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
+        return self.project(tokens, cond)

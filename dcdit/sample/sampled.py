@@ -1,29 +1,39 @@
-"""Which CUDA graphs a run of sampling takes."""
+"""How a run of sampling calls its model: as it is, in CUDA graphs, or cut to the width of each step."""
 
 from typing import NamedTuple
 
+from dcdit.checkpoint import Model
 from dcdit.diffusion import SamplerGraphs
 from dcdit.diffusion.graphed import WORTHWHILE
 from dcdit.graphs import ExactGraphedDenoiser, graph_obstacle
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiT, DiT, SlicedModel
+from dcdit.sample.model_calls import call_times
 from dcdit.sample.options import SamplingOptions
 
 
 class Sampled(NamedTuple):
     """How a model is sampled."""
 
-    model: DCDiT | DiT | ExactGraphedDenoiser
-    """The model, or its graphs."""
+    model: Model | ExactGraphedDenoiser | SlicedModel
+    """The model, its graphs, or its slices."""
     graph: bool | SamplerGraphs
     """For :func:`dcdit.diffusion.sample`: graphs of whole steps, which all batches of a run share."""
 
 
-def with_graphs(model: DCDiT | DiT, options: SamplingOptions) -> Sampled:
+def ready_to_sample(model: Model, options: SamplingOptions) -> Sampled:
     """The model as ``options.graph`` wants it. True: in exact mode as graphs of the model, else as graphs of the steps.
+
+    A model of dynamic width is cut to the width of each step instead.
 
     Raises:
         ValueError: graphs are asked for and cannot be.
     """
+    if not isinstance(model, DiT) and model.config.gate_shape is not None:
+        if options.graph:
+            raise ValueError(
+                f"{options.checkpoint} has another width at each step, which no graph has; leave graph out"
+            )
+        return Sampled(SlicedModel(model, call_times(options.method, options.steps)), False)
     if options.graph and isinstance(model, DCDiT) and options.budget is None:
         return Sampled(ExactGraphedDenoiser(model), False)
     obstacle = graph_obstacle(model, options.budget)
