@@ -90,14 +90,16 @@ def test_op(
     check_variant(op, variant, comparison, shape.dtype)
     benchmark.group = f"{op} {direction} {size.label}"
     time_variant(benchmark, call, shape.device)
-    device_ms = time_kernels(call, shape.device)
-    seconds = benchmark.stats.stats.median if device_ms is None else device_ms / 1e3
+    by_host = [1e3 * seconds for seconds in benchmark.stats.stats.data]
+    by_device, in_graph = time_kernels(call, shape.device), time_graph([call], shape.device)
+    times = by_host if by_device is None else by_device
+    seconds = median(times) / 1e3
     gbps = comparison.least_bytes / seconds / 1e9
     benchmark.extra_info.update(
         kind="op", op=op, direction=direction, variant=variant, label=size.label,
         batch=shape.batch, grid=list(shape.grid), width=shape.width, keep=shape.keep,
-        ms=1e3 * seconds, spread=spread(benchmark.stats.stats.data),
-        device_ms=device_ms, graph_ms=time_graph([call], shape.device),
+        ms=1e3 * seconds, spread=spread(times), by="host" if by_device is None else "device",
+        graph_ms=in_graph and median(in_graph), graph_spread=in_graph and spread(in_graph),
         bytes=comparison.least_bytes, gbps=gbps, copy_share=gbps / copy_gbps,
         flops=comparison.flops, gflops_per_s=None if comparison.flops is None else comparison.flops / seconds / 1e9,
         **counted(variant, call, shape),

@@ -35,7 +35,8 @@ PLANES = 15
 """Planes of stats."""
 
 SHRUNK_BLOCK_D = 32
-"""Channels in a tile of rows that have to be shrunk."""
+"""Most channels in a tile of rows that have to be shrunk. Narrow rows have several tiles too: with one, the compiler
+would hold those of all nine neighbours at once."""
 
 MAX_SPLITS = 128
 """Most partial sums of the weight's gradient: enough programs to fill a GPU, and little to write beside grad_q."""
@@ -325,7 +326,7 @@ def cosine2d_fwd(q: Tensor, k: Tensor, weight: Tensor, height: int, width: int) 
     config = launch.config_for("cosine2d_scalars", q.device)
     launch.launch(
         _cosine2d_prob_kernel, (cdiv(rows, config["BLOCK"]),), q, k, weight, stats, p, rows, height, width,
-        q.stride(0), k.stride(0), D=d, BLOCK_D=min(SHRUNK_BLOCK_D, next_power_of_2(d)), **config,
+        q.stride(0), k.stride(0), D=d, BLOCK_D=min(SHRUNK_BLOCK_D, max(8, next_power_of_2(d) // 4)), **config,
     )  # fmt: skip
     return p, stats
 

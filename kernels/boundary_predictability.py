@@ -34,6 +34,9 @@ from dcdit.kernels.numerics import cdiv, next_power_of_2
 MAX_SPLITS = 128
 """Most splits of one image: enough for one image to fill a GPU, few enough to combine quickly."""
 
+MIN_POSITIONS = 64
+"""Fewest positions in a split of the statistics: merging the elements of a tile costs as much as some tiles."""
+
 MIN_TILES = 4
 """Fewest tiles in a split of the backward, which writes three numbers per channel and split."""
 
@@ -65,7 +68,7 @@ def _load_shift(
     return tl.load(x_ptr + image * image_stride + offset, mask=mask, other=0.0).to(tl.float32)
 
 
-launch.set_default_configs("predictability_statistics", C={256: {"TILE": 8192, "num_warps": 8}})
+launch.set_default_configs("predictability_statistics", C={256: {"TILE": 4096, "num_warps": 4}})
 
 
 @triton.jit(do_not_specialize=["length", "tiles"])
@@ -87,19 +90,25 @@ def _predictability_statistics_kernel(
     position = split * tiles * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
 
     shift = _load_shift(x_ptr, image, channel // WIDTH, channel_mask, image_stride, outer_stride, WIDTH, CHANNELS_LAST)
-    # Welford's method in every element of the tile. Positions and channels are merged once, at the end.
-    mean = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    # Every element of the tile sums over the tiles what its later features differ by from its first. Positions and
+    # channels are merged once, at the end.
+    mask = (position < length)[:, None] & channel_mask[None, :]  # [BLOCK_P, BLOCK_C]
+    pointer = x_ptr + image * image_stride + _offsets(position, channel, outer_stride, CHANNELS_LAST)
+    first = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_P, BLOCK_C]
+    excess = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     square = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    count = tl.zeros((BLOCK_P,), dtype=tl.float32)
-    for _ in range(tiles):
-        mask = (position < length)[:, None] & channel_mask[None, :]  # [BLOCK_P, BLOCK_C]
-        pointer = x_ptr + image * image_stride + _offsets(position, channel, outer_stride, CHANNELS_LAST)
-        x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) - shift[None, :]  # [BLOCK_P, BLOCK_C]
-        count += (position < length).to(tl.float32)
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
-        square += delta * (x - mean)
+    count = tl.maximum(tl.minimum((length - position + BLOCK_P - 1) // BLOCK_P, tiles), 0).to(tl.float32)  # [BLOCK_P]
+    for _ in range(1, tiles):
         position += BLOCK_P
+        pointer += BLOCK_P * outer_stride if CHANNELS_LAST else BLOCK_P
+        mask = (position < length)[:, None] & channel_mask[None, :]
+        delta = tl.load(pointer, mask=mask, other=0.0).to(tl.float32) - first
+        delta = tl.where(mask, delta, 0.0)
+        excess += delta
+        square += delta * delta
+    part = (1.0 / tl.maximum(count, 1.0))[:, None]
+    mean = first - shift[None, :] + excess * part  # [BLOCK_P, BLOCK_C]
+    square -= excess * excess * part
 
     total = tl.sum(count, axis=0)
     channel_mean = tl.sum(mean * count[:, None], axis=0) / total  # [BLOCK_C]
@@ -375,7 +384,7 @@ def predictability_fwd(
         x, norm_weight, norm_bias, out_weight, out_bias, partial, p, stats,
         length, partial.shape[1], split_length, memory.image_stride, memory.outer_stride, eps,
         C=channels, GROUPS=num_groups, CHANNELS_LAST=memory.channels_last, DIVISOR=memory.divisor,
-        BLOCK_S=min(MAX_SPLITS, max(1, 1024 // block_g)), BLOCK_G=block_g, **config,
+        BLOCK_S=min(MAX_SPLITS, max(1, 256 // block_g)), BLOCK_G=block_g, **config,
     )  # fmt: skip
     return p, stats
 
@@ -441,7 +450,7 @@ def _statistics(x: Tensor, memory: _MemoryFormat, groups: int) -> tuple[Tensor, 
     config = dict(launch.config_for("predictability_statistics", x.device, C=channels))
     block_c = next_power_of_2(program_groups * width)
     block_p = min(MAX_POSITIONS, max(1, config.pop("TILE") // block_c))
-    tiles = cdiv(length, MAX_SPLITS * block_p)
+    tiles = max(cdiv(MIN_POSITIONS, block_p), cdiv(length, MAX_SPLITS * block_p))
     splits = cdiv(length, max(1, tiles * block_p))
     partial = launch.empty((images, splits, 2, groups), torch.float32, x.device)
     launch.launch(

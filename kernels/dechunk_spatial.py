@@ -5,7 +5,8 @@ residual_l``. The formulas are in smooth.py and plug_back.py, each with its grad
 
 Forward: index of the kept tokens (1 launch), nearest token of every position (1), smoothing (1), plug-back (1). It
 reads and writes the (L, D) grid once; between the steps there are (T, D) rows only. One of them is kept for the
-backward, the float32 difference h - s: ``h' = h - (1 - q) (h - s)`` is one multiply-add away from it.
+backward, the float32 difference h - s: ``h' = h - (1 - q) (h - s)`` is one multiply-add away from it. In inference h'
+takes its place, in the dtype of the result.
 
 Backward: g, the gradient of h', as a sum over the positions of each token (4 launches), the gradients of h and q from g
 (1), and the sums that slices of the channels left in parts (1). It reads the output gradient once.
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.nearest import KeptIndex, kept_index_fwd, nearest_fwd
-from dcdit.kernels.numerics import PROB_EPS, cdiv
+from dcdit.kernels.numerics import PROB_EPS, cdiv, widest
 from dcdit.kernels.plug_back import plug_back_bwd, plug_back_fwd
-from dcdit.kernels.smooth import smooth_bwd, smooth_fwd
+from dcdit.kernels.smooth import smooth_bwd, smooth_fwd, smoothed_fwd
 
 launch.set_default_configs("dechunk_scalar_gradients", {"BLOCK": 256, "num_warps": 4})
 
@@ -104,6 +105,19 @@ def dechunk_spatial_fwd(h: Tensor, p: Tensor, residual: Tensor | None, geometry:
     h_minus_s, c = smooth_fwd(h, index, p.shape[0], grid, sigma, radius)
     out = plug_back_fwd(h, h_minus_s, index, nearest, residual)
     return out, Saved(h_minus_s, c, nearest, index)
+
+
+def dechunk_spatial_inference(h: Tensor, p: Tensor, residual: Tensor | None, geometry: Geometry) -> Tensor:
+    """The same without what a backward needs.
+
+    Between the two passes over rows there is h' in the dtype of the result, in place of the float32 ``h - s``. So h' is
+    rounded before the residual is added, and once more after it.
+    """
+    packed_rows, _, grid, sigma, radius = geometry
+    index = kept_index_fwd(packed_rows, p, grid, h.shape[0])
+    nearest = nearest_fwd(index, grid)
+    smoothed = smoothed_fwd(h, index, p.shape[0], grid, sigma, radius, widest(h, residual))
+    return plug_back_fwd(smoothed, None, index, nearest, residual)
 
 
 def dechunk_spatial_bwd(

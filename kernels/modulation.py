@@ -44,9 +44,10 @@ launch.set_default_configs(
     "modulation_fwd",
     D={
         64: {"ROWS": 16, "PER_SM": 16, "num_warps": 1},
-        288: {"ROWS": 8, "PER_SM": 12, "num_warps": 1},
+        288: {"ROWS": 8, "PER_SM": 12, "num_warps": 1, "maxnreg": 208},
         384: {"ROWS": 4, "PER_SM": 16, "num_warps": 1},
-        1024: {"ROWS": 1, "PER_SM": 16, "num_warps": 1},
+        1024: {"ROWS": 1, "PER_SM": 16, "num_warps": 1, "maxnreg": 128},
+        2048: {"ROWS": 1, "PER_SM": 12, "num_warps": 2},
     },
 )
 

@@ -1,13 +1,14 @@
 """Gather tokens into the packed buffer and scatter them back.
 
-    gather:   out[t] = x[index[t]] + bias[index[t] mod L],  0 where index[t] = -1
+    gather:   out[t] = x[index[t]] + bias[index[t] mod L],  0 where index[t] = -1; of a shared x, x[index[t] mod L]
     scatter:  out[s] = t[packed_row[s]],  the fill value where packed_row[s] = -1
 
 Each is one pass, with one read and one write per element, and each is the backward of the other. The gradient of the
 bias is one more pass: a sum over the images in their order. A warp moves whole rows (see ``rows``), so that it reads an
 index once for each, and no row is cut into pieces of different programs.
 
-In the comments at pointers, "float" is float32, bfloat16 or float16. Without a named stride, rows are contiguous.
+In the comments at pointers, "float" is float32, bfloat16 or float16, and "any" an integer too. Without a named stride,
+rows are contiguous.
 """
 
 import torch
@@ -39,17 +40,17 @@ def _gather_part(x_ptr, bias_ptr, out_ptr, exists, kept, FIRST: tl.constexpr, N:
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def _gather_kernel(
-    x_ptr,  # (S, D) float, row stride x_stride
+    x_ptr,  # (S, D) any, (length, D) if SHARED, row stride x_stride
     index_ptr,  # (rows,) int64: row of x, -1 in padding rows
     bias_ptr,  # (length, D) float or None
     out_ptr,  # (rows, D) in x's dtype
     rows, length, x_stride,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row, exists = rows_from(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS)
     index = tl.load(index_ptr + row, mask=row < rows, other=-1)
     kept = exists & (index >= 0)
-    x, out = row_pointers(x_ptr, index, x_stride), row_pointers(out_ptr, row, D)
+    x, out = row_pointers(x_ptr, index % length if SHARED else index, x_stride), row_pointers(out_ptr, row, D)
     bias = row_pointers(bias_ptr, index % length, D)
     _gather_part(x, bias, out, exists, kept, 0, MAIN, D)
     if TAIL > 0:
@@ -67,7 +68,7 @@ launch.set_default_configs(
 
 @triton.jit(do_not_specialize=["rows"])
 def _scatter_kernel(
-    t_ptr,  # (T, D) float, row stride t_stride
+    t_ptr,  # (T, D) any, row stride t_stride
     packed_row_ptr,  # (rows,) int32: row of t, -1 where the position is not kept
     out_ptr,  # (rows, D) in t's dtype
     rows, t_stride, fill,
@@ -85,8 +86,8 @@ def _scatter_kernel(
 launch.set_default_configs(
     "gather_bias_bwd",
     D={
-        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4},
-        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4},
+        32: {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4, "maxnreg": 128},
+        1024: {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4, "maxnreg": 128},
     },
 )
 
@@ -113,24 +114,30 @@ def _bias_bwd_kernel(
     tl.store(out_ptr + row[:, None] * D + col[None, :], total, mask=inside)
 
 
-def gather_fwd(x: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
-    """(S, D) rows with a unit last stride, (T,) int64 indices (-1 is padding), contiguous (L, D) bias -> (T, D)."""
+def gather_fwd(x: Tensor, indices: Tensor, bias: Tensor | None, shared: bool = False) -> Tensor:
+    """(S, D) rows with a unit last stride, (T,) int64 indices (-1 is padding), contiguous (L, D) bias -> (T, D).
+
+    The rows of a shared x are (L, D).
+    """
     rows, d = indices.shape[0], x.shape[1]
     out = launch.empty((rows, d), x.dtype, x.device)
     config = launch.config_for("gather", x.device, D=d)
-    length = 1 if bias is None else max(bias.shape[0], 1)  # a divisor
+    table = x if shared else bias
+    length = 1 if table is None else max(table.shape[0], 1)  # a divisor
     launch.launch(
         _gather_kernel, (cdiv(rows, config["ROWS"]),), x, indices, bias, out, rows, length, x.stride(0),
-        D=d, **parts_of(d), **config,
+        D=d, **parts_of(d), SHARED=shared, **config,
     )  # fmt: skip
     return out
 
 
 def scatter_fwd(t: Tensor, packed_rows: Tensor, fill: float) -> Tensor:
-    """(T, D) rows with a unit last stride, int32 packed_rows of S positions (-1 is not kept) -> (S, D)."""
+    """(T, D) rows with a unit last stride, any dtype, int32 packed_rows of S positions (-1 is not kept) -> (S, D)."""
     rows, d = packed_rows.numel(), t.shape[1]
     out = launch.empty((rows, d), t.dtype, t.device)
     config = launch.config_for("scatter", t.device, D=d)
+    if not t.is_floating_point():
+        fill = int(fill)
     launch.launch(
         _scatter_kernel, (cdiv(rows, config["ROWS"]),), t, packed_rows, out, rows, t.stride(0), fill,
         D=d, **parts_of(d), **config,

@@ -66,8 +66,9 @@ def _load_smoothed(h_ptr, h_minus_s_ptr, q_ptr, packed_row, known, channel, h_st
 def _plug_back_part(
     h_ptr, h_minus_s_ptr, residual_ptr, out_ptr, q, known, exists, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    h = load_part(h_ptr, known, FIRST, N, D).to(tl.float32)  # [ROWS, N]
-    out = h - (1 - q) * load_part(h_minus_s_ptr, known, FIRST, N, D)
+    out = load_part(h_ptr, known, FIRST, N, D).to(tl.float32)  # [ROWS, N]
+    if h_minus_s_ptr is not None:
+        out -= (1 - q) * load_part(h_minus_s_ptr, known, FIRST, N, D)
     if residual_ptr is not None:
         out += load_part(residual_ptr, exists, FIRST, N, D).to(tl.float32)
     store_part(out_ptr, out, exists, FIRST, N, D)
@@ -75,8 +76,8 @@ def _plug_back_part(
 
 @triton.jit(do_not_specialize=["positions"])
 def _plug_back_fwd_kernel(
-    h_ptr,  # (T, D), row stride h_stride
-    h_minus_s_ptr,  # (T, D) float32
+    h_ptr,  # (T, D), row stride h_stride; h' where h_minus_s is None
+    h_minus_s_ptr,  # (T, D) float32, or None
     q_ptr,  # (T,) float32
     nearest_ptr,  # (S,) int32
     residual_ptr,  # (S, D), row stride residual_stride, or None
@@ -282,11 +283,13 @@ def _region_sum_kernel(
         tl.store(g_dot_s_ptr + tl.program_id(1).to(tl.int64) * tokens + token, tl.sum(total * (h - h_minus_s), 0))
 
 
-def plug_back_fwd(h: Tensor, h_minus_s: Tensor, index: KeptIndex, nearest: Tensor, residual: Tensor | None) -> Tensor:
+def plug_back_fwd(
+    h: Tensor, h_minus_s: Tensor | None, index: KeptIndex, nearest: Tensor, residual: Tensor | None
+) -> Tensor:
     """(T, D) tokens, float32 (T, D) ``h - s``, int32 (S,) nearest packed rows, (S, D) residual -> (S, D).
 
     h' of the nearest token plus the residual, rounded once to the wider dtype of h and residual; both have a unit last
-    stride.
+    stride. Without ``h - s``, h is h'.
     """
     positions, d = nearest.shape[0], h.shape[1]
     out = launch.empty((positions, d), widest(h, residual), h.device)

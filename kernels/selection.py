@@ -19,7 +19,11 @@ drops the overflow:
 
 So no program walks over the whole batch, as long as p is not nearly the same everywhere.
 
-In the comments at pointers, "float" is float32, bfloat16 or float16. ``positions`` is the number of entries of p.
+Tokens that always stay rank above all others: their p is replaced by a float above 1. A mask in place of p is a p of 0
+and 1, of which an image may keep nothing.
+
+In the comments at pointers, "float" is float32, bfloat16 or float16, or the uint8 of a mask. ``positions`` is the
+number of entries of p.
 """
 
 import functools
@@ -40,6 +44,7 @@ BINS = 64
 _BINS = tl.constexpr(BINS)
 _IMAGES = tl.constexpr(16)  # histograms that are read at a time
 _PROGRAMS = 128  # at most, that list candidates: each reads all histograms
+_ABOVE = tl.constexpr(2**30 - 1)  # takes the bits of a p in [0, 1] to those of a float between 1 and infinity
 
 
 @triton.jit
@@ -47,6 +52,21 @@ def _ordered(p):
     """int64 in the order of the floats, with -0.0 equal to 0.0."""
     bits = p.to(tl.float32).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
+
+
+@triton.jit
+def _load_prob(
+    p_ptr,  # (positions,) float
+    always_ptr,  # (positions,) uint8, or None
+    position, inside,
+):  # fmt: skip
+    """float32 p, 0 outside; of tokens that always stay numbers above 1, in the order of their p."""
+    p = tl.load(p_ptr + position, mask=inside, other=0).to(tl.float32)
+    if always_ptr is not None:
+        always = tl.load(always_ptr + position, mask=inside, other=0) != 0
+        bits = tl.minimum(tl.maximum(p, 0.0), 1.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF  # -0.0 is 0.0
+        p = tl.where(always, (bits + _ABOVE).to(tl.float32, bitcast=True), p)
+    return p
 
 
 @triton.jit
@@ -72,12 +92,13 @@ def _threshold_key(threshold, positions):
 @triton.jit
 def _load_sort_keys(
     p_ptr,  # float p, or int64 sort keys
+    always_ptr,  # uint8, or None
     position, stop, positions,
 ):  # fmt: skip
     if p_ptr.dtype.element_ty == tl.int64:
         return tl.load(p_ptr + position, mask=position < stop, other=_LOWEST)
     else:  # Without the else, Triton would compile both returns.
-        p = tl.load(p_ptr + position, mask=position < stop, other=0.0)
+        p = _load_prob(p_ptr, always_ptr, position, position < stop)
         return tl.where(position < stop, _sort_key(p, position, positions), _LOWEST)
 
 
@@ -100,21 +121,21 @@ def _image_bounds(
 
 
 @triton.jit
-def _count_from(p_ptr, start, stop, key, positions, BLOCK: tl.constexpr):
+def _count_from(p_ptr, always_ptr, start, stop, key, positions, BLOCK: tl.constexpr):
     """How many sort keys are at or above ``key``."""
     count = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(start, stop, BLOCK):
-        sort_key = _load_sort_keys(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
+        sort_key = _load_sort_keys(p_ptr, always_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
         count += (sort_key >= key).to(tl.int32)
     return tl.sum(count)
 
 
 @triton.jit
-def _bisect(p_ptr, start, stop, low, high, count, wanted, positions, BLOCK: tl.constexpr):
+def _bisect(p_ptr, always_ptr, start, stop, low, high, count, wanted, positions, BLOCK: tl.constexpr):
     """The key in [low, high] with ``wanted`` sort keys at or above it; at or above low there are ``count``."""
     while (count != wanted) & (low < high):
         middle = low + (high - low + 1) // 2
-        count_middle = _count_from(p_ptr, start, stop, middle, positions, BLOCK)
+        count_middle = _count_from(p_ptr, always_ptr, start, stop, middle, positions, BLOCK)
         enough = count_middle >= wanted
         count = tl.where(enough, count_middle, count)
         low = tl.where(enough, middle, low)
@@ -128,6 +149,7 @@ launch.set_default_configs("select", {"BLOCK": 1024, "num_warps": 8})
 @triton.jit(do_not_specialize=["positions", "images", "length", "budget", "max_seqlen", "shift"])
 def _select_topk_kernel(
     p_ptr,  # (positions,) float
+    always_ptr,  # (positions,) uint8: tokens that always stay; None without any
     starts_ptr,  # (images + 1,) int32; unused if not PACKED
     rho_ptr,  # (images,) float32; unused without PER_IMAGE
     topk_ptr,  # (images,) int64: writes the top-k threshold
@@ -136,7 +158,7 @@ def _select_topk_kernel(
     best_ptr,  # (images,) int64: writes the highest sort key; None without a capacity, like the next
     histogram_ptr,  # (images, BINS) int32: writes how many kept positions, but for the best, are in each bin
     positions, images, length, threshold, rho, budget, max_seqlen, shift,
-    PACKED: tl.constexpr, BUDGET: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, BUDGET: tl.constexpr, PER_IMAGE: tl.constexpr, KEEP_BEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per image: how many positions it keeps, and its top-k threshold."""
     image = tl.program_id(0)
@@ -144,27 +166,32 @@ def _select_topk_kernel(
     threshold_key = _LOWEST + 1 if BUDGET else _threshold_key(threshold, positions)
     lowest = tl.full((BLOCK,), _HIGHEST, dtype=tl.int64)  # of the sort keys above the threshold
     highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
-    natural = tl.zeros((BLOCK,), dtype=tl.int32)
+    above = tl.zeros((BLOCK,), dtype=tl.int32)
+    fixed = tl.zeros((BLOCK,), dtype=tl.int32)
     for base in range(start, stop, BLOCK):
-        sort_key = _load_sort_keys(p_ptr, base + tl.arange(0, BLOCK), stop, positions)  # [BLOCK]
+        position = base + tl.arange(0, BLOCK)  # [BLOCK]
+        sort_key = _load_sort_keys(p_ptr, always_ptr, position, stop, positions)
         lowest = tl.minimum(lowest, tl.where(sort_key >= threshold_key, sort_key, _HIGHEST))
         highest = tl.maximum(highest, sort_key)
-        natural += (sort_key >= threshold_key).to(tl.int32)
-    # If nothing is above the threshold, the best position is kept all the same.
-    best = tl.max(highest)
-    low = tl.minimum(tl.min(lowest), best)
-    count = tl.maximum(tl.sum(natural), (stop > start).to(tl.int32))
+        above += (sort_key >= threshold_key).to(tl.int32)
+        if always_ptr is not None:
+            fixed += (tl.load(always_ptr + position, mask=position < stop, other=0) != 0).to(tl.int32)
+    best, low, count = tl.max(highest), tl.min(lowest), tl.sum(above)
+    if KEEP_BEST:
+        # If nothing is above the threshold, the best position is kept all the same.
+        low, count = tl.minimum(low, best), tl.maximum(count, (stop > start).to(tl.int32))
     if BUDGET:
         wanted = tl.minimum(budget, count)
     else:
         if PER_IMAGE:
             rho = tl.load(rho_ptr + image)
         # A fraction in a tensor is not checked, because that would be a sync. So the result is clamped: 1 to count.
-        wanted = tl.minimum(tl.maximum(count - (count.to(tl.float32) * rho).to(tl.int32), 1), count)
+        chosen = count - tl.sum(fixed)
+        wanted = tl.minimum(tl.maximum(count - (chosen.to(tl.float32) * rho).to(tl.int32), 1), count)
     if excess_ptr is not None:
         tl.store(excess_ptr + image, tl.maximum(wanted - max_seqlen, 0))
         wanted = tl.minimum(wanted, max_seqlen)
-    topk_threshold = _bisect(p_ptr, start, stop, low, best + 1, count, wanted, positions, BLOCK)
+    topk_threshold = _bisect(p_ptr, always_ptr, start, stop, low, best + 1, count, wanted, positions, BLOCK)
     tl.store(topk_ptr + image, topk_threshold)
     tl.store(length_ptr + image, wanted)
     if histogram_ptr is not None:
@@ -174,15 +201,16 @@ def _select_topk_kernel(
         tl.debug_barrier()  # before other threads of the program count
         for base in range(start, stop, BLOCK):
             position = base + tl.arange(0, BLOCK)  # [BLOCK]
-            sort_key = _load_sort_keys(p_ptr, position, stop, positions)
+            sort_key = _load_sort_keys(p_ptr, always_ptr, position, stop, positions)
             droppable = (sort_key >= topk_threshold) & (sort_key < best)
-            p = tl.load(p_ptr + position, mask=droppable, other=0.0)
+            p = _load_prob(p_ptr, always_ptr, position, droppable)
             tl.atomic_add(histogram_ptr + _bin(p, threshold, shift), 1, mask=droppable, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["positions", "images", "length", "capacity", "shift"])
 def _select_candidates_kernel(
     p_ptr,  # (positions,) float
+    always_ptr,  # (positions,) uint8: tokens that always stay; None without any
     starts_ptr,  # (images + 1,) int32; unused if not PACKED
     topk_ptr,  # (images,) int64: top-k threshold
     length_ptr,  # (images,) int32: positions that the image keeps without a capacity
@@ -238,8 +266,8 @@ def _select_candidates_kernel(
         topk_threshold, best = tl.load(topk_ptr + image), tl.load(best_ptr + image)
         for first in range(start, stop, BLOCK):
             position = first + tl.arange(0, BLOCK)  # [BLOCK]
-            sort_key = _load_sort_keys(p_ptr, position, stop, positions)
-            p = tl.load(p_ptr + position, mask=position < stop, other=0.0)
+            sort_key = _load_sort_keys(p_ptr, always_ptr, position, stop, positions)
+            p = _load_prob(p_ptr, always_ptr, position, position < stop)
             candidate = (sort_key >= topk_threshold) & (sort_key < best)
             candidate = candidate & (_bin(p, threshold, shift) == bin_of_cut)
             index = listed + tl.cumsum(candidate.to(tl.int32), 0) - 1
@@ -250,6 +278,7 @@ def _select_candidates_kernel(
 @triton.jit(do_not_specialize=["positions", "images", "length"])
 def _select_raise_kernel(
     p_ptr,  # (positions,) float
+    always_ptr,  # (positions,) uint8: tokens that always stay; None without any
     starts_ptr,  # (images + 1,) int32; unused if not PACKED
     topk_ptr,  # (images,) int64: top-k threshold, raised in place
     length_ptr,  # (images,) int32: writes how many positions the image keeps
@@ -267,22 +296,23 @@ def _select_raise_kernel(
     highest = tl.full((BLOCK,), _LOWEST, dtype=tl.int64)
     for base in range(0, candidates, BLOCK):
         index = base + tl.arange(0, BLOCK)  # [BLOCK]
-        sort_key = _load_sort_keys(candidate_ptr, index, candidates, positions)
+        sort_key = _load_sort_keys(candidate_ptr, None, index, candidates, positions)
         lowest = tl.minimum(lowest, tl.where(index < candidates, sort_key, _HIGHEST))
         highest = tl.maximum(highest, sort_key)
     cut = _bisect(
-        candidate_ptr, 0, candidates, tl.min(lowest), tl.max(highest) + 1, candidates, tl.load(cut_ptr + 1),
+        candidate_ptr, None, 0, candidates, tl.min(lowest), tl.max(highest) + 1, candidates, tl.load(cut_ptr + 1),
         positions, BLOCK,
     )  # fmt: skip
     start, stop = _image_bounds(starts_ptr, image, images, length, positions, PACKED)
-    topk_threshold = tl.minimum(tl.maximum(tl.load(topk_ptr + image), cut), tl.load(best_ptr + image))
+    topk_threshold = tl.maximum(tl.load(topk_ptr + image), tl.minimum(cut, tl.load(best_ptr + image)))
     tl.store(topk_ptr + image, topk_threshold)
-    tl.store(length_ptr + image, _count_from(p_ptr, start, stop, topk_threshold, positions, BLOCK))
+    tl.store(length_ptr + image, _count_from(p_ptr, always_ptr, start, stop, topk_threshold, positions, BLOCK))
 
 
 @triton.jit(do_not_specialize=["positions", "images", "length", "rows"])
 def _select_compact_kernel(
     p_ptr,  # (positions,) float
+    always_ptr,  # (positions,) uint8: tokens that always stay; None without any
     starts_ptr,  # (images + 1,) int32; unused if not PACKED
     topk_ptr,  # (images,) int64: top-k threshold
     length_ptr,  # (images,) int32: positions that the image keeps
@@ -325,11 +355,14 @@ def _select_compact_kernel(
     threshold_key = _threshold_key(threshold, positions)
     for base in range(start, stop, BLOCK):
         position = base + tl.arange(0, BLOCK)  # [BLOCK]
-        sort_key = _load_sort_keys(p_ptr, position, stop, positions)
+        sort_key = _load_sort_keys(p_ptr, None, position, stop, positions)
+        natural = sort_key >= threshold_key
+        if always_ptr is not None:
+            sort_key = _load_sort_keys(p_ptr, always_ptr, position, stop, positions)
         keep = sort_key >= topk_threshold
         packed_row = prefix_count + tl.cumsum(keep.to(tl.int32), 0) - 1
         tl.store(mask_ptr + position, keep, mask=position < stop)
-        tl.store(natural_ptr + position, sort_key >= threshold_key, mask=position < stop)
+        tl.store(natural_ptr + position, natural, mask=position < stop)
         tl.store(packed_row_ptr + position, tl.where(keep, packed_row, -1), mask=position < stop)
         tl.store(index_ptr + packed_row, position, mask=keep & (packed_row < rows))
         prefix_count += tl.sum(keep.to(tl.int32))
@@ -349,8 +382,13 @@ def select_fwd(
     budget: int | None,
     capacity: int | None,
     max_seqlen: int | None,
+    always: Tensor | None,
+    keep_best: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Contiguous (B, L) p, or (S,) with int32 (B + 1,) cu_seqlens; float32 (B,) rho_per_image replaces rho.
+
+    p may be the uint8 of a mask. always is the contiguous uint8 of a mask of tokens that rank above all others.
+    Without keep_best, an image in which nothing is above the threshold keeps nothing.
 
     Returns:
         indices (rows,) int64, cu_seqlens (B + 1,), lengths (B,) int32, mask and natural_mask bool and packed_rows int32
@@ -374,24 +412,24 @@ def select_fwd(
     source = p if cu_seqlens is None else cu_seqlens
     config = launch.config_for("select", device)
     launch.launch(
-        _select_topk_kernel, (images,), p, source, p if rho_per_image is None else rho_per_image, topk, lengths,
+        _select_topk_kernel, (images,), p, always, source, p if rho_per_image is None else rho_per_image, topk, lengths,
         excess, best, histogram, positions, images, length, threshold, rho, budget or 0, max_seqlen or 0, shift,
-        PACKED=packed, BUDGET=budget is not None, PER_IMAGE=rho_per_image is not None, **config,
+        PACKED=packed, BUDGET=budget is not None, PER_IMAGE=rho_per_image is not None, KEEP_BEST=keep_best, **config,
     )  # fmt: skip
     if limited:
         candidates = launch.empty((positions,), torch.int64, device)
         cut = launch.empty((2,), torch.int32, device)
         launch.launch(
-            _select_candidates_kernel, (max(1, min(images, _PROGRAMS)),), p, source, topk, lengths, excess, best,
-            histogram, candidates, cut, overflow, positions, images, length, threshold, capacity, shift,
+            _select_candidates_kernel, (max(1, min(images, _PROGRAMS)),), p, always, source, topk, lengths, excess,
+            best, histogram, candidates, cut, overflow, positions, images, length, threshold, capacity, shift,
             PACKED=packed, **config,
         )  # fmt: skip
         launch.launch(
-            _select_raise_kernel, (images,), p, source, topk, lengths, best, candidates, cut,
+            _select_raise_kernel, (images,), p, always, source, topk, lengths, best, candidates, cut,
             positions, images, length, PACKED=packed, **config,
         )  # fmt: skip
     launch.launch(
-        _select_compact_kernel, (images + 1,), p, source, topk, lengths,
+        _select_compact_kernel, (images + 1,), p, always, source, topk, lengths,
         indices, starts, mask, natural, packed_rows, sizes, excess, overflow,
         positions, images, length, rows, threshold, PACKED=packed, CAPACITY=limited, **config,
     )  # fmt: skip

@@ -5,8 +5,9 @@ of the same image within ``radius`` rows and columns:
 
     Z_i = sum_j K_ij q_j        s_i = sum_j K_ij q_j h_j / (Z_i + 1e-8)        h'_i = q_i h_i + (1 - q_i) s_i
 
-Forward leaves ``h_i - s_i`` and ``c_i = (1 - q_i) / (Z_i + 1e-8)``. Backward gets g, the gradient of h'. K is
-symmetric, so ``v_i = sum_j K_ij c_j g_j`` over the other tokens j is another smoothing, and with it
+Forward leaves ``h_i - s_i`` and ``c_i = (1 - q_i) / (Z_i + 1e-8)``, or h' alone where there is no backward. Backward
+gets g, the gradient of h'. K is symmetric, so ``v_i = sum_j K_ij c_j g_j`` over the other tokens j is another
+smoothing, and with it
 
     dh_i = q_i ((1 + c_i) g_i + v_i)
     dq_i = <(1 + c_i) g_i, h_i - s_i> + <v_i, h_i> - sum_j K_ij c_j <g_j, s_j>, again over the other tokens j.
@@ -183,14 +184,14 @@ def _smooth_fwd_kernel(
     row_ptr,  # (T,) int32
     col_ptr,  # (T,) int32
     q_ptr,  # (T,) float32
-    h_minus_s_ptr,  # (T, D) float32, written
-    c_ptr,  # (T,) float32, written
+    out_ptr,  # (T, D), written: float32 h - s, or h' in any float dtype without c
+    c_ptr,  # (T,) float32, written, or None
     height, width, bands, strips,  # H, W, and the blocks down and across a grid
     tokens, radius, h_stride, exponent_scale,  # tokens: T
     D: tl.constexpr, BAND_H: tl.constexpr, STRIP_W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, LINES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program writes ``h - s`` and c of the kept tokens of one block, for one slice of the channels."""
+    """A program writes ``h - s`` and c, or h', of the kept tokens of one block, for one slice of the channels."""
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     top, packed_row, kept = _load_block_tokens(prefix_ptr, 0, height, width, bands, strips, BM, BAND_H, STRIP_W)
     for begin in tl.range(0, kept, BM, disable_licm=True):
@@ -208,10 +209,12 @@ def _smooth_fwd_kernel(
         q = tl.load(q_ptr + packed_row, mask=real, other=0.0)  # [BM]
         norm_of_others = total + _ROW_EPS
         norm = norm_of_others + q
-        h_minus_s = (h * norm_of_others[:, None] - acc) / norm[:, None]
-        tl.store(h_minus_s_ptr + buffer_row * D + channel[None, :], h_minus_s, mask=inside)
-        if tl.program_id(1) == 0:
+        out = (h * norm_of_others[:, None] - acc) / norm[:, None]
+        if c_ptr is None:
+            out = h - (1 - q)[:, None] * out
+        elif tl.program_id(1) == 0:
             tl.store(c_ptr + packed_row, (1 - q) / norm, mask=real)
+        tl.store(out_ptr + buffer_row * D + channel[None, :], out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["height", "width", "bands", "strips", "tokens", "parts", "radius"])
@@ -275,16 +278,32 @@ def smooth_fwd(
 
     Rows of padding tokens stay unwritten.
     """
+    h_minus_s = launch.empty(tuple(h.shape), torch.float32, h.device)
+    c = launch.empty((h.shape[0],), torch.float32, h.device)
+    _launch_fwd(h, h_minus_s, c, index, images, grid, sigma, radius)
+    return h_minus_s, c
+
+
+def smoothed_fwd(
+    h: Tensor, index: KeptIndex, images: int, grid: tuple[int, int], sigma: float, radius: int, dtype: torch.dtype
+) -> Tensor:
+    """h', (T, D), rounded to a dtype. Rows of padding tokens stay unwritten."""
+    smoothed = launch.empty(tuple(h.shape), dtype, h.device)
+    _launch_fwd(h, smoothed, None, index, images, grid, sigma, radius)
+    return smoothed
+
+
+def _launch_fwd(
+    h: Tensor, out: Tensor, c: Tensor | None, index: KeptIndex, images: int, grid: tuple[int, int], sigma: float,
+    radius: int,
+) -> None:  # fmt: skip
     tokens, d = h.shape
-    h_minus_s = launch.empty((tokens, d), torch.float32, h.device)
-    c = launch.empty((tokens,), torch.float32, h.device)
     config = launch.config_for("smooth_bf16" if h.dtype == torch.bfloat16 else "smooth_float32", h.device, D=d)
     bands, strips = _blocks(grid, config)
     launch.launch(
-        _smooth_fwd_kernel, (images * bands * strips, cdiv(d, config["BLOCK_D"])), h, *index, h_minus_s, c,
+        _smooth_fwd_kernel, (images * bands * strips, cdiv(d, config["BLOCK_D"])), h, *index, out, c,
         *grid, bands, strips, tokens, radius, h.stride(0), _exponent_scale(sigma), D=d, **config,
     )  # fmt: skip
-    return h_minus_s, c
 
 
 def smooth_bwd(

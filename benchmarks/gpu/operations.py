@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.figures import interval, times, warnings
+from benchmarks.gpu.figures import figure, interval, times, warnings
 from benchmarks.gpu.lines import Lines
 from benchmarks.gpu.setting import Setting
 from benchmarks.harness.equality import TOLERANCE, check_equal
@@ -53,7 +53,8 @@ class OperationCases:
         try:
             rounds = time_graphs(sides, self.setting.device, self.setting.seconds)
         except NotCapturableError as error:
-            by_events = {side: time_kernels(calls[0], self.setting.device) for side, calls in sides.items()}
+            measured = {side: time_kernels(calls[0], self.setting.device) for side, calls in sides.items()}
+            by_events = {side: ms and figure(ms) for side, ms in measured.items()}
             ours = time_graphs({OURS: sides[OURS]}, self.setting.device, self.setting.seconds / 2)
             return {**found, "by": "events", "why": str(error), "event_ms": by_events, "ms": times(ours)}
         ratio = rounds.ratio(PLAIN, OURS)

@@ -233,8 +233,8 @@ def _operations(found: Found, group: Group) -> list[str]:
             events = line["event_ms"]
             both = all(events.values())
             row += [
-                _number(1e3 * events["torch.compile"] if both else None, ".2f"),
-                _number(events["torch.compile"] / events["dcdit"] if both else None, ".2f"),
+                _figure(events["torch.compile"], ".2f", 1e3) if both else _number(None, ".2f"),
+                _number(events["torch.compile"]["median"] / events["dcdit"]["median"] if both else None, ".2f"),
             ]
             notes.append(f"- {case}: {line['why']}; both sides timed by events, dcdit's own time in a graph.")
         rows.append([*row, line["by"]])

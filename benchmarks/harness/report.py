@@ -227,7 +227,7 @@ def _op_table(rows: Sequence[Row], others: Sequence[str]) -> str:
                 _number(ours["gbps"], ".1f"),
                 _number(ours["copy_share"], ".0%"),
                 _number(ours["gflops_per_s"], ".1f"),
-                _number(ours["graph_ms"], ".3f"),
+                _number(ours["graph_ms"], ".3f") + (f" ±{ours['graph_spread']:.0%}" if ours["graph_ms"] else ""),
                 _mebibytes(ours["peak_bytes"]),
                 _mebibytes(variants.get("plain", {}).get("peak_bytes")),
                 _number(ours["launches"], "d"),

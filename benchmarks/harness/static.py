@@ -8,6 +8,7 @@ reaches from one block into the next, so nothing is lost.
 import contextlib
 import math
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def choose_sdpa(config: DiTConfig, batch: int, device: torch.device, dtype: torc
     found = {}
     for backend in SDPA:
         with sdpa_kernel(backend), contextlib.suppress(RuntimeError):  # not every kernel takes every head dimension
-            ms = time_kernels(lambda: F.scaled_dot_product_attention(q, k, v), device)
-            found[backend] = ms if ms is not None else math.inf
+            times = time_kernels(lambda: F.scaled_dot_product_attention(q, k, v), device)
+            found[backend] = math.inf if times is None else median(times)
     if found:
         fastest = min(found, key=lambda backend: found[backend])
         for backend, enable in SDPA.items():

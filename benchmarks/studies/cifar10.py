@@ -70,7 +70,7 @@ def configs(
 def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real: Features | None) -> dict[str, Any]:
     """All measurements of one trained run, made with its averaged weights."""
     model = load_model(config.run.out)
-    found = measure_losses(config, model)
+    found = {**run_facts(config), **measure_losses(config, model)}
     labels = torch.arange(samples) % 10
     pixels = _draw(model, labels)
     found["sheet"] = pixels[:40].tolist()
@@ -80,23 +80,29 @@ def measure(config: TrainConfig, samples: int, extractor: nn.Module | None, real
     return found
 
 
+def run_facts(config: TrainConfig) -> dict[str, Any]:
+    """How far a run went, and its records of held-out losses and spent FLOPs."""
+    trainer = read_trainer(config.run.out)
+    return {
+        "steps": trainer["step"],
+        "images": trainer["step"] * config.optim.batch_size,
+        "training_flops": trainer["flops"],
+        "log": [record for record in read_log(config) if "val_loss_ema" in record or "flops" in record],
+    }
+
+
 @torch.inference_mode()
 def measure_losses(config: TrainConfig, model: Model) -> dict[str, Any]:
-    """What can be measured of a trained run without drawing samples."""
+    """Losses, cost and routing of a trained model on the images of ``config.data`` that none has seen."""
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
-    trainer = read_trainer(config.run.out)
     x0, y = held_out(config, HELD_OUT)
     drops = DROPS if isinstance(model, DCDiT) else (None,)
     by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
     found: dict[str, Any] = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "steps": trainer["step"],
-        "images": trainer["step"] * config.optim.batch_size,
-        "training_flops": trainer["flops"],
         "loss": {str(rho): float(torch.tensor(levels).mean()) for rho, (levels, _) in by_drop.items()},
         "loss_by_level": {str(rho): levels for rho, (levels, _) in by_drop.items()},
         "gflops": {str(rho): flops / 1e9 for rho, (_, flops) in by_drop.items()},
-        "log": [record for record in read_log(config) if "val_loss_ema" in record or "flops" in record],
     }
     if isinstance(model, DCDiT):
         found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
@@ -169,6 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         results[name] = json.loads(file.read_text())
     conditions = {
         **{name: getattr(args, name) for name in ("samples", "reference", "flops")},
+        "title": "CIFAR-10 at equal training compute",
+        "spent": f"{args.flops:.3g} training FLOPs (three forwards a step, counted from the tokens that were kept) on "
+        "the same data with the same recipe (`benchmarks/studies/cifar10.yaml`)",
+        "caution": "A budget this small shows what happens early in training and nothing about convergence.",
         "steps": SAMPLING_STEPS,
         "levels": NOISE_LEVELS,
         "held_out": HELD_OUT,

@@ -20,8 +20,8 @@ def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Pa
 
     Args:
         results: run name ("<model>-<seed>") -> what was measured of it.
-        conditions: of the study: ``flops``, ``samples``, ``reference``, ``steps``, ``levels``, ``held_out``,
-            ``machine`` and ``command``.
+        conditions: of the study: ``title``, ``spent`` (by every run), ``caution``, ``samples``, ``reference``,
+            ``steps``, ``levels``, ``held_out``, ``machine`` and ``command``.
     """
     out.mkdir(parents=True, exist_ok=True)
     _plot_losses(results, conditions["levels"], out / "losses.png")
@@ -43,11 +43,9 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
     models = list(dict.fromkeys(map(_model, results)))
     first = next(iter(results.values()))
     parts = [
-        "# CIFAR-10 at equal training compute",
-        f"Every run spent {conditions['flops']:.3g} training FLOPs (three forwards a step, counted from the tokens "
-        "that were kept) on the same data with the same recipe (`benchmarks/studies/cifar10.yaml`). Losses are of "
-        f"{conditions['held_out']} test images at {len(conditions['levels'])} noise levels, the same noise for all, "
-        "averaged weights. A budget this small shows what happens early in training and nothing about convergence.",
+        f"# {conditions['title']}",
+        f"Every run spent {conditions['spent']}. Losses are of {conditions['held_out']} images that none has seen at "
+        f"{len(conditions['levels'])} noise levels, the same noise for all, averaged weights. {conditions['caution']}",
         f"Machine: {conditions['machine']}. Command: `{conditions['command']}`.",
         "## Runs",
         _table(results, ["parameters", "steps", "images seen", "GFLOPs/forward", "held-out loss"], _run_cells),
@@ -61,7 +59,7 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
         parts += [
             "## Samples",
             f"{conditions['samples']} images of each run ({conditions['steps']} Euler steps, no guidance, classes in "
-            f"turn) against {conditions['reference']:,} test images. FID at this n is mostly bias: compare it with the "
+            f"turn) against {conditions['reference']:,} real images. FID at this n is mostly bias: compare it with the "
             "last row, which is of equally many real images.",
             _table(
                 {**results, "real images": {"evaluation": {"figures": floor}}},

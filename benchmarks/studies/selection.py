@@ -149,7 +149,8 @@ def models(start: str) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def measure(config: TrainConfig) -> dict[str, Any]:
     """The losses, the routing and the course of a run."""
-    return {**cifar10.measure_losses(config, load_model(config.run.out)), "course": read_log(config)}
+    measured = cifar10.measure_losses(config, load_model(config.run.out))
+    return {**cifar10.run_facts(config), **measured, "course": read_log(config)}
 
 
 def write_page(results: Results, conditions: dict[str, Any], out: Path) -> Path:

@@ -60,7 +60,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     first = create_model(config.model.name, num_classes=10, **config.model.overrides)
     trained = load_model(config.run.out)
     assert isinstance(first, DCDiT) and isinstance(trained, DCDiT)
-    found = cifar10.measure_losses(config, trained)
+    found = {**cifar10.run_facts(config), **cifar10.measure_losses(config, trained)}
     scales = {"start": branch_scales(first, config), "end": branch_scales(trained, config)}
     return {**found, "scales": scales, "course": read_log(config)}
 

@@ -5,7 +5,16 @@
 """
 
 from dcdit.checkpoint.foreign import read_state_dict
-from dcdit.checkpoint.model import Model, architecture_of, class_names_in, load_weights, save_model
+from dcdit.checkpoint.model import (
+    FORMAT,
+    Model,
+    architecture_of,
+    class_names_in,
+    load_weights,
+    model_notes,
+    save_model,
+    set_notes,
+)
 from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
     CHECKPOINTS,
@@ -32,6 +41,7 @@ from dcdit.checkpoint.run import (
 __all__ = [
     "CHECKPOINTS",
     "EMA_FILE",
+    "FORMAT",
     "MODEL_FILE",
     "OPTIMIZER_FILE",
     "TRAINER_FILE",
@@ -50,6 +60,7 @@ __all__ = [
     "load_static_dit",
     "load_weights",
     "model_file",
+    "model_notes",
     "optimizer_tensors",
     "read_class_names",
     "read_metadata",
@@ -59,4 +70,5 @@ __all__ = [
     "run_folder",
     "save_checkpoint",
     "save_model",
+    "set_notes",
 ]

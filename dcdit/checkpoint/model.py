@@ -52,8 +52,7 @@ def save_model(
 def write_model(path: Path, model: Model, state: Tensors | None, notes: Mapping[str, str] | None) -> None:
     """Write the file of :func:`save_model`, but under its final name from the start and without looking at weights."""
     metadata = {
-        **({} if model.objective is None else {"objective": model.objective}),
-        **_kept_share_note(model),
+        **model_notes(model),
         **(notes or {}),
         "format": FORMAT,
         "architecture": architecture_of(model),
@@ -78,24 +77,34 @@ def load_model_file(path: Path) -> Model:
     with torch.device("meta"):
         model = _build(architecture, config, path)
     load_weights(model, weights, path, assign=True)
-    notes = read_file_metadata(path)
-    model.objective = notes.get("objective")
-    if isinstance(model, DCDiT) and "kept_share" in notes:
-        model.kept_share = _read_kept_share(notes["kept_share"], path)
+    set_notes(model, read_file_metadata(path), path)
     return model.eval()
 
 
-def _kept_share_note(model: Model) -> dict[str, str]:
-    if not isinstance(model, DCDiT) or model.kept_share is None:
-        return {}
-    return {"kept_share": json.dumps(asdict(model.kept_share))}
+def model_notes(model: Model) -> dict[str, str]:
+    """What a model knows about itself beside its weights and its configuration, as metadata of a file."""
+    notes = {} if model.objective is None else {"objective": model.objective}
+    if isinstance(model, DCDiT) and model.kept_share is not None:
+        notes["kept_share"] = json.dumps(asdict(model.kept_share))
+    return notes
 
 
-def _read_kept_share(text: str, path: Path) -> KeptShare:
+def set_notes(model: Model, notes: Mapping[str, str], source: str | Path) -> None:
+    """The inverse of :func:`model_notes`; other notes are not looked at.
+
+    Args:
+        source: of the notes, for the message of the ValueError that a damaged one causes.
+    """
+    model.objective = notes.get("objective")
+    if isinstance(model, DCDiT) and "kept_share" in notes:
+        model.kept_share = _read_kept_share(notes["kept_share"], source)
+
+
+def _read_kept_share(text: str, source: str | Path) -> KeptShare:
     try:
         return from_mapping(KeptShare, parse_json(text, "kept_share"), "kept_share")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: its kept_share is {short(text)}: {error}") from None
+        raise ValueError(f"{source} is damaged: its kept_share is {short(text)}: {error}") from None
 
 
 def read_model_file(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:

@@ -61,7 +61,7 @@ def dry_run(settings: TrainConfig, resume: str | None = None) -> str:
     """
     settings = placed(settings, resume)
     check_folder(settings, resume)
-    data = create_dataset(settings.data, "train", settings.optim.seed)
+    data = create_dataset(settings.data, "train", settings.optim.seed, settings.model.num_classes)
     with torch.device("meta"):
         model = create_model(**model_arguments(settings.model, data))
     check_fit(data, model)

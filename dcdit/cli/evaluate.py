@@ -20,6 +20,7 @@ from dcdit.evaluate.measure import evaluate_images
 from dcdit.evaluate.report import METRICS, METRICS_KEYS, PICTURE, REPORT, write_report
 from dcdit.evaluate.weights import find_weights
 from dcdit.sample.drawing import load_for_sampling
+from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.plan import make_plans
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import claimed
@@ -116,6 +117,7 @@ def _sample(
         channels = model.config.in_channels
         raise ValueError(f"{options.checkpoint} makes latents of {channels} channels; --vae decodes them")
     check_fit(options, model)
+    ensure_kept_share(model, options, torch.arange(model.config.num_classes, device=device), progress=False)
     (plan,) = make_plans(options, model)
     named = dataclasses.replace(options, checkpoint=args.checkpoint)
     settings = SampleSettings(named, weights.sha256, args.num, plan.name)
@@ -156,6 +158,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     images = {"--images": args.images, "--reference": args.reference}
     if args.extractor is not None:
         check_output_folder(Path(args.cache))
+        check_not_read(Path(args.cache), images)
     check_own(out, METRICS, METRICS_KEYS, (REPORT, PICTURE))
     check_not_read(out, images)
     if args.checkpoint is not None:

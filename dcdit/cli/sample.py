@@ -18,6 +18,7 @@ from dcdit.cli.sampling_options import (
 )
 from dcdit.models import SlicedModel
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
+from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import CostTarget
 from dcdit.sample.output import RECORD, check_folder, describe, describe_run, write_images
 from dcdit.sample.plan import Plan, make_plans
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         check_dynamic(options, model, "--report")
         importlib.import_module("matplotlib")  # if it is missing, say so before the work
     sampled = ready_to_sample(model, options)  # if there can be none, say so before the work
+    ensure_kept_share(model, options, labels.to(device))
     plans = make_plans(options, model, labels.to(device))
     if options.target is not None:
         _print_choice(plans[0])
@@ -113,8 +115,9 @@ def run(args: argparse.Namespace) -> None:
         if drawn.first_image is not None:
             first_images.append(drawn.first_image)
         kept = f", kept {entry['kept']:.1%} of the tokens" if "kept" in entry else ""
+        lost = f", lost {entry['overflow']} of them to the capacity" if "overflow" in entry else ""
         cost = f"{entry['tflops_per_image']:.4g} TFLOPs and {entry['seconds_per_image']:.3g} s per image"
-        print(f"{files[0]}: {len(labels)} images{kept}, {cost}")
+        print(f"{files[0]}: {len(labels)} images{kept}{lost}, {cost}")
     if args.report:
         from dcdit.sample.report import write_report
 

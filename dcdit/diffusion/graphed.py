@@ -5,14 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from dcdit.diffusion.guidance import Seen
-from dcdit.diffusion.step import Branches, SamplerStep
+from dcdit.diffusion.guidance import Guided
+from dcdit.diffusion.step import Branches, SamplerStep, Taken
 from dcdit.graphs.safety import FixedModel, graph_obstacle
 from dcdit.utils import cuda
 
-TakeStep = Callable[[Branches], tuple[Tensor, Tensor, list[Seen]]]
+TakeStep = Callable[[Branches], Taken]
 """What a :class:`SamplerStep` is called as."""
 WORTHWHILE = 20
 """Steps from which on a run is captured without being asked: a capture takes the time of about four of them."""
@@ -22,7 +20,8 @@ class SamplerGraphs:
     """The captured steps of sampling runs, which :func:`dcdit.diffusion.sample` uses again in its next call.
 
     A graph holds all of a step: both branches of guidance, the drop fractions, the model, the update and the noise. It
-    is captured once for each kind of work: shapes, method, guidance scale, budget, and which branches are computed.
+    is captured once for each kind of work: shapes, method, guidance scale, budget or capacity, and which branches are
+    computed.
     Labels, seeds, drop schedules and the numbers of the sampler are read from memory, so they may change between calls.
     All graphs share one pool of memory. The models are kept alive. What a graph forbids stands in :mod:`dcdit.graphs`.
 
@@ -42,7 +41,7 @@ class SamplerGraphs:
         self._runs: dict[tuple[Any, ...], _Run] = {}
         self._pool: cuda.Pool | None = None
 
-    def adopt(self, step: SamplerStep, model: Callable[..., Any]) -> TakeStep:
+    def adopt(self, step: SamplerStep) -> TakeStep:
         """What to call in place of a step: it replays the graph of equal work, and the run moves to its memory.
 
         The tensors that it returns are overwritten by its next call.
@@ -51,8 +50,9 @@ class SamplerGraphs:
             ValueError: the model cannot be captured, or has changed since it was.
             CaptureError: the capture failed.
         """
+        model = step.guided.model
         captured = captured_model(model)
-        if obstacle := obstacle_of(model, step.sizes):
+        if obstacle := obstacle_of(step.guided):
             raise ValueError(obstacle)
         key = (id(captured), getattr(model, "observes", None), *step.work())
         run = self._runs.pop(key, None)
@@ -82,22 +82,22 @@ class _Run:
         for mine, new in zip(self.step.tensors(), step.tensors(), strict=True):
             mine.copy_(new)
 
-    def __call__(self, branches: Branches) -> tuple[Tensor, Tensor, list[Seen]]:
+    def __call__(self, branches: Branches) -> Taken:
         graph = self.graphs.get(branches)
         if graph is None and not self.failed:
             graph = self._capture(branches)
         if graph is None:
             return self.step(branches)
         graph.replay()
-        return graph.outputs
+        taken: Taken = graph.outputs
+        return taken
 
     def _capture(self, branches: Branches) -> cuda.Captured | None:
         """The steps of the warm-up are taken back, also where the capture fails."""
-        state = self.step.x, self.step.number
-        before = [tensor.clone() for tensor in state]
+        before = [tensor.clone() for tensor in self.step.state]
 
         def undo() -> None:
-            for tensor, value in zip(state, before, strict=True):
+            for tensor, value in zip(self.step.state, before, strict=True):
                 tensor.copy_(value)
 
         what, device = f"a step of {self.step.method}", self.step.x.device
@@ -120,6 +120,6 @@ def captured_model(model: Callable[..., Any]) -> Any:
     return getattr(model, "model", model) if hasattr(model, "observe") else model
 
 
-def obstacle_of(model: Callable[..., Any], sizes: dict[str, int]) -> str | None:
+def obstacle_of(guided: Guided) -> str | None:
     """Why sampling with this model cannot be captured; None if it can."""
-    return graph_obstacle(captured_model(model), **sizes)
+    return graph_obstacle(captured_model(guided.model), guided.budget, guided.capacity)

@@ -1,20 +1,20 @@
 """Classifier-free guidance (arXiv 2207.12598) with both branches in one forward pass."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dcdit.diffusion.schedule import TRAIN_STEPS
-from dcdit.utils.modules import accepts_keyword, name_of
+from dcdit.utils.modules import accepts_keyword, name_of, unwrap_model
 
 Fraction = float | Tensor | Callable[[float], float]
 """rho: a number, a tensor (B,) with one for each image, or a function of the time in [0, 1] (1 is noise)."""
 Seen = dict[str, Tensor]
-"""What a model says about one of its calls."""
+"""What a model says about one of its calls. With a capacity also how many tokens it lost to that: ``overflow``."""
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ def guided(
     interval: tuple[float, float] | None = None,
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
-    capacity: int | None = None,
+    capacity: int | Literal["auto"] | None = None,
 ) -> "Guided":
     """The model with fixed labels, guidance and budget: a function ``(x, t) -> output``.
 
@@ -56,7 +56,8 @@ def guided(
             time in [0, 1]. A pair gives (conditional, null) their own, which is Lite-CFG (arXiv 2603.06351: up to 0.9
             for the null branch).
         budget: kept tokens per image of a dynamic model.
-        capacity: packed tokens of a call of a dynamic model, both branches together.
+        capacity: packed tokens of a call of a dynamic model, both branches together. "auto" plans them with
+            ``model.plan_capacity``, for calls with one branch and with both, at the times that drop least.
 
     Raises:
         ValueError: an option out of range, a missing null class, or a budget option that this model does not take.
@@ -77,9 +78,11 @@ def guided(
                 f"{name} is {value} but {name_of(model)} takes none; accepted: a dynamic model such as DCDiT"
             )
     labels = y if null_class is None else torch.cat([y, torch.full_like(y, null_class)])
-    sizes = {name: value for name, value in (("budget", budget), ("capacity", capacity)) if value is not None}
+    if capacity == "auto" and not hasattr(unwrap_model(model), "plan_capacity"):
+        raise ValueError(f"capacity is 'auto' but {name_of(model)} plans none; accepted: a number, or a DCDiT")
     span = check_interval(interval)
-    return Guided(model, labels, y.shape[0], scale, channels, span, drop_fraction, sizes, isinstance(model, Observed))
+    observed = isinstance(model, Observed)
+    return Guided(model, labels, y.shape[0], scale, channels, span, drop_fraction, budget, capacity, observed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +91,6 @@ class Guided:
 
     Args:
         labels: (B,), or (2B,) with the null class for the second half.
-        sizes: the options of the model that make its shapes static.
         observed: whether the model is :class:`Observed`.
     """
 
@@ -99,13 +101,19 @@ class Guided:
     channels: int | str
     interval: tuple[float, float]
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None
-    sizes: dict[str, int]
+    budget: int | None
+    capacity: int | Literal["auto"] | None
     observed: bool
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """The guided output for x (B, C, H, W) at a time from 1000 (noise) to 0."""
+        return self.at(x, t)[0]
+
+    def at(self, x: Tensor, t: float) -> tuple[Tensor, Seen | None]:
+        """The same, and what the model says about the call; see :meth:`call`."""
         both = self.both(t)
-        return self.call(x, torch.full((), t, device=x.device), both, self.fractions(t, both))[0]
+        time = torch.full((), t, device=x.device)
+        return self.call(x, time, both, self.fractions(t, both), self.sizes(both, [t]))
 
     def both(self, t: float) -> bool:
         """Whether a call at this time computes both branches."""
@@ -141,19 +149,37 @@ class Guided:
             ]
         )
 
-    def call(self, x: Tensor, t: Tensor, both: bool, rho: float | Tensor | None) -> tuple[Tensor, Seen | None]:
-        """The guided output, and what the model says about the call if it can (:class:`Observed`).
+    def sizes(self, both: bool, times: Iterable[float]) -> dict[str, int]:
+        """The options of the model that make the shapes of its calls static, for calls at any of these times."""
+        if self.capacity != "auto":
+            given = {"budget": self.budget, "capacity": self.capacity}
+            return {name: value for name, value in given.items() if value is not None}
+        rows = 2 * self.images if both else self.images
+        fractions = [self.fractions(t, both) for t in times]
+        dropped = [[rho or 0.0] * rows if not isinstance(rho, Tensor) else rho.tolist() for rho in fractions]
+        plan = unwrap_model(self.model).plan_capacity(rows, [min(of_row) for of_row in zip(*dropped, strict=True)])
+        return {"capacity": plan.capacity, "max_seqlen": plan.max_seqlen}
+
+    def call(
+        self, x: Tensor, t: Tensor, both: bool, rho: float | Tensor | None, sizes: dict[str, int]
+    ) -> tuple[Tensor, Seen | None]:
+        """The guided output, and what the model says about the call: all it can (:class:`Observed`), else how many
+        tokens it lost to a capacity.
 
         Args:
-            t: () time. both, rho: of this call, see :meth:`both` and :meth:`fractions`.
+            t: () time. both, rho, sizes: of this call, see :meth:`both`, :meth:`fractions` and :meth:`sizes`.
         """
         rows = 2 * self.images if both else self.images
-        options: dict[str, Any] = self.sizes if rho is None else {**self.sizes, "drop_fraction": rho}
+        options: dict[str, Any] = sizes if rho is None else {**sizes, "drop_fraction": rho}
         inputs = torch.cat([x, x]) if both else x, t.expand(rows), self.labels[:rows]
+        seen: Seen | None = None
         if self.observed:
             out, seen = self.model.observe(*inputs, **options)  # type: ignore[attr-defined]
+        elif self.capacity is not None and accepts_keyword(self.model, "return_routing"):
+            out, routing = self.model(*inputs, **options, return_routing=True)
+            seen = {"overflow": routing.selection.overflow}
         else:
-            out, seen = self.model(*inputs, **options), None
+            out = self.model(*inputs, **options)
         if not both:
             return out, seen
         conditional, null = out[: self.images], out[self.images :]

@@ -1,7 +1,9 @@
 """From labels to samples."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from dcdit.diffusion.guidance import Fraction, Guided, guided
 from dcdit.diffusion.noise import ImageNoise
 from dcdit.diffusion.samplers import Chain, Step
 from dcdit.diffusion.schedule import space_timesteps
+from dcdit.diffusion.schedulers import SchedulerRun
 from dcdit.diffusion.step import SamplerStep
 from dcdit.utils.modules import dtype_of, evaluating, name_of, unwrap_model
 
@@ -27,6 +30,7 @@ def sample(
     num_steps: int | str = 250,
     method: str = "ddpm",
     *,
+    scheduler: Any = None,
     shape: tuple[int, int, int] | None = None,
     cfg_scale: float = 1.0,
     cfg_channels: int | str = 3,
@@ -34,7 +38,7 @@ def sample(
     null_class: int | None = None,
     drop_fraction: Fraction | tuple[Fraction, Fraction] | None = None,
     budget: int | None = None,
-    capacity: int | None = None,
+    capacity: int | Literal["auto"] | None = None,
     eta: float = 0.0,
     clip: bool = False,
     seed: int = 0,
@@ -52,12 +56,17 @@ def sample(
         model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`DCDiT`, a :class:`DiT` or any function.
         labels: (B,) integer classes.
         num_steps: 1 to 1000, or ``"ddimN"``, for ddpm and ddim (see :func:`space_timesteps`); any positive number for
-            euler and heun. Heun calls the model twice per step.
+            euler, heun and schedulers. Heun calls the model twice per step.
         method: one of :data:`METHODS`. It must fit the objective that trained the model: ddpm and ddim fit
             :class:`DiTObjective`, euler and heun :class:`FlowMatchingObjective`. A model that says what trained it, as
             those of :func:`dcdit.checkpoint.load_model` do in ``model.objective``, is checked.
+        scheduler: one of diffusers (DDIM, DPM-Solver++, UniPC, flow-match Euler, ...) to use instead of a method. It
+            must fit the objective as a method must, and its configuration decides what ``clip`` would. Noise that it
+            adds in a step is that of the seed and the index, too.
         shape: (C, H, W) of a sample; taken from ``model.config`` if None.
-        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`.
+        cfg_scale, cfg_channels, cfg_interval, drop_fraction, budget, capacity: see :func:`guided`. If a capacity was
+            too small, a warning at the end says how many tokens were lost. A model that records its calls
+            (:class:`dcdit.sample.ModelCalls`) gets the numbers instead.
         null_class: label of the unconditional branch; taken from ``model.config`` if None.
         eta: noise of ddim.
         clip: clamp the expected clean data to [-1, 1] at every step of ddpm or ddim: for pixels, not for latents.
@@ -75,44 +84,102 @@ def sample(
         ValueError: an option that is not accepted, or that this model or method does not take.
         CaptureError: a graph was asked for and its capture failed.
     """
+    objective, source = getattr(unwrap_model(model), "objective", None), name_of(model)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
-    check_method(method, getattr(unwrap_model(model), "objective", None), name_of(model))
+    if scheduler is None:
+        check_method(method, objective, source)
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; accepted: (B,), integer")
     config = getattr(unwrap_model(model), "config", None)
     if shape is None:
         if config is None:
-            raise ValueError(f"shape is None and {name_of(model)} has no config; accepted: (C, H, W)")
+            raise ValueError(f"shape is None and {source} has no config; accepted: (C, H, W)")
         shape = (config.in_channels, *config.grid)
     if null_class is None and config is not None and config.class_dropout_prob > 0:
         null_class = config.num_classes
-    chain = _chain(method, num_steps, eta, clip)
+    if scheduler is None:
+        chain = _chain(method, num_steps, eta, clip)
+    else:
+        _refuse_beside_scheduler(method, clip, graph)
+        generators = _generators(seed, first_index, len(labels))
+        run = SchedulerRun(scheduler, num_steps, objective, source, eta, generators)
     calls = guided(model, labels, cfg_scale, null_class, cfg_channels, cfg_interval, drop_fraction, budget, capacity)
     dtype = torch.promote_types(dtype_of(model), torch.float32)
     noise = ImageNoise(seed, first_index, labels.shape[0], shape, labels.device, dtype)
+    if scheduler is not None:
+        x, overflow = _sample_by_scheduler(run, calls, noise, progress, callback)
+        _warn_of_overflow(calls, overflow, len(run.times))
+        return x
     step = SamplerStep(chain, calls, noise, dtype)
-    x = step.x
+    x, overflow = step.x, step.overflow
     with evaluating(model), progress_bar(len(chain.times), progress, "sampling", "step") as advance:
-        take, overwrites = _take_step(step, calls, graph)
+        take, overwrites = _take_step(step, graph)
         for number, (times, branches) in enumerate(zip(chain.times, step.branches, strict=True)):
-            x, x0, seen = take(branches)
-            for noted in seen:
+            x, x0, seen, overflow = take(branches)
+            for noted in seen if calls.observed else ():
                 model.record(_copied(noted) if overwrites else noted)  # type: ignore[attr-defined]
             advance()
             if callback is not None:
                 callback(Step(number, times[0], x.clone() if overwrites else x, x0.clone() if overwrites else x0))
+    _warn_of_overflow(calls, overflow, len(chain.times))
     return x.clone() if overwrites else x
 
 
-def _take_step(step: SamplerStep, calls: Guided, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
+def _sample_by_scheduler(
+    run: SchedulerRun, calls: Guided, noise: ImageNoise, progress: bool, callback: Callable[[Step], object] | None
+) -> tuple[Tensor, Tensor]:
+    overflow = torch.zeros((), dtype=torch.int64, device=calls.labels.device)
+
+    def model(x: Tensor, time: float) -> Tensor:
+        out, seen = calls.at(x, time)
+        if calls.observed:
+            calls.model.record(seen)  # type: ignore[attr-defined]
+        elif seen is not None:
+            overflow.add_(seen["overflow"])
+        return out
+
+    x = run.start(noise(torch.zeros((), dtype=torch.int64, device=calls.labels.device)))
+    with evaluating(calls.model), progress_bar(len(run.times), progress, "sampling", "step") as advance:
+        for number, time in enumerate(run.times):
+            x, x0 = run.step(number, model, x)
+            advance()
+            if callback is not None:
+                callback(Step(number, time, x, x0))
+    return x, overflow
+
+
+def _refuse_beside_scheduler(method: str, clip: bool, graph: bool | SamplerGraphs | None) -> None:
+    for name, value, default in (("method", method, "ddpm"), ("clip", clip, False), ("graph", graph or False, False)):
+        if value != default:
+            raise ValueError(f"{name} is {value!r} beside a scheduler, which takes its place; accepted: leave one out")
+
+
+def _generators(seed: int, first_index: int, count: int) -> list[torch.Generator]:
+    """One for each image, on the CPU: the noise of an image depends on neither the batch nor the device."""
+    return [
+        torch.Generator().manual_seed((seed * 2**32 + index) % 2**63)
+        for index in range(first_index, first_index + count)
+    ]
+
+
+def _take_step(step: SamplerStep, graph: bool | SamplerGraphs | None) -> tuple[TakeStep, bool]:
     """What takes a step, and whether it overwrites its results: a graph, or the step itself."""
-    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(calls.model, calls.sizes)):
+    if graph is None and (len(step.branches) < WORTHWHILE or obstacle_of(step.guided)):
         graph = False
     if graph is False:
         return step, False
     graphs = graph if isinstance(graph, SamplerGraphs) else SamplerGraphs(optional=graph is None)
-    return graphs.adopt(step, calls.model), True
+    return graphs.adopt(step), True
+
+
+def _warn_of_overflow(calls: Guided, overflow: Tensor, steps: int) -> None:
+    if calls.capacity is not None and not calls.observed and int(overflow) > 0:
+        text = (
+            f"capacity={calls.capacity!r} was too small: {int(overflow)} tokens, those of the lowest p, were dropped "
+            f"in {steps} steps"
+        )
+        warnings.warn(text, stacklevel=4)
 
 
 def _copied(noted: dict[str, Tensor]) -> dict[str, Tensor]:

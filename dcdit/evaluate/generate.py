@@ -57,6 +57,7 @@ class SampleSettings:
             "drop": self.drop,
             "null_drop_fraction": options.null_drop_fraction,
             "budget": options.budget,
+            "capacity": options.capacity,
             "cfg_scale": options.cfg_scale,
             "cfg_interval": None if options.cfg_interval is None else list(options.cfg_interval),
             "seed": options.seed,
@@ -76,6 +77,7 @@ class SamplingCost:
             :func:`dcdit.models.count_flops` counts.
         tflops_null: the part of the unconditional branch, 0 without guidance.
         kept: mean fraction of the positions that the conditional branch kept; None for a static model.
+        overflow: tokens that a capacity dropped, over all calls of both branches; None without one.
         calls: the same of each model call, see :meth:`dcdit.sample.model_calls.ModelCalls.records`.
     """
 
@@ -83,6 +85,7 @@ class SamplingCost:
     tflops_null: float
     kept: float | None
     calls: list[CallRecord]
+    overflow: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -91,7 +94,10 @@ class SamplingCost:
     def of(cls, calls: list[CallRecord]) -> "SamplingCost":
         null = sum(call.get("gflops_null", 0.0) for call in calls) / 1e3
         kept = [call["kept"] for call in calls if "kept" in call]
-        return cls(tflops_per_image(calls), null, sum(kept) / len(kept) if kept else None, calls)
+        lost = [call["overflow"] for call in calls if "overflow" in call]
+        return cls(
+            tflops_per_image(calls), null, sum(kept) / len(kept) if kept else None, calls, sum(lost) if lost else None
+        )
 
 
 def generate(
@@ -109,7 +115,7 @@ def generate(
     """Draw ``settings.num`` images into ``out/samples.npz``, ADM's format.
 
     Every batch becomes a file as soon as it is drawn. Batches that an earlier run left are not drawn again. The images
-    do not depend on the number of processes, nor on the batch size except for rounding.
+    do not depend on the number of processes, nor on the batch size except for rounding and for what a capacity drops.
 
     Args:
         drop: the budget that ``settings.drop`` names.

@@ -74,8 +74,9 @@ def _cost_line(settings: SampleSettings, cost: SamplingCost) -> str:
     options = settings.options
     budget = settings.drop if options.budget is None else f"budget {options.budget}"
     kept = "" if cost.kept is None else f", {budget}, {cost.kept:.1%} of the positions kept"
+    lost = "" if cost.overflow is None else f", {cost.overflow:.4g} tokens per image lost to the capacity"
     null = "" if not cost.tflops_null else f", {cost.tflops_null:.4g} of them for the unconditional branch"
     return (
         f"Sampling: {settings.num:,} images, {options.steps} steps of {options.method}, guidance "
-        f"{options.cfg_scale:g}{kept}: {cost.tflops:.4g} TFLOPs per image (2 per multiply-add){null}."
+        f"{options.cfg_scale:g}{kept}{lost}: {cost.tflops:.4g} TFLOPs per image (2 per multiply-add){null}."
     )

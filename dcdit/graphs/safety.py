@@ -1,7 +1,7 @@
 """When a model may be captured, and whether a graph still fits the model that it was captured from."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from dcdit.ops.attention_kernels import choose_attention_backend
 from dcdit.utils.cuda import has_graphs
 
 
-def graph_obstacle(model: object, budget: int | None = None, capacity: int | None = None) -> str | None:
+def graph_obstacle(
+    model: object, budget: int | None = None, capacity: int | Literal["auto"] | None = None
+) -> str | None:
     """Why forward passes of a model cannot be captured with these options; None if they can.
 
     They can if the model is a module in evaluation mode on a CUDA device, without hooks and without sharded weights

@@ -46,7 +46,7 @@ class FastRouting:
         filled = None if inference_params is None else _prefilled(inference_params, mask)
         q, k = self.q_proj_layer(hidden_states), self.k_proj_layer(hidden_states)
         with without_autocast(q):
-            p = ops.boundary_prob_cosine(q, k, None if cu_seqlens is None else cu_seqlens.int())
+            p = ops.boundary_prob_cosine(q, k, cu_seqlens)
         boundary_mask = p > THRESHOLD
         if mask is not None:
             boundary_mask = boundary_mask & mask
@@ -74,7 +74,7 @@ class FastChunk:
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, int | None, Tensor | None]:  # fmt: skip
         _need_one(cu_seqlens, mask)
-        sel = _selection(boundary_mask, None if cu_seqlens is None else cu_seqlens.int())
+        sel = ops.select_from_mask(boundary_mask, cu_seqlens)
         chunks = ops.gather_tokens(hidden_states, sel)
         if cu_seqlens is not None:
             return chunks, sel.cu_seqlens.to(cu_seqlens.dtype), sel.max_seqlen, None
@@ -100,10 +100,10 @@ class FastDeChunk:
         if inference_params is not None and mask is None:
             raise ValueError("a prefill needs the mask of its tokens")
         if cu_seqlens is None:
-            sel = _selection(boundary_mask, None)
+            sel = ops.select_from_mask(boundary_mask)
             chunks = hidden_states.flatten(0, 1)[_rows(sel, hidden_states.shape[1])]
         else:
-            sel, chunks = _selection(boundary_mask, _starts(boundary_mask, cu_seqlens)), hidden_states
+            sel, chunks = ops.select_from_mask(boundary_mask, _starts(boundary_mask, cu_seqlens)), hidden_states
         wanted = chunks if inference_params is None else upcast(chunks)
         out = ops.dechunk_ema(wanted, boundary_prob[..., -1], sel)
         if inference_params is not None:
@@ -157,10 +157,6 @@ def _prediction(router: Any, p: Tensor, boundary_mask: Tensor) -> Any:
     )
 
 
-def _selection(boundary_mask: Tensor, cu_seqlens: Tensor | None) -> ops.TokenSelection:
-    return ops.select_tokens(boundary_mask.float(), cu_seqlens, THRESHOLD)
-
-
 def _rows(sel: ops.TokenSelection, longest: int) -> Tensor:
     """(T,) int64: the row of each chunk in a padded batch (B * longest, D)."""
     image = torch.div(sel.indices, sel.mask.shape[1], rounding_mode="floor").long()
@@ -168,5 +164,5 @@ def _rows(sel: ops.TokenSelection, longest: int) -> Tensor:
 
 
 def _starts(boundary_mask: Tensor, next_cu_seqlens: Tensor) -> Tensor:
-    """int32 (B+1,) of the tokens, from that of the chunks: the first token of every sequence opens a chunk."""
-    return torch.searchsorted(boundary_mask.cumsum(0), next_cu_seqlens.long() + 1).int()
+    """int64 (B+1,) of the tokens, from that of the chunks: the first token of every sequence opens a chunk."""
+    return torch.searchsorted(boundary_mask.cumsum(0), next_cu_seqlens.long() + 1)

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcdit.models import init
 from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_capacity
@@ -62,17 +64,29 @@ class BlockStates(NamedTuple):
     """The packed tokens (T, D) after each block."""
 
 
-class Encoded(NamedTuple):
-    """What a forward pass knows before the tokens are selected."""
+class Embedded(NamedTuple):
+    """What a forward pass knows before the encoder."""
 
-    time: Tensor
-    """(B, D): embedding of the timestep, that of the first block with ``separate_embedders``."""
     cond: Tensor
     """(B, D): SiLU of the conditioning; (depth, B, D) with ``separate_embedders``."""
     conv_cond: Tensor
     """(B, D): the same for encoder and decoder."""
     tokens: Tensor
+    """(B, L, D/4)."""
+    time: Tensor
+    """(B, D): embedding of the timestep, that of the first block with ``separate_embedders``."""
+
+
+class Encoded(NamedTuple):
+    """What a forward pass knows before the tokens are selected."""
+
+    cond: Tensor
+    conv_cond: Tensor
+    """Both as in :class:`Embedded`."""
+    tokens: Tensor
     """(B, L, D): the encoder's output."""
+    time: Tensor
+    """As in :class:`Embedded`."""
     prob: Tensor
     """(B, L) float32: of the router."""
 
@@ -107,6 +121,10 @@ class DCDiT(nn.Module):
     kept_share: KeptShare | None = None
     """What the router keeps of an image, as :func:`dcdit.sample.measure_kept_share` found it; None if nobody measured.
     ``capacity="auto"`` needs it."""
+    gradient_checkpointing: bool = False
+    """Whether a backward pass computes the activations of the transformer's blocks anew, instead of keeping them."""
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+    """Calls a block so. The names of both are those of diffusers, which sets them."""
     pos_embed: Tensor
 
     def __init__(self, config: DCDiTConfig) -> None:
@@ -222,6 +240,13 @@ class DCDiT(nn.Module):
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Encoded:
         """The part before the selection: no shape depends on what is kept. Arguments as in :meth:`forward`."""
+        embedded = self.embed(x, t, y)
+        with stage("encoder"):
+            tokens = self.encoder(embedded.tokens, self.config.grid, embedded.conv_cond)
+        return self.route(embedded._replace(tokens=tokens))
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Embedded:
+        """The conditioning and the embedded pixels or latents. Arguments as in :meth:`forward`."""
         check_inputs(self.config, x, t, y)
         with stage("embed"):
             time = self.t_embedder(t)
@@ -231,11 +256,12 @@ class DCDiT(nn.Module):
             outer, adaptor = of_first_block(embedded), self.cond_adaptor
             conv_cond = of_first_block(cond) if adaptor is None else F.silu(adaptor(outer))
             x = x.to(dtype_of(self.x_embedder), memory_format=torch.channels_last)
-            tokens = to_tokens(self.x_embedder(x))
-        with stage("encoder"):
-            tokens = self.encoder(tokens, self.config.grid, conv_cond)
+            return Embedded(cond, conv_cond, to_tokens(self.x_embedder(x)), of_first_block(time))
+
+    def route(self, embedded: Embedded) -> Encoded:
+        """The router's probabilities for the encoder's output, which ``embedded.tokens`` (B, L, D) is by now."""
         with stage("router"):
-            return Encoded(of_first_block(time), cond, conv_cond, tokens, self.router(tokens))
+            return Encoded(*embedded, self.router(embedded.tokens))
 
     def prepare(self, encoded: Encoded, masked: bool = True, gate_noise: Tensor | None = None) -> Prepared:
         """What the part after the selection needs and the selection has no part in.
@@ -271,16 +297,32 @@ class DCDiT(nn.Module):
             outputs: the packed tokens after each block are appended to it.
             blocks: smaller ones to take in place of the model's own.
         """
-        grid = self.config.grid
+        tokens = self.transform_and_dechunk(encoded, prepared, packed, sel, padding, outputs, blocks)
+        with stage("decoder"):
+            tokens = self.decoder(tokens, self.config.grid, encoded.conv_cond)
+        return self.project(tokens, encoded.cond)
+
+    def transform_and_dechunk(
+        self,
+        encoded: Encoded,
+        prepared: Prepared,
+        packed: Tensor,
+        sel: TokenSelection,
+        padding: bool,
+        outputs: list[Tensor] | None = None,
+        blocks: Sequence[nn.Module] | None = None,
+    ) -> Tensor:
+        """From the kept tokens back to the grid, (B, L, D): the decoder's input. Arguments as in :meth:`decode`."""
         with stage("transformer"):
             varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding)
             packed = self.transform(packed, prepared.modulation, varlen, outputs, prepared.gates, blocks)
         with stage("dechunk"):
-            tokens = self.dechunk(packed, encoded.prob, sel, prepared.residual)
-        with stage("decoder"):
-            tokens = self.decoder(tokens, grid, encoded.conv_cond)
+            return self.dechunk(packed, encoded.prob, sel, prepared.residual)
+
+    def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """The final layer: the decoder's output (B, L, D/4) and the conditioning -> (B, 2C, H, W)."""
         with stage("final"):
-            return to_grid(self.final_layer(tokens, of_first_block(encoded.cond)), grid).contiguous()
+            return to_grid(self.final_layer(tokens, of_first_block(cond)), self.config.grid).contiguous()
 
     def plan_capacity(self, batch: int, drop_fraction: float | Sequence[float] | Tensor = 0.0) -> Capacity:
         """The static sizes for ``batch`` images on this device, by ``kept_share``: :func:`dcdit.models.plan_capacity`.
@@ -314,10 +356,12 @@ class DCDiT(nn.Module):
         It appends the tokens after each block to ``outputs``, masks what ``gates`` close, and takes ``blocks`` in place
         of its own.
         """
-        widths = [{}] * len(modulation) if gates is None else [{"widths": widths} for widths in gates.of_blocks()]
+        widths = [()] * len(modulation) if gates is None else [(widths,) for widths in gates.of_blocks()]
         pending: PendingResidual | None = None
-        for block, mod, options in zip(self.blocks if blocks is None else blocks, modulation, widths, strict=True):
-            tokens, pending = block(tokens, pending, mod, varlen, **options)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block, mod, width in zip(self.blocks if blocks is None else blocks, modulation, widths, strict=True):
+            inputs = (tokens, pending, mod, varlen, *width)
+            tokens, pending = self._gradient_checkpointing_func(block, *inputs) if recompute else block(*inputs)
             if outputs is not None:
                 outputs.append(gated_add(tokens, pending.branch, pending.gate, varlen.cu_seqlens))
         assert pending is not None

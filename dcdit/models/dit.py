@@ -1,11 +1,12 @@
 """The static DiT baseline (arXiv 2212.09748)."""
 
 import math
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dcdit.models import init
 from dcdit.models.conditioning import create_embedders, create_modulation
@@ -22,17 +23,6 @@ from dcdit.nn.memory_format import to_tokens
 from dcdit.utils.modules import dtype_of
 
 
-class Embedded(NamedTuple):
-    """What the blocks read."""
-
-    tokens: Tensor
-    """(B, L, D)"""
-    time: Tensor
-    """(B, D): the timestep alone; (depth, B, D) with ``separate_embedders``."""
-    cond: Tensor
-    """(B, D): SiLU of the conditioning; (depth, B, D) with ``separate_embedders``."""
-
-
 class PatchTransformer(nn.Module):
     """The parts of a transformer on patches, dense and in plain PyTorch. A subclass initialises and runs them.
 
@@ -43,6 +33,10 @@ class PatchTransformer(nn.Module):
     pos_embed: Tensor
     objective: str | None = None
     """What trained the weights, "dit" or "flow"; None if that is not known. Sampling checks its method against it."""
+    gradient_checkpointing: bool = False
+    """Whether a backward pass computes the activations of the blocks anew, instead of keeping them."""
+    _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+    """Calls a block so. The names of both are those of diffusers, which sets them."""
 
     def __init__(self, config: DiTConfig | DyDiTConfig) -> None:
         super().__init__()
@@ -70,17 +64,17 @@ class PatchTransformer(nn.Module):
         init.init_output(self.modulation, self.final_layer)
         self.pos_embed.copy_(sincos_position(self.config.hidden_size, self.patch_grid))
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Embedded:
-        """The part before the blocks. Arguments as in :meth:`DiT.forward`."""
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches (B, L, D) with their positions, and SiLU of the conditioning. Arguments as in ``forward``."""
         check_inputs(self.config, x, t, y)
         with stage("embed"):
-            time = self.t_embedder(t)
-            cond = nn.functional.silu(time + self.y_embedder(y))
-            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))).contiguous() + self.pos_embed
-        return Embedded(tokens, time, cond)
+            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
+            # The norms of the blocks read tokens whose channels lie side by side.
+            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))).contiguous()
+            return tokens + self.pos_embed, cond
 
     def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """The part after the blocks: tokens (B, L, D) and the conditioning of :meth:`embed` -> (B, C or 2C, H, W)."""
+        """The final layer: what the blocks return and the conditioning -> (B, 2C, H, W)."""
         with stage("final"):
             return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
 
@@ -117,8 +111,9 @@ class DiT(PatchTransformer):
         Raises:
             ValueError: a shape or a label that is not accepted.
         """
-        tokens, _, cond = self.embed(x, t, y)
+        tokens, cond = self.embed(x, t, y)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with stage("transformer"):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
-                tokens = block(tokens, mod)
+                tokens = self._gradient_checkpointing_func(block, tokens, mod) if recompute else block(tokens, mod)
         return self.project(tokens, cond)

@@ -1,5 +1,6 @@
 """DyDiT: a DiT whose width follows the timestep, and whose MLPs skip tokens (arXiv 2410.03456)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,9 +8,9 @@ from torch import Tensor, nn
 
 from dcdit import ops
 from dcdit.models.config import DyDiTConfig
-from dcdit.models.dit import Embedded, PatchTransformer
+from dcdit.models.dit import PatchTransformer
 from dcdit.models.slices import SlicedBlocks
-from dcdit.nn import DenseDiTBlock, Gates, Modulation, TokenGate, WidthGates, stage
+from dcdit.nn import DenseDiTBlock, Gates, Modulation, TokenGate, WidthGates, Widths, stage
 from dcdit.nn.embedding import of_first_block
 from dcdit.nn.gates import token_mask
 
@@ -65,49 +66,52 @@ class DyDiT(PatchTransformer):
         """
         if complete and (return_gates or gate_noise is not None or sliced is not None):
             raise ValueError("complete is True, which uses no gates; leave gate_noise, return_gates and sliced out")
-        embedded = self.embed(x, t, y)
+        tokens, cond = self.embed(x, t, y)
+        with stage("transformer"):
+            modulation = self.modulation(cond)
         if complete:
-            tokens, gates = self._complete(embedded), None
+            tokens, gates = self._complete(tokens, modulation), None
         elif sliced is None:
-            tokens, gates = self._masked(embedded, gate_noise)
+            tokens, gates = self._masked(tokens, modulation, t, gate_noise)
         else:
-            tokens, gates = self._sliced(embedded, sliced)
-        out = self.project(tokens, embedded.cond)
+            tokens, gates = self._sliced(tokens, modulation, sliced)
+        out = self.project(tokens, cond)
         return (out, gates) if return_gates and gates is not None else out
 
-    def _complete(self, embedded: Embedded) -> Tensor:
-        tokens = embedded.tokens
+    def _complete(self, tokens: Tensor, modulation: list[Modulation]) -> Tensor:
+        call = self._caller()
         with stage("transformer"):
-            for block, mod in zip(self.blocks, self.modulation(embedded.cond), strict=True):
-                tokens = block(tokens, mod)
+            for block, mod in zip(self.blocks, modulation, strict=True):
+                tokens = call(block, tokens, mod)
         return tokens
 
-    def _masked(self, embedded: Embedded, noise: Tensor | None) -> tuple[Tensor, Gates]:
-        tokens, masks = embedded.tokens, []
+    def _masked(
+        self, tokens: Tensor, modulation: list[Modulation], t: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Gates]:
+        call, masks = self._caller(), []
         width_noise, token_noise = self._split(noise, len(tokens))
         with stage("transformer"):
-            gates = self.width_gates(of_first_block(embedded.time), width_noise)
-            layers: Any = zip(
-                self.blocks, self.token_gates, self.modulation(embedded.cond), gates.of_blocks(), strict=True
-            )
+            gates = self.width_gates(of_first_block(self.t_embedder(t)), width_noise)
+            layers = zip(self.blocks, self.token_gates, modulation, gates.of_blocks(), strict=True)
             for number, (block, token_gate, mod, widths) in enumerate(layers):
-                tokens = block.attend(tokens, mod, widths.heads)
-                mask = token_mask(token_gate(tokens, None if token_noise is None else token_noise[:, number]))
-                tokens = tokens + mask[..., None].to(tokens.dtype) * block.mlp_branch(tokens, mod, widths.groups)
+                drawn = None if token_noise is None else token_noise[:, number]
+                tokens, mask = call(_masked_block, block, token_gate, tokens, mod, widths, drawn)
                 masks.append(mask)
         return tokens, gates._replace(tokens=torch.stack(masks, 1))
 
     @torch.no_grad()
-    def _sliced(self, embedded: Embedded, sliced: SlicedBlocks) -> tuple[Tensor, Gates]:
-        tokens, masks = embedded.tokens, []
-        with stage("transformer"):
-            modulation = self.modulation(embedded.cond)
+    def _sliced(self, tokens: Tensor, modulation: list[Modulation], sliced: SlicedBlocks) -> tuple[Tensor, Gates]:
+        masks = []
         for block, token_gate, mod in zip(sliced.blocks, self.token_gates, modulation, strict=True):
             with stage("transformer"):
                 tokens = block.attend(tokens, mod)
-            mask = _mlp_on_some(tokens, block, token_gate, mod)
-            masks.append(mask)
+            masks.append(_mlp_on_some(tokens, block, token_gate, mod))
         return tokens, sliced.gates_of(len(tokens))._replace(tokens=torch.stack(masks, 1).float())
+
+    def _caller(self) -> Callable[..., Any]:
+        """What calls the computation of a block."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self._gradient_checkpointing_func if recompute else _call
 
     def _split(self, noise: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None]:
         """The noise of the widths (B, depth, n) and of the tokens (B, depth, L)."""
@@ -118,6 +122,17 @@ class DyDiT(PatchTransformer):
             raise ValueError(f"gate_noise has shape {tuple(noise.shape)}; accepted: {shape}")
         count = noise.shape[2] - self.config.tokens
         return noise[..., :count], noise[..., count:]
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _masked_block(
+    block: nn.Module, token_gate: nn.Module, tokens: Tensor, mod: Modulation, widths: Widths, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A block that masks what is closed: tokens (B, L, D), and the gates of its MLP (B, L)."""
+    return block(tokens, mod, widths, lambda x: token_mask(token_gate(x, noise)))
 
 
 def _mlp_on_some(tokens: Tensor, block: DenseDiTBlock, token_gate: nn.Module, mod: Modulation) -> Tensor:

@@ -40,7 +40,8 @@ def init_patch_embed(conv: nn.Conv2d) -> None:
     bound = (6 / (conv.weight[0].numel() + conv.out_channels)) ** 0.5
     # Numbers are drawn in the order of memory. So they are drawn in one memory format, whatever that of the weight is.
     drawn = torch.empty_like(conv.weight, memory_format=torch.contiguous_format)
-    conv.weight.copy_(nn.init.uniform_(drawn, -bound, bound))
+    nn.init.uniform_(drawn, -bound, bound)  # returns nothing while diffusers loads a model, which skips it
+    conv.weight.copy_(drawn)
     zero(conv.bias)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,10 +120,26 @@ class DenseDiTBlock(DiTBlockBase):
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(out if heads is None else mask_dense(out, heads))
 
-    def forward(self, x: Tensor, mod: Modulation) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x = self.attend(x, mod)
-        return x + self.mlp_branch(x, mod)
+    def forward(
+        self,
+        x: Tensor,
+        mod: Modulation,
+        widths: Widths | None = None,
+        mlp_mask: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
+        """(B, L, D) -> (B, L, D).
+
+        Args:
+            widths: heads and groups whose gate is 0 are computed and masked.
+            mlp_mask: gives the gates (B, L) of the tokens in front of the MLP; where one is 0, what the MLP adds is
+                masked. These gates are then returned, too.
+        """
+        x = self.attend(x, mod, None if widths is None else widths.heads)
+        branch = self.mlp_branch(x, mod, None if widths is None else widths.groups)
+        if mlp_mask is None:
+            return x + branch
+        mask = mlp_mask(x)
+        return x + mask[..., None].to(x.dtype) * branch, mask
 
     def attend(self, x: Tensor, mod: Modulation, heads: Tensor | None = None) -> Tensor:
         """The first half of a block, (B, L, D) -> (B, L, D). Heads whose gate (B, H) is 0 are computed and masked."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.nn.dit_block import DiTBlockBase
-from dcdit.nn.plain import is_plain
+from dcdit.nn.plain import is_plain, runs_only_forward
 
 Pattern = tuple[bool, ...]
 """Which gates of a block are open."""
@@ -30,10 +30,12 @@ class BlockSlicer(Generic[Block]):
         name: of the block, for the message.
 
     Raises:
-        ValueError: a layer that does more than multiply by its weights, e.g. an adapter.
+        ValueError: a hook, or a layer that does more than multiply by its weights, e.g. an adapter.
     """
 
     def __init__(self, block: Block, name: str) -> None:
+        if not runs_only_forward(block):
+            raise ValueError(f"{name} has hooks, which its slices would not run; remove them first")
         for layer in ("qkv", "proj", "fc1", "fc2"):
             if not is_plain(getattr(block, layer), nn.Linear):
                 raise ValueError(

@@ -75,6 +75,7 @@ def attend(
     """:func:`varlen_attention` of checked arguments, outside of autocast."""
     name = kernel_for(q, cu_seqlens, backend)
     if name is not None:
+        checks.check_int32(f"attention backend {name!r}", cu_seqlens=cu_seqlens)
         if not padding:
             return attention_kernels.run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal)
         # The kernels do not write padding rows of outputs and gradients. They may read v past the end of a sequence

@@ -17,7 +17,7 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
 
     Args:
         q, k: (B, L, D), or packed (S, D) with ``cu_seqlens``. Any finite rows; a norm below 1e-12 counts as 1e-12.
-        cu_seqlens: int32 (B+1,).
+        cu_seqlens: int32 or int64 (B+1,).
 
     Returns:
         (B, L) or (S,), float32 (float64 if q or k is). Differentiable in q and k.

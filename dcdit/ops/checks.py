@@ -9,6 +9,7 @@ from torch import Tensor
 from dcdit.utils.text import shape_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REALS = (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def check_float(**tensors: Tensor | None) -> None:
@@ -16,6 +17,16 @@ def check_float(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float32, bfloat16, float16, float64")
+
+
+def check_real(**tensors: Tensor) -> None:
+    """Every tensor must have a float dtype, an integer dtype, or bool."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in REALS:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; accepted: floats, integers and bool "
+                "(of complex numbers torch.view_as_real)"
+            )
 
 
 def check_same(**tensors: Tensor | None) -> None:
@@ -68,9 +79,9 @@ def check_grid(grid: tuple[int, int], length: int) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", exact: bool = True) -> None:
-    """int32 (B+1,) that starts at 0, never descends, and ends at ``total`` (not exact: at or below it)."""
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; accepted: int32")
+    """int32 or int64 (B+1,) that starts at 0, never descends, and ends at ``total`` (not exact: at or below it)."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; accepted: int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} has shape {shape_of(cu_seqlens)}; accepted: (B + 1,)")
     if not value_checks_enabled(cu_seqlens):
@@ -82,6 +93,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", e
         raise ValueError(f"{name} descends: {values[:8]}; it must not")
     if values[-1] > total or (exact and values[-1] != total):
         raise ValueError(f"{name} ends at {values[-1]}; it must end at {'' if exact else 'or below '}{total}")
+
+
+def check_int32(who: str, **sequences: Tensor) -> None:
+    """What hands cu_seqlens on to the kernels of others takes int32 alone: a copy is left to the caller."""
+    for name, cu_seqlens in sequences.items():
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; {who} accepts int32: pass {name}.int()")
 
 
 def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from dcdit.ops import checks
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for
+from dcdit.ops.extra_tokens import around_extra_tokens
 from dcdit.ops.packing import check_packed
 from dcdit.ops.token_selection import TokenSelection
 
@@ -32,7 +33,9 @@ def dechunk_spatial(
     - ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j``.
 
     Each position takes h' of its nearest kept token (Euclidean, ties to the lowest raster index). An image that keeps
-    no token, which only a hand-made selection can have, de-chunks to zeros. The cost is linear in L.
+    no token, which only a selection from a mask can have, de-chunks to zeros. The cost is linear in L.
+
+    Extra tokens of the selection come back first and as they are, before the grid: (B, n + L, D).
 
     Args:
         h: (T, D) packed tokens.
@@ -42,13 +45,21 @@ def dechunk_spatial(
         sigma: standard deviation in grid cells, in (0, 16]; 1 at 256 px, 2 at 512 px.
         gate: (B, L) ste_coefficient c of the straight-through gate. It does not change the value, and gets the
             gradient ``<g_l, dechunked_l>``.
-        residual: (B, L, D), added to the result.
+        residual: (B, L, D), with extra tokens (B, n + L, D), added to the result.
 
     Returns:
-        (B, L, D) in h's dtype, or in the wider one of h and residual. Differentiable in h, p, gate and residual.
+        The shape of residual, in h's dtype or in the wider one of h and residual. Differentiable in h, p, gate and
+        residual.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, grid or sigma do not fit.
+
+    Example:
+        >>> p = torch.rand(2, 16)
+        >>> sel = ops.select_tokens(p, budget=6, extra_tokens=1)
+        >>> h = ops.gather_tokens(torch.randn(2, 17, 8), sel)
+        >>> h.shape, ops.dechunk_spatial(h, p, sel, (4, 4)).shape
+        (torch.Size([12, 8]), torch.Size([2, 17, 8]))
     """
     if sel.source_cu_seqlens is not None:
         raise ValueError("dechunk_spatial needs a selection over a grid batch (B, L), not over packed sequences")
@@ -56,8 +67,13 @@ def dechunk_spatial(
     checks.check_grid(grid, p.shape[1])
     if not 0.0 < sigma <= MAX_SIGMA:
         raise ValueError(f"sigma is {sigma}; accepted: a number in (0, {MAX_SIGMA:g}] grid cells")
+    backend, geometry = backend_for(h), (tuple(grid), float(sigma), gate)
     with without_autocast(h):
-        return backend_for(h).dechunk_spatial(h, p, sel, tuple(grid), float(sigma), gate, residual)
+        if sel.grid_selection is None:
+            return backend.dechunk_spatial(h, p, sel, *geometry, residual)
+        return around_extra_tokens(
+            lambda h, sel, residual: backend.dechunk_spatial(h, p, sel, *geometry, residual), h, sel, residual
+        )
 
 
 def dechunk_ema(
@@ -71,33 +87,39 @@ def dechunk_ema(
 
     H-Net (arXiv 2507.07955), section 2.2, equations 5 to 9. Inside each sequence, from 0 and with the clamped
     probability ``q = clamp(p, 1e-4, 1 - 1e-4)``, ``hbar_m = q_m h_m + (1 - q_m) hbar_{m-1}``. Position t takes hbar of
-    the last kept token at or before it, 0 where there is none.
+    the last kept token at or before it, 0 where there is none. Extra tokens of the selection come back first and as
+    they are; no average reads them.
 
     Args:
         h: (T, D) packed tokens.
         p: (B, L) or (S,), the probabilities the selection was made from.
         sel: the selection, over a grid batch or packed sequences.
         gate: shape of p, ste_coefficient as in :func:`dechunk_spatial`.
-        residual: (B, L, D) or (S, D), added to the result.
+        residual: (B, L, D) or (S, D), with extra tokens (B, n + L, D), added to the result.
 
     Returns:
-        (B, L, D) or (S, D) in h's dtype, or in the wider one of h and residual. Differentiable in h, p, gate and
+        The shape of residual, in h's dtype or in the wider one of h and residual. Differentiable in h, p, gate and
         residual.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     _check_common(h, p, sel, gate, residual)
+    backend = backend_for(h)
     with without_autocast(h):
-        return backend_for(h).dechunk_ema(h, p, sel, gate, residual)
+        if sel.grid_selection is None:
+            return backend.dechunk_ema(h, p, sel, gate, residual)
+        return around_extra_tokens(
+            lambda h, sel, residual: backend.dechunk_ema(h, p, sel, gate, residual), h, sel, residual
+        )
 
 
 def _check_common(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, residual: Tensor | None) -> None:
     checks.check_float(h=h, p=p, gate=gate, residual=residual)
     check_packed("h", h, sel)
-    checks.check_shape("p", p, tuple(sel.mask.shape), "the shape of the selection's mask")
+    checks.check_shape("p", p, tuple(sel.natural_mask.shape), "the p that the selection was made from")
     if gate is not None:
         checks.check_shape("gate", gate, tuple(p.shape), "the shape of p")
     if residual is not None:
-        checks.check_shape("residual", residual, (*p.shape, h.shape[1]), "the shape of p plus (D,)")
+        checks.check_shape("residual", residual, (*sel.mask.shape, h.shape[1]), "the selection's source plus (D,)")
     checks.check_device(h=h, p=p, gate=gate, residual=residual)

@@ -16,7 +16,7 @@ def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Te
     Args:
         t: (T, D) packed tokens. Their variance must be finite in float32: entries up to about 1e18.
         shift, scale: (B, D) of one dtype, one row per image (column slices of a (B, 6D) tensor are fine).
-        cu_seqlens: int32 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as zeros.
+        cu_seqlens: int32 or int64 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as zeros.
         eps: added to the variance.
 
     Returns:
@@ -36,7 +36,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
     Args:
         x, y: (T, D) packed tokens.
         gate: (B, D), one row per image.
-        cu_seqlens: int32 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as they are in x.
+        cu_seqlens: int32 or int64 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as they are in x.
 
     Returns:
         (T, D) in the wider dtype of x and y. Differentiable in x, y and gate.
@@ -57,7 +57,7 @@ def gated_add_modulated_layer_norm(
     Args:
         x, y: (T, D) packed tokens.
         gate, shift, scale: (B, D) of one dtype, one row per image.
-        cu_seqlens: int32 (B+1,). Padding rows come back as in the two operations.
+        cu_seqlens: int32 or int64 (B+1,). Padding rows come back as in the two operations.
         eps: added to the variance.
 
     Returns:

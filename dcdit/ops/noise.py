@@ -31,8 +31,8 @@ def philox_normal(seed: Tensor, images: Tensor, step: Tensor, size: int) -> Tens
 
     Example:
         >>> seed, step = torch.tensor(7), torch.tensor(0)
-        >>> both = philox_normal(seed, torch.tensor([0, 1]), step, 5)
-        >>> bool((philox_normal(seed, torch.tensor([1]), step, 5) == both[1:]).all())
+        >>> both = ops.philox_normal(seed, torch.tensor([0, 1]), step, 5)
+        >>> bool((ops.philox_normal(seed, torch.tensor([1]), step, 5) == both[1:]).all())
         True
     """
     for name, tensor in (("seed", seed), ("images", images), ("step", step)):

@@ -8,7 +8,7 @@ Papers: DC-DiT is arXiv 2603.06351, H-Net arXiv 2507.07955, DiT arXiv 2212.09748
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -102,69 +102,143 @@ def select_tokens(
     budget: int | None = None,
     capacity: int | None = None,
     max_seqlen: int | None = None,
+    always: Tensor | None = None,
+    extra_tokens: int = 0,
 ) -> TokenSelection:
     """Keep p > threshold, then drop the lowest p of each image (DC-DiT, routing and elastic inference).
 
     ``budget`` keeps the highest p of each image instead. ``max_seqlen`` then drops the lowest p of each image that
     keeps more, and ``capacity`` the lowest p of the batch. The best token of an image always stays. Of equal p, the
-    lower index is dropped first. p (B, L) or (S,), drop_fraction () or (B,).
+    lower index is dropped first. Tokens of ``always`` are kept too; they rank above all others, and the drop fraction
+    does not count them. p and always (B, L) or (S,), drop_fraction () or (B,).
+
+    With ``extra_tokens``, as many tokens more come first in each image and are kept; all sizes count them.
     """
+    if extra_tokens:
+        budget, capacity, max_seqlen = _without_extra_tokens(p.shape[0], extra_tokens, budget, capacity, max_seqlen)
+        grid = select_tokens(p, None, threshold, drop_fraction, budget, capacity, max_seqlen, always)
+        return _with_extra_tokens(grid, extra_tokens)
     flat = p.flatten()
+    fixed = torch.zeros_like(flat, dtype=torch.bool) if always is None else always.flatten()
     starts = _image_starts(p, cu_seqlens).tolist()
-    images = len(starts) - 1
     natural = upcast(flat) > threshold
-    mask = natural.clone()
-    rho = torch.as_tensor(drop_fraction, dtype=torch.float32, device="cpu").expand(images)
-    best: list[int] = []
-    overflow = 0
+    mask = natural | fixed
+    rho = torch.as_tensor(drop_fraction, dtype=torch.float32, device="cpu").expand(len(starts) - 1)
     for image, (lo, hi) in enumerate(pairwise(starts)):
         if lo == hi:
             continue
-        drop_order = _drop_order(flat, range(lo, hi))
-        best.append(drop_order[-1])
+        drop_order = _drop_order(flat, fixed, range(lo, hi))
         if budget is not None:
             mask[lo:hi] = False
             mask[drop_order[-budget:]] = True
             continue
-        kept = [i for i in drop_order if natural[i]]
-        n_drop = int(len(kept) * rho[image])  # a product in float32
-        mask[kept[:n_drop]] = False
+        chosen = [i for i in drop_order if natural[i] and not fixed[i]]
+        n_drop = int(len(chosen) * rho[image])  # a product in float32
+        mask[chosen[:n_drop]] = False
         mask[drop_order[-1]] = True
-        if max_seqlen is not None:
-            too_many = [i for i in drop_order if mask[i]][:-max_seqlen]
-            mask[too_many] = False
-            overflow += len(too_many)
+    overflow = _fit(mask, flat, fixed, starts, capacity, max_seqlen)
+    prob_floor = 0.0 if budget is not None or always is not None else threshold
+    return _pack(
+        mask.view(p.shape), natural.view(p.shape), cu_seqlens, overflow, prob_floor, budget, capacity, max_seqlen
+    )
+
+
+def select_from_mask(
+    mask: Tensor,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | None = None,
+    max_seqlen: int | None = None,
+    extra_tokens: int = 0,
+) -> TokenSelection:
+    """Keep the mask. What does not fit is dropped as by :func:`select_tokens` where all p are equal.
+
+    mask (B, L) or (S,), bool.
+    """
+    if extra_tokens:
+        _, capacity, max_seqlen = _without_extra_tokens(mask.shape[0], extra_tokens, None, capacity, max_seqlen)
+        return _with_extra_tokens(select_from_mask(mask, None, capacity, max_seqlen), extra_tokens)
+    kept = mask.flatten().clone()
+    overflow = _fit(kept, kept, kept, _image_starts(mask, cu_seqlens).tolist(), capacity, max_seqlen)
+    return _pack(kept.view(mask.shape), mask, cu_seqlens, overflow, 0.0, None, capacity, max_seqlen)
+
+
+def _drop_order(p: Tensor, fixed: Tensor, positions: Iterable[int]) -> list[int]:
+    """The positions in the order in which they are dropped: by ascending p, among equals by ascending index, and those
+    that are fixed last."""
+    rank = list(zip(fixed.tolist(), p.tolist(), strict=True))
+    return sorted(positions, key=lambda i: (*rank[i], i))
+
+
+def _fit(
+    mask: Tensor, p: Tensor, fixed: Tensor, starts: list[int], capacity: int | None, max_seqlen: int | None
+) -> int:
+    """Drop from the mask (S,), in place, until it fits, but never the best of an image; returns how many."""
+    before = int(mask.sum())
+    drop_order = _drop_order(p, fixed, mask.nonzero().flatten().tolist())
+    of_images = [[i for i in drop_order if lo <= i < hi] for lo, hi in pairwise(starts)]
+    if max_seqlen is not None:
+        mask[[i for kept in of_images for i in kept[:-max_seqlen]]] = False
     if capacity is not None:
-        excess = max(0, int(mask.sum()) - capacity)
-        spare = set(mask.nonzero().flatten().tolist()) - set(best)
-        mask[_drop_order(flat, spare)[:excess]] = False
-        overflow += excess
-    lengths = [int(mask[lo:hi].sum()) for lo, hi in pairwise(starts)]
-    indices = mask.nonzero().flatten()
+        best = {i for kept in of_images for i in kept[-1:]}
+        spare = [i for i in drop_order if mask[i] and i not in best]
+        mask[spare[: max(0, int(mask.sum()) - capacity)]] = False
+    return before - int(mask.sum())
+
+
+def _pack(
+    mask: Tensor,
+    natural: Tensor,
+    source_cu_seqlens: Tensor | None,
+    overflow: int,
+    prob_floor: float,
+    budget: int | None,
+    capacity: int | None,
+    max_seqlen: int | None,
+) -> TokenSelection:
+    """The selection that keeps the mask."""
+    lengths = [int(kept.sum()) for kept in _split(mask.flatten(), _image_starts(mask, source_cu_seqlens))]
+    indices = mask.flatten().nonzero().flatten()
     bound = max(lengths, default=0)
     if budget is not None:
         bound = budget
     if capacity is not None:
-        bound = p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
+        bound = mask.shape[-1] if max_seqlen is None else min(max_seqlen, mask.shape[-1])
         indices = F.pad(indices, (0, capacity - indices.numel()), value=-1)
-    lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=p.device)
+    lengths_tensor = torch.tensor(lengths, dtype=torch.int32, device=mask.device)
     return TokenSelection(
         indices=indices,
         cu_seqlens=F.pad(lengths_tensor.cumsum(0), (1, 0)).to(torch.int32),
         lengths=lengths_tensor,
         max_seqlen=bound,
-        mask=mask.view(p.shape),
-        natural_mask=natural.view(p.shape),
-        packed_rows=torch.where(mask, mask.cumsum(0) - 1, -1).to(torch.int32).view(p.shape),
-        overflow=torch.tensor(overflow, dtype=torch.int32, device=p.device),
-        source_cu_seqlens=cu_seqlens,
-        prob_floor=0.0 if budget is not None else threshold,
+        mask=mask,
+        natural_mask=natural,
+        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
+        overflow=torch.tensor(overflow, dtype=torch.int32, device=mask.device),
+        source_cu_seqlens=source_cu_seqlens,
+        prob_floor=prob_floor,
     )
 
 
-def _drop_order(p: Tensor, positions: Iterable[int]) -> list[int]:
-    """The positions by ascending p, among equals by ascending index: the order in which they are dropped."""
-    return sorted(positions, key=lambda i: (p[i].item(), i))
+def _without_extra_tokens(
+    images: int, extra_tokens: int, budget: int | None, capacity: int | None, max_seqlen: int | None
+) -> list[int | None]:
+    """What the extra tokens leave of the budget, the capacity and max_seqlen."""
+    pairs = ((budget, extra_tokens), (capacity, images * extra_tokens), (max_seqlen, extra_tokens))
+    return [None if size is None else size - used for size, used in pairs]
+
+
+def _with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection:
+    """The selection of a grid, and before the tokens of each image the extra ones."""
+    mask = F.pad(grid.mask, (extra_tokens, 0), value=True)
+    whole = _pack(mask, grid.natural_mask, None, 0, 0.0, None, None, None)
+    padding = grid.indices.numel() - int(grid.cu_seqlens[-1])
+    return whole._replace(
+        indices=F.pad(whole.indices, (0, padding), value=-1),
+        max_seqlen=grid.max_seqlen + extra_tokens,
+        overflow=grid.overflow,
+        prob_floor=grid.prob_floor,
+        grid_selection=grid,
+    )
 
 
 def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -178,23 +252,26 @@ def _image_starts(p: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) -> Tensor:
     """``t_m = x[indices_m] + bias[indices_m mod L]`` (DC-DiT, routing).
 
-    x (B, L, D) or (S, D), bias (L, D) -> t (T, D), zeros in padding rows.
+    x (B, L, ...), (1, L, ...) shared by the images, or (S, ...), bias (L, ...), also of fewer channels than x has ->
+    t (T, ...), zeros in padding rows.
     """
     kept = sel.indices[sel.indices >= 0]
-    tokens = rearrange(x, "... d -> (...) d")[kept]
+    rows = x.flatten(0, sel.mask.dim() - 1)
+    tokens = rows[kept % max(rows.shape[0], 1)]
     if bias is not None:
-        tokens = (upcast(tokens) + upcast(bias)[kept % bias.shape[0]]).to(x.dtype)
-    return F.pad(tokens, (0, 0, 0, sel.indices.numel() - kept.numel()))
+        bias = F.pad(upcast(bias), (0, x.shape[-1] - bias.shape[-1]))
+        tokens = (upcast(tokens) + bias[kept % bias.shape[0]]).to(x.dtype)
+    return torch.cat([tokens, x.new_zeros(sel.indices.numel() - kept.numel(), *tokens.shape[1:])])
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
     """``x[indices_m] = t_m``, ``fill`` elsewhere: the inverse of :func:`gather_tokens`.
 
-    t (T, D) -> x (B, L, D) or (S, D).
+    t (T, ...) -> x (B, L, ...) or (S, ...).
     """
     is_token = sel.indices >= 0
-    out = t.new_full((sel.mask.numel(), t.shape[-1]), fill)
-    return out.index_put((sel.indices[is_token],), t[is_token]).view(*sel.mask.shape, t.shape[-1])
+    out = t.new_full((sel.mask.numel(), *t.shape[1:]), fill)
+    return out.index_put((sel.indices[is_token],), t[is_token]).view(*sel.mask.shape, *t.shape[1:])
 
 
 # --- de-chunking --------------------------------------------------------------------------------------------------
@@ -214,8 +291,12 @@ def dechunk_spatial(
     ``h'_i = q_i h_i + (1 - q_i) sum_j W_ij h_j`` with ``W_ij = exp(-|u_i - u_j|^2 / (2 sigma^2)) q_j``, each row of W
     divided by its sum; u is the grid coordinate of a token and q its clamped probability.
 
-    h (T, D), p and gate (B, L), residual (B, L, D) -> (B, L, D).
+    h (T, D), p and gate (B, L), residual (B, L, D) -> (B, L, D). Extra tokens come back first, as they are.
     """
+    if sel.grid_selection is not None:
+        return _around_extra_tokens(
+            lambda h, sel, residual: dechunk_spatial(h, p, sel, grid, sigma, gate, residual), h, sel, residual
+        )
     height, width = grid
     dtype = widest(h, residual)
     h = upcast(h.to(dtype))
@@ -248,8 +329,11 @@ def dechunk_ema(
 
     H-Net, section 2.2, equations 5 (the average) and 8 (the last one so far).
 
-    h (T, D), p and gate (B, L) or (S,), residual (B, L, D) or (S, D) -> the shape of residual.
+    h (T, D), p and gate (B, L) or (S,), residual (B, L, D) or (S, D) -> the shape of residual. Extra tokens come back
+    first, as they are.
     """
+    if sel.grid_selection is not None:
+        return _around_extra_tokens(lambda h, sel, residual: dechunk_ema(h, p, sel, gate, residual), h, sel, residual)
     dtype = widest(h, residual)
     h = upcast(h.to(dtype))
     source_starts = _image_starts(p, sel.source_cu_seqlens)
@@ -270,6 +354,23 @@ def dechunk_ema(
             states.append(state)
     dechunked = torch.stack(states) if states else h.new_zeros(0, h.shape[-1])
     return _gate_and_residual(dechunked.view(*p.shape, h.shape[-1]) + _zero(h, p), gate, residual, dtype)
+
+
+def _around_extra_tokens(
+    dechunk: Callable[[Tensor, TokenSelection, Tensor | None], Tensor],
+    h: Tensor,
+    sel: TokenSelection,
+    residual: Tensor | None,
+) -> Tensor:
+    """The extra tokens of each image, and behind them its de-chunked grid: (B, n + L, D)."""
+    extra, grid, images = sel.extra_tokens, sel.grid_selection, _split(h, sel.cu_seqlens)
+    assert grid is not None
+    outside = torch.cat([h[:0], *(tokens[:extra] for tokens in images)]).view(len(images), extra, h.shape[1])
+    tokens = _join([tokens[extra:] for tokens in images], h, sel.cu_seqlens)
+    if residual is None:
+        return torch.cat([outside, dechunk(tokens, grid, None)], 1)
+    added = (outside + residual[:, :extra]).to(widest(h, residual))
+    return torch.cat([added, dechunk(tokens, grid, residual[:, extra:])], 1)
 
 
 def _clamped_prob(p: Tensor, h: Tensor) -> Tensor:

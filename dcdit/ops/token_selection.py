@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.utils.cuda import PendingRead
@@ -13,8 +15,10 @@ class TokenSelection(NamedTuple):
 
     The source is a grid batch (B, L) or packed sequences (S,). A packed buffer of a given capacity ends in padding
     rows, past ``cu_seqlens[-1]``: their index is -1, and the operations write zeros there. :func:`select_tokens` keeps
-    at least one token of every non-empty image. The operations also accept a hand-made selection in which an image
-    keeps none.
+    at least one token of every non-empty image. With :func:`select_from_mask` an image may keep none.
+
+    With extra tokens, such as a class token or registers, the source is (B, n + L): each image has n tokens outside of
+    the grid, which come first and are kept. Then ``natural_mask`` is (B, L), as p is.
     """
 
     indices: Tensor
@@ -26,17 +30,24 @@ class TokenSelection(NamedTuple):
     max_seqlen: int
     """Upper bound of ``lengths``; equal to the largest where no capacity was given."""
     mask: Tensor
-    """bool, shape of p: the kept positions."""
+    """bool, shape of the source: the kept positions."""
     natural_mask: Tensor
     """bool, shape of p: p above the threshold, before any token is dropped. The ratio loss reads it."""
     packed_rows: Tensor
-    """int32, shape of p: packed row of each kept position, -1 elsewhere (the inverse of ``indices``)."""
+    """int32, shape of the source: packed row of each kept position, -1 elsewhere (the inverse of ``indices``)."""
     overflow: Tensor
-    """() int32: how many tokens were dropped because the capacity was too small."""
+    """() int32: how many tokens were dropped because the capacity or ``max_seqlen`` was too small."""
     source_cu_seqlens: Tensor | None
-    """(B+1,) int32: where each sequence of a packed source starts; None for a grid batch."""
+    """(B+1,), int32 or int64 as given: where each sequence of a packed source starts; None for a grid batch."""
     prob_floor: float
-    """Lower bound on the p of each kept token of an image that keeps several; 0 for a budget."""
+    """Lower bound on the p of each kept token of an image that keeps several; 0 where p alone did not choose."""
+    grid_selection: "TokenSelection | None" = None
+    """The selection of the grid alone where there are extra tokens, else None."""
+
+    @property
+    def extra_tokens(self) -> int:
+        """How many tokens of each image lie outside of the grid."""
+        return 0 if self.grid_selection is None else self.mask.shape[1] - self.grid_selection.mask.shape[1]
 
     @property
     def slots(self) -> Tensor:
@@ -52,10 +63,45 @@ class PendingSelection(NamedTuple):
     """Without a static size, its indices are as many as there are positions, and its max_seqlen means nothing."""
     sizes: PendingRead | None
     """Of two numbers: how many tokens are kept, and how many the longest image keeps. None: the size is static."""
+    extra_tokens: int = 0
+    """How many tokens :meth:`wait` puts before those of each image."""
 
     def wait(self) -> TokenSelection:
         """The selection, as :func:`dcdit.ops.select_tokens` returns it."""
-        if self.sizes is None:
-            return self.selection
-        total, longest = self.sizes.wait()
-        return self.selection._replace(indices=self.selection.indices[:total], max_seqlen=longest)
+        found = self.selection
+        if self.sizes is not None:
+            total, longest = self.sizes.wait()
+            found = found._replace(indices=found.indices[:total], max_seqlen=longest)
+        return with_extra_tokens(found, self.extra_tokens) if self.extra_tokens else found
+
+
+def with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection:
+    """The selection of a grid batch (B, L), with ``extra_tokens`` kept tokens before those of each image."""
+    images, device = grid.mask.shape[0], grid.mask.device
+    image = torch.arange(images + 1, device=device, dtype=torch.int32)
+    cu_seqlens = grid.cu_seqlens + image * extra_tokens
+    extra_rows = cu_seqlens[:-1, None] + torch.arange(extra_tokens, device=device, dtype=torch.int32)
+    grid_rows = torch.where(grid.mask, grid.packed_rows + (image[1:] * extra_tokens)[:, None], -1)
+    packed_rows = torch.cat([extra_rows, grid_rows], 1)
+    return grid._replace(
+        indices=_inverse(packed_rows, grid.indices.shape[0] + images * extra_tokens),
+        cu_seqlens=cu_seqlens,
+        lengths=grid.lengths + extra_tokens,
+        max_seqlen=grid.max_seqlen + extra_tokens,
+        mask=F.pad(grid.mask, (extra_tokens, 0), value=True),
+        packed_rows=packed_rows,
+        grid_selection=grid,
+    )
+
+
+def is_shared(x: Tensor, sel: TokenSelection) -> bool:
+    """Whether x is one table (1, L, ...) for a grid batch of several images, or of none."""
+    return sel.source_cu_seqlens is None and x.shape[0] != sel.mask.shape[0]
+
+
+def _inverse(packed_rows: Tensor, total: int) -> Tensor:
+    """(total,) int64: the position of each packed row, -1 where no position leads to one."""
+    rows = packed_rows.flatten().long()
+    out = torch.full((total + 1,), -1, dtype=torch.int64, device=rows.device)
+    position = torch.arange(rows.shape[0], device=rows.device)
+    return out.scatter(0, torch.where(rows < 0, total, rows), position)[:total]

@@ -23,6 +23,7 @@ def check_packed(t: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bool) 
         ValueError, TypeError: they do not fit the buffer.
     """
     checks.check_device(t=t, cu_seqlens=cu_seqlens)
+    checks.check_int32("a packed block", cu_seqlens=cu_seqlens)
     checks.check_cu_seqlens(cu_seqlens, t.shape[0], exact=not padding)
     checks.check_max_seqlen(cu_seqlens, max_seqlen)
 

@@ -6,7 +6,6 @@ Also what a device can do at most, to hold such times against: the rates of a la
 import math
 import time
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ def buffer(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device).random_()
 
 
-def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> float | None:
-    """Median milliseconds of a call by device events, with the L2 cache flushed before each; None without a GPU.
+def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> list[float] | None:
+    """Milliseconds of repeated calls by device events, with the L2 cache flushed before each; None without a GPU.
 
     The device pauses before the first event until the host has handed over the call and both events. So the time of
     the host is not part of it, except where the call itself waits for the device.
@@ -52,7 +51,7 @@ def time_kernels(call: Call, device: torch.device, repeats: int = 30) -> float |
         begin = clock.mark()
         call()
         marks.append((begin, clock.mark()))
-    return median(clock.milliseconds(begin, end) for begin, end in marks)
+    return [clock.milliseconds(begin, end) for begin, end in marks]
 
 
 class CapturedCalls:
@@ -141,8 +140,8 @@ def time_graphs(sides: Mapping[str, Sequence[Call]], device: torch.device, secon
     return rounds
 
 
-def time_graph(calls: Sequence[Call], device: torch.device, seconds: float = 0.2) -> float | None:
-    """Median milliseconds of one call inside a CUDA graph; None without a GPU, or where a call waits for the device.
+def time_graph(calls: Sequence[Call], device: torch.device, seconds: float = 0.2) -> list[float] | None:
+    """Milliseconds of one call inside a CUDA graph, by round; None without a GPU, or where a call waits for the device.
 
     Args:
         calls: as in :class:`CapturedCalls`.
@@ -152,7 +151,7 @@ def time_graph(calls: Sequence[Call], device: torch.device, seconds: float = 0.2
     if not cuda.has_graphs(device):
         return None
     try:
-        return median(time_graphs({"graph": calls}, device, seconds).times("graph"))
+        return time_graphs({"graph": calls}, device, seconds).times("graph")
     except NotCapturableError:
         return None
 

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
-from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, mean_records
+from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, lost_tokens, mean_records
 from dcdit.sample.options import SamplingOptions
 from dcdit.sample.sampled import Sampled, ready_to_sample
 
@@ -45,6 +45,11 @@ class DrawnImages:
     """If it was asked for."""
     maps: list[list[BoundaryMap]]
     """How the router saw each image, one entry per model call, if it was asked for; else empty."""
+
+    @property
+    def overflow(self) -> int | None:
+        """Tokens that the capacity dropped, over all images and calls; None where there was no capacity."""
+        return lost_tokens(self.calls, len(self.x))
 
 
 class SamplingModel(NamedTuple):
@@ -94,6 +99,7 @@ def draw(
     maps: bool = False,
     progress: bool = True,
     sampled: Sampled | None = None,
+    scheduler: Any = None,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
 
@@ -105,12 +111,16 @@ def draw(
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
         sampled: graphs or slices of an earlier call with the same model and options; None makes them.
+        scheduler: of diffusers, in place of ``options.method``. It is not captured in graphs.
 
     Raises:
         ValueError: graphs are asked for and cannot be.
         FloatingPointError: an image is not finite.
     """
-    sampled = ready_to_sample(model, options) if sampled is None else sampled
+    if scheduler is not None:
+        options = replace(options, graph=False)
+    sampled = ready_to_sample(model, options, scheduler) if sampled is None else sampled
+    ours = {"method": options.method, "clip": clips(model, options.method), "graph": sampled.graph}
     images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
@@ -126,17 +136,16 @@ def draw(
                 calls,
                 batch,
                 options.steps,
-                options.method,
                 cfg_scale=options.cfg_scale,
                 cfg_interval=options.cfg_interval,
                 drop_fraction=_both_branches(drop, options.null_drop_fraction),
                 budget=options.budget,
-                clip=clips(model, options.method),
+                capacity=options.capacity,
                 seed=options.seed,
                 first_index=first_index + start,
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
-                graph=sampled.graph,
+                **(ours if scheduler is None else {"scheduler": scheduler}),
             )
         images.append(drawn)
         records.append((len(batch), calls.records()))

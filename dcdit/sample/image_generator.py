@@ -1,12 +1,11 @@
 """From a checkpoint to pictures, in Python."""
 
-import difflib
 import math
-import operator
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from dcdit.checkpoint.hub import local_path
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, DiT
+from dcdit.sample.classes import class_numbers
 from dcdit.sample.drawing import SamplingModel, draw, load_for_sampling
+from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import DEFAULT_METHOD, SamplingOptions
 from dcdit.utils.environment import resolve_device
 
@@ -62,7 +63,7 @@ def load(
         raise ValueError(f"precision is {precision!r}; accepted: fp32, bf16")
     where = resolve_device(device)
     path = local_path(source, revision)
-    decoder = _autoencoder_beside(path) if vae is None else local_path(vae)
+    decoder = autoencoder_beside(path) if vae is None else local_path(vae)
     loaded = load_for_sampling(path, where, ema=ema, precision=precision, vae=decoder)
     return ImageGenerator(loaded, str(source), where, class_names)
 
@@ -96,8 +97,10 @@ class ImageGenerator:
         drop_fraction: float | str | Callable[[float], float] = 0.0,
         null_drop_fraction: float | None = None,
         budget: int | None = None,
+        capacity: int | Literal["auto"] | None = None,
         num_steps: int = 250,
         method: str | None = None,
+        scheduler: Any = None,
         cfg_scale: float = 1.0,
         cfg_interval: tuple[float, float] | None = None,
         seed: int = 0,
@@ -118,9 +121,13 @@ class ImageGenerator:
                 (``"linear:0.6:0.1"``), or any function of time. A model without a router takes only 0.
             null_drop_fraction: another one for the unconditional branch (Lite-CFG).
             budget: keep exactly so many tokens per image instead.
+            capacity: static size of the packed buffer of a batch, see :func:`dcdit.diffusion.sample`. If it was too
+                small, a warning says how many tokens were lost. "auto" first measures what the router keeps, unless
+                ``model.kept_share`` says it.
             num_steps: sampling steps.
             method: see :func:`dcdit.diffusion.sample`. By default ``ddpm``, or ``heun`` for a model that was trained
                 with the flow objective. One that does not fit is an error.
+            scheduler: one of diffusers in place of a method, see :func:`dcdit.diffusion.sample`.
             cfg_scale: classifier-free guidance; 1 is none.
             cfg_interval: guide at these times only; 1 is noise, 0 data.
             seed: fixes the noise.
@@ -147,6 +154,9 @@ class ImageGenerator:
                 f"{self._source} makes latents of {self.model.config.in_channels} channels; give dcdit.load the vae "
                 "that decodes them, or generate with output_type='latent'"
             )
+        if scheduler is not None and (method is not None or graph):
+            name = "method" if method is not None else "graph"
+            raise ValueError(f"{name} is given beside a scheduler, which takes its place; accepted: leave one out")
         options = SamplingOptions(
             checkpoint=self._source,
             method=DEFAULT_METHOD[self.model.objective or "dit"] if method is None else method,
@@ -155,24 +165,24 @@ class ImageGenerator:
             cfg_interval=cfg_interval,
             null_drop_fraction=null_drop_fraction,
             budget=budget,
+            capacity=capacity,
             seed=seed,
             batch_size=_positive("batch_size", batch_size),
             graph=graph,
         )
         drop = self._drop(drop_fraction, options, return_maps)
         classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)
-        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress)
+        ensure_kept_share(self.model, options, classes, progress)
+        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress, scheduler=scheduler)
+        if drawn.overflow:
+            text = f"capacity={capacity!r} was too small: {drawn.overflow} tokens, those of the lowest p, were dropped"
+            warnings.warn(text, stacklevel=2)
         images = self._output(drawn.x, output_type, batch_size)
         return (images, drawn.maps) if return_maps else images
 
     def labels(self, classes: int | str | Sequence[int | str] | Tensor) -> list[int]:
         """Class numbers from names and numbers. ValueError or TypeError for what is neither."""
-        if isinstance(classes, Tensor):
-            classes = classes.tolist()
-        given = [classes] if isinstance(classes, int | str) else list(classes)
-        if not given:
-            raise ValueError("labels are empty; accepted: at least one class name or number")
-        return [self._label(one) for one in given]
+        return class_numbers(classes, self.class_names, self.model.config.num_classes, self._source)
 
     def __repr__(self) -> str:
         config = self.model.config
@@ -181,24 +191,6 @@ class ImageGenerator:
             f"<{type(self.model).__name__} of {self._source}: {config.num_classes} classes, {size}, on {self.device}>"
         )
 
-    def _label(self, one: Any) -> int:
-        if isinstance(one, str):
-            if one in self.class_names:
-                return self.class_names.index(one)
-            close = difflib.get_close_matches(one, self.class_names, n=3)
-            known = ", ".join(close or self.class_names[:8])
-            what = f"classes such as {known}" if known else "numbers, because the model's file holds no names"
-            raise ValueError(f"no class {one!r} in {self._source}; accepted: {what}")
-        try:
-            label = operator.index(one)
-        except TypeError:
-            label = -1
-        if isinstance(one, bool) or not 0 <= label < self.model.config.num_classes:
-            raise ValueError(
-                f"label {one!r}; accepted: a class name or a number from 0 to {self.model.config.num_classes - 1}"
-            )
-        return label
-
     def _drop(
         self, wanted: float | str | Callable[[float], float], options: SamplingOptions, maps: bool
     ) -> Fraction | None:
@@ -206,6 +198,7 @@ class ImageGenerator:
         asked = {
             "drop_fraction": not (isinstance(wanted, int | float) and wanted == 0),
             "budget": options.budget is not None,
+            "capacity": options.capacity is not None,
             "null_drop_fraction": options.null_drop_fraction is not None,
             "return_maps": maps,
         }
@@ -218,8 +211,10 @@ class ImageGenerator:
                 raise ValueError(f"{self._source} holds a {kind}, which drops no tokens; leave {name} out")
             return None
         if options.budget is not None:
-            if asked["drop_fraction"] or asked["null_drop_fraction"]:
-                raise ValueError(f"budget is {options.budget}, which fixes the tokens kept; leave the fractions out")
+            if asked["drop_fraction"] or asked["null_drop_fraction"] or asked["capacity"]:
+                raise ValueError(
+                    f"budget is {options.budget}, which fixes the tokens kept; leave the fractions and capacity out"
+                )
             positions = math.prod(self.model.config.grid)
             if not 1 <= options.budget <= positions:
                 raise ValueError(f"budget is {options.budget}; accepted: 1 to {positions}, the positions of an image")
@@ -239,7 +234,7 @@ class ImageGenerator:
         return [Image.fromarray(image) for image in to_pixels(pixels)]
 
 
-def _autoencoder_beside(path: Path) -> Path | None:
+def autoencoder_beside(path: Path) -> Path | None:
     """The folder of an autoencoder in the folder of the weights, or in the run that the checkpoint is of."""
     folder = path if path.is_dir() else path.parent
     run = [folder.parents[1]] if folder.parent.name == CHECKPOINTS else []

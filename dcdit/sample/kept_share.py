@@ -4,12 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
+from dcdit.checkpoint import Model
 from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import Fraction
 from dcdit.models import DCDiT, KeptShare
 from dcdit.sample.budget import PILOT_STEPS
+from dcdit.sample.drawing import clips
 from dcdit.sample.model_calls import ModelCalls, call_times
-from dcdit.sample.options import Guidance
+from dcdit.sample.options import Guidance, SamplingOptions
 
 
 def measure_kept_share(
@@ -57,3 +59,24 @@ def measure_kept_share(
         progress=progress,
     )
     return KeptShare.of_calls(calls.natural_shares())
+
+
+def ensure_kept_share(model: Model, options: SamplingOptions, labels: Tensor, progress: bool = True) -> None:
+    """Set ``model.kept_share`` where the options need it and nobody measured it: from one batch of these labels.
+
+    Args:
+        labels: (N,) integer, on the model's device. Fewer than a batch, or than two images, are repeated.
+    """
+    if options.capacity != "auto" or not isinstance(model, DCDiT) or model.kept_share is not None:
+        return
+    batch = max(2, options.batch_size)
+    model.kept_share = measure_kept_share(
+        model,
+        labels.repeat(-(-batch // len(labels)))[:batch],
+        options.steps,
+        options.method,
+        options.guidance,
+        seed=options.seed,
+        clip=clips(model, options.method),
+        progress=progress,
+    )

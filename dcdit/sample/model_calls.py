@@ -1,6 +1,7 @@
 """What each model call of a sampling run kept and cost."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from dcdit.checkpoint import Model
 from dcdit.diffusion import sample
 from dcdit.graphs import ExactGraphedDenoiser
-from dcdit.models import DyDiTConfig, SlicedModel, count_flops
+from dcdit.models import Capacity, DyDiTConfig, SlicedModel, count_flops
 from dcdit.nn import Gates
 from dcdit.nn.gates import GateCounts
 from dcdit.utils.modules import accepts_keyword
@@ -55,7 +56,7 @@ class ModelCalls:
         self.model, self.images = model, images
         self.observes = maps
         self._dynamic = accepts_keyword(model, "return_routing")
-        self._gated = accepts_keyword(model, "return_gates")
+        self._gated = not self._dynamic and accepts_keyword(model, "return_gates")
         self._calls: list[dict[str, Tensor]] = []
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -74,6 +75,8 @@ class ModelCalls:
         out, routing = model(x, t, y, **options, return_routing=True)
         seen = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
         seen |= {} if routing.gates is None else _open(routing.gates)
+        if options.get("capacity") is not None:
+            seen["overflow"] = routing.selection.overflow
         if self.observes:
             seen |= {"prob": routing.prob[: self.observes], "mask": routing.mask[: self.observes]}
         return out, seen
@@ -87,11 +90,17 @@ class ModelCalls:
 
         ``t``, and ``gflops`` per image (see :func:`dcdit.models.count_flops`), both branches together. With guidance
         ``gflops_null``, the part of the unconditional branch. Of a dynamic model also the fractions of the positions
-        that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``. Of
-        a model of dynamic width the fractions of the ``heads`` and MLP ``groups`` that were computed, and of the
-        ``tokens`` that an MLP ran on, over both branches.
+        that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
+        With a capacity also ``overflow``: tokens per image that were lost to it, both branches together. Of a model of
+        dynamic width the fractions of the ``heads`` and MLP ``groups`` that were computed, and of the ``tokens`` that
+        an MLP ran on, over both branches.
         """
         return [self._record(call) for call in self._calls]
+
+    def plan_capacity(self, batch: int, drop_fraction: Sequence[float]) -> Capacity:
+        """As :meth:`dcdit.models.DCDiT.plan_capacity`."""
+        plan: Capacity = self.model.plan_capacity(batch, drop_fraction)  # type: ignore[union-attr, operator]
+        return plan
 
     def natural_shares(self) -> list[list[float]]:
         """The share of its positions that the router kept of each row before dropping, one entry per call."""
@@ -111,6 +120,8 @@ class ModelCalls:
     def _record(self, call: dict[str, Tensor]) -> CallRecord:
         rows = len(call["t"])
         record = {"t": float(call["t"][0]), "gflops": 0.0}
+        if "overflow" in call:
+            record["overflow"] = int(call["overflow"]) / self.images
         for suffix, part in (("", slice(None, self.images)), ("_null", slice(self.images, None))):
             lengths = call["lengths"][part].tolist() if "lengths" in call else None
             branch = range(rows)[part]
@@ -164,6 +175,13 @@ def mean_records(batches: list[tuple[int, list[CallRecord]]]) -> list[CallRecord
 def tflops_per_image(records: list[CallRecord]) -> float:
     """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add."""
     return sum(call["gflops"] for call in records) / 1e3
+
+
+def lost_tokens(records: list[CallRecord], images: int) -> int | None:
+    """Tokens that a capacity dropped in all calls of so many images; None where there was no capacity."""
+    if not any("overflow" in call for call in records):
+        return None
+    return round(sum(call["overflow"] for call in records) * images)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a caller chooses before images are drawn."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dcdit.diffusion.guidance import check_interval
 from dcdit.diffusion.schedule import TRAIN_STEPS
@@ -62,6 +63,8 @@ class SamplingOptions:
         drop_fractions: a set of images for each.
         drop_schedules: as :func:`dcdit.diffusion.parse_drop_schedule` reads them; a set of images for each.
         budget: kept tokens per image.
+        capacity: packed tokens of a model call, both branches of guidance together; "auto" plans it from what the
+            router keeps.
         target: a cost to choose the drop fraction for.
         batch_size: images per forward pass.
         precision: of the weights, ``fp32`` or ``bf16``.
@@ -80,6 +83,7 @@ class SamplingOptions:
     drop_fractions: tuple[float, ...] | None = None
     drop_schedules: tuple[str, ...] | None = None
     budget: int | None = None
+    capacity: int | Literal["auto"] | None = None
     target: CostTarget | None = None
     seed: int = 0
     batch_size: int = 16

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dcdit.checkpoint import Model
+from dcdit.models import DCDiT
 from dcdit.sample.drawing import Decoder, DrawnImages
 from dcdit.sample.model_calls import CallRecord, tflops_per_image
 from dcdit.sample.options import SamplingOptions
@@ -50,6 +52,8 @@ def describe(options: SamplingOptions, model: Model, labels: Tensor, device: tor
         "seed": options.seed,
         "precision": options.precision,
         "budget": options.budget,
+        "capacity": options.capacity,
+        "kept_share": asdict(model.kept_share) if isinstance(model, DCDiT) and model.kept_share else None,
         "batch_size": options.batch_size,
         "device": device_name(device),
         "labels": labels.tolist(),
@@ -69,6 +73,7 @@ def describe_run(plan: Plan, drawn: DrawnImages, seconds: float, files: list[Pat
         **plan.summary,
         "files": [str(file) for file in files],
         **{name: _mean(drawn.calls, name) for name in SHARES if name in drawn.calls[0]},
+        **({} if drawn.overflow is None else {"overflow": drawn.overflow}),
         "tflops_per_image": tflops_per_image(drawn.calls),
         "seconds": seconds,
         "seconds_per_image": seconds / len(drawn.x),

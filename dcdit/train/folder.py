@@ -10,6 +10,7 @@ from typing import Any
 from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, dump_yaml
 from dcdit.utils.files import claimed, recover, write_text
+from dcdit.utils.outputs import check_not_read
 from dcdit.utils.processes import on_main_process
 from dcdit.utils.reading import read_bytes
 
@@ -52,9 +53,13 @@ def _claimed(config: TrainConfig, resume: str | Path | None) -> Iterator[None]:
 
 
 def check_folder(config: TrainConfig, resume: str | Path | None) -> None:
-    """Raise ValueError if the folder of the run holds files that the run would replace."""
+    """Raise ValueError if the folder of the run holds files that the run would replace, or lies within the data.
+
+    A run among folders of images would be one more class.
+    """
     out = Path(config.run.out)
     if resume is None:
+        check_not_read(out, {"data.path": config.data.path})
         _check_free(out, config)
     else:
         _check_later_checkpoints(out, ckpt.find_checkpoint(resume))

@@ -101,7 +101,7 @@ def _train(
     rank, processes = accelerator.process_index, accelerator.num_processes
 
     # Data, model, objective, optimiser.
-    dataset = create_dataset(config.data, "train", optim.seed)
+    dataset = create_dataset(config.data, "train", optim.seed, config.model.num_classes)
     if resume is not None:
         check_same_classes(dataset, resume)
     torch.manual_seed(optim.seed)
@@ -121,7 +121,7 @@ def _train(
     optimizer = create_optimizer(model, optim.lr, optim.weight_decay, device)
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
-    start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume))
+    start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume), dataset, optim.batch_size)
     net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
 
     # The folder of the run, and what the steps below read and write.

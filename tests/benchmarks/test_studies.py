@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.studies import cifar10, comparison, selection, start, training
+from benchmarks.studies import cifar10, cifar10_gpu, comparison, selection, start, training
 from dcdit.config import TrainConfig, load_config
 from dcdit.models.starts import STARTS
 from dcdit.ops import select_tokens
@@ -146,6 +146,34 @@ def test_a_cell_is_what_the_de_chunk_gives_to_its_token() -> None:
     rows, cols = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
     first = (rows + cols <= 7).flatten()  # the diagonal is as far from both; ties go to the first token
     assert torch.allclose(means.flatten(), torch.stack([x[0, first].mean(), x[0, ~first].mean()]))
+
+
+def test_the_gpu_study_goes_model_by_model_and_its_page_has_all(package: Path, short: Path, monkeypatch) -> None:
+    small = {name: (preset, {**overrides, "depth": 1}) for name, (preset, overrides) in cifar10_gpu.MODELS.items()}
+    settings = {"MODELS": small, "IMAGES": 20, "SAMPLES": 1600, "BATCH": 800, "MINUTES": 0.2}
+    for name, value in settings.items():
+        monkeypatch.setattr(cifar10_gpu, name, value)
+    monkeypatch.setattr(cifar10_gpu, "load_extractor", lambda path: Extractor())
+    monkeypatch.setattr(cifar10, "HELD_OUT", 3)
+    data, out = short / "data.npz", short / "gpu"
+
+    def call(verb: str, folder: Path, *options: str) -> None:
+        cifar10_gpu.main([verb, "--package", str(package), "--data", str(data), "--out", str(folder), *options])
+
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        call("page", out)
+    call("data", data)
+    for done, name in enumerate(small, start=1):
+        call("train", out, "--rehearse")
+        assert len(list(out.glob("*.json"))) == done
+        assert np.load(out / f"{name}-1.npy").shape == (8, 32, 32, 3)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    call("train", out, "--rehearse")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    call("page", out, "--inception", "x.pt")
+    text = (out / "report.md").read_text()
+    assert "REHEARSAL" in text
+    assert all(f"| {name}-0 " in text for name in small)
 
 
 def test_a_run_that_fails_is_named(tmp_path: Path) -> None:

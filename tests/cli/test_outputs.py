@@ -75,6 +75,8 @@ MEASURE = "evaluate --trust-extractor --extractor net.pt --device cpu --cache ca
         ("--checkpoint model.safetensors --reference out/samples.npz", "out/samples.npz is where --reference is read"),
         ("--images real.npz --out net.pt", "net.pt is no folder and cannot become one"),
         ("--images real.npz --cache real.npz", "real.npz is no folder and cannot become one"),
+        ("--images images --cache images/features", "images/features is where --images is read from"),
+        ("--images real.npz --reference images --cache images", "images is where --reference is read from"),
         ("--images real.npz --out mine", "mine/report.md is already there and would be replaced"),
     ],
 )
@@ -252,14 +254,16 @@ def test_tune(place, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("DCDIT_CONFIG_FOLDER", str(place / "configs"))
-    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [entry(1)]})
+    new = {**entry(1), "measured": {"ms": 1.0, "spread": 0.02, "ms_before": 1.5, "ms_before_again": 1.5}}
+    monkeypatch.setattr("dcdit.cli.tune.tune", lambda *_: {"gather": [new]})
     refused(place, capsys, "tune --out results", "results is a folder; accepted: the name of a file")
     for text in ("months of work", "[1]"):
         (place / "table.json").write_text(text)
         refused(place, capsys, "tune --out table.json", "table.json holds no launch configurations; accepted: ")
     (place / "table.json").write_text(json.dumps({"scatter": [entry(2)], "gather": [entry(3), entry(4, D=64)]}))
     assert main(["tune", "--out", "table.json"]) == 0
-    found = {"scatter": [entry(2)], "gather": [entry(4, D=64), entry(1)]}
+    assert {"1.5000", "1.0000", "±2%", "1.50"} < set(capsys.readouterr().out.split())
+    found = {"scatter": [entry(2)], "gather": [entry(4, D=64), new]}
     assert json.loads((place / "table.json").read_text()) == found
     assert main(["tune"]) == 0
     assert [path.name for path in (place / "configs").iterdir()] == ["Some_GPU.sm_90.json"]

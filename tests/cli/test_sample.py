@@ -12,7 +12,7 @@ from support.small import save_diverged, small_dc_dit, small_dit
 from dcdit import checkpoint as ckpt
 from dcdit.cli import main
 from dcdit.cli.profile import DTYPES
-from dcdit.models import count_flops
+from dcdit.models import DCDiT, KeptShare, count_flops
 
 GRID = {"grid": (8, 8), "in_channels": 3, "num_classes": 3}
 STEPS = 6
@@ -74,8 +74,6 @@ def test_flops_of_a_static_model(static, draw):
 def test_lite_cfg_is_one_forward_that_costs_what_each_branch_keeps(dynamic, draw, monkeypatch):
     """Every step is one call of the model. Each branch drops its own fraction of its natural tokens. The FLOPs are
     those of all these lengths."""
-    from dcdit.models import DCDiT
-
     calls, forward = [], DCDiT.forward
 
     def recording(self, x, t, y, *args, **options):
@@ -119,6 +117,38 @@ def test_drop_schedules(dynamic, draw):
     first, second = ([call["kept"] / call["natural"] for call in run["calls"]] for run in (falling, rising))
     assert first[-1] == 1 and first == sorted(first) and first[0] < 0.25
     assert [fraction == 1 for fraction in second] == [call["t"] > 500 for call in rising["calls"]]
+
+
+# --- capacities -----------------------------------------------------------------------------------------------------
+
+
+def test_a_capacity_says_what_it_lost(dynamic, draw):
+    """None lost: the numbers of exact mode. Else the router's tokens are those kept and those lost."""
+    exact, _ = draw(dynamic, "--batch-size", 3)
+    enough, out = draw(dynamic, "--batch-size", 3, "--capacity", 3 * 64)
+    assert enough["capacity"] == 192 and "lost 0 of them to the capacity" in out
+    assert enough["runs"][0]["kept"] == exact["runs"][0]["kept"]
+    report, out = draw(dynamic, "--batch-size", 4, "--capacity", 40)
+    (run,) = report["runs"]
+    lost = sum(IMAGES * (64 * (call["natural"] - call["kept"])) for call in run["calls"])
+    assert run["overflow"] == pytest.approx(lost) and run["overflow"] > 0
+    assert f"lost {run['overflow']} of them to the capacity" in out
+
+
+def test_capacity_auto_measures_the_router_once(dynamic, draw, tmp_path, monkeypatch):
+    """And not at all where the checkpoint knows its share. Every fraction gets its own capacity."""
+    flags = ["--capacity", "auto", "--drop-fraction", 0, 0.6, "--cfg-scale", 2, "--null-drop-fraction", 0.9]
+    report, _ = draw(dynamic, *flags)
+    assert report["capacity"] == "auto" and report["kept_share"]["images"] == 2 * 16
+    assert len(report["runs"]) == 2 and all("overflow" in run for run in report["runs"])
+    model = ckpt.load_model(dynamic)
+    model.kept_share = KeptShare(0.9, 0.01, 0.95, 100)
+    ckpt.save_model(tmp_path / "known.safetensors", model)
+    planned, plan = [], DCDiT.plan_capacity
+    monkeypatch.setattr(DCDiT, "plan_capacity", lambda self, *args: planned.append(args) or plan(self, *args))
+    report, _ = draw(tmp_path / "known.safetensors", *flags)
+    assert report["kept_share"]["mean"] == 0.9
+    assert planned == [(8, [rho] * 4 + [pytest.approx(0.9)] * 4) for rho in (0, pytest.approx(0.6))]
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -275,13 +305,22 @@ def test_report_of_latents(tmp_path, draw):
         ("--graph --budget 4", "the model is on cpu; CUDA graphs need a CUDA device$"),
         ("--graph --target-latency 1", "--graph changes the seconds that the pilot of --target-latency measures"),
         ("--target-latency 1 --profile nowhere.json", "no profile 'nowhere.json'"),
+        ("--graph --capacity auto", "the model is on cpu; CUDA graphs need a CUDA device$"),
+        (
+            "--capacity 9 --target-latency 1",
+            "--capacity changes the seconds that the pilot of --target-latency",
+        ),
+        ("--capacity 99 --budget 9", "--budget 9 fixes the size of the buffer too; leave --capacity out"),
+        ("--capacity 15", "--capacity is 15; accepted: auto, or 16 to 1024, one token to all positions of 16 images"),
+        ("--capacity 31 --cfg-scale 2", "--capacity is 31; accepted: auto, or 32 to 2048"),
+        ("--capacity 1025", "--capacity is 1025; accepted: auto, or 16 to 1024"),
     ],
 )
 def test_budgets_that_do_not_fit(dynamic, fails, flags, match):
     fails(dynamic, flags, match)
 
 
-@pytest.mark.parametrize("flags", ["--target-flops 1", "--drop-schedule constant:0", "--report"])
+@pytest.mark.parametrize("flags", ["--target-flops 1", "--drop-schedule constant:0", "--capacity auto", "--report"])
 def test_a_static_model_has_no_budget(static, fails, flags):
     fails(static, flags, f"holds a static DiT, which drops no tokens; leave {flags.split()[0]} out")
 

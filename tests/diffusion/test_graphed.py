@@ -1,6 +1,7 @@
 """The whole sampler step as a graph, on a stand-in for the device: the bits of the eager run, and one launch a step."""
 
 import gc
+import warnings
 import weakref
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.small import GRID, small_dc_dit, small_dit
 from dcdit.diffusion import SamplerGraphs, parse_drop_schedule, sample
 from dcdit.diffusion.graphed import WORTHWHILE
 from dcdit.graphs import CaptureError
+from dcdit.models import KeptShare
 from dcdit.sample import ModelCalls
 
 POSITIONS = GRID[0] * GRID[1]
@@ -30,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
         "capacity": 400, "cfg_scale": 2.0, "cfg_interval": (0.2, 0.7), "drop_fraction": (0.1, 0.8)
     },
     "a schedule": {"capacity": 400, "drop_fraction": parse_drop_schedule("linear:0.6:0.1"), "cfg_scale": 3.0},
+    "a planned capacity": {
+        "capacity": "auto", "cfg_scale": 2.0, "cfg_interval": (0.2, 0.7), "drop_fraction": (0.4, 0.8)
+    },
     "each image its own": {"capacity": 400, "drop_fraction": (torch.tensor([0.0, 0.5, 0.2]), 0.9), "cfg_scale": 2.0},
 }  # fmt: skip
 
@@ -46,11 +51,17 @@ def draw(model: Any, labels: torch.Tensor = LABELS, num_steps: int = 5, **option
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_graphs_give_the_bits_of_the_eager_run(fake: FakeDriver, options: dict[str, Any]) -> None:
+    """And tell that they lost the same tokens to a capacity that is too small, none to the others."""
     model = small_dc_dit()
-    expected = draw(model, seed=5, first_index=7, graph=False, **options)
-    assert fake.calls == []
-    assert torch.equal(draw(model, seed=5, first_index=7, graph=True, **options), expected)
+    model.kept_share = KeptShare(0.6, 0.05, 0.8, 100)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        expected = draw(model, seed=5, first_index=7, graph=False, **options)
+        assert fake.calls == []
+        assert torch.equal(draw(model, seed=5, first_index=7, graph=True, **options), expected)
     assert sum(graph.replays for graph in fake.graphs) == 5
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == (2 if options.get("capacity") == 60 else 0) and len(set(messages)) <= 1
 
 
 def test_a_static_model(fake: FakeDriver) -> None:

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from support.small import small_dc_dit
 
-from dcdit.diffusion import METHODS, sample
+from dcdit.diffusion import METHODS, parse_drop_schedule, sample
 from dcdit.diffusion.sampling import FITTING_METHODS
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, KeptShare
 from dcdit.sample import ModelCalls
 
 SHAPE = (2, 4, 4)
@@ -222,3 +223,55 @@ def test_dtypes():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         draw(**options)
+
+
+# --- capacities -----------------------------------------------------------------------------------------------------
+
+
+class Counting(torch.nn.Module):
+    """A dynamic model that notes what its calls are given and lose."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.config, self.calls = small_dc_dit(), small_dc_dit().config, []
+        self.inner.kept_share = KeptShare(0.5, 0.05, 0.6, 100)
+
+    def forward(self, x, t, y, drop_fraction=0.0, capacity=None, max_seqlen=None, return_routing=False):
+        out, routing = self.inner(x, t, y, drop_fraction, capacity=capacity, max_seqlen=max_seqlen, return_routing=True)
+        self.calls.append((len(x), capacity, max_seqlen, int(routing.selection.overflow)))
+        return (out, routing) if return_routing else out
+
+    def plan_capacity(self, batch, drop_fraction):
+        return self.inner.plan_capacity(batch, drop_fraction)
+
+
+def test_tokens_lost_to_a_capacity_are_told_once():
+    model = Counting()
+    with pytest.warns(UserWarning, match="was too small") as warned:
+        draw(model, shape=None, capacity=50, method="heun", cfg_scale=2.0)
+    (warning,) = warned
+    lost = sum(call[-1] for call in model.calls)
+    assert len(model.calls) == 10 and lost > 0
+    told = f"capacity=50 was too small: {lost} tokens, those of the lowest p, were dropped in 5 steps"
+    assert str(warning.message) == told and warning.filename == __file__
+
+
+def test_a_planned_capacity_fits_the_branches_and_the_times():
+    """Each image at the fraction that it drops least, of the calls with as many branches."""
+    model, drop = Counting(), parse_drop_schedule("linear:0.8:0.2")
+    options = {"cfg_scale": 2.0, "cfg_interval": (0.3, 1.0), "drop_fraction": (drop, 0.9), "capacity": "auto"}
+    draw(model, labels=(0, 1), shape=None, steps=10, method="euler", **options)
+    one, both = (model.inner.plan_capacity(len(rhos), rhos) for rhos in ([0.2 + 0.6 * 0.1] * 2, [0.38] * 2 + [0.9] * 2))
+    assert {call[:3] for call in model.calls} == {(2, *one[:2]), (4, *both[:2])}
+    assert one.capacity != both.capacity and both.capacity < 2 * 96
+
+
+def test_a_planned_capacity_needs_a_model_that_plans():
+    def model(x, t, y, capacity=None):
+        return toy(x, t, y)
+
+    with pytest.raises(ValueError, match="capacity is 'auto' but model plans none; accepted: a number, or a DCDiT"):
+        draw(model, capacity="auto")
+    with pytest.raises(ValueError, match=r"capacity is 'auto' but model\.kept_share is None"):
+        draw(small_dc_dit(), shape=None, capacity="auto")
+    draw(model, capacity=9)  # nobody can say what this one loses

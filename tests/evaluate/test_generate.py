@@ -233,14 +233,16 @@ def test_a_folder_of_an_earlier_version_is_recognised(tmp_path, monkeypatch):
     options = {"num": 2, "steps": 1, "null_drop_fraction": 0.9, "cfg_scale": 2.0, "cfg_interval": (0.1, 0.7)}
     draw(tmp_path / "new", **options)
     new = json.loads((tmp_path / "new" / "sampling.json").read_text())
+    assert new["settings"].pop("capacity") is None, "which came later"
     assert json.dumps(new["settings"]) == json.dumps(OLD_FOLDER["settings"]), "the same names in the same order"
+    assert new["work"].pop("overflow") is None
     assert new["work"].keys() == OLD_FOLDER["work"].keys()
 
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "sampling.json").write_text(json.dumps(OLD_FOLDER))
     (tmp_path / "old" / "samples.npz").write_bytes(b"")
     monkeypatch.setattr(drawing, "sample", None)  # nothing is drawn
-    assert dataclasses.asdict(draw(tmp_path / "old", **options)) == OLD_FOLDER["work"]
+    assert dataclasses.asdict(draw(tmp_path / "old", **options)) == {**OLD_FOLDER["work"], "overflow": None}
     with pytest.raises(ValueError, match=r"is of other settings: cfg_interval was \[0.1, 0.7\] and is \[0.1, 0.8\]"):
         draw(tmp_path / "old", **{**options, "cfg_interval": (0.1, 0.8)})
     # Before noise came from a counter, the same seed drew other images.
@@ -277,6 +279,26 @@ def test_cost_of_a_dynamic_model_is_that_of_the_tokens_it_kept(tmp_path):
     assert cost.tflops == pytest.approx(total) and cost.tflops_null == pytest.approx(null)
     assert cost.kept == pytest.approx(np.mean([call[:3] for call in lengths]) / 64)
     assert json.loads((tmp_path / "sampling.json").read_text())["work"]["tflops"] == cost.tflops
+
+
+def test_tokens_lost_to_a_capacity_are_counted(tmp_path):
+    """Over batches, the last of which is smaller, and after a second look at the finished folder."""
+    model, lost = small_dc_dit(**PIXELS), []
+
+    def watched(x, t, y, drop_fraction, capacity):
+        out, routing = model(x, t, y, drop_fraction=drop_fraction, capacity=capacity, return_routing=True)
+        lost.append(int(routing.selection.overflow))
+        return out
+
+    options = {"clip": True, "seed": 5, "shape": (3, 8, 8), "progress": False}
+    for start, labels in enumerate(torch.tensor([0, 1, 2]).split(2)):
+        sample(watched, labels, 3, "ddim", drop_fraction=0.5, capacity=10, first_index=2 * start, **options)
+    assert all(count > 0 for count in lost[:3])
+    for _ in range(2):
+        cost = draw(tmp_path, model, num=3, capacity=10)
+        assert cost.overflow == pytest.approx(sum(lost) / 3)
+    with pytest.raises(ValueError, match="is of other settings: capacity was 10 and is None"):
+        draw(tmp_path, model, num=3)
 
 
 def test_cost_of_a_static_model_is_that_of_every_call(tmp_path):

@@ -89,7 +89,7 @@ def test_touches_nothing_else(case: Callable[..., Any], values: list[int], devic
 @pytest.mark.parametrize("values", BAD.values(), ids=BAD.keys())
 def test_selection_touches_nothing_else(mode: tuple[Any, ...], values: list[int], device: torch.device) -> None:
     cu_seqlens = torch.tensor(values, dtype=torch.int32, device=device)
-    sel = _triton.select_tokens(random_probs(ROWS).to(device), cu_seqlens, 0.5, *mode).wait()
+    sel = _triton.select_tokens(random_probs(ROWS).to(device), cu_seqlens, 0.5, *mode, None).wait()
     assert isinstance(sel, TokenSelection)
 
 
@@ -110,7 +110,9 @@ def test_strided(case: Callable[..., Any], device: torch.device) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=["exact", "budget", "capacity"])
 def test_selection_of_strided(mode: tuple[Any, ...], device: torch.device) -> None:
     p, cu_seqlens = random_probs(ROWS).to(device), torch.tensor([0, 5, ROWS], dtype=torch.int32, device=device)
-    plain, other = (_triton.select_tokens(p, given, 0.5, *mode).wait() for given in (cu_seqlens, strided(cu_seqlens)))
+    plain, other = (
+        _triton.select_tokens(p, given, 0.5, *mode, None).wait() for given in (cu_seqlens, strided(cu_seqlens))
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True) if isinstance(a, Tensor))
 
 

@@ -10,12 +10,19 @@ import triton
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import cases
-from support.accuracy import check_against_reference, check_rms_against_reference, cotangent, differentiate, to_float64
+from support.accuracy import (
+    assert_close_to_reference,
+    check_against_reference,
+    check_rms_against_reference,
+    cotangent,
+    differentiate,
+    to_float64,
+)
 from support.inputs import PATTERNS, randn
 from torch import Tensor
 
 from dcdit import ops
-from dcdit.kernels import launch, nearest
+from dcdit.kernels import dechunk_spatial, launch, nearest
 from dcdit.kernels.dechunk_spatial import Geometry
 from dcdit.ops import TokenSelection, reference
 from dcdit.ops._triton.dechunk_spatial import _dechunk, _gradients
@@ -58,7 +65,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hand_made(mask: Tensor, grid: tuple[int, int], width: int, device: torch.device) -> tuple[Any, ...]:
     """Arguments for a kept mask that no selection would make."""
-    args = cases.dechunk_ema(torch.where(mask, 0.8, 0.2), cases.selection_of_mask(mask), width, device=device)
+    args = cases.dechunk_ema(torch.where(mask, 0.8, 0.2), ops.select_from_mask(mask), width, device=device)
     return *args[:3], grid, 1.0, *args[3:]
 
 
@@ -121,6 +128,54 @@ def test_matches_the_definition(
 ) -> None:  # fmt: skip
     args = cases.dechunk_spatial(images, grid, width, dtype, sigma, pattern, gate, residual, seed, device, **mode)
     check(*args)
+
+
+@given(
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 7)),
+    width=st.sampled_from([8, 24, 1152]),
+    dtype=st.sampled_from(DTYPES),
+    residual=st.sampled_from([None, *DTYPES]),
+    pattern=st.sampled_from(PATTERNS),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 99),
+)
+@example(
+    grid=(5, 7), width=24, dtype=torch.bfloat16, residual=torch.bfloat16, pattern="random", mode={"capacity": 60},
+    seed=1,
+)  # fmt: skip
+@example(grid=(4, 7), width=1152, dtype=torch.bfloat16, residual=torch.float32, pattern="random", mode={}, seed=2)
+def test_without_a_backward(
+    grid: tuple[int, int], width: int, dtype: torch.dtype, residual: torch.dtype | None, pattern: str,
+    mode: dict[str, Any], seed: int, device: torch.device,
+) -> None:  # fmt: skip
+    """In inference h' is stored in the dtype of the result: one more rounding of it, and no other difference."""
+    h, p, sel, _, sigma, gate, added = cases.dechunk_spatial(
+        2, grid, width, dtype, 1.0, pattern, True, residual is not None, seed, device, **mode
+    )
+    added = None if residual is None else added.to(residual)
+    args = h, p, sel, grid, sigma, gate, added
+    with ops.use_backend("triton"), torch.no_grad():
+        out = ops.dechunk_spatial(*args)
+    expected = reference.dechunk_spatial(*args)
+    exact = reference.dechunk_spatial(*(to_float64(a) for a in args))
+    assert_close_to_reference(out, exact, expected)
+    rounding = torch.finfo(out.dtype).eps / 2
+    smoothed = reference.dechunk_spatial(*(to_float64(a) for a in args[:6]), None).abs()
+    slack = 2e-5 * float(smoothed.abs().max().clamp(min=1))
+    assert ((out.double() - exact).abs() <= rounding * (1.1 * exact.abs() + 1.1 * smoothed) + slack).all()
+
+
+def test_a_gradient_takes_the_way_that_has_a_backward(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    args = cases.dechunk_spatial(1, (3, 4), 8, device=device)
+    run(*args)
+    with ops.use_backend("triton"):
+        grads = torch.func.grad(lambda h: ops.dechunk_spatial(h, *args[1:]).square().sum())(args[0])
+        assert grads.any()
+        monkeypatch.setattr(dechunk_spatial, "dechunk_spatial_fwd", None)
+        monkeypatch.setattr(_dechunk, "launcher", None)
+        assert ops.dechunk_spatial(*args).isfinite().all(), "no argument wants a gradient"
+        with torch.no_grad():
+            ops.dechunk_spatial(args[0].clone().requires_grad_(), *args[1:])
 
 
 @pytest.mark.parametrize(("grid", "pattern"), [((7, 9), "random"), ((2, 11), "all"), ((13, 3), "ties")])

@@ -36,7 +36,7 @@ def start_everything(images: int, grid: tuple[int, int], width: int) -> None:
     )
     x, h, table = floats(images, length, width), floats(tokens, width), floats(images, width)
     affine = [floats(width) for _ in range(3)]
-    _triton.select_tokens(p.detach(), None, 0.5, 0.2, None, tokens, length)
+    _triton.select_tokens(p.detach(), None, 0.5, 0.2, None, tokens, length, mask)
     outputs = [
         _triton.boundary_prob_cosine(x, x, None),
         _triton.boundary_prob_cosine2d(x, x, floats(width, 3, 3), grid),

@@ -57,6 +57,49 @@ def test_moves_every_bit(sel: TokenSelection, width: int, dtype: torch.dtype, se
 
 
 @given(
+    sel=selections(),
+    token=st.sampled_from(cases.TOKENS),
+    dtype=st.sampled_from(cases.INTEGERS),
+    shared=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_moves_integers(
+    sel: TokenSelection, token: tuple[int, ...], dtype: torch.dtype, shared: bool, seed: int, device: torch.device
+) -> None:
+    sel, fill = cases.moved(sel, device), 1 if dtype == torch.bool else 117
+    source = (1, sel.mask.shape[1]) if shared and sel.source_cu_seqlens is None else sel.mask.shape
+    x = cases.integers(*source, *token, dtype=dtype, seed=seed).to(device)
+    t = cases.integers(sel.indices.shape[0], *token, dtype=dtype, seed=seed).to(device)
+    with ops.use_backend("triton"):
+        moved = [ops.gather_tokens(x, sel), ops.scatter_tokens(t, sel, fill)]
+    for actual, expected in zip(
+        moved, (reference.gather_tokens(x, sel), reference.scatter_tokens(t, sel, fill)), strict=True
+    ):
+        assert actual.dtype == dtype and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("token", cases.TOKENS, ids=str)
+def test_tokens_of_any_shape(token: tuple[int, ...], device: torch.device) -> None:
+    _, sel = random_selection(3, 7, capacity=16)
+    sel = cases.moved(sel, device)
+    assert_exact(ops.gather_tokens, randn(3, 7, *token).to(device), sel)
+    assert_exact(ops.scatter_tokens, randn(16, *token).to(device), sel, 2.5)
+    for shape in (token, (*token[:-1], 1)):  # as wide as the tokens, and narrower
+        bias = randn(7, *shape[: len(token)], seed=1).to(device)
+        check_against_reference(ops.gather_tokens, randn(3, 7, *token).to(device), sel, bias, backend="triton")
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_table_that_images_share(images: int, dtype: torch.dtype, device: torch.device) -> None:
+    p = random_probs(3, 7)[:images].to(device)
+    sel = reference.select_tokens(p, capacity=max(images, 12))
+    check_against_reference(ops.gather_tokens, randn(1, 7, 24, dtype=dtype).to(device), sel, backend="triton")
+    bias = randn(7, 24, seed=1).to(device)
+    check_against_reference(ops.gather_tokens, randn(1, 7, 24, dtype=dtype).to(device), sel, bias, backend="triton")
+
+
+@given(
     sel=selections().filter(lambda sel: sel.source_cu_seqlens is None),
     width=st.sampled_from(WIDTHS),
     dtype=st.sampled_from(DTYPES),
@@ -167,7 +210,7 @@ def arguments(device: torch.device) -> dict[packing.KernelOp, tuple[Any, ...]]:
     sel = cases.moved(sel, device)
     x, bias, t = randn(12, 8).to(device), randn(6, 8).to(device), randn(8, 8).to(device)
     return {
-        packing._gather: (x.requires_grad_(), sel.indices, sel.packed_rows, bias.requires_grad_()),
+        packing._gather: (x.requires_grad_(), sel.indices, sel.packed_rows, bias.requires_grad_(), False),
         packing._scatter: (t.clone().requires_grad_(), sel.indices, sel.packed_rows, 0.5),
         packing._bias_grad: (t, sel.packed_rows, torch.float32),
     }
@@ -178,6 +221,12 @@ def arguments(device: torch.device) -> dict[packing.KernelOp, tuple[Any, ...]]:
 )
 def test_registration(op: packing.KernelOp, device: torch.device) -> None:
     torch.library.opcheck(op.op._opoverload, arguments(device)[op])
+
+
+def test_registration_of_a_shared_table(device: torch.device) -> None:
+    x, *others, _, _ = arguments(device)[packing._gather]
+    table = x.detach()[:6].requires_grad_()
+    torch.library.opcheck(packing._gather.op._opoverload, (table, *others, None, True))
 
 
 def test_fullgraph(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dcdit import ops
 from dcdit.kernels import launch
-from dcdit.ops import TokenSelection
+from dcdit.ops import TokenSelection, reference
 from dcdit.ops._triton import selection
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,7 +45,19 @@ def test_matches_the_definition(
     p, cu_seqlens, arguments = data.draw(cases.select_tokens(mode))
     if isinstance(arguments.get("drop_fraction"), Tensor):
         arguments["drop_fraction"] = arguments["drop_fraction"].to(device)
+    if "always" in arguments:
+        arguments["always"] = arguments["always"].to(device)
     check(p.to(device), None if cu_seqlens is None else cu_seqlens.to(device), **arguments)
+
+
+@given(data=st.data())
+def test_keeps_a_mask(data: st.DataObject, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles(monkeypatch, 16)
+    mask, cu_seqlens, arguments = data.draw(cases.select_from_mask())
+    mask, cu_seqlens = cases.moved(mask, device), cases.moved(cu_seqlens, device)
+    with ops.use_backend("triton"):
+        sel = ops.select_from_mask(mask, cu_seqlens, **arguments)
+    assert_same_selection(sel, reference.select_from_mask(mask, cu_seqlens, **arguments))
 
 
 @given(threshold=st.floats(0, 1, width=32), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
@@ -119,7 +131,7 @@ def test_unchecked_fractions_end(device: torch.device) -> None:
     """On a GPU nothing checks a fraction per image. Outside [0, 1) it must neither hang nor empty an image."""
     p = probs(4, 9, pattern="all").to(device)
     fractions = torch.tensor([-1.0, 1.0, 7.0, float("nan")], device=device)
-    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None, None).wait().lengths
+    lengths = selection.select_tokens(p, None, 0.5, fractions, None, None, None, None).wait().lengths
     assert lengths[:3].tolist() == [9, 1, 1]
     assert 1 <= int(lengths[3]) <= 9
 
@@ -130,7 +142,7 @@ def test_unchecked_nan_stays_in_bounds(mode: tuple[Any, ...], device: torch.devi
     p = probs(3, 9, pattern="random").to(device)
     p[0, 2:6], p[1] = float("nan"), float("nan")
     p[2, 4] = -torch.tensor(float("nan"))
-    sel = selection.select_tokens(p, None, 0.5, *mode).wait()
+    sel = selection.select_tokens(p, None, 0.5, *mode, None).wait()
     total = int(sel.cu_seqlens[-1])
     assert torch.equal(sel.mask.sum(1).to(torch.int32), sel.lengths)
     assert torch.equal(sel.indices[:total], sel.mask.flatten().nonzero().flatten())
@@ -159,7 +171,10 @@ def test_registration(sample: tuple[Any, ...], device: torch.device) -> None:
     cu_seqlens = random_cu_seqlens(5, 7).to(device)
     fractions = None if fractions is None else fractions.to(device)
     p = probs(12, pattern="random").to(device)
-    torch.library.opcheck(selection._select.op._opoverload, (p, cu_seqlens, 0.5, rho, fractions, *sizes))
+    always = (p > 0.9).view(torch.uint8)
+    for fixed, keep_best in ((None, True), (always, True), (None, False)):
+        args = p, cu_seqlens, 0.5, rho, fractions, *sizes, fixed, keep_best
+        torch.library.opcheck(selection._select.op._opoverload, args)
 
 
 @pytest.mark.parametrize("mode", [{"capacity": 14, "drop_fraction": 0.2}, {"budget": 4}, {}], ids=str)

@@ -143,6 +143,20 @@ def test_noise_decides_in_training() -> None:
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_gradient_checkpointing_changes_nothing() -> None:
+    for create in MODELS.values():
+        gradients = []
+        for recompute in (False, True):
+            model = create().train()
+            model.y_embedder.dropout_prob = 0.0
+            model.gradient_checkpointing = recompute
+            noise = logistic_noise((3, *model.config.gate_shape), torch.device("cpu"), torch.Generator().manual_seed(0))
+            model(*batch(model.config), gate_noise=noise).square().mean().backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        for plain, recomputed in zip(*gradients, strict=True):
+            torch.testing.assert_close(recomputed, plain)
+
+
 def counted_stages(call) -> dict[str, int]:
     found: dict[str, int] = {}
 
@@ -256,3 +270,6 @@ def test_bad_use() -> None:
     with pytest.raises(ValueError, match=r"blocks.1.fc1 is a Linear that may do more"):
         SlicedModel(model, TIMES)
     handle.remove()
+    model.blocks[0].register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"blocks.0 has hooks"):
+        SlicedModel(model, TIMES)

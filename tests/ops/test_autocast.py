@@ -1,11 +1,11 @@
 """Autocast changes no operation: the same dtypes and the same bits, forward and backward, on every backend."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from support import interpreter_scan
+from support.every_operation import every_operation
 from support.inputs import randn, random_cu_seqlens
 from torch import Tensor
 
@@ -73,25 +73,6 @@ def test_attention(lengths: tuple[int, ...], padding: int, strided: bool, backen
         check(lambda: (ops.varlen_attention(*heads, cu_seqlens, longest, padding=padding > 0),), (q, k, v))
 
 
-def every_operation() -> tuple[Run, tuple[Tensor, ...]]:
-    """One compiled function that calls all differentiable operations, and what it is differentiated by."""
-    workloads = [create_workload(name, SHAPE) for name, op in OPERATIONS.items() if op.differentiable]
-    cu_seqlens, attended = random_cu_seqlens(2, 3), tuple(randn(5, 2, 8, seed=s).requires_grad_() for s in range(3))
-
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        rest, outputs = iter(tensors), []
-        for workload in workloads:
-            arguments = {n: next(rest) if isinstance(a, Tensor) else a for n, a in workload.arguments.items()}
-            outputs += tensors_of(workload.operation.op(**arguments))
-        outputs.append(ops.varlen_attention(*(next(rest) for _ in range(3)), cu_seqlens, 3))
-        return tuple(outputs)
-
-    tensors = [a for workload in workloads for a in workload.arguments.values() if isinstance(a, Tensor)]
-    inputs: list[Any] = [*tensors, *attended]
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    return lambda: compiled(*inputs), tuple(x for x in inputs if x.requires_grad)
-
-
 @pytest.mark.parametrize(
     ("backend", "places"),
     [("torch", [(True, False), (False, True)]), ("triton", [(True, True)])],
@@ -99,8 +80,10 @@ def every_operation() -> tuple[Run, tuple[Tensor, ...]]:
 )
 def test_compiled(backend: str, places: list[tuple[bool, bool]]) -> None:
     torch.compiler.reset()
+    call, inputs = every_operation(SHAPE)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with ops.use_backend(backend):
-        check(*every_operation(), places)
+        check(lambda: compiled(*inputs), tuple(x for x in inputs if x.requires_grad), places)
     torch.compiler.reset()
 
 

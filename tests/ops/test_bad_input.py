@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import cases
 from torch import Tensor
 
 from dcdit import ops
+from dcdit.ops import unchecked
 
 B, H, W, D = 2, 3, 4, 8
 L = H * W
 P = torch.full((B, L), 0.75)
 SEL = ops.select_tokens(P)
+EXTRA_SEL = ops.select_tokens(P[:, 1:], extra_tokens=1)
 T = B * L
 X, TOKENS, TABLE = torch.zeros(B, L, D), torch.zeros(T, D), torch.zeros(B, D)
 CU = SEL.cu_seqlens
@@ -92,11 +93,66 @@ SELECT = [
     Bad(
         "budget and max_seqlen", lambda: ops.select_tokens(P, budget=3, max_seqlen=9), ValueError, ("budget=3", "max_")
     ),
+    Bad("always of floats", lambda: ops.select_tokens(P, always=P), TypeError, ("always", "torch.float32", "bool")),
+    Bad(
+        "always of another shape",
+        lambda: ops.select_tokens(P, always=P[0] > 0),
+        ValueError,
+        ("always", "(12)", "(2, 12)"),
+    ),
+    Bad("always elsewhere", lambda: ops.select_tokens(P, always=(P > 0).to(META)), ValueError, ("always", "meta")),
+    Bad(
+        "always above the budget",
+        lambda: ops.select_tokens(P, budget=3, always=P > 0),
+        ValueError,
+        ("always keeps 12", "budget", "3"),
+    ),
+    Bad(
+        "always of a sequence above the budget",
+        lambda: ops.select_tokens(P[0], PACKED_CU, budget=5, extra_tokens=0, always=P[0] > 0),
+        ValueError,
+        ("always keeps 7", "budget", "5"),
+    ),
+    Bad("extra tokens below 0", lambda: ops.select_tokens(P, extra_tokens=-1), ValueError, ("extra_tokens is -1", "0")),
+    Bad(
+        "extra tokens of 1.0", lambda: ops.select_tokens(P, extra_tokens=1.0), TypeError, ("extra_tokens", "1.0", "int")
+    ),
+    Bad(
+        "extra tokens of sequences",
+        lambda: ops.select_tokens(P[0], PACKED_CU, extra_tokens=1),
+        ValueError,
+        ("extra_tokens is 1", "grid batch"),
+    ),
+    Bad(
+        "no budget beside extra tokens",
+        lambda: ops.select_tokens(P, budget=2, extra_tokens=2),
+        ValueError,
+        ("budget is 2", "3 to 14", "2 extra tokens"),
+    ),
+    Bad(
+        "no capacity beside extra tokens",
+        lambda: ops.select_tokens(P, capacity=5, extra_tokens=2),
+        ValueError,
+        ("capacity is 5", "at least 6", "2 extra tokens"),
+    ),
+    Bad(
+        "no max_seqlen beside extra tokens",
+        lambda: ops.select_from_mask(P > 0, max_seqlen=2, extra_tokens=2),
+        ValueError,
+        ("max_seqlen is 2", "at least 3", "2 extra tokens"),
+    ),
+    Bad("a mask of floats", lambda: ops.select_from_mask(P), TypeError, ("mask", "torch.float32", "bool")),
+    Bad(
+        "a mask over a grid",
+        lambda: ops.select_from_mask(torch.ones(B, H, W, dtype=torch.bool)),
+        ValueError,
+        ("mask ", "(2, 3, 4)", "(B, L)"),
+    ),
     Bad("capacity True", lambda: ops.select_tokens(P, capacity=True), TypeError, ("capacity", "True", "int")),
 ]
 
 CU_SEQLENS = [
-    Bad("int64", lambda: ops.select_tokens(P[0], cu(0, 5, L, dtype=torch.int64)), TypeError, ("torch.int64", "int32")),
+    Bad("int16", lambda: ops.select_tokens(P[0], cu(0, 5, L, dtype=torch.int16)), TypeError, ("torch.int16", "int32")),
     Bad("of two dimensions", lambda: ops.select_tokens(P[0], cu(0, L)[None]), ValueError, ("(1, 2)", "(B + 1,)")),
     Bad("empty", lambda: ops.select_tokens(P[0], cu()), ValueError, ("(0)", "(B + 1,)")),
     Bad("not from 0", lambda: ops.select_tokens(P[0], cu(1, L)), ValueError, ("starts at 1", "0")),
@@ -110,10 +166,16 @@ CU_SEQLENS = [
         ("ends at 25", "24"),
     ),
     Bad(
-        "int64 for the tokens",
-        lambda: ops.gated_add(TOKENS, TOKENS, TABLE, CU.long()),
+        "of floats for the tokens",
+        lambda: ops.gated_add(TOKENS, TOKENS, TABLE, CU.float()),
         TypeError,
-        ("torch.int64", "int32"),
+        ("torch.float32", "int32 or int64"),
+    ),
+    Bad(
+        "int64 for kernels of others",
+        lambda: unchecked.check_packed(TOKENS, CU.long(), L, False),
+        TypeError,
+        ("torch.int64", "cu_seqlens.int()"),
     ),
     Bad(
         "elsewhere",
@@ -192,10 +254,34 @@ BOUNDARY = [
 ]
 
 PACKING = [
-    Bad("x of another batch", lambda: ops.gather_tokens(X[:1], SEL), ValueError, ("x ", "(1, 12, 8)", "(2, 12)")),
-    Bad("x without width", lambda: ops.gather_tokens(P, SEL), ValueError, ("x ", "(2, 12)")),
+    Bad(
+        "x of another batch", lambda: ops.gather_tokens(X[[0, 1, 0]], SEL), ValueError, ("x ", "(3, 12, 8)", "(2, 12)")
+    ),
+    Bad("x without positions", lambda: ops.gather_tokens(P[0], SEL), ValueError, ("x ", "(12)", "(1, 12)")),
+    Bad("x of no channel", lambda: ops.gather_tokens(X[..., :0], SEL), ValueError, ("x ", "(2, 12, 0)", "one channel")),
+    Bad(
+        "a table for packed sequences",
+        lambda: ops.gather_tokens(X[:1, :5], PACKED_SEL),
+        ValueError,
+        ("x ", "(1, 5, 8)", "(12)"),
+    ),
     Bad("x elsewhere", lambda: ops.gather_tokens(X.to(META), SEL), ValueError, ("meta", "cpu")),
-    Bad("x of integers", lambda: ops.gather_tokens(X.long(), SEL), TypeError, ("x ", "torch.int64", "float32")),
+    Bad(
+        "x of complex numbers",
+        lambda: ops.gather_tokens(X + 1j, SEL),
+        TypeError,
+        ("x ", "complex64", "view_as_real"),
+    ),
+    Bad(
+        "bias for integers",
+        lambda: ops.gather_tokens(X.long(), SEL, X[0]),
+        TypeError,
+        ("x ", "torch.int64", "float32"),
+    ),
+    Bad("bias wider", lambda: ops.gather_tokens(X[..., 1:], SEL, X[0]), ValueError, ("bias", "(12, 8)", "(12, 7)")),
+    Bad("fill of half", lambda: ops.scatter_tokens(TOKENS.int(), SEL, 0.5), ValueError, ("fill is 0.5", "torch.int32")),
+    Bad("fill of 256", lambda: ops.scatter_tokens(TOKENS.byte(), SEL, 256), ValueError, ("fill is 256", "0 to 255")),
+    Bad("fill of text", lambda: ops.scatter_tokens(TOKENS, SEL, "0"), TypeError, ("fill is '0'", "a number")),
     Bad(
         "bias of another length",
         lambda: ops.gather_tokens(X, SEL, X[0, 1:]),
@@ -217,6 +303,18 @@ DECHUNK = [
         lambda: ops.dechunk_spatial(TOKENS, P[:1], SEL, (H, W)),
         ValueError,
         ("p ", "(1, 12)", "(2, 12)"),
+    ),
+    Bad(
+        "p over the extra tokens",
+        lambda: ops.dechunk_ema(TOKENS, P, EXTRA_SEL),
+        ValueError,
+        ("p ", "(2, 12)", "(2, 11)"),
+    ),
+    Bad(
+        "residual of the grid alone",
+        lambda: ops.dechunk_ema(TOKENS, P[:, 1:], EXTRA_SEL, residual=X[:, 1:]),
+        ValueError,
+        ("residual ", "(2, 11, 8)", "(2, 12, 8)"),
     ),
     Bad("grid", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (W, W)), ValueError, ("(4, 4)", "12", "(H, W)")),
     Bad("sigma 0", lambda: ops.dechunk_spatial(TOKENS, P, SEL, (H, W), 0.0), ValueError, ("sigma is 0.0", "(0, 16]")),
@@ -404,7 +502,7 @@ def test_the_good_calls_beside_the_bad_ones_work() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_a_selection_whose_images_keep_nothing_is_accepted(backend: str) -> None:
-    sel = cases.selection_of_mask(torch.zeros(B, L, dtype=torch.bool))
+    sel = ops.select_from_mask(torch.zeros(B, L, dtype=torch.bool))
     with ops.use_backend(backend):
         assert ops.gather_tokens(X, sel).shape == (0, D)
         assert not ops.dechunk_spatial(TOKENS[:0], P, sel, (H, W)).any()

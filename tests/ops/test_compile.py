@@ -8,11 +8,13 @@ import torch
 from functorch.compile import make_boxed_func
 from support import interpreter_scan
 from support.accuracy import differentiate
+from support.every_operation import every_operation
 from support.inputs import randn, random_probs, ste_coefficient
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from dcdit import ops
+from dcdit.profiling.workloads import Shape
 
 B, H, W, D = 2, 6, 7, 16
 L = H * W
@@ -103,6 +105,30 @@ def test_block_is_one_graph(backend: str, strides: str) -> None:
         args = [transposed(x) for x in args]
     with ops.use_backend(backend):
         assert_same(torch.compile(block, fullgraph=True, backend=checked), block, *args, sel.cu_seqlens)
+
+
+def spread_out(x: Tensor) -> Tensor:
+    """The same numbers in every second place of memory."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def same_for_all_images(x: Tensor) -> Tensor:
+    """Of a batch, the first image for all, as an expanded tensor has it."""
+    return x[:1].expand(x.shape)
+
+
+LAYOUTS = (transposed, spread_out, same_for_all_images)
+
+
+@pytest.mark.parametrize(("backend", "first"), [("torch", 0), ("torch", 1), ("torch", 2), ("triton", 0)])
+def test_strides_of_every_operation(backend: str, first: int) -> None:
+    """Each argument has another layout than the one before it. On PyTorch, each has every layout in turn."""
+    call, inputs = every_operation(Shape(2, (3, 4), 32, 0.4, torch.float32, torch.device("cpu")))
+    for number, x in enumerate(inputs):
+        if x.requires_grad and x.dim():
+            inputs[number] = (LAYOUTS[(first + number) % 3] if x.dim() > 1 else spread_out)(x.detach())
+    with ops.use_backend(backend):
+        assert_same(torch.compile(call, fullgraph=True, backend=checked), call, *inputs)
 
 
 def test_the_check_of_strides_sees_a_wrong_fake() -> None:

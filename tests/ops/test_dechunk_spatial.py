@@ -71,7 +71,7 @@ def test_image_without_kept_tokens_is_zero() -> None:
     first, last = sel.cu_seqlens[1:3].tolist()
     mask = sel.mask.clone()
     mask[1] = False
-    sel, h = cases.selection_of_mask(mask), torch.cat([h[:first], h[last:]])
+    sel, h = ops.select_from_mask(mask), torch.cat([h[:first], h[last:]])
     check_against_reference(ops.dechunk_spatial, h, p, sel, grid, 1.0)
     assert not ops.dechunk_spatial(h, p, sel, grid)[1].any()
     residual = randn(3, 35, 8)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from support import cases
 from support.accuracy import check_against_reference, differentiate
-from support.inputs import randn, random_cu_seqlens, random_probs
+from support.inputs import randn, random_cu_seqlens, random_probs, random_selection
 
 from dcdit import ops
 from dcdit.ops import reference
@@ -98,3 +99,41 @@ def test_double_backward() -> None:
     sel = ops.select_tokens(random_probs(2, 6))
     x = randn(2, 6, 3).double().requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: ops.gather_tokens(x, sel).pow(3), (x,))
+
+
+@pytest.mark.parametrize("dtype", cases.INTEGERS, ids=str)
+@pytest.mark.parametrize("token", cases.TOKENS, ids=str)
+@pytest.mark.usefixtures("host_reads")
+def test_integers(token: tuple[int, ...], dtype: torch.dtype) -> None:
+    p = random_probs(3, 7)
+    for sel in (
+        ops.select_tokens(p),
+        ops.select_tokens(p, capacity=19),
+        ops.select_tokens(p, budget=2, extra_tokens=1),
+    ):
+        length, fill = sel.mask.shape[1], 1 if dtype == torch.bool else 117
+        t = cases.integers(sel.indices.shape[0], *token, dtype=dtype)
+        assert torch.equal(ops.scatter_tokens(t, sel, fill), reference.scatter_tokens(t, sel, fill))
+        for images in (1, 3):
+            x = cases.integers(images, length, *token, dtype=dtype)
+            packed = ops.gather_tokens(x, sel)
+            assert packed.dtype == dtype and torch.equal(packed, reference.gather_tokens(x, sel))
+            assert torch.equal(packed, ops.gather_tokens(x.expand(3, length, *token), sel))
+
+
+@pytest.mark.parametrize("token", cases.TOKENS, ids=str)
+@pytest.mark.usefixtures("host_reads")
+def test_tokens_of_any_shape(token: tuple[int, ...], dtype: torch.dtype) -> None:
+    _, sel = random_selection(3, 7, capacity=19)
+    check_against_reference(ops.scatter_tokens, randn(19, *token, dtype=dtype), sel, 2.5)
+    for images in (1, 3):
+        x = randn(images, 7, *token, dtype=dtype)
+        check_against_reference(ops.gather_tokens, x, sel)
+        for narrow in (token, (*token[:-1], 1)[: len(token)]):
+            check_against_reference(ops.gather_tokens, x, sel, randn(7, *narrow, seed=1))
+
+
+def test_a_narrow_bias_leaves_the_other_channels() -> None:
+    sel = ops.select_tokens(torch.tensor([[0.9, 0.1, 0.8]]), capacity=3)
+    packed = ops.gather_tokens(torch.ones(1, 3, 4), sel, torch.tensor([[10.0], [20.0], [30.0]]))
+    assert packed.tolist() == [[11, 1, 1, 1], [31, 1, 1, 1], [0, 0, 0, 0]]

@@ -119,3 +119,55 @@ def test_selection_is_not_differentiable_and_keeps_p() -> None:
     sel = ops.select_tokens(p, drop_fraction=0.5)
     assert not any(field.requires_grad for field in sel if isinstance(field, Tensor))
     assert torch.equal(p.detach(), before)
+
+
+@examples
+@given(data=st.data())
+def test_a_mask_is_kept_as_it_is(host_reads: None, data: st.DataObject) -> None:
+    mask, cu_seqlens, arguments = data.draw(cases.select_from_mask())
+    sel = ops.select_from_mask(mask, cu_seqlens, **arguments)
+    assert_same_selection(sel, reference.select_from_mask(mask, cu_seqlens, **arguments))
+    if not arguments:
+        assert torch.equal(sel.mask, mask) and torch.equal(sel.natural_mask, mask)
+
+
+@examples
+@given(data=st.data(), extra=st.integers(1, 3), mode=st.sampled_from([*cases.SELECTION_MODES, "mask"]))
+def test_extra_tokens_come_first(host_reads: None, data: st.DataObject, extra: int, mode: str) -> None:
+    made = cases.select_from_mask() if mode == "mask" else cases.select_tokens(mode)
+    p, _, arguments = data.draw(made.filter(lambda call: call[1] is None))
+    op = ops.select_from_mask if mode == "mask" else ops.select_tokens
+    arguments = cases.with_extra_tokens(arguments, p.shape[0], extra)
+    sel = op(p, **arguments)
+    assert_same_selection(sel, getattr(reference, op.__name__)(p, **arguments))
+    assert (sel.extra_tokens, sel.natural_mask.shape) == (extra, p.shape)
+    assert sel.packed_rows[:, :extra].equal(sel.cu_seqlens[:-1, None] + torch.arange(extra, dtype=torch.int32))
+    assert sel.indices.shape[0] == arguments.get("capacity", int(sel.cu_seqlens[-1]))
+    assert max(sel.lengths.tolist(), default=0) <= sel.max_seqlen
+
+
+@pytest.mark.usefixtures("host_reads")
+def test_tokens_that_always_stay() -> None:
+    p = torch.tensor([[0.9, 0.1, 0.8, 0.7, 0.2], [0.3, 0.4, 0.1, 0.2, 0.0]])
+    always = torch.tensor([[False, True, False, False, False], [False, False, True, False, True]])
+    sel = ops.select_tokens(p, always=always)
+    assert sel.mask.int().tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 0, 1]]  # the second image needs no best one
+    assert torch.equal(sel.natural_mask, p > 0.5)
+    assert sel.prob_floor == 0
+    # Of the three that the router chose two are dropped; what always stays is neither counted nor dropped.
+    assert ops.select_tokens(p, always=always, drop_fraction=0.9).mask[0].int().tolist() == [1, 1, 0, 0, 0]
+    # They count in a budget, in max_seqlen and in a capacity.
+    assert ops.select_tokens(p, always=always, budget=2).indices.tolist() == [0, 1, 7, 9]
+    assert ops.select_tokens(p, always=always, max_seqlen=2).indices.tolist() == [0, 1, 7, 9]
+    tight = ops.select_tokens(p, always=always, capacity=3)
+    assert (tight.indices.tolist(), tight.overflow.item()) == ([1, 7, 9], 3)
+    # Where they alone are too many, those of lowest p go, and overflow says so.
+    tight = ops.select_tokens(p, always=always, max_seqlen=1)
+    assert (tight.indices.tolist(), tight.overflow.item()) == ([1, 7], 4)
+
+
+def test_an_image_of_a_mask_may_keep_nothing() -> None:
+    sel = ops.select_from_mask(torch.tensor([[False, False], [True, True]]), capacity=3)
+    assert (sel.indices.tolist(), sel.lengths.tolist(), sel.overflow.item()) == ([2, 3, -1], [0, 2], 0)
+    sel = ops.select_from_mask(torch.tensor([[True, False, True, True]]), max_seqlen=2)
+    assert (sel.indices.tolist(), sel.overflow.item()) == ([2, 3], 1)

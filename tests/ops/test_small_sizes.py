@@ -9,7 +9,6 @@ import pytest
 import torch
 from support import interpreter_launch, interpreter_scan
 from support.accuracy import differentiate, to_float64
-from support.cases import selection_of_mask
 from support.inputs import randn, random_cu_seqlens, random_probs
 from torch import Tensor
 
@@ -29,8 +28,9 @@ def outcome(backend: str, op: Callable[..., Any], args: tuple[Any, ...], kwargs:
     """Outputs and gradients (of a selection its fields, of noise no gradients), or the error."""
     with ops.use_backend(backend):
         try:
-            if op is ops.select_tokens:
-                return list(op(*args, **kwargs))
+            if op in (ops.select_tokens, ops.select_from_mask):
+                sel = op(*args, **kwargs)
+                return [*sel[:-1], *(sel.grid_selection or ())]
             if op is ops.philox_normal:
                 return [op(*args, **kwargs)]
             outputs, grads = differentiate(lambda *a: op(*a, **kwargs), args)
@@ -86,7 +86,7 @@ def test_every_operation_of_the_registry(name: str, size: Shape) -> None:
     try:
         arguments = case.arguments(Inputs(size, seed=0))
     except ValueError as error:
-        assert "capacity is 0" in str(error)  # an image of no position counts as one that keeps a token
+        assert "capacity is" in str(error) and size.length == 0  # which counts as one token of each image all the same
         return
     bound = inspect.signature(operation.op).bind(**arguments)
     bound.apply_defaults()
@@ -105,8 +105,12 @@ def test_selections_of_packed_sequences(lengths: tuple[int, ...]) -> None:
     modes: list[dict[str, Any]] = [{}, {"drop_fraction": 0.5}, {"drop_fraction": torch.full((len(lengths),), 0.9)}]
     modes += [{"budget": n} for n in (1, 2)] + [{"capacity": n} for n in range(5)]
     modes += [{"threshold": 0.0}, {"threshold": 1.0, "capacity": len(lengths)}, {"max_seqlen": 1}]
+    always = torch.arange(sum(lengths)) % 2 == 1
+    modes += [{**mode, "always": always} for mode in modes]
     for mode in modes:
         check(ops.select_tokens, p, cu_seqlens, **mode)
+    for mode in ({}, {"max_seqlen": 1}, *({"capacity": n} for n in range(5))):
+        check(ops.select_from_mask, always, cu_seqlens, **mode)
     for mode in ({}, {"capacity": len(lengths) + 2}):
         sel = ops.select_tokens(p, cu_seqlens, **mode)
         rows = randn(sel.indices.shape[0], 2)
@@ -123,8 +127,12 @@ def test_selections_of_a_grid(images: int, length: int) -> None:
     modes: list[dict[str, Any]] = [{}, {"drop_fraction": 0.9}, {"drop_fraction": torch.zeros(images)}]
     modes += [{"budget": n} for n in range(4)] + [{"capacity": n} for n in range(6)]
     modes += [{"max_seqlen": 1}, {"max_seqlen": 9}]
+    modes += [{**mode, "extra_tokens": 1} for mode in modes] + [{"extra_tokens": 2, "capacity": 7}]
+    modes += [{**mode, "always": p > 0.3} for mode in modes]
     for mode in modes:
         check(ops.select_tokens, p, **mode)
+    for mode in ({}, {"max_seqlen": 1}, {"extra_tokens": 2}, *({"capacity": n} for n in range(5))):
+        check(ops.select_from_mask, p > 0.3, **mode)
     for group_size in (None, 0, 1, 2, 3):
         check(ops.ratio_loss, p, p > 0.5, 2.0, group_size)
 
@@ -135,7 +143,7 @@ def test_every_mask(grid: tuple[int, int]) -> None:
     length = grid[0] * grid[1]
     for bits in itertools.product([False, True], repeat=length):
         mask = torch.tensor([bits, [False] * length])
-        sel, p = selection_of_mask(mask), random_probs(2, length)
+        sel, p = ops.select_from_mask(mask), random_probs(2, length)
         h, residual = randn(sel.indices.shape[0], 2), randn(2, length, 2, seed=1)
         check(ops.dechunk_spatial, h, p, sel, grid, 1.0, p.clone(), residual)
         check(ops.dechunk_ema, h, p, sel, p.clone(), residual)

@@ -37,7 +37,7 @@ def test_the_time_of_the_host_is_no_time_of_the_device(host: float, timeline: Fa
             timeline.spend(host / 3)
             timeline.queue(10e-6)
 
-    assert time_kernels(call, GPU) == pytest.approx(30e-3)
+    assert time_kernels(call, GPU, repeats=4) == pytest.approx([30e-3] * 4)
 
 
 def test_a_call_that_waits_shows_its_wait(timeline: FakeTimeline) -> None:
@@ -47,7 +47,7 @@ def test_a_call_that_waits_shows_its_wait(timeline: FakeTimeline) -> None:
         timeline.spend(50e-6)
         timeline.queue(10e-6)
 
-    assert time_kernels(call, GPU) == pytest.approx(70e-3 + 1e3 * timeline.latency)
+    assert time_kernels(call, GPU, repeats=4) == pytest.approx([70e-3 + 1e3 * timeline.latency] * 4)
 
 
 def test_copy_bandwidth_is_that_of_the_memory(timeline: FakeTimeline) -> None:
@@ -106,8 +106,8 @@ def test_copies_exceed_the_cache(size: int, copies: int, monkeypatch: pytest.Mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 def test_on_a_gpu() -> None:
     x = torch.zeros(1 << 24, device="cuda")
-    assert time_kernels(lambda: x.add_(1), x.device) > 0
-    assert time_graph([lambda: x.add_(1)], x.device) > 0
+    assert min(time_kernels(lambda: x.add_(1), x.device)) > 0
+    assert min(time_graph([lambda: x.add_(1)], x.device)) > 0
     assert time_graph([lambda: x.sum().item()], x.device) is None
     with pytest.raises(NotCapturableError, match="waits for the device"):
         CapturedCalls([lambda: x.nonzero()], x.device)

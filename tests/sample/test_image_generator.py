@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,20 @@ def test_pictures_are_those_of_sample(dynamic):
     difference = np.stack([np.asarray(image) for image in images]).astype(int) - to_pixels(expected)
     assert abs(difference).max() <= 1  # batches of another size round otherwise
     assert repr(generator) == f"<DCDiT of {dynamic}: 3 classes, 3 x 8 x 8, on cpu>"
+
+
+def test_a_scheduler_of_diffusers(dynamic):
+    """In place of a method, with maps of the same calls; batches change nothing."""
+    generator, scheduler = dcdit.load(dynamic, device="cpu"), diffusers.FlowMatchEulerDiscreteScheduler()
+    options = {"cfg_scale": 1.5, "seed": 4, "batch_size": 2, "output_type": "latent", **QUICK}
+    images, maps = generator.generate(["cat", 2, "bird"], scheduler=scheduler, return_maps=True, **options)
+    ours = generator.generate(["cat", 2, "bird"], method="euler", **options)
+    torch.testing.assert_close(images, ours, rtol=1e-4, atol=1e-4)
+    assert [seen.t for seen in maps[2]] == pytest.approx([1000, 500])
+    with pytest.raises(ValueError, match="method is given beside a scheduler"):
+        generator.generate(["cat"], scheduler=scheduler, method="euler", **QUICK)
+    with pytest.raises(ValueError, match="graph is given beside a scheduler"):
+        generator.generate(["cat"], scheduler=scheduler, graph=True, **QUICK)
 
 
 @pytest.mark.parametrize("labels", [1, "cat", [1], torch.tensor([1]), np.array([1]), (np.int64(1),)])
@@ -171,7 +187,9 @@ def test_a_map_over_its_image():
         ({"num_steps": 0}, "num_steps is 0"),
         ({"drop_fraction": 1.0}, "drop_fraction"),
         ({"drop_fraction": "lines:1"}, "lines"),
-        ({"drop_fraction": 0.5, "budget": 9}, "budget is 9, which fixes the tokens kept; leave the fractions out"),
+        ({"drop_fraction": 0.5, "budget": 9}, "budget is 9, which fixes .*; leave the fractions and capacity out"),
+        ({"capacity": 99, "budget": 9}, "budget is 9, which fixes .*; leave the fractions and capacity out"),
+        ({"capacity": 1, "labels": [0, 1]}, "capacity is 1; accepted: at least 2, one token for each image"),
         ({"budget": 65}, "budget is 65; accepted: 1 to 64"),
         ({"cfg_interval": (0.1, 0.5)}, "cfg_interval is for guidance; accepted with a cfg_scale other than 1"),
     ],
@@ -181,11 +199,29 @@ def test_what_is_refused(dynamic, options, message):
         dcdit.load(dynamic, device="cpu").generate(**{"labels": [1], **QUICK, **options})
 
 
+def test_what_a_capacity_loses_is_said(dynamic, recwarn):
+    """One that is large enough changes nothing and says nothing; "auto" measures the router first."""
+    generator = dcdit.load(dynamic, device="cpu")
+    draw = partial(generator.generate, [0, 1, 2], batch_size=2, output_type="latent", cfg_scale=2.0, **QUICK)
+    exact = draw()
+    torch.testing.assert_close(draw(capacity=4 * 64), exact)
+    assert generator.model.kept_share is None and not recwarn
+    draw(capacity="auto")
+    assert generator.model.kept_share.images == 4, "a batch and its unconditional branch"
+    recwarn.clear()
+    draw(capacity=8)
+    (warning,) = recwarn
+    assert re.fullmatch(
+        r"capacity=8 was too small: \d+ tokens, those of the lowest p, were dropped", str(warning.message)
+    )
+    assert warning.filename == __file__
+
+
 def test_a_static_model_drops_nothing(tmp_path):
     ckpt.save_model(tmp_path / "model.safetensors", small_dit(**PIXELS))
     generator = dcdit.load(tmp_path, device="cpu")
     assert len(generator.generate([0, 1], **QUICK)) == 2
-    for options in ({"drop_fraction": 0.2}, {"budget": 4}, {"return_maps": True}):
+    for options in ({"drop_fraction": 0.2}, {"budget": 4}, {"capacity": 99}, {"return_maps": True}):
         (name,) = options
         with pytest.raises(ValueError, match=f"holds a static DiT, which drops no tokens; leave {name} out"):
             generator.generate([0], **options, **QUICK)

@@ -62,6 +62,8 @@ def differentiate(
     own = tuple(a.detach().requires_grad_(i in wanted) if is_float(a) else a for i, a in enumerate(args))
     result = fn(*own)
     outputs = list(result) if isinstance(result, tuple) else [result]
+    if not wanted:
+        return outputs, []
     used = [i for i, output in enumerate(outputs) if output.requires_grad]
     grads = torch.autograd.grad(
         [outputs[i] for i in used],
@@ -195,7 +197,9 @@ def check_rms_against_reference(
 def assert_same_selection(actual: TokenSelection, expected: TokenSelection) -> None:
     """Every field is equal, in dtype and shape too."""
     for name, got, wanted in zip(TokenSelection._fields, actual, expected, strict=True):
-        if isinstance(wanted, Tensor):
+        if isinstance(wanted, TokenSelection):
+            assert_same_selection(got, wanted)
+        elif isinstance(wanted, Tensor):
             assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
             assert torch.equal(got.cpu(), wanted.cpu()), f"{name}: {got.tolist()}, expected {wanted.tolist()}"
         else:

@@ -5,14 +5,15 @@ Each function returns the arguments of the operation of its name, in order. Tens
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from support.inputs import (
     ODD_PATTERNS,
     PATTERNS,
+    generator,
     randn,
     random_cu_seqlens,
     random_probs,
@@ -99,23 +100,6 @@ def predictability_parameters(
 # --- selection ----------------------------------------------------------------------------------------------------
 
 
-def selection_of_mask(mask: Tensor) -> TokenSelection:
-    """The selection that keeps exactly the mask (B, L), also one in which an image keeps nothing."""
-    lengths = mask.sum(1).to(torch.int32)
-    return TokenSelection(
-        indices=mask.flatten().nonzero().squeeze(1),
-        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        lengths=lengths,
-        max_seqlen=max(lengths.tolist(), default=0),
-        mask=mask,
-        natural_mask=mask,
-        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
-        overflow=torch.zeros((), dtype=torch.int32),
-        source_cu_seqlens=None,
-        prob_floor=0.5,
-    )
-
-
 SELECTION_MODES = ["drop", "budget", "capacity", "max_seqlen"]
 
 
@@ -138,14 +122,21 @@ def select_tokens(
         p = random_probs(max(1, sum(lengths)), **probs)[: sum(lengths)]
         images, cu_seqlens, shortest = len(lengths), random_cu_seqlens(*lengths), min(lengths, default=1)
     if mode == "budget":
-        return p, cu_seqlens, {"budget": draw(st.integers(1, shortest))} if images else {}
+        arguments: dict[str, Any] = {"budget": draw(st.integers(1, shortest))} if images else {}
+        if images and draw(st.booleans()):
+            p = p.clamp(0, 1)
+            arguments["always"] = _few_always(draw, p, cu_seqlens, arguments["budget"])
+        return p, cu_seqlens, arguments
     fractions = st.floats(0, 1, exclude_max=True, width=32) | st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 0.9999999])
-    arguments: dict[str, Any] = {"threshold": draw(st.sampled_from([0.5, 0.5, 0.25, 0.3, 0.0, 0.75, 1.0]))}
+    arguments = {"threshold": draw(st.sampled_from([0.5, 0.5, 0.25, 0.3, 0.0, 0.75, 1.0]))}
     if draw(st.booleans()):
         arguments["drop_fraction"] = draw(fractions)
     else:
         per_image = draw(st.lists(fractions, min_size=images, max_size=images))
         arguments["drop_fraction"] = torch.tensor(per_image, dtype=torch.float32)
+    if draw(st.booleans()):
+        p, share = p.clamp(0, 1), draw(st.sampled_from([0.1, 0.5, 1.0]))
+        arguments["always"] = torch.rand(p.shape, generator=generator(draw(st.integers(0, 99)))) < share
     if mode == "max_seqlen":
         arguments["max_seqlen"] = draw(st.integers(1, 45))
     if mode == "capacity" or (mode == "max_seqlen" and draw(st.booleans())):
@@ -153,6 +144,52 @@ def select_tokens(
         near = st.integers(kept - 3, kept + 1)
         arguments["capacity"] = max(images, draw(near | st.integers(0, kept) | st.just(2 * p.numel() + 40)))
     return p, cu_seqlens, arguments
+
+
+def _few_always(draw: st.DrawFn, p: Tensor, cu_seqlens: Tensor | None, most: int) -> Tensor:
+    """A mask of at most so many tokens of each image."""
+    rank = torch.rand(p.shape, generator=generator(draw(st.integers(0, 99)))).flatten()
+    starts = range(0, p.numel() + 1, p.shape[1]) if cu_seqlens is None else cu_seqlens.tolist()
+    always = torch.zeros_like(rank, dtype=torch.bool)
+    for lo, hi in pairwise(starts):
+        always[lo + rank[lo:hi].argsort()[: draw(st.integers(0, most))]] = True
+    return always.view(p.shape)
+
+
+@st.composite
+def select_from_mask(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """mask, cu_seqlens (None for a grid batch), and the other arguments by name."""
+    p, cu_seqlens, _ = draw(select_tokens("drop"))
+    mask = (p > 0.5) & (torch.rand(p.shape, generator=generator(draw(st.integers(0, 99)))) < 0.7)
+    arguments: dict[str, Any] = {}
+    if draw(st.booleans()):
+        images = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        arguments["capacity"] = max(images, int(mask.sum()) + draw(st.integers(-9, 9)))
+    if draw(st.booleans()):
+        arguments["max_seqlen"] = draw(st.integers(1, 45))
+    return mask, cu_seqlens, arguments
+
+
+def with_extra_tokens(arguments: dict[str, Any], images: int, extra_tokens: int) -> dict[str, Any]:
+    """The arguments of a selection of a grid batch, with sizes that leave as much for the grid."""
+    sizes = {"budget": extra_tokens, "max_seqlen": extra_tokens, "capacity": images * extra_tokens}
+    more = {name: arguments[name] + size for name, size in sizes.items() if name in arguments}
+    return {**arguments, **more, "extra_tokens": extra_tokens}
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+TOKENS = [(), (3,), (2, 8), (1, 2, 5)]
+"""Shapes of a token."""
+
+
+def integers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Integers of all sizes, also those that no float holds."""
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator(seed)) < 0.5
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max, shape, dtype=dtype, generator=generator(seed))
 
 
 # --- de-chunking --------------------------------------------------------------------------------------------------

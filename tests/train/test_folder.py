@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dcdit import checkpoint as ckpt
 from dcdit.cli.main import main
@@ -144,7 +145,7 @@ def strangers(config, tmp_path, archive):
     file = tmp_path / "a/checkpoints/step_00000001/trainer.json"
     trainer = json.loads(file.read_text())
     trainer["config"]["run"] |= {"out": str(tmp_path / "home"), "trackers": ["tensorboard"]}
-    trainer["config"]["data"]["path"] = str(private)
+    trainer["config"]["data"] |= {"path": str(private), "held_out_path": "https://example.org/a.tar"}
     trainer["config"]["upcycle"]["source"] = str(tmp_path / "home" / "dit.pt")
     file.write_text(json.dumps(trainer))
     return tmp_path / "home"
@@ -156,7 +157,8 @@ def test_a_checkpoint_does_not_say_where_to_write_and_what_to_read(strangers, ar
     assert contents(strangers) == before
     written = ckpt.read_trainer("a")["config"]
     assert (written["run"]["out"], written["run"]["trackers"]) == ("a", None)
-    assert (written["data"]["path"], written["upcycle"]["source"]) == (str(archive), None)
+    assert (written["data"]["path"], written["data"]["held_out_path"]) == (str(archive), None)
+    assert written["upcycle"]["source"] is None
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoints", "config.yaml", "log.jsonl"]
 
 
@@ -164,7 +166,12 @@ def test_without_a_config_the_user_names_what_is_read(strangers, archive, tmp_pa
     (tmp_path / "a/config.yaml").unlink()
     before = contents(tmp_path)
     command = ["train", "--resume", "a", "--steps", "2"]
-    flags = {"data.path": [], "upcycle.source": ["--data-path", archive], "run.trackers": ["--set", "upcycle.source="]}
+    flags = {
+        "data.path": [],
+        "data.held_out_path": ["--data-path", archive],
+        "upcycle.source": ["--set", "data.held_out_path="],
+        "run.trackers": ["--set", "upcycle.source="],
+    }
     for key, more in flags.items():
         command += more
         fails(capsys, *command, match=f"a has no config.yaml, and {key} is not taken from a checkpoint (")
@@ -188,6 +195,23 @@ def test_a_folder_with_files_of_such_a_name_is_refused(config, tmp_path, name, c
     before = contents(tmp_path)
     shown = "checkpoints/" if "checkpoints" in name else name
     fails(capsys, "train", "--config", "c.yaml", match=f"a already holds {shown}; choose another --out, or move them")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/run", "photos/cat/run", "linked/run"])
+def test_a_run_within_its_data_is_refused(config, tmp_path, out, capsys):
+    """It would be one more class, and the run could not be resumed."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+    (tmp_path / "linked").symlink_to("photos")
+    (tmp_path / "c.yaml").write_text(
+        dump_yaml(config("data.kind=folder", "data.path=photos", "data.size=8", f"run.out={out}"))
+    )
+    before = contents(tmp_path)
+    fails(
+        capsys, "train", "--config", "c.yaml", match=f"{out} is where data.path is read from; accepted: another place"
+    )
     assert contents(tmp_path) == before
 
 

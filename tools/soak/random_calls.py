@@ -1,12 +1,12 @@
 """Random calls of the operations: small sizes down to 0, any strides, dtypes and modes; the same for the same seed."""
 
+import inspect
 import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit import ops
@@ -107,29 +107,42 @@ class Maker:
         ][kind]
         return values.clamp(0, 1).view(shape).to(dtype)
 
-    def mode(self, images: int, shortest: int) -> dict[str, Any]:
-        """Keyword arguments of ``select_tokens``."""
-        kind = self.random.randrange(4)
+    def mode(self, p: Tensor, lengths: list[int] | None = None) -> dict[str, Any]:
+        """Keyword arguments of ``select_tokens``, for a grid batch or for sequences of these lengths."""
+        found: dict[str, Any] = {}
+        images, shortest = p.shape if lengths is None else (len(lengths), min(lengths, default=0))
+        if self.random.random() < 0.25:
+            found["always"] = self.mask(*p.shape)
+        if lengths is None and self.random.random() < 0.25:
+            found["extra_tokens"] = self.random.randint(1, 3)
+        extra, kind = found.get("extra_tokens", 0), self.random.randrange(4)
         if kind == 0 and images and shortest:
-            return {"budget": self.random.randint(1, shortest)}
-        found: dict[str, Any] = {"threshold": self.one_of(0.5, 0.5, 0.25, 0.0, 1.0)}
+            return {**found, "budget": extra + self.random.randint(1, shortest)}
+        found["threshold"] = self.one_of(0.5, 0.5, 0.25, 0.0, 1.0)
         if kind == 1:
             found["drop_fraction"] = self.random.random() * 0.999
         if kind == 2:
             found["drop_fraction"] = torch.rand(images, generator=self._generator) * 0.999
         if self.random.random() < 0.4:
-            found["capacity"] = images + self.random.randrange(60)
+            found["capacity"] = images * (1 + extra) + self.random.randrange(60)
         if self.random.random() < 0.3:
-            found["max_seqlen"] = 1 + self.random.randrange(20)
+            found["max_seqlen"] = 1 + extra + self.random.randrange(20)
         return found
+
+    def mask(self, *shape: int) -> Tensor:
+        """Of any share of the positions, none and all among them."""
+        return torch.rand(shape, generator=self._generator) < self.one_of(-1.0, self.random.random(), 2.0)
 
     def grid_selection(self, grid: tuple[int, int]) -> tuple[Tensor, TokenSelection]:
         """Probabilities of a grid batch, and a selection of it; sometimes one in which images keep nothing."""
         images, length = self.random.randrange(4), grid[0] * grid[1]
         p = self.probabilities(images, length, dtype=self.dtype())
         if self.random.random() < 0.2:
-            return p, _selection_of_mask(torch.rand(images, length, generator=self._generator) < self.random.random())
-        return p, ops.select_tokens(p, **self.mode(images, length))
+            return p, ops.select_from_mask(self.mask(images, length), extra_tokens=self.one_of(0, 0, 2))
+        mode = self.mode(p)
+        if "budget" in mode:
+            mode.pop("always", None)  # which may be more than that
+        return p, ops.select_tokens(p, **mode)
 
     def any_selection(self) -> tuple[Tensor, TokenSelection]:
         """Of a grid batch, or of packed sequences."""
@@ -137,7 +150,20 @@ class Maker:
             return self.grid_selection(self.grid())
         lengths = self.lengths()
         p = self.probabilities(sum(lengths), dtype=self.dtype())
-        return p, ops.select_tokens(p, self.cu_seqlens(lengths), **self.mode(len(lengths), min(lengths, default=0)))
+        mode = self.mode(p, lengths)
+        if "budget" in mode:
+            mode.pop("always", None)
+        return p, ops.select_tokens(p, self.cu_seqlens(lengths), **mode)
+
+    def token(self) -> tuple[int, ...]:
+        """Mostly a row, sometimes a number or several heads."""
+        return self.one_of((), (2, 3), *((width,) for width in WIDTHS))
+
+    def integers(self, *shape: int) -> Tensor:
+        """Of any dtype and size."""
+        dtype = self.one_of(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        numbers = torch.randint(-(2**62), 2**62, shape, generator=self._generator)
+        return self._strided(numbers > 0 if dtype == torch.bool else numbers.to(dtype))
 
     def packed(self, sel: TokenSelection, width: int, dtype: torch.dtype) -> Tensor:
         """(T, D) with NaN in padding rows."""
@@ -170,22 +196,6 @@ def random_call(operation: str, seed: str, dtypes: tuple[torch.dtype, ...]) -> C
         without_gradient=unwanted,
         cotangents=make.random.randrange(LAYOUTS),
         autocast=make.random.random() < 0.2,
-    )
-
-
-def _selection_of_mask(mask: Tensor) -> TokenSelection:
-    lengths = mask.sum(1).to(torch.int32)
-    return TokenSelection(
-        indices=mask.flatten().nonzero().squeeze(1),
-        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        lengths=lengths,
-        max_seqlen=max(lengths.tolist(), default=0),
-        mask=mask,
-        natural_mask=mask,
-        packed_rows=torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1).to(torch.int32),
-        overflow=torch.zeros((), dtype=torch.int32),
-        source_cu_seqlens=None,
-        prob_floor=0.0,
     )
 
 
@@ -231,34 +241,59 @@ def group_norm_silu(make: Maker) -> Call:
 
 
 def select_tokens(make: Maker) -> Call:
-    cu_seqlens, shape, lengths = None, (make.random.randrange(5), make.size()), make.lengths()
-    images, shortest = shape
+    shape, lengths = _source(make)
+    p = make.probabilities(*shape, dtype=make.dtype())
+    return _selecting(ops.select_tokens, p, lengths, make, make.mode(p, lengths))
+
+
+def select_from_mask(make: Maker) -> Call:
+    shape, lengths = _source(make)
+    mask = make.mask(*shape)
+    return _selecting(ops.select_from_mask, mask, lengths, make, make.mode(mask, lengths))
+
+
+def _source(make: Maker) -> tuple[tuple[int, ...], list[int] | None]:
+    """The shape of a grid batch, or of sequences and their lengths."""
     if make.one_of(False, True):
-        images, shortest = len(lengths), min(lengths, default=0)
-        cu_seqlens, shape = make.cu_seqlens(lengths), (sum(lengths),)  # type: ignore[assignment]
-    p, mode = make.probabilities(*shape, dtype=make.dtype()), make.mode(images, shortest)
-    defaults = {"threshold": 0.5, "drop_fraction": 0.0, "budget": None, "capacity": None, "max_seqlen": None}
-    return Call(ops.select_tokens, (p, cu_seqlens, *(mode.get(name, value) for name, value in defaults.items())))
+        return (make.random.randrange(5), make.size()), None
+    lengths = make.lengths()
+    return (sum(lengths),), lengths
+
+
+def _selecting(op: Callable[..., Any], p: Tensor, lengths: list[int] | None, make: Maker, mode: dict[str, Any]) -> Call:
+    """A call with those arguments of a mode that the operation has."""
+    _, _, *others = inspect.signature(op).parameters.values()
+    cu_seqlens = None if lengths is None else make.cu_seqlens(lengths)
+    return Call(op, (p, cu_seqlens, *(mode.get(other.name, other.default) for other in others)))
 
 
 def gather_tokens(make: Maker) -> Call:
     _, sel = make.any_selection()
-    (a, b), width = make.dtypes(2), make.one_of(*WIDTHS)
-    bias = None
+    (a, b), token, source, bias = make.dtypes(2), make.token(), sel.mask.shape, None
+    if sel.source_cu_seqlens is None and make.random.random() < 0.2:
+        source = 1, sel.mask.shape[1]
+    if make.random.random() < 0.2:
+        return Call(ops.gather_tokens, (make.integers(*source, *token), sel, None))
     if sel.source_cu_seqlens is None and make.one_of(False, True):
-        bias = make.normal(sel.mask.shape[1], width, dtype=b)
-    return Call(ops.gather_tokens, (make.normal(*sel.mask.shape, width, dtype=a), sel, bias))
+        narrow = (*token[:-1], make.random.randint(1, token[-1])) if token else ()
+        bias = make.normal(sel.mask.shape[1], *make.one_of(token, narrow), dtype=b)
+    return Call(ops.gather_tokens, (make.normal(*source, *token, dtype=a), sel, bias))
 
 
 def scatter_tokens(make: Maker) -> Call:
     _, sel = make.any_selection()
-    t = make.packed(sel, make.one_of(*WIDTHS), make.dtype())
+    if make.random.random() < 0.2:
+        return Call(ops.scatter_tokens, (make.integers(sel.indices.shape[0], *make.token()), sel, make.one_of(0, 1)))
+    token, rows = make.token(), make.packed(sel, 1, make.dtype())
+    t = rows.view(-1, *[1] * len(token)) * make.normal(*token, dtype=rows.dtype)
     return Call(ops.scatter_tokens, (t, sel, make.one_of(0.0, 0.0, 1.0, -3.5)))
 
 
-def _gate_and_residual(make: Maker, p: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _gate_and_residual(
+    make: Maker, p: Tensor, sel: TokenSelection, width: int, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
     gate = torch.where(p > 0.5, p, 1 - p).to(make.dtype()) if make.one_of(False, True) else None
-    residual = make.normal(*p.shape, width, dtype=dtype) if make.one_of(False, True) else None
+    residual = make.normal(*sel.mask.shape, width, dtype=dtype) if make.one_of(False, True) else None
     return gate, residual
 
 
@@ -266,12 +301,12 @@ def dechunk_spatial(make: Maker) -> Call:
     grid, (a, b), width = make.grid(), make.dtypes(2), make.one_of(*WIDTHS)
     p, sel = make.grid_selection(grid)
     args = make.packed(sel, width, a), p, sel, grid, make.one_of(0.3, 1.0, 1.0, 2.0, 5.0)
-    return Call(ops.dechunk_spatial, (*args, *_gate_and_residual(make, p, width, b)))
+    return Call(ops.dechunk_spatial, (*args, *_gate_and_residual(make, p, sel, width, b)))
 
 
 def dechunk_ema(make: Maker) -> Call:
     (p, sel), (a, b), width = make.any_selection(), make.dtypes(2), make.one_of(*WIDTHS)
-    return Call(ops.dechunk_ema, (make.packed(sel, width, a), p, sel, *_gate_and_residual(make, p, width, b)))
+    return Call(ops.dechunk_ema, (make.packed(sel, width, a), p, sel, *_gate_and_residual(make, p, sel, width, b)))
 
 
 def ratio_loss(make: Maker) -> Call:

@@ -18,9 +18,11 @@ from dcdit.ops.numerics import NORM_EPS
 from tools.soak.random_calls import Call, strided
 
 COSINES = (ops.boundary_prob_cosine, ops.boundary_prob_cosine2d)
+SELECTIONS = (ops.select_tokens, ops.select_from_mask)
 ULPS = 8
 SAFETY = {"torch": 4, "triton": 8}
 """By backend. Triton's interpreter truncates to bfloat16, and so is up to twice as wrong as one that rounds."""
+GROUP_NORM_EPS = 1e-5
 LARGEST_COTANGENT = 3
 """About that, of some hundred normal numbers."""
 MOVES = (2, 20)
@@ -37,7 +39,7 @@ def error_over_allowed(call: Call, backend: str) -> float:
     expected, found = _results(plain, "reference"), _results(call, backend)
     if isinstance(expected, Exception) or isinstance(found, Exception):
         return 0.0 if repr(expected) == repr(found) else float("inf")
-    if call.op is ops.select_tokens or not all(map(_same_kind, found, expected)):
+    if call.op in SELECTIONS or not all(map(_same_kind, found, expected)):
         return 0.0 if all(map(_equal, found, expected)) else float("inf")
     exact = _results(_in(torch.float64, plain), "reference")
     sizes, terms, moved_rows = _sizes(call), _terms(call, exact), _moved_rows(call)
@@ -48,6 +50,8 @@ def error_over_allowed(call: Call, backend: str) -> float:
             continue
         if i in moved_rows and not torch.equal(value, same):
             return float("inf")
+        if not value.is_floating_point():
+            continue
         size = sizes.get(i, 1.0)
         unit = ULPS * max(torch.finfo(value.dtype).eps, 2 * _half_ulp(call))
         allowed = unit * max(_largest(size * _finite(truth.to(value.dtype))), terms.get(i, 0.0))
@@ -69,8 +73,9 @@ def _results(call: Call, backend: str, move: Callable[[Tensor], Tensor] = lambda
     """Outputs and gradients (of a selection, its fields), or the error. A gradient that is not wanted is None."""
     with ops.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
         try:
-            if call.op is ops.select_tokens:
-                return list(call.op(*call.args))
+            if call.op in SELECTIONS:
+                sel = call.op(*call.args)
+                return [*sel[:-1], *(sel.grid_selection or ())]
             return _differentiate(call, move)
         except Exception as error:
             return error
@@ -139,7 +144,9 @@ def _norms(x: Tensor) -> Tensor:
 def _moved_rows(call: Call) -> tuple[int, ...]:
     """The numbers of the results whose rows are only moved."""
     if call.op is ops.gather_tokens:
-        return (0, 1) if call.args[2] is None else (1,)
+        x, sel, bias = call.args
+        shared = x.shape[0] != sel.mask.shape[0]  # then its gradient is a sum
+        return (*((0,) if bias is None else ()), *(() if shared else (1,)))
     return (0, 1) if call.op is ops.scatter_tokens else ()
 
 
@@ -160,12 +167,35 @@ def _terms(call: Call, exact: list[Tensor]) -> dict[int, float]:
         # The gradient of p is the product of what flows back with h minus its average.
         h = call.args[0].double().nan_to_num()
         return {2: _largest(h) * h.shape[1] * LARGEST_COTANGENT}
+    if call.op is ops.group_norm_silu:
+        return _terms_of_group_norm(call)
     if call.op is ops.varlen_attention:
         # The scores have no gradient where all keys or all values are equal.
         q, k, v = (x.double().nan_to_num() for x in call.args[:3])
         of_scores = _largest(v) * q.shape[2] ** 0.5
         return {1: _largest(k) * of_scores, 2: _largest(q) * of_scores}
     return {}
+
+
+def _terms_of_group_norm(call: Call) -> dict[int, float]:
+    """Of the result and all gradients: of x, weight, bias and shift.
+
+    The norm undoes the shift of a group of one channel, and the norm of two numbers is the sign of their difference:
+    gradients that are exactly zero are sums of terms that are not. And x + shift is rounded before the mean is
+    subtracted, in the definition too.
+    """
+    x, groups, weight, _, shift = (a.double() if _is_float(a) else a for a in call.args)
+    x = x.flatten(2).mT if x.dim() == 4 else x
+    if x.numel() == 0:
+        return {}
+    moved = (x if shift is None else x + shift[:, None]).unflatten(2, (groups, -1)).transpose(1, 2).flatten(2)
+    rstd = (moved.var(2, correction=0) + GROUP_NORM_EPS).rsqrt()
+    rounded = 1 + _largest(moved.abs().amax(2) * rstd)  # x_hat is wrong by so many units
+    images, length, _ = x.shape
+    of_y = rounded * max(1.0, _largest(weight))
+    of_x = of_y * _largest(rstd) * LARGEST_COTANGENT
+    of_parameters = of_y * images * length * LARGEST_COTANGENT
+    return {0: of_y, 1: of_x, 2: of_parameters, 3: of_parameters, 4: of_x * length}
 
 
 def _difference(value: Tensor, truth: Tensor) -> Tensor:

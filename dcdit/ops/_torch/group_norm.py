@@ -89,7 +89,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         need_x, _, _, _, need_shift, _ = ctx.needs_input_grad
         rstd = rstd.repeat_interleave(x.shape[2] // ctx.num_groups, 1).unsqueeze(1)
         scale, length = weight.to(rstd.dtype), max(x.shape[1], 1)
-        x_hat = (x + offset).mul_(rstd)
+        # Contiguous, whatever the strides of x: torch.compile accepts no other tensor as out below.
+        x_hat = (x + offset).contiguous().mul_(rstd)
         normed = (x_hat * scale).add_(bias)
         grad_normed = torch.ops.aten.silu_backward(grad.to(rstd.dtype), normed)
         bias_sum = grad_normed.sum(1, keepdim=True)

@@ -9,22 +9,29 @@ from dcdit.ops._torch import host_reads
 from dcdit.ops.autograd import apply
 from dcdit.ops.numerics import upcast_all
 from dcdit.ops.sizes import known_true
-from dcdit.ops.token_selection import TokenSelection
+from dcdit.ops.token_selection import TokenSelection, is_shared
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
-    packed_rows = sel.packed_rows.flatten()
-    tokens = apply(_TakeRows, x.reshape(-1, x.shape[-1]), sel.indices, packed_rows)
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = (
+        _take_shared(x[0], sel) if is_shared(x, sel) else apply(_TakeRows, rows, sel.indices, sel.packed_rows.flatten())
+    )
     if bias is None:
         return tokens
-    position = torch.where(sel.indices < 0, -1, sel.indices % max(bias.shape[0], 1))
     tokens, bias = upcast_all(tokens, bias)
-    return (tokens + apply(_TakeShared, bias, position, sel.indices, packed_rows, sel.mask.shape[0])).to(x.dtype)
+    return (tokens + _take_shared(bias, sel)).to(x.dtype)
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:
     rows = apply(_PutRows, t, sel.indices, sel.packed_rows.flatten(), fill)
     return rows.view(*sel.mask.shape, t.shape[-1])
+
+
+def _take_shared(table: Tensor, sel: TokenSelection) -> Tensor:
+    """(T, D): the row of the position of each token in a table (L, D) that all images share."""
+    position = torch.where(sel.indices < 0, -1, sel.indices % max(table.shape[0], 1))
+    return apply(_TakeShared, table, position, sel.indices, sel.packed_rows.flatten(), sel.mask.shape[0])
 
 
 def take_rows(source: Tensor, indices: Tensor, fill: float = 0.0) -> Tensor:

@@ -18,22 +18,70 @@ def select_tokens(
     budget: int | None,
     capacity: int | None,
     max_seqlen: int | None,
+    always: Tensor | None,
 ) -> PendingSelection:
-    images = _Images(p, cu_seqlens)
     natural = upcast(p.flatten()) > threshold
-    overflow = torch.zeros((), dtype=torch.int32, device=p.device)
+    prob_floor = threshold if budget is None and always is None else 0.0
+    fixed = None if always is None else always.flatten()
+    images = _Images(p if always is None else torch.where(always, above_every_prob(p), upcast(p)), cu_seqlens)
     if budget is not None:
         mask = images.drop_order() >= images.to_positions(images.starts.diff() - budget)
-    else:
-        best = images.best()
-        mask = natural | best
-        if isinstance(drop_fraction, Tensor) or drop_fraction > 0:
-            mask = images.drop(natural, drop_fraction) | best
-        if max_seqlen is not None:
-            mask, overflow = images.limit(mask, max_seqlen)
-        if capacity is not None:
-            mask, excess = _fit_capacity(images.p, mask, best, capacity)
-            overflow = overflow + excess
+        return _pack(images, mask, natural, _no_overflow(p), budget, None, None, prob_floor)
+    chosen = natural if fixed is None else natural & ~fixed
+    if isinstance(drop_fraction, Tensor) or drop_fraction > 0:
+        chosen = images.drop(chosen, drop_fraction)
+    best = images.best()
+    mask = chosen | best if fixed is None else chosen | best | fixed
+    mask, overflow = _fit(images, mask, best, capacity, max_seqlen)
+    return _pack(images, mask, natural, overflow, None, capacity, max_seqlen, prob_floor)
+
+
+def select_from_mask(
+    mask: Tensor, cu_seqlens: Tensor | None, capacity: int | None, max_seqlen: int | None
+) -> PendingSelection:
+    images, kept = _Images(mask.float(), cu_seqlens), mask.flatten()
+    fitting, overflow = kept, _no_overflow(mask)
+    if capacity is not None or max_seqlen is not None:
+        fitting, overflow = _fit(images, kept, images.best() & kept, capacity, max_seqlen)
+    return _pack(images, fitting, kept, overflow, None, capacity, max_seqlen, 0.0)
+
+
+def above_every_prob(p: Tensor) -> Tensor:
+    """Numbers above 1 in the order of p, upcast: p with a larger exponent, at most the largest finite number."""
+    p = upcast(p).clamp(0, 1).abs()  # -0.0 is 0.0
+    bits, step = (torch.int64, 2**62 - 1) if p.dtype == torch.float64 else (torch.int32, 2**30 - 1)
+    return (p.view(bits) + step).view(p.dtype)
+
+
+def _no_overflow(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int32, device=like.device)
+
+
+def _fit(
+    images: "_Images", mask: Tensor, best: Tensor, capacity: int | None, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    """The mask without what does not fit, and how many were dropped."""
+    overflow = _no_overflow(mask)
+    if max_seqlen is not None:
+        mask, overflow = images.limit(mask, max_seqlen)
+    if capacity is not None:
+        mask, excess = _fit_capacity(images.p, mask, best, capacity)
+        overflow = overflow + excess
+    return mask, overflow
+
+
+def _pack(
+    images: "_Images",
+    mask: Tensor,
+    natural: Tensor,
+    overflow: Tensor,
+    budget: int | None,
+    capacity: int | None,
+    max_seqlen: int | None,
+    prob_floor: float,
+) -> PendingSelection:
+    """The selection of the mask (S,)."""
+    shape = images.shape
     # (S + 1,): number of kept positions before each position.
     prefix_count = F.pad(mask.cumsum(0, dtype=torch.int32), (1, 0))
     kept_starts = prefix_count[images.starts]
@@ -42,22 +90,22 @@ def select_tokens(
     if budget is not None:
         total, bound = budget * images.count, budget
     elif capacity is not None:
-        total, bound = capacity, p.shape[-1] if max_seqlen is None else min(max_seqlen, p.shape[-1])
+        total, bound = capacity, shape[-1] if max_seqlen is None else min(max_seqlen, shape[-1])
     else:
         longest = lengths.max() if images.count else kept_starts[0]
         sizes = PendingRead(torch.stack([kept_starts[-1], longest]))
-        total, bound = p.numel(), p.shape[-1]
+        total, bound = mask.numel(), shape[-1]
     selection = TokenSelection(
         indices=_kept_positions(mask, prefix_count, total),
         cu_seqlens=kept_starts,
         lengths=lengths,
         max_seqlen=bound,
-        mask=mask.view(p.shape),
-        natural_mask=natural.view(p.shape),
-        packed_rows=torch.where(mask, prefix_count[:-1], -1).view(p.shape),
+        mask=mask.view(shape),
+        natural_mask=natural.view(shape),
+        packed_rows=torch.where(mask, prefix_count[:-1], -1).view(shape),
         overflow=overflow,
-        source_cu_seqlens=cu_seqlens,
-        prob_floor=0.0 if budget is not None else threshold,
+        source_cu_seqlens=images.cu_seqlens,
+        prob_floor=prob_floor,
     )
     return PendingSelection(selection, sizes)
 
@@ -66,7 +114,7 @@ class _Images:
     """The flattened probabilities (S,), and where each image lies in them."""
 
     def __init__(self, p: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.p = p.flatten()
+        self.p, self.shape, self.cu_seqlens = p.flatten(), p.shape, cu_seqlens
         self.position = torch.arange(self.p.shape[0], device=p.device)
         self.grid_shape = p.shape if cu_seqlens is None else None
         if cu_seqlens is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.kernels import dechunk_spatial as kernels
-from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
+from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, wants_gradient
 from dcdit.ops._triton.nested import save, saved
 from dcdit.ops.numerics import widest, window_radius
 from dcdit.ops.token_selection import TokenSelection
@@ -25,7 +25,10 @@ def dechunk_spatial(
     geometry = kernels.Geometry(
         sel.packed_rows.contiguous(), sel.cu_seqlens.contiguous(), grid, sigma, window_radius(sigma, sel.prob_floor)
     )
-    out, *_ = _dechunk(unit_stride(h), p.contiguous(), gate, rows, geometry)
+    if wants_gradient(h, p, gate, rows):
+        out, *_ = _dechunk(unit_stride(h), p.contiguous(), gate, rows, geometry)
+    else:
+        out = _inference(unit_stride(h), p.contiguous(), rows, geometry)
     return out.view(*p.shape, h.shape[1])
 
 
@@ -91,5 +94,10 @@ def _gradients_fake(
     )
 
 
+def _inference_fake(h: Tensor, p: Tensor, residual: Tensor | None, geometry: kernels.Geometry) -> Tensor:
+    return h.new_empty(p.numel(), h.shape[1], dtype=widest(h, residual))
+
+
+_inference = KernelOp("dechunk_spatial_inference", kernels.dechunk_spatial_inference, _inference_fake)
 _gradients = KernelOp("dechunk_spatial_bwd", kernels.dechunk_spatial_bwd, _gradients_fake)
 _dechunk = KernelOp("dechunk_spatial", _forward, _fake).differentiate(_setup, _backward)

@@ -131,6 +131,13 @@ class KernelOp:
         return tuple([build(rest) for build in self._argument_builders])
 
 
+def wants_gradient(*args: Tensor | None) -> bool:
+    """Whether the result of a call with these arguments may be differentiated, also by ``torch.func``."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args)
+
+
 def without_gradient(ctx: Any, *outputs: Tensor) -> None:
     """Outputs that only the backward reads, such as statistics, have no gradient.
 

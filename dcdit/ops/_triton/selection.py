@@ -17,18 +17,43 @@ def select_tokens(
     budget: int | None,
     capacity: int | None,
     max_seqlen: int | None,
+    always: Tensor | None,
 ) -> PendingSelection:
     per_image = drop_fraction.contiguous() if isinstance(drop_fraction, Tensor) else None
     rho = 0.0 if isinstance(drop_fraction, Tensor) else drop_fraction
     sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
-    indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = _select(
-        p.contiguous(), sequences, threshold, rho, per_image, budget, capacity, max_seqlen
-    )
-    exact, bound = budget is None and capacity is None, p.shape[-1]
+    fixed = None if always is None else _bytes(always)
+    fields = _select(p.contiguous(), sequences, threshold, rho, per_image, budget, capacity, max_seqlen, fixed, True)
+    prob_floor = threshold if budget is None and always is None else 0.0
+    return _pending(fields, cu_seqlens, budget, capacity, max_seqlen, prob_floor)
+
+
+def select_from_mask(
+    mask: Tensor, cu_seqlens: Tensor | None, capacity: int | None, max_seqlen: int | None
+) -> PendingSelection:
+    sequences = None if cu_seqlens is None else cu_seqlens.contiguous()
+    fields = _select(_bytes(mask), sequences, 0.5, 0.0, None, None, capacity, max_seqlen, None, False)
+    return _pending(fields, cu_seqlens, None, capacity, max_seqlen, 0.0)
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
+
+
+def _pending(
+    fields: tuple[Tensor, ...],
+    cu_seqlens: Tensor | None,
+    budget: int | None,
+    capacity: int | None,
+    max_seqlen: int | None,
+    prob_floor: float,
+) -> PendingSelection:
+    indices, starts, lengths, mask, natural, packed_rows, sizes, overflow = fields
+    exact, bound = budget is None and capacity is None, mask.shape[-1]
     if budget is not None:
         bound = budget
     elif capacity is not None and max_seqlen is not None:
-        bound = min(max_seqlen, p.shape[-1])
+        bound = min(max_seqlen, mask.shape[-1])
     selection = TokenSelection(
         indices=indices,
         cu_seqlens=starts,
@@ -39,7 +64,7 @@ def select_tokens(
         packed_rows=packed_rows,
         overflow=overflow,
         source_cu_seqlens=cu_seqlens,
-        prob_floor=threshold if budget is None else 0.0,
+        prob_floor=prob_floor,
     )
     # The only read. torch.compile breaks the graph here unless capture_scalar_outputs is on.
     return PendingSelection(selection, PendingRead(sizes) if exact else None)
@@ -54,6 +79,8 @@ def _select_fake(
     budget: int | None,
     capacity: int | None,
     max_seqlen: int | None,
+    always: Tensor | None,
+    keep_best: bool,
 ) -> tuple[Tensor, ...]:
     images = p.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = capacity if capacity is not None else p.numel() if budget is None else images * budget

@@ -20,20 +20,24 @@ from dcdit.profiling.workloads.packing import padded_positions
 SIGMA = 1.0
 
 
-def _ema(inputs: Inputs, packed: bool = False, gated: bool = True, padded: bool = False) -> Arguments:
+def _ema(
+    inputs: Inputs, packed: bool = False, gated: bool = True, padded: bool = False, extra_tokens: int = 0
+) -> Arguments:
     """A grid batch or a packed source, with gate and residual or without, with padding rows or without."""
     p = inputs.packed_probabilities() if packed else inputs.probabilities()
-    starts, capacity = inputs.source_cu_seqlens() if packed else None, p.numel() if padded else None
-    sel = ops.select_tokens(p, starts, capacity=capacity)
+    starts = inputs.source_cu_seqlens() if packed else None
+    capacity = p.numel() + inputs.shape.batch * extra_tokens if padded else None
+    sel = ops.select_tokens(p, starts, capacity=capacity, extra_tokens=extra_tokens)
     arguments: Arguments = {"h": inputs.packed(sel), "p": p, "sel": sel}
     if gated:
         arguments["gate"] = torch.maximum(p, 1 - p).detach().requires_grad_()
-        arguments["residual"] = inputs.source_rows() if packed else inputs.tokens()
+        arguments["residual"] = inputs.normal(*sel.mask.shape, inputs.shape.width)
     return arguments
 
 
-def _spatial(inputs: Inputs, gated: bool = True, padded: bool = False) -> Arguments:
-    return {**_ema(inputs, gated=gated, padded=padded), "grid": inputs.shape.grid, "sigma": SIGMA}
+def _spatial(inputs: Inputs, gated: bool = True, padded: bool = False, extra_tokens: int = 0) -> Arguments:
+    made = _ema(inputs, gated=gated, padded=padded, extra_tokens=extra_tokens)
+    return {**made, "grid": inputs.shape.grid, "sigma": SIGMA}
 
 
 def _plain_spatial(
@@ -133,6 +137,8 @@ OPERATIONS = (
             "frozen_tokens": Case(_spatial, gradients=("p", "gate")),
             "gate_only": Case(_spatial, gradients=("gate",)),
             "padded": Case(partial(_spatial, padded=True)),
+            "inference": Case(partial(_spatial, padded=True), gradients=()),
+            "extra_tokens": Case(partial(_spatial, padded=True, extra_tokens=2)),
         },
         forward_reads=("h", "p", "residual"),
         backward_reads=("h", "p"),
@@ -148,6 +154,7 @@ OPERATIONS = (
             "tokens_only": Case(_ema, gradients=("h",)),
             "gate_only": Case(_ema, gradients=("gate",)),
             "padded": Case(partial(_ema, padded=True)),
+            "extra_tokens": Case(partial(_ema, extra_tokens=1)),
             "packed": Case(partial(_ema, packed=True)),
             "packed_ungated": Case(partial(_ema, packed=True, gated=False)),
             "packed_tokens_only": Case(partial(_ema, packed=True), gradients=("h",)),

@@ -22,6 +22,13 @@ def _gather(inputs: Inputs) -> Arguments:
     return {"x": x, "sel": sel, "bias": inputs.normal(inputs.shape.length, inputs.shape.width, dtype=torch.float32)}
 
 
+def _shared_gather(inputs: Inputs) -> Arguments:
+    """A table of two heads that all images share, and a bias of half as many channels."""
+    length, width, sel = inputs.shape.length, inputs.shape.width, inputs.padded_selection()
+    bias = inputs.normal(length, 2, (width + 1) // 2, dtype=torch.float32)
+    return {"x": inputs.normal(1, length, 2, width), "sel": sel, "bias": bias}
+
+
 def _packed_gather(inputs: Inputs) -> Arguments:
     return {"x": inputs.source_rows(), "sel": inputs.packed_selection()}
 
@@ -69,6 +76,7 @@ OPERATIONS = (
         cases={
             "default": Case(_gather, gradients=("x",)),
             "trained_bias": Case(_gather),
+            "shared": Case(_shared_gather),
             "packed": Case(_packed_gather),
             "padded": Case(lambda inputs: {"x": inputs.tokens(), "sel": inputs.padded_selection()}),
         },

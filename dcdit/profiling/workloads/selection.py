@@ -44,6 +44,17 @@ def _max_seqlen(inputs: Inputs) -> Arguments:
     return {**_capacity(inputs), "max_seqlen": max(1, int(inputs.shape.keep * inputs.shape.length))}
 
 
+def _always(inputs: Inputs) -> Arguments:
+    """Some tokens always stay, and a capacity must drop others."""
+    p = inputs.probabilities(inputs.shape.dtype)
+    always = torch.arange(inputs.shape.length, device=p.device) % 16 == 3
+    return {**_capacity(inputs), "p": p, "drop_fraction": 0.3, "always": always.expand(p.shape)}
+
+
+def _extra_tokens(inputs: Inputs) -> Arguments:
+    return {"p": inputs.probabilities(), "extra_tokens": 3}
+
+
 def _packed(inputs: Inputs) -> Arguments:
     return {"p": inputs.packed_probabilities(inputs.shape.dtype), "cu_seqlens": inputs.source_cu_seqlens()}
 
@@ -77,6 +88,33 @@ def _plain(p: Tensor, drop_fraction: float = 0.0, capacity: int | None = None) -
     return call
 
 
+def _mask(inputs: Inputs) -> Arguments:
+    return {"mask": inputs.probabilities() > 0.5}
+
+
+def _capacity_mask(inputs: Inputs) -> Arguments:
+    return {**_mask(inputs), "capacity": _capacity(inputs)["capacity"]}
+
+
+def _packed_mask(inputs: Inputs) -> Arguments:
+    return {"mask": inputs.packed_probabilities() > 0.5, "cu_seqlens": inputs.source_cu_seqlens()}
+
+
+def _plain_mask(mask: Tensor) -> Call:
+    """The same results as :func:`_plain`, of a mask."""
+    length = mask.shape[1]
+
+    def call() -> tuple[Tensor, ...]:
+        lengths = mask.sum(1)
+        longest = int(lengths.max())
+        position = torch.arange(length, device=mask.device)
+        order = torch.where(mask, position, length + position).argsort(dim=1)[:, :longest]
+        real = torch.arange(longest, device=mask.device) < lengths[:, None]
+        return mask, mask, lengths, F.pad(lengths.cumsum(0), (1, 0)).int(), order, real
+
+    return call
+
+
 def _comparable(sel: Any) -> tuple[Tensor, ...]:
     """A selection, ours or the plain one: mask, natural mask, lengths, cu_seqlens, kept positions in packed order."""
     if isinstance(sel, TokenSelection):
@@ -99,10 +137,19 @@ OPERATIONS = (
             "budget": Case(_budget),
             "capacity": Case(_capacity),
             "max_seqlen": Case(_max_seqlen),
+            "always": Case(_always),
+            "extra_tokens": Case(_extra_tokens),
             "packed": Case(_packed),
             "packed_capacity": Case(_packed_capacity),
         },
         forward_reads=("p",),
+        comparable=_comparable,
+    ),
+    Operation(
+        ops.select_from_mask,
+        plain=_plain_mask,
+        cases={"default": Case(_mask), "capacity": Case(_capacity_mask), "packed": Case(_packed_mask)},
+        forward_reads=("mask",),
         comparable=_comparable,
     ),
 )
