@@ -1,6 +1,6 @@
 """CUDA graphs: work is captured once and replayed, so that small batches do not wait for Python.
 
-What runs between two steps of a sampler is captured by :class:`dcdit.diffusion.GraphedSampler`, one forward pass by
+What runs between two steps of a sampler is captured by :class:`dcdit.diffusion.SamplerGraphs`, one forward pass by
 :class:`GraphedDenoiser` (static shapes) and :class:`ExactGraphedDenoiser` (exactly the kept tokens).
 
 What a graph forbids. It repeats what it captured, on the same memory. So the model must be in evaluation mode, and its

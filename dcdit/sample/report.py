@@ -106,11 +106,17 @@ def _page(facts: dict[str, Any], sections: list[str]) -> str:
         for run in runs
         if (choice := run.get("target"))
     ]
+    losses = [
+        f"{run['name']} lost {run['overflow']} tokens to its capacity ({facts['capacity']})."
+        for run in runs
+        if "overflow" in run
+    ]
     parts = [
         "# What was kept while sampling",
         f"{len(facts['labels'])} images of `{facts['checkpoint']}`: {facts['steps']} steps of {facts['method']}, "
         f"{guidance}, seed {facts['seed']}, {facts['precision']} on {facts['device']}.",
         *targets,
+        *losses,
         markdown_table(head, rows),
         "FLOPs are counted: 2 per multiply-add, both branches of guidance, every model call of the run. Seconds are "
         "the sampler's, decoding not counted. Kept fractions are means over the model calls.",

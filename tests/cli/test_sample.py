@@ -122,14 +122,15 @@ def test_drop_schedules(dynamic, draw):
 # --- capacities -----------------------------------------------------------------------------------------------------
 
 
-def test_a_capacity_says_what_it_lost(dynamic, draw):
+def test_a_capacity_says_what_it_lost(dynamic, draw, tmp_path):
     """None lost: the numbers of exact mode. Else the router's tokens are those kept and those lost."""
     exact, _ = draw(dynamic, "--batch-size", 3)
     enough, out = draw(dynamic, "--batch-size", 3, "--capacity", 3 * 64)
     assert enough["capacity"] == 192 and "lost 0 of them to the capacity" in out
     assert enough["runs"][0]["kept"] == exact["runs"][0]["kept"]
-    report, out = draw(dynamic, "--batch-size", 4, "--capacity", 40)
+    report, out = draw(dynamic, "--batch-size", 4, "--capacity", 40, "--report")
     (run,) = report["runs"]
+    assert f"drop_0 lost {run['overflow']} tokens to its capacity (40)." in (tmp_path / "report.md").read_text()
     lost = sum(IMAGES * (64 * (call["natural"] - call["kept"])) for call in run["calls"])
     assert run["overflow"] == pytest.approx(lost) and run["overflow"] > 0
     assert f"lost {run['overflow']} of them to the capacity" in out
