@@ -28,7 +28,7 @@ Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
 class ModelSection:
     """the model that is trained"""
 
-    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
+    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, or DyDiT-S/2")
     image_size: int | None = option(
         None, "pixels per side; presets work on latents of an eighth of it; null fits the grid to the data", at_least=1
     )
@@ -149,13 +149,37 @@ class RouterSection:
 
 
 @dataclass
+class WidthSection:
+    """dynamic width (DyDiT, arXiv 2410.03456); a model of fixed width ignores it"""
+
+    target: float = option(
+        0.5, "share of the FLOPs of all heads, MLP groups and tokens that the gates leave", above=0, at_most=1
+    )
+    warmup_steps: int = option(5000, "steps over which that share falls linearly from 1 to the target", at_least=0)
+    complete_steps: int = option(
+        5000, "first steps, which also train the complete model, in a second forward pass", at_least=0
+    )
+    loss_weight: float = option(2.0, "weight of the loss of that share", at_least=0)
+    least_tokens: float = option(
+        0.1, "share of the tokens below which the loss counts what the MLP of a block lacks", at_least=0, at_most=1
+    )
+    group_size: int | None = option(
+        16,
+        "images over which the share is averaged, a divisor of the images per forward pass; null takes the whole batch",
+        at_least=1,
+    )
+
+
+@dataclass
 class UpcycleSection:
-    """a DC-DiT made from a pretrained static DiT (arXiv 2603.06351, v1)"""
+    """a DC-DiT (arXiv 2603.06351, v1) or a DyDiT made from a pretrained static DiT"""
 
     source: str | None = option(
         None, "the static DiT: .pt, .safetensors, run or diffusers folder; null trains from scratch"
     )
-    distill_steps: int = option(5000, "first steps, which also compare every block with that of the source", at_least=0)
+    distill_steps: int = option(
+        5000, "first steps of a DC-DiT, which also compare every block with that of the source", at_least=0
+    )
     distill_weight: float = option(1.0, "weight of the loss of that comparison", at_least=0)
 
 
@@ -186,6 +210,7 @@ class TrainConfig:
     diffusion: DiffusionSection = field(default_factory=DiffusionSection)
     optim: OptimSection = field(default_factory=OptimSection)
     router: RouterSection = field(default_factory=RouterSection)
+    width: WidthSection = field(default_factory=WidthSection)
     upcycle: UpcycleSection = field(default_factory=UpcycleSection)
     run: RunSection = field(default_factory=RunSection)
 

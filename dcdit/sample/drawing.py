@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcdit.checkpoint import load_model, model_file, read_metadata
+from dcdit.checkpoint import Model, load_model, model_file, read_metadata
 from dcdit.data.autoencoder import create_decoder
 from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
-from dcdit.sample.graphed import Sampled, with_graphs
 from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, lost_tokens, mean_records
 from dcdit.sample.options import SamplingOptions
+from dcdit.sample.sampled import Sampled, ready_to_sample
 
 Decoder = Callable[[Tensor], Tensor]
 """From samples (B, C, H, W) to (B, 3, h, w) in [-1, 1]."""
@@ -55,7 +55,7 @@ class DrawnImages:
 class SamplingModel(NamedTuple):
     """A model that is ready to draw."""
 
-    model: DCDiT | DiT
+    model: Model
     decode: Decoder | None
     """Makes pixels of its samples. None for latents without an autoencoder."""
     notes: dict[str, str]
@@ -89,7 +89,7 @@ def load_for_sampling(
 
 
 def draw(
-    model: DCDiT | DiT,
+    model: Model,
     options: SamplingOptions,
     labels: Tensor,
     drop: Fraction | None,
@@ -110,7 +110,7 @@ def draw(
         trace: also record how the first image was drawn.
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
-        sampled: graphs of an earlier call with the same model and options; None makes them.
+        sampled: graphs or slices of an earlier call with the same model and options; None makes them.
         scheduler: of diffusers, in place of ``options.method``. It is not captured in graphs.
 
     Raises:
@@ -119,7 +119,7 @@ def draw(
     """
     if scheduler is not None:
         options = replace(options, graph=False)
-    sampled = with_graphs(model, options) if sampled is None else sampled
+    sampled = ready_to_sample(model, options, scheduler) if sampled is None else sampled
     ours = {"method": options.method, "clip": clips(model, options.method), "graph": sampled.graph}
     images, records, seen = [], [], []
     first_image = None
@@ -158,7 +158,7 @@ def draw(
     return DrawnImages(x, mean_records(records), first_image, seen)
 
 
-def clips(model: DCDiT | DiT, method: str) -> bool:
+def clips(model: Model, method: str) -> bool:
     """Whether a sampler clamps the clean data that the model expects: pixels have known bounds, latents have none."""
     return model.config.in_channels == 3 and method in ("ddpm", "ddim")
 

@@ -14,7 +14,7 @@ from dcdit.checkpoint import CHECKPOINTS, class_names_in
 from dcdit.checkpoint.hub import local_path
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, DiT
 from dcdit.sample.classes import class_numbers
 from dcdit.sample.drawing import SamplingModel, draw, load_for_sampling
 from dcdit.sample.kept_share import ensure_kept_share
@@ -72,7 +72,8 @@ class ImageGenerator:
     """Draws images with one model. :func:`dcdit.load` makes it.
 
     Attributes:
-        model: the :class:`~dcdit.models.DCDiT` or :class:`~dcdit.models.DiT`, in eval mode.
+        model: the :class:`~dcdit.models.DCDiT`, :class:`~dcdit.models.DiT` or :class:`~dcdit.models.DyDiT`, in eval
+            mode.
         class_names: name of every label; empty where nobody said them.
         device: of the model.
     """
@@ -117,7 +118,7 @@ class ImageGenerator:
         Args:
             labels: class names or numbers; one, or a sequence.
             drop_fraction: share of the kept tokens to drop, in [0, 1): a number, a schedule as text
-                (``"linear:0.6:0.1"``), or any function of time. A static model takes only 0.
+                (``"linear:0.6:0.1"``), or any function of time. A model without a router takes only 0.
             null_drop_fraction: another one for the unconditional branch (Lite-CFG).
             budget: keep exactly so many tokens per image instead.
             capacity: static size of the packed buffer of a batch, see :func:`dcdit.diffusion.sample`. If it was too
@@ -206,7 +207,8 @@ class ImageGenerator:
                 raise ValueError(f"{name} is for guidance; accepted with a cfg_scale other than 1")
         if not isinstance(self.model, DCDiT):
             for name in (name for name, given in asked.items() if given):
-                raise ValueError(f"{self._source} holds a static DiT, which drops no tokens; leave {name} out")
+                kind = "static DiT" if isinstance(self.model, DiT) else "DyDiT"
+                raise ValueError(f"{self._source} holds a {kind}, which drops no tokens; leave {name} out")
             return None
         if options.budget is not None:
             if asked["drop_fraction"] or asked["null_drop_fraction"] or asked["capacity"]:

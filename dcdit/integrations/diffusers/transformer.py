@@ -213,6 +213,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         dechunk_sigma: float = 1.0,
         start: str = "paper",
         adapt_conditioning: bool = False,
+        dynamic_width: bool = False,
         notes: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -245,8 +246,8 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         """
         inputs = (hidden_states, timestep.expand(len(hidden_states)), class_labels)
         if self._runs_as_chain:
-            cond, conv_cond, tokens = self.model.embed(*inputs)
-            step = Step(cond, conv_cond, drop_fraction, budget, capacity)
+            cond, conv_cond, tokens, time = self.model.embed(*inputs)
+            step = Step(cond, conv_cond, time, drop_fraction, budget, capacity)
             for block in self.blocks:
                 tokens = block(tokens, step)
             sample = self.proj_out(tokens, cond)
