@@ -205,6 +205,7 @@ def test_grid_equals_packed(device: torch.device) -> None:
     flat = sel._replace(
         source_cu_seqlens=random_cu_seqlens(19, 19).to(device),
         mask=sel.mask.flatten(),
+        natural_mask=sel.natural_mask.flatten(),
         packed_rows=sel.packed_rows.flatten(),
     )
     grid = run(dechunk_ema, h, p, sel, gate, residual)
