@@ -243,6 +243,7 @@ def test_other_shards_begin_anew(latents, tmp_path):
         {"lanes": 1 << 60},
         {"run": 0},
         {"block": "all"},
+        {"block": 1_000_001},
         {"places": []},
         {"places": [[0, 0, 0]]},
         {"places": [[0, 0, 0, -1]] * 4},

@@ -24,8 +24,8 @@ from dcdit.utils.text import short
 
 LOOKED_AT = 1000
 """Rows in which a first one is looked for that is not damaged."""
-MOST_SAMPLES = 1 << 48
-"""Numbers in a checkpoint are below this."""
+MOST_SAMPLES, MOST_ROWS = 1 << 48, 1_000_000
+"""Numbers in a checkpoint are below the first, and its blocks have at most so many rows, as ``data.shuffle_buffer``."""
 IN_ORDER = Deal(1, 1, 1)
 
 
@@ -225,7 +225,7 @@ class StreamDataset(Samples):
         if state is None:
             return
         deal, places = _checked(state)
-        if (state["shards"], state["names"]) != (len(self.shards), self._digest()):
+        if (state["shards"], state.get("names")) != (len(self.shards), self._digest()):
             warnings.warn(
                 f"{self.path}: these are not the shards of the checkpoint, so they are read from the first epoch on",
                 DataWarning,
@@ -284,7 +284,9 @@ def _checked(state: Any) -> tuple[Deal, list[Place]]:
         numbers = [*vars(deal).values(), *(number for place in places for number in place)]
         if not all(type(number) is int and 0 <= number < MOST_SAMPLES for number in numbers):
             raise ValueError
-        if not (1 <= deal.lanes <= state["shards"] and len(places) == deal.lanes and deal.run and deal.block):
+        if not (1 <= deal.lanes <= state["shards"] and len(places) == deal.lanes):
+            raise ValueError
+        if not (deal.run and 1 <= deal.block <= MOST_ROWS):
             raise ValueError
         return deal, places
     except (ValueError, TypeError, KeyError):

@@ -34,7 +34,7 @@ from dcdit.integrations.diffusers.transformer import (
 from dcdit.models import DCDiT
 from dcdit.sample.classes import class_numbers
 from dcdit.sample.image_generator import autoencoder_beside
-from dcdit.utils.modules import accepts_keyword, evaluating, name_of, unwrap_model
+from dcdit.utils.modules import evaluating, name_of, unwrap_model
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -248,7 +248,7 @@ class DCDiTPipeline(DiffusionPipeline):
     def _budget(self, drop: Fraction | str, uncond: Fraction | str | None, budget: int | None) -> dict[str, Any]:
         """The options of a dynamic model for :func:`dcdit.diffusion.guided`."""
         dropping = uncond is not None or not (isinstance(drop, int | float) and drop == 0)
-        if not accepts_keyword(unwrap_model(self.transformer), "drop_fraction"):
+        if not isinstance(self.transformer.to_dcdit(), DCDiT):
             if dropping or budget is not None:
                 raise ValueError(
                     "the transformer is a static DiT, which drops no tokens; leave fractions and budget out"
