@@ -5,7 +5,7 @@ PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test locked clean
+.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test kernel-package locked clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -45,6 +45,9 @@ soak: $(VENV)/.installed ## an hour or more of random trouble (tools/soak) -> do
 
 gpu-test: ## everything that needs a CUDA device; plain Python, no network; without a device it says so and stops
 	$(PYTHON) -m tools.gpu_suite
+
+kernel-package: $(VENV)/.installed ## dcdit.ops as a package for Hugging Face's kernels -> out/kernel-package/
+	$(BIN)/python -m tools.kernel_package --out out/kernel-package
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -10,6 +10,7 @@ is one of the variants where DCDIT_OFFICIAL names its checkout.
 
 import functools
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,7 +30,7 @@ from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.profile import static_counterparts
 from dcdit.profiling.rounds import spread
-from dcdit.profiling.timing import time_stages, time_variants
+from dcdit.profiling.timing import time_rounds, time_stages
 
 KEEP = 0.25
 DROPS = (0.0, 0.2, 0.4, 0.6)
@@ -137,13 +138,15 @@ def test_model(scale: str, size: int, batch: int, direction: str, variant: str, 
     seconds = benchmark.stats.stats.median
     passes = 3 if training else 1
     dynamic = kept is not None and not variant.startswith("official")
+    stages = time_stages(call, device, 3) if dynamic and direction == "inference" else None
+    updates = time_update(step, device) if step else None
     benchmark.extra_info.update(
         kind="model", scale=scale, size=size, batch=batch, direction=direction, variant=variant, ms=1e3 * seconds,
         spread=spread(benchmark.stats.stats.data), images_per_s=batch / seconds,
         kept_fraction=kept, gflops=passes * flops["total"] / batch / 1e9,
         stage_gflops={stage: count / batch / 1e9 for stage, count in flops.items() if stage != "total"},
-        stage_ms=time_stages(call, device, 3) if dynamic and direction == "inference" else None,
-        optimizer_ms=time_update(step, device) if step else None,
+        stage_ms=stages and stages.ms, stage_spread=stages and stages.spread,
+        optimizer_ms=updates and median(updates), optimizer_spread=updates and spread(updates),
         peak_bytes=peak_bytes(call, device),
     )  # fmt: skip
 
@@ -185,8 +188,8 @@ def training_step(step: RecipeStep, options: dict[str, Any]) -> TimedCall:
     return call
 
 
-def time_update(step: RecipeStep, device: torch.device) -> float:
-    """Milliseconds of clipping, optimizer and averages. They read every weight, whatever the number of tokens."""
+def time_update(step: RecipeStep, device: torch.device) -> list[float]:
+    """Milliseconds by round. Clipping, optimizer and averages read every weight, whatever the number of tokens."""
     gradients = {p: torch.zeros_like(p) for p in step.model.parameters() if p.requires_grad}
 
     def update() -> None:
@@ -194,7 +197,7 @@ def time_update(step: RecipeStep, device: torch.device) -> float:
             parameter.grad = gradient
         step.update()
 
-    return time_variants({"update": update}, device, seconds=SECONDS / 3)["update"]
+    return time_rounds({"update": update}, device, SECONDS / 3).times("update")
 
 
 def _first(result: Any) -> Tensor:

@@ -1,7 +1,10 @@
-"""adaLN on packed tokens: gated residual, modulated LayerNorm, or both, in one pass over the tokens.
+"""adaLN on packed tokens: gated residual, modulated norm, or both, in one pass over the tokens.
 
     added = x + gate[image] * y
     normed = x_hat * (1 + scale[image]) + shift[image],  x_hat = (added - mean) / sqrt(var + eps)
+
+RMSNorm has no mean: it is 0, and var is the mean square. A scale that is whole takes the place of 1 + scale: the weight
+of a norm is part of it.
 
 Without a gated residual, added is x. An operation that lacks one half passes None for its pointers, and Triton compiles
 the half away. Rows are kept whole in registers, in two parts (see ``rows``).
@@ -12,7 +15,8 @@ the number of programs changes no bit.
 
 Backward is one pass over the tokens, with grad_hat = grad_normed (1 + scale) the gradient by x_hat:
 
-    grad_x = grad_added + (grad_hat - mean(grad_hat) - x_hat mean(grad_hat x_hat)) / sqrt(var + eps)
+    grad_x = grad_added + (grad_hat - mean(grad_hat) - x_hat mean(grad_hat x_hat)) / sqrt(var + eps)   (RMSNorm: without
+                                                                                                 mean(grad_hat))
     grad_y = gate grad_x
 
 The gradients of shift, scale and gate are sums over the rows of an image. The pass writes one partial sum per chunk of
@@ -77,10 +81,16 @@ def _centre_part(x, mean, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr)
 
 @triton.jit
 def _norm_part(
-    centred, rstd, shift_ptr, scale_ptr, normed_ptr, exists, FIRST: tl.constexpr, N: tl.constexpr, D: tl.constexpr
+    centred, rstd, shift_ptr, scale_ptr, normed_ptr, exists, WHOLE: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    shift, scale = load_table_part(shift_ptr, FIRST, N, D), load_table_part(scale_ptr, FIRST, N, D)
-    store_part(normed_ptr, centred * rstd * (1.0 + scale) + shift, exists, FIRST, N, D)
+    factor = load_table_part(scale_ptr, FIRST, N, D)
+    if not WHOLE:
+        factor = 1.0 + factor
+    normed = centred * rstd * factor
+    if shift_ptr is not None:
+        normed += load_table_part(shift_ptr, FIRST, N, D)
+    store_part(normed_ptr, normed, exists, FIRST, N, D)
 
 
 @triton.jit
@@ -98,14 +108,15 @@ def _modulation_fwd_kernel(
     x_ptr,  # (rows, D) float, row stride x_stride
     y_ptr,  # (rows, D) float, row stride y_stride; None without a gated residual, like gate and added
     gate_ptr,  # (images, D) float, row stride gate_stride
-    shift_ptr,  # (images, D) float, row stride shift_stride; None without a norm, like scale, normed and stats
-    scale_ptr,  # (images, D) float, row stride scale_stride
+    shift_ptr,  # (images, D) float, row stride shift_stride; None without a shift
+    scale_ptr,  # (images, D) float, row stride scale_stride; None without a norm, like normed and stats
     cu_ptr,  # (images + 1,) int32
     added_ptr,  # (rows, D) in the wider dtype of x and y
     normed_ptr,  # (rows, D) in the same dtype
     stats_ptr,  # (2, rows) float32: mean and 1 / standard deviation, 0 in padding rows
     rows, images, rows_each, x_stride, y_stride, gate_stride, shift_stride, scale_stride, eps,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, PER_SM: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, RMS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, PER_SM: tl.constexpr,
 ):  # fmt: skip
     """A program takes rows_each consecutive rows, ROWS of one image at a time."""
     first = tl.program_id(0).to(tl.int64) * rows_each
@@ -133,20 +144,24 @@ def _modulation_fwd_kernel(
             if TAIL > 0:
                 tail = _add_part(x, y, gate, added, exists, MAIN, TAIL, D)  # [ROWS, TAIL]
             if normed_ptr is not None:
-                total = sum_columns(main)
-                if TAIL > 0:
-                    total += sum_columns(tail)
-                mean = total / D
-                main = _centre_part(main, mean, 0, MAIN, D)
+                if RMS:
+                    tl.store(stats_ptr + row, 0.0, mask=row < first)
+                else:
+                    total = sum_columns(main)
+                    if TAIL > 0:
+                        total += sum_columns(tail)
+                    mean = total / D
+                    main = _centre_part(main, mean, 0, MAIN, D)
+                    if TAIL > 0:
+                        tail = _centre_part(tail, mean, MAIN, TAIL, D)
+                    tl.store(stats_ptr + row, mean, mask=row < first)
                 square = sum_columns(main * main)
                 if TAIL > 0:
-                    tail = _centre_part(tail, mean, MAIN, TAIL, D)
                     square += sum_columns(tail * tail)
                 rstd = tl.rsqrt(square / D + eps)
-                _norm_part(main, rstd, shift, scale, normed, exists, 0, MAIN, D)
+                _norm_part(main, rstd, shift, scale, normed, exists, WHOLE, 0, MAIN, D)
                 if TAIL > 0:
-                    _norm_part(tail, rstd, shift, scale, normed, exists, MAIN, TAIL, D)
-                tl.store(stats_ptr + row, mean, mask=row < first)
+                    _norm_part(tail, rstd, shift, scale, normed, exists, WHOLE, MAIN, TAIL, D)
                 tl.store(stats_ptr + rows + row, rstd, mask=row < first)
 
 
@@ -226,8 +241,8 @@ def _modulation_bwd_kernel(
     grad_y_ptr,  # (rows, D) float; None if not wanted
     partial_ptr,  # (chunks, PARTS, D) float32: shift, scale and gate, as far as wanted; None if none is
     rows, images, grad_added_stride, grad_normed_stride, added_stride, y_stride, gate_stride, scale_stride,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, RMS: tl.constexpr,
+    WHOLE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """A program takes one chunk, ROWS rows at a time."""
     chunk_index = tl.program_id(0)
@@ -245,12 +260,16 @@ def _modulation_bwd_kernel(
                 _pad_gradient_part(grad_added, grad_x, grad_y, exists, ROWS, MAIN, TAIL, D)
         return
     gate, scale = row_pointers(gate_ptr, image, gate_stride), row_pointers(scale_ptr, image, scale_stride)
-    gate_main, scale_main = _table_or_zero(gate, 0, MAIN, D), 1.0 + _table_or_zero(scale, 0, MAIN, D)
+    gate_main, scale_main = _table_or_zero(gate, 0, MAIN, D), _table_or_zero(scale, 0, MAIN, D)
+    if not WHOLE:
+        scale_main = 1.0 + scale_main
     shift_sum = tl.zeros((ROWS, MAIN), tl.float32)
     scale_sum = tl.zeros((ROWS, MAIN), tl.float32)
     gate_sum = tl.zeros((ROWS, MAIN), tl.float32)
     if TAIL > 0:
-        gate_tail, scale_tail = _table_or_zero(gate, MAIN, TAIL, D), 1.0 + _table_or_zero(scale, MAIN, TAIL, D)
+        gate_tail, scale_tail = _table_or_zero(gate, MAIN, TAIL, D), _table_or_zero(scale, MAIN, TAIL, D)
+        if not WHOLE:
+            scale_tail = 1.0 + scale_tail
         tail_shift_sum = tl.zeros((ROWS, TAIL), tl.float32)
         tail_scale_sum = tl.zeros((ROWS, TAIL), tl.float32)
         tail_gate_sum = tl.zeros((ROWS, TAIL), tl.float32)
@@ -286,6 +305,8 @@ def _modulation_bwd_kernel(
                 total += sum_columns(tail_dx_hat)
                 total_x_hat += sum_columns(tail_dx_hat * tail_x_hat)
             total, total_x_hat = total / D, total_x_hat / D
+            if RMS:
+                total = 0.0
             dx += (dx_hat - total - x_hat * total_x_hat) * rstd
             if TAIL > 0:
                 tail_dx += (tail_dx_hat - total - tail_x_hat * total_x_hat) * rstd
@@ -327,12 +348,15 @@ def _modulation_sum_kernel(
     tl.store(out_ptr + image * WIDTH + col, tl.sum(total, 0), mask=col < WIDTH)
 
 
-def modulated_layer_norm_fwd(
-    t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float
+def modulated_norm_fwd(
+    t: Tensor, shift: Tensor | None, scale: Tensor, cu_seqlens: Tensor, eps: float, rms: bool, whole: bool
 ) -> tuple[Tensor, Tensor]:
-    """(T, D) rows and (B, D) modulation with unit last strides -> normed (T, D), float32 mean and 1/std (2, T)."""
+    """(T, D) rows and (B, D) modulation with unit last strides -> normed (T, D), float32 mean and 1/std (2, T).
+
+    RMSNorm if rms, else LayerNorm. A whole scale is the factor itself, else 1 + scale is.
+    """
     normed, stats = launch.empty_like(t, t.dtype), launch.empty((2, t.shape[0]), torch.float32, t.device)
-    _forward(t, None, None, shift, scale, cu_seqlens, None, normed, stats, eps)
+    _forward(t, None, None, shift, scale, cu_seqlens, None, normed, stats, eps, rms, whole)
     return normed, stats
 
 
@@ -355,7 +379,8 @@ def gated_add_modulated_layer_norm_fwd(
 
 def _forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor,
-    added: Tensor | None, normed: Tensor | None, stats: Tensor | None, eps: float,
+    added: Tensor | None, normed: Tensor | None, stats: Tensor | None, eps: float, rms: bool = False,
+    whole: bool = False,
 ) -> None:  # fmt: skip
     (rows, d), images = x.shape, cu_seqlens.shape[0] - 1
     config = launch.config_for("modulation_fwd", x.device, D=d)
@@ -364,16 +389,16 @@ def _forward(
         _modulation_fwd_kernel, (cdiv(rows, rows_each),),
         x, y, gate, shift, scale, cu_seqlens, added, normed, stats, rows, images, rows_each,
         *map(_row_stride, (x, y, gate, shift, scale)), eps,
-        D=d, **parts_of(d), **config,
+        D=d, **parts_of(d), RMS=rms, WHOLE=whole, **config,
     )  # fmt: skip
 
 
 def modulation_bwd(
     grad_added: Tensor | None, grad_normed: Tensor | None, added: Tensor, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, stats: Tensor | None, cu_seqlens: Tensor, x_dtype: torch.dtype | None,
-    y_dtype: torch.dtype | None, want_norm: bool,
+    y_dtype: torch.dtype | None, want_norm: bool, rms: bool, whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of all three operations; whatever is not wanted comes back empty.
+    """Gradients of all operations; whatever is not wanted comes back empty.
 
     Args:
         grad_added: gradient of the sum (T, D), None if nothing reads it.
@@ -384,6 +409,7 @@ def modulation_bwd(
         scale, stats: (B, D) and what the forward returned.
         x_dtype, y_dtype: of the gradients of x and of y, None where not wanted.
         want_norm: compute the gradients of shift and scale.
+        rms, whole: as in the forward.
 
     Returns:
         Gradients of x and y (T, D), and (B, parts, D) in the modulation's dtype: shift and scale if wanted, then the
@@ -403,7 +429,7 @@ def modulation_bwd(
         grad_added, grad_normed, None if grad_normed is None else added, y, gate, scale, stats, cu_seqlens,
         None if x_dtype is None else grad_x, None if y_dtype is None else grad_y, partial, rows, images,
         *(_row_stride(tensor) for tensor in (grad_added, grad_normed, added, y, gate, scale)),
-        D=d, **parts_of(d), PARTS=parts, **config,
+        D=d, **parts_of(d), PARTS=parts, RMS=rms, WHOLE=whole, **config,
     )  # fmt: skip
     grad_modulation = launch.empty((images, parts, d), _modulation_dtype(gate, scale), device)
     if partial is not None:

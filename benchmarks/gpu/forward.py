@@ -147,7 +147,7 @@ class ForwardCases:
         if mode == "exact":
             forward = partial(self.dynamic, *batch, drop_fraction=rho)
             stages = time_stages(forward, self.device, 5)
-            return forward, lengths, {"stage_ms": stages, "comparable": True}
+            return forward, lengths, {"stage_ms": stages.ms, "stage_spread": stages.spread, "comparable": True}
         how, shape = mode.split(", ")
         if shape == "exact":
             options, fixed, comparable = {"drop_fraction": rho}, {}, True

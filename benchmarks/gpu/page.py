@@ -179,10 +179,11 @@ def _forward(found: Found, group: Group) -> list[str]:
     if compared:
         parts.append(_comparisons(found, group, compared))
         parts.append(_doubts(compared))
-    staged = {case: line["stage_ms"] for case, line in compared.items() if line.get("stage_ms")}
+    staged = {case: line for case, line in compared.items() if line.get("stage_ms")}
     if staged:
         rows = [
-            [stage, *(f"{ms.get(stage, 0):.3f}" for ms in staged.values())] for stage in next(iter(staged.values()))
+            [stage, *(f"{line['stage_ms'][stage]:.3f} ±{line['stage_spread'][stage]:.0%}" for line in staged.values())]
+            for stage in next(iter(staged.values()))["stage_ms"]
         ]
         parts += ["Milliseconds by stage, with events between the stages:", markdown_table(["stage", *staged], rows)]
     for case in ("kernels of drop 0, exact", "kernels of static"):

@@ -137,7 +137,7 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
                 _number(row["images_per_s"], ".2f"),
                 _mebibytes(row["peak_bytes"]),
                 *(_eta(conversion.get(row["variant"], {}).get(name), noisy) for name in statics),
-                *([_number(row["optimizer_ms"], ".1f")] * stepping),
+                *([_spread(row["optimizer_ms"], row.get("optimizer_spread"), ".1f")] * stepping),
             ]
             for row in rows
         ]
@@ -184,7 +184,10 @@ def _reason(row: Row, rows: Sequence[Row], conversion: dict[str, float]) -> str:
 
 def _stages(rows: Sequence[Row]) -> str:
     head = ["stage", *(row["variant"] for row in rows)]
-    body = [[stage, *(_number(row["stage_ms"].get(stage), ".2f") for row in rows)] for stage in (*STAGES, "whole")]
+    body = [
+        [stage, *(_spread(row["stage_ms"].get(stage), row["stage_spread"].get(stage), ".2f") for row in rows)]
+        for stage in (*STAGES, "whole")
+    ]
     covered = [sum(row["stage_ms"].get(stage, 0.0) for stage in STAGES) / row["stage_ms"]["whole"] for row in rows]
     return markdown_table(head, [*body, ["stages / whole", *(f"{share:.1%}" for share in covered)]])
 
@@ -227,7 +230,7 @@ def _op_table(rows: Sequence[Row], others: Sequence[str]) -> str:
                 _number(ours["gbps"], ".1f"),
                 _number(ours["copy_share"], ".0%"),
                 _number(ours["gflops_per_s"], ".1f"),
-                _number(ours["graph_ms"], ".3f") + (f" ±{ours['graph_spread']:.0%}" if ours["graph_ms"] else ""),
+                _spread(ours["graph_ms"], ours["graph_spread"], ".3f"),
                 _mebibytes(ours["peak_bytes"]),
                 _mebibytes(variants.get("plain", {}).get("peak_bytes")),
                 _number(ours["launches"], "d"),
@@ -265,6 +268,11 @@ def _scaling(rows: Sequence[Row], page: Path) -> str:
             markdown_table(head, body),
         ]
     )
+
+
+def _spread(ms: float | None, spread: float | None, spec: str) -> str:
+    """A cell: a time and how far it scatters."""
+    return _number(ms, spec) + ("" if ms is None or spread is None else f" ±{spread:.0%}")
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "with the range in brackets. The coefficients of TeaCache and the ratios of MagCache were fitted on these runs."
     )
     found = {}
+    args.out.mkdir(parents=True, exist_ok=True)
     for path in args.checkpoints:
         pipe = DCDiTPipeline.from_dcdit(path)
         pipe.set_progress_bar_config(disable=True)
@@ -235,9 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scheduler, model = type(pipe.scheduler).__name__, pipe.transformer.to_dcdit()
         parts += [f"## {path.name}: {type(model).__name__}, {scheduler}", table(rows)]
         found[path.name] = [asdict(row) for row in rows]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "report.md").write_text("\n\n".join(parts) + "\n")
-    (args.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "report.md").write_text("\n\n".join(parts) + "\n")
+        (args.out / "study.json").write_text(json.dumps(found, indent=1) + "\n")
     print(args.out / "report.md")
 
 

@@ -4,7 +4,7 @@
         model.safetensors       weights; the model's configuration is in the metadata
         ema.safetensors         averaged weights, in the same form
         optimizer.safetensors   optimiser state by parameter name
-        trainer.json            step and training configuration
+        trainer.json            step, training configuration, and where a stream of samples is
 
 Each of the first two files is a complete model on its own: :func:`dcdit.checkpoint.load_model` takes the run, the
 checkpoint or the file.

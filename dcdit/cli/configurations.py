@@ -14,7 +14,8 @@ import torch
 from dcdit import config
 from dcdit.config import TrainConfig
 from dcdit.data import create_dataset
-from dcdit.models import PRESETS, DCDiTConfig, DiTConfig, count_flops, create_config, create_model
+from dcdit.models import PRESETS, DCDiTConfig, count_flops, create_config, create_model
+from dcdit.models.presets import config_class
 from dcdit.train.checks import check_fit, local_batch_size, model_arguments
 from dcdit.train.compute import FORWARD_AND_BACKWARD
 from dcdit.train.folder import check_folder, placed
@@ -60,11 +61,11 @@ def dry_run(settings: TrainConfig, resume: str | None = None) -> str:
     """
     settings = placed(settings, resume)
     check_folder(settings, resume)
-    data = create_dataset(settings.data, "train", settings.optim.seed)
+    data = create_dataset(settings.data, "train", settings.optim.seed, settings.model.num_classes)
     with torch.device("meta"):
         model = create_model(**model_arguments(settings.model, data))
     check_fit(data, model)
-    local_batch_size(settings, processes=1, dynamic=isinstance(model.config, DCDiTConfig))
+    local_batch_size(settings, 1, model.config)
     optim = settings.optim
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lengths = None
@@ -103,7 +104,7 @@ def _model_fields(settings: TrainConfig) -> list[str]:
     fields = create_config(section.name, **{**sizes, **section.overrides}).to_dict()
     del fields["num_classes"]  # it has a key of its own
     told_by_data = {"in_channels", *(["grid"] if section.image_size is None else [])} - set(section.overrides)
-    docs = attribute_docs(DCDiTConfig if section.name.startswith("DC-DiT") else DiTConfig)
+    docs = attribute_docs(config_class(section.name))
     lines = ["  # fields that it may hold, and their values here:"]
     for name, value in fields.items():
         meaning = f": {' '.join(docs[name].split())}" if name in docs else ""

@@ -5,6 +5,7 @@ import importlib
 TRAIN = ("accelerate", "diffusers", "huggingface_hub", "tqdm", "PIL", "yaml")
 EXTRAS = {
     "train": TRAIN,
+    "stream": ("datasets", "pyarrow"),
     "eval": ("torchmetrics", "accelerate", "tqdm", "PIL"),
     "demo": (*TRAIN, "skimage", "matplotlib"),
 }

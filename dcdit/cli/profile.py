@@ -11,7 +11,7 @@ import torch
 from dcdit.checkpoint import load_model, model_file
 from dcdit.cli.extras import is_installed, missing
 from dcdit.cli.options import add_device_option, check_counts, check_number
-from dcdit.models import DCDiT, create_model
+from dcdit.models import DCDiT, DiT, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.plots import plot_profile
@@ -92,5 +92,6 @@ def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
         model, name = create_model(args.model, args.image_size), args.model
     if not isinstance(model, DCDiT):
         called = args.checkpoint or name
-        raise ValueError(f"{called} is a static DiT; accepted: a DC-DiT (its static counterparts are timed beside it)")
+        kind = "static DiT" if isinstance(model, DiT) else "DyDiT"
+        raise ValueError(f"{called} is a {kind}; accepted: a DC-DiT (its static counterparts are timed beside it)")
     return channels_last(model), name

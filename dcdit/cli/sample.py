@@ -16,12 +16,13 @@ from dcdit.cli.sampling_options import (
     check_one_budget,
     sampling_options,
 )
+from dcdit.models import SlicedModel
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
-from dcdit.sample.graphed import with_graphs
 from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import CostTarget
 from dcdit.sample.output import RECORD, check_folder, describe, describe_run, write_images
 from dcdit.sample.plan import Plan, make_plans
+from dcdit.sample.sampled import ready_to_sample
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_output_folder
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         check_dynamic(options, model, "--report")
         importlib.import_module("matplotlib")  # if it is missing, say so before the work
-    sampled = with_graphs(model, options)  # if there can be none, say so before the work
+    sampled = ready_to_sample(model, options)  # if there can be none, say so before the work
     ensure_kept_share(model, options, labels.to(device))
     plans = make_plans(options, model, labels.to(device))
     if options.target is not None:
@@ -90,6 +91,9 @@ def run(args: argparse.Namespace) -> None:
     check_folder(out, plans, args.individual, args.report)
     columns = args.num_per_class if args.num is None and args.num_per_class > 1 else None
     facts, first_images = describe(options, model, labels, device), []
+    if isinstance(sampled.model, SlicedModel):
+        facts["sliced_bytes"] = sampled.model.nbytes
+        print(f"the weights of all widths take {sampled.model.nbytes / 2**20:.1f} MiB beside the model's own")
     write_text(out / RECORD, json.dumps(facts, indent=2))
     for plan in plans:
         began = time.perf_counter()

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from dcdit.checkpoint import read_metadata
+from dcdit.checkpoint import Model, read_metadata
 from dcdit.cli.options import check_counts
 from dcdit.diffusion import METHODS
 from dcdit.diffusion.drop_schedules import FORMS
@@ -113,7 +113,7 @@ def check_one_budget(flags: list[str]) -> None:
         raise ValueError(f"{' and '.join(flags)} each say how many tokens are kept; accepted: one of them")
 
 
-def check_fit(options: SamplingOptions, model: DCDiT | DiT) -> None:
+def check_fit(options: SamplingOptions, model: Model) -> None:
     """Raise ValueError where the model cannot do what the options ask for."""
     flags = _budget_flags(options)
     if options.null_drop_fraction is not None:
@@ -133,11 +133,12 @@ def check_fit(options: SamplingOptions, model: DCDiT | DiT) -> None:
         )
 
 
-def check_dynamic(options: SamplingOptions, model: DCDiT | DiT, flag: str) -> None:
-    """Raise ValueError where a flag is given that a static model has no use for."""
+def check_dynamic(options: SamplingOptions, model: Model, flag: str) -> None:
+    """Raise ValueError where a flag is given that a model without a router has no use for."""
     if not isinstance(model, DCDiT):
         raise ValueError(
-            f"{options.checkpoint} holds a static {type(model).__name__}, which drops no tokens; leave {flag} out"
+            f"{options.checkpoint} holds a {'static ' * isinstance(model, DiT)}{type(model).__name__}, which drops no "
+            f"tokens; leave {flag} out"
         )
 
 

@@ -123,7 +123,7 @@ def _checked(settings: config.TrainConfig) -> config.TrainConfig:
     return settings
 
 
-PLACES = ("data.path", "upcycle.source", "run.trackers")
+PLACES = ("data.path", "data.held_out_path", "upcycle.source", "run.trackers")
 """What a run reads and where it sends records. A checkpoint, which may be a stranger's, does not decide that."""
 
 

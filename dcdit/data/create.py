@@ -8,6 +8,7 @@ from dcdit.data.latents import LatentDataset
 from dcdit.data.npz import NpzDataset
 from dcdit.data.photographs import Photographs
 from dcdit.data.samples import Samples
+from dcdit.data.stream import StreamDataset
 
 
 class DatasetOptions(Protocol):
@@ -21,15 +22,23 @@ class DatasetOptions(Protocol):
     held_out: float
     scale: float | None
     skip_damaged: bool
+    column: str | None
+    label_column: str | None
+    classes: list[str] | None
+    shuffle_buffer: int
+    held_out_path: str | None
 
 
-def create_dataset(section: DatasetOptions, split: str = "train", seed: int = 0) -> Samples:
+def create_dataset(
+    section: DatasetOptions, split: str = "train", seed: int = 0, num_classes: int | None = None
+) -> Samples:
     """The dataset that a configuration describes.
 
     Args:
         section: the ``data`` section.
         split: ``"train"`` or ``"held_out"``.
         seed: sample n is a pure function of (seed, n).
+        num_classes: of the model, for streams that do not say how many classes they have.
 
     Raises:
         FileNotFoundError, ValueError: nothing readable at ``data.path``, or the options do not fit the data.
@@ -41,6 +50,20 @@ def create_dataset(section: DatasetOptions, split: str = "train", seed: int = 0)
     if section.kind == "cifar10":
         return Cifar10(section.path, split, section.flip, seed)
     stored = (split, section.held_out, section.flip, seed)
+    if section.kind == "stream":
+        return StreamDataset(
+            section.path,
+            section.size,
+            *stored,
+            section.scale,
+            section.skip_damaged,
+            section.column,
+            section.label_column,
+            section.classes,
+            num_classes,
+            section.shuffle_buffer,
+            section.held_out_path,
+        )
     if section.kind == "latents":
         return LatentDataset(section.path, *stored, section.scale, section.skip_damaged)
     if section.kind == "npz":

@@ -9,16 +9,18 @@ What a file holds becomes 8-bit RGB by these rules:
 - EXIF orientation: applied, so that an image is upright as in any viewer. (ADM and most FID code ignore it.)
 """
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from dcdit.data.samples import DamagedFile
-from dcdit.utils.reading import kind_of_file, open_regular
+from dcdit.utils.reading import BEGINNING, kind_of, kind_of_file, open_regular
 from dcdit.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -51,7 +53,22 @@ TURNS = {
 """Its values to the method of Pillow that makes the image upright."""
 
 
-def read_image(path: Path, draft: tuple[int, int] | None = None) -> "Image.Image":
+@dataclass(frozen=True)
+class ImageBytes:
+    """The content of an image file that is part of another one, such as a shard."""
+
+    name: str
+    """For messages."""
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ImageFile = Path | ImageBytes
+
+
+def read_image(path: ImageFile, draft: tuple[int, int] | None = None) -> "Image.Image":
     """The image in a file as 8-bit RGB, upright.
 
     Args:
@@ -82,7 +99,7 @@ def count_turned(files: Sequence[Path]) -> int:
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator["Image.Image"]:
+def open_image(path: ImageFile) -> Iterator["Image.Image"]:
     """The image in a file as Pillow opens it.
 
     Raises:
@@ -91,22 +108,33 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            pixels, size = image.width * image.height, os.fstat(file.fileno()).st_size
+        with _opened(path) as (file, size), Image.open(file, formats=FORMATS) as image:
+            pixels = image.width * image.height
             if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * size):
                 raise DamagedFile(f"cannot read image {str(path)!r}: {size} bytes cannot hold its {pixels} pixels")
             yield image
     except (DamagedFile, NameError):  # the second is a fault of the program
         raise
     except UnidentifiedImageError:
-        reason = f"{kind_of_file(path) or 'it is damaged or of another format'}; accepted: {', '.join(FORMATS)}"
+        known = kind_of(path.content[:BEGINNING]) if isinstance(path, ImageBytes) else kind_of_file(path)
+        reason = f"{known or 'it is damaged or of another format'}; accepted: {', '.join(FORMATS)}"
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
     except Exception as error:  # a damaged file raises anything in Pillow's decoders
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise DamagedFile(f"cannot read image {str(path)!r}: {reason}") from None
 
 
-def _to_rgb(image: "Image.Image", path: Path) -> "Image.Image":
+@contextmanager
+def _opened(path: ImageFile) -> Iterator[tuple[IO[bytes], int]]:
+    """The open file, and how many bytes it has."""
+    if isinstance(path, ImageBytes):
+        yield io.BytesIO(path.content), len(path.content)
+        return
+    with open_regular(path) as file:
+        yield file, os.fstat(file.fileno()).st_size
+
+
+def _to_rgb(image: "Image.Image", path: ImageFile) -> "Image.Image":
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

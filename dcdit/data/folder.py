@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dcdit.data.decode import read_image
+from dcdit.data.decode import ImageFile, read_image
 from dcdit.data.listing import image_files
 from dcdit.data.samples import DamagedFile, Split, StoredSamples, sample_rng, to_sample
 
@@ -70,7 +70,7 @@ def read_rgb(path: Path) -> np.ndarray:
     return np.asarray(read_image(path))
 
 
-def read_square(path: Path, size: int, position: float) -> np.ndarray:
+def read_square(path: ImageFile, size: int, position: float) -> np.ndarray:
     """A square of the image, at ``position`` in [0, 1] along its longer side, as uint8 (size, size, 3).
 
     DamagedFile if it cannot be read.

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dcdit.data.samples import Samples
+from dcdit.data.stream import StreamDataset
 from dcdit.utils.signals import SIGNALS
 
 LOOK_FOR_PARENT = 0.5
@@ -42,14 +43,29 @@ def batches(
     local_batch = batch_size // world
     firsts = (k * batch_size + rank * local_batch for k in range(start, stop))
     order = (list(range(first, first + local_batch)) for first in firsts)
-    loader = DataLoader(
-        dataset,
+    if isinstance(dataset, StreamDataset):
+        dataset.begin(local_batch, world, workers)
+    loader: DataLoader[Any] = DataLoader(
+        _WithPlaces(dataset) if isinstance(dataset, StreamDataset) else dataset,
         batch_sampler=order,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )
-    yield from started(loader)
+    for x, y, *places in started(loader):
+        if isinstance(dataset, StreamDataset):
+            dataset.passed(*places)
+        yield x, y
+
+
+class _WithPlaces(Dataset[tuple[Tensor, int, Tensor]]):
+    """Samples of a stream, and where each leaves it: this process does not read them, and is asked to save that."""
+
+    def __init__(self, stream: StreamDataset) -> None:
+        self.stream = stream
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int, Tensor]:
+        return *self.stream[n], self.stream.place(n)
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:

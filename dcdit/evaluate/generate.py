@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcdit.checkpoint import model_file
+from dcdit.checkpoint import Model, model_file
 from dcdit.data.archives import UnreadableArchive, open_npz
 from dcdit.diffusion.guidance import Fraction
 from dcdit.evaluate.images import write_npz
-from dcdit.models import DCDiT, DiT
 from dcdit.sample.drawing import Decoder, draw
-from dcdit.sample.graphed import with_graphs
 from dcdit.sample.model_calls import CallRecord, mean_records, tflops_per_image
 from dcdit.sample.options import SamplingOptions
+from dcdit.sample.sampled import ready_to_sample
 from dcdit.utils.files import atomically, recover, write_text
 from dcdit.utils.images import to_pixels
 from dcdit.utils.reading import JSON_BYTES, parse_json, read_bytes, sha256
@@ -102,7 +101,7 @@ class SamplingCost:
 
 
 def generate(
-    model: DCDiT | DiT,
+    model: Model,
     settings: SampleSettings,
     drop: Fraction | None,
     out: Path,
@@ -140,7 +139,7 @@ def generate(
     missing = [k for k, file in enumerate(files) if not _is_drawn(file, settings)]
     wait()  # all processes look before any of them draws
     title = f"sampling, process {rank + 1} of {world}"
-    sampled = with_graphs(model, settings.options)
+    sampled = ready_to_sample(model, settings.options)
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
         numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num))
         labels = numbers % model.config.num_classes

@@ -18,8 +18,9 @@ def graph_obstacle(
     """Why forward passes of a model cannot be captured with these options; None if they can.
 
     They can if the model is a module in evaluation mode on a CUDA device, without hooks and without sharded weights
-    (FSDP), if every shape is static (a static model, or a budget or capacity), and if no operation waits for the
-    device: not with ``DCDIT_CHECK=1``, nor with a capacity where attention has no kernel for packed sequences.
+    (FSDP), if its width is fixed, if every shape is static (a static model, or a budget or capacity), and if no
+    operation waits for the device: not with ``DCDIT_CHECK=1``, nor with a capacity where attention has no kernel for
+    packed sequences.
     """
     if not isinstance(model, nn.Module):
         return f"{type(model).__name__} is no module, so nobody knows what it does besides launching kernels"
@@ -37,6 +38,8 @@ def graph_obstacle(
         return "the weights are sharded, and gathering them is no part of a graph"
     if os.environ.get("DCDIT_CHECK") == "1":
         return "DCDIT_CHECK=1 reads values on the host"
+    if getattr(model, "width_gates", None) is not None:
+        return "its width follows the timestep, and a graph has one width; accepted: a dcdit.models.SlicedModel"
     if not isinstance(model, DCDiT):
         return None
     if budget is None and capacity is None:

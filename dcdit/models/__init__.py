@@ -1,12 +1,14 @@
 """DC-DiT, the static DiT baseline, their presets and checkpoint conversion."""
 
 from dcdit.models.capacity import Capacity, KeptShare, plan_capacity
-from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig
 from dcdit.models.convert import load_dit, load_official, to_dit, to_official
 from dcdit.models.dc_dit import DCDiT, Routing
 from dcdit.models.dit import DiT
+from dcdit.models.dy_dit import DyDiT
 from dcdit.models.flops import count_flops
 from dcdit.models.presets import PRESETS, create_config, create_model
+from dcdit.models.sliced import SlicedModel
 
 __all__ = [
     "PRESETS",
@@ -15,8 +17,12 @@ __all__ = [
     "DCDiTConfig",
     "DiT",
     "DiTConfig",
+    "DyDiT",
+    "DyDiTConfig",
     "KeptShare",
+    "ModelConfig",
     "Routing",
+    "SlicedModel",
     "count_flops",
     "create_config",
     "create_model",

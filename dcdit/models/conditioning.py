@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.config import ModelConfig
 from dcdit.nn import (
     LabelEmbedder,
     SeparateModulation,
@@ -12,7 +12,7 @@ from dcdit.nn import (
 )
 
 
-def create_embedders(config: DCDiTConfig | DiTConfig) -> tuple[nn.Module, LabelEmbedder]:
+def create_embedders(config: ModelConfig) -> tuple[nn.Module, LabelEmbedder]:
     """Of the timestep and of the label. The sum of what they return is the conditioning.
 
     It is (B, D), or (depth, B, D) with ``separate_embedders``.
@@ -24,7 +24,7 @@ def create_embedders(config: DCDiTConfig | DiTConfig) -> tuple[nn.Module, LabelE
     return TimestepEmbedder(dim, config.frequency_shift), LabelEmbedder(*labels)
 
 
-def create_modulation(config: DCDiTConfig | DiTConfig) -> nn.Module:
+def create_modulation(config: ModelConfig) -> nn.Module:
     """The adaLN of all blocks, for the conditioning of :func:`create_embedders`."""
     kind = SeparateModulation if config.separate_embedders else StackedModulation
     return kind(config.hidden_size, config.depth)

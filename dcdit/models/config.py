@@ -66,6 +66,11 @@ class _TransformerConfig:
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
+    @property
+    def gate_shape(self) -> tuple[int, int] | None:
+        """(depth, n): the gates of an image that training draws, n in each block. None where the width is fixed."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Numbers, strings and a list, ready for JSON."""
         return {**asdict(self), "grid": list(self.grid)}
@@ -121,6 +126,8 @@ class DCDiTConfig(_TransformerConfig):
     adapt_conditioning: bool = False
     """Whether a LayerNorm adapts the conditioning of the encoder and the decoder. It is for upcycling, where the
     embedders are those of a pretrained DiT and frozen."""
+    dynamic_width: bool = False
+    """Whether gates decide by the timestep which heads and MLP groups of a block compute (DyDiT, arXiv 2410.03456)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,15 +145,17 @@ class DCDiTConfig(_TransformerConfig):
             raise ValueError(f"start is {self.start!r}; accepted: {', '.join(STARTS)}")
         if not 0 < self.dechunk_sigma <= MAX_SIGMA:
             raise ValueError(f"dechunk_sigma is {self.dechunk_sigma}; accepted: a number in (0, {MAX_SIGMA:g}]")
+        if self.dynamic_width:
+            _check_gates(self)
+
+    @property
+    def gate_shape(self) -> tuple[int, int] | None:
+        return (self.depth, _width_gates(self)) if self.dynamic_width else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(_TransformerConfig):
-    """The static DiT (arXiv 2212.09748).
-
-    Raises:
-        ValueError: a value that is not accepted.
-    """
+class PatchConfig(_TransformerConfig):
+    """A transformer whose tokens are the patches of the input."""
 
     patch_size: int = 2
     """Positions per side of a token."""
@@ -159,3 +168,54 @@ class DiTConfig(_TransformerConfig):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size is {self.hidden_size}; accepted: a multiple of 4 (sine-cosine positions)")
+
+    @property
+    def tokens(self) -> int:
+        """L, patches of an image."""
+        return (self.grid[0] // self.patch_size) * (self.grid[1] // self.patch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(PatchConfig):
+    """The static DiT (arXiv 2212.09748).
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyDiTConfig(PatchConfig):
+    """A DiT of dynamic width and tokens (DyDiT, arXiv 2410.03456). Its MLPs have as many groups as heads.
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_gates(self)
+
+    @property
+    def gate_shape(self) -> tuple[int, int] | None:
+        return self.depth, _width_gates(self) + self.tokens
+
+
+def _width_gates(config: _TransformerConfig) -> int:
+    """Of a block: heads and as many MLP groups, of each all but the first."""
+    return 2 * (config.num_heads - 1)
+
+
+def _check_gates(config: _TransformerConfig) -> None:
+    hidden = int(config.hidden_size * config.mlp_ratio)
+    if config.num_heads < 2:
+        raise ValueError(f"num_heads is {config.num_heads}; accepted with dynamic width: at least 2")
+    if hidden % config.num_heads:
+        raise ValueError(
+            f"mlp_ratio is {config.mlp_ratio}; accepted with dynamic width: one whose {hidden} hidden units fall into "
+            f"num_heads = {config.num_heads} groups"
+        )
+
+
+ModelConfig = DCDiTConfig | DiTConfig | DyDiTConfig
+"""Of a model of this package."""

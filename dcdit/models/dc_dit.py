@@ -15,18 +15,21 @@ from dcdit.models.capacity import Capacity, KeptShare, multiprocessors_of, plan_
 from dcdit.models.conditioning import create_embedders, create_modulation
 from dcdit.models.config import DCDiTConfig
 from dcdit.models.inputs import check_inputs
+from dcdit.models.slices import SlicedBlocks
 from dcdit.models.starts import STARTS, apply_start
 from dcdit.nn import (
     ROUTERS,
     ChunkLayer,
     ConvStack,
     EMADeChunk,
+    Gates,
     PackedDiTBlock,
     PackedFinalLayer,
     PendingResidual,
     RMSNorm,
     SpatialDeChunk,
     VarlenMeta,
+    WidthGates,
     sincos_position,
     stage,
 )
@@ -47,6 +50,8 @@ class Routing(NamedTuple):
     natural_mask: Tensor
     """(B, L) bool: the tokens that the router alone would keep, before any dropping."""
     selection: TokenSelection
+    gates: Gates | None = None
+    """Of heads and MLP groups, with ``dynamic_width``."""
 
 
 class BlockStates(NamedTuple):
@@ -68,6 +73,8 @@ class Embedded(NamedTuple):
     """(B, D): the same for encoder and decoder."""
     tokens: Tensor
     """(B, L, D/4)."""
+    time: Tensor
+    """(B, D): embedding of the timestep, that of the first block with ``separate_embedders``."""
 
 
 class Encoded(NamedTuple):
@@ -78,6 +85,8 @@ class Encoded(NamedTuple):
     """Both as in :class:`Embedded`."""
     tokens: Tensor
     """(B, L, D): the encoder's output."""
+    time: Tensor
+    """As in :class:`Embedded`."""
     prob: Tensor
     """(B, L) float32: of the router."""
 
@@ -89,6 +98,8 @@ class Prepared(NamedTuple):
     """Of each block."""
     residual: Tensor
     """(B, L, D): the encoder's output on its way around the transformer."""
+    gates: Gates | None
+    """Of the heads and MLP groups to mask; None where nothing is masked."""
 
 
 class DCDiT(nn.Module):
@@ -128,6 +139,8 @@ class DCDiT(nn.Module):
         self.router = ROUTERS[config.router](dim, config.grid)
         self.chunk = ChunkLayer()
         self.modulation = create_modulation(config)
+        heads = config.num_heads
+        self.width_gates = WidthGates(dim, config.depth, heads, heads) if config.dynamic_width else None
         self.blocks = nn.ModuleList(
             PackedDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
@@ -171,6 +184,9 @@ class DCDiT(nn.Module):
         return_routing: bool = False,
         return_states: bool = False,
         max_seqlen: int | None = None,
+        complete: bool = False,
+        gate_noise: Tensor | None = None,
+        sliced: SlicedBlocks | None = None,
     ) -> Tensor | tuple[Tensor, Routing] | tuple[Tensor, Routing, BlockStates]:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
 
@@ -187,6 +203,11 @@ class DCDiT(nn.Module):
             return_states: also return the router's decision and the output of every block.
             max_seqlen: most tokens of one image; with a capacity, attention then starts fewer empty programs. See
                 :func:`dcdit.ops.select_tokens`.
+            complete: with ``dynamic_width``, compute all heads and MLP groups, whatever the gates say.
+            gate_noise: with ``dynamic_width``, (B, depth, n) with the sizes of ``config.gate_shape``, from
+                :func:`dcdit.nn.gates.logistic_noise`. In training mode None draws it, else there is none.
+            sliced: with ``dynamic_width``, the blocks of this timestep, for a forward pass without gradients; made by
+                :class:`dcdit.models.SlicedModel`. Without them, what a gate closes is computed and masked.
 
         Returns:
             (B, 2C, H, W), or (B, C, H, W) without ``learn_sigma``; with ``return_routing`` a pair with
@@ -198,18 +219,23 @@ class DCDiT(nn.Module):
         if capacity == "auto":
             plan = self.plan_capacity(len(x), drop_fraction)
             capacity, max_seqlen = plan.capacity, plan.max_seqlen if max_seqlen is None else max_seqlen
+        if self.width_gates is None and (complete or gate_noise is not None or sliced is not None):
+            raise ValueError("complete, gate_noise and sliced are for dynamic_width=True; this model has a fixed width")
         encoded = self.encode(x, t, y)
+        masked = not complete and sliced is None
         prepared: list[Prepared] = []
         packed, sel = self.chunk(
             encoded.tokens, encoded.prob, self.pos_embed, drop_fraction, budget, capacity, max_seqlen,
-            meanwhile=lambda: prepared.append(self.prepare(encoded)),
+            meanwhile=lambda: prepared.append(self.prepare(encoded, masked, gate_noise)),
         )  # fmt: skip
         states = BlockStates(encoded.cond, []) if return_states else None
         outputs = None if states is None else states.outputs
-        out = self.decode(encoded, prepared[0], packed, sel, capacity is not None, outputs)
+        blocks = None if sliced is None else sliced.blocks
+        out = self.decode(encoded, prepared[0], packed, sel, capacity is not None, outputs, blocks)
         if not (return_routing or return_states):
             return out
-        routing = Routing(encoded.prob, sel.mask, sel.natural_mask, sel)
+        gates = prepared[0].gates if sliced is None else sliced.gates_of(len(x))
+        routing = Routing(encoded.prob, sel.mask, sel.natural_mask, sel, gates)
         return (out, routing) if states is None else (out, routing, states)
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Encoded:
@@ -223,25 +249,33 @@ class DCDiT(nn.Module):
         """The conditioning and the embedded pixels or latents. Arguments as in :meth:`forward`."""
         check_inputs(self.config, x, t, y)
         with stage("embed"):
-            embedded = self.t_embedder(t) + self.y_embedder(y)
+            time = self.t_embedder(t)
+            embedded = time + self.y_embedder(y)
             # All that read the conditioning start with this SiLU.
             cond = F.silu(embedded)
             outer, adaptor = of_first_block(embedded), self.cond_adaptor
             conv_cond = of_first_block(cond) if adaptor is None else F.silu(adaptor(outer))
             x = x.to(dtype_of(self.x_embedder), memory_format=torch.channels_last)
-            return Embedded(cond, conv_cond, to_tokens(self.x_embedder(x)))
+            return Embedded(cond, conv_cond, to_tokens(self.x_embedder(x)), of_first_block(time))
 
     def route(self, embedded: Embedded) -> Encoded:
         """The router's probabilities for the encoder's output, which ``embedded.tokens`` (B, L, D) is by now."""
         with stage("router"):
             return Encoded(*embedded, self.router(embedded.tokens))
 
-    def prepare(self, encoded: Encoded) -> Prepared:
-        """What the part after the selection needs and the selection has no part in."""
+    def prepare(self, encoded: Encoded, masked: bool = True, gate_noise: Tensor | None = None) -> Prepared:
+        """What the part after the selection needs and the selection has no part in.
+
+        Args:
+            encoded: of :meth:`encode`.
+            masked: with ``dynamic_width``, whether the gates mask what they close.
+            gate_noise: of the gates, as in :meth:`forward`.
+        """
         with stage("transformer"):
             modulation = self.modulation(encoded.cond)
+            gates = self.width_gates(encoded.time, gate_noise) if self.width_gates is not None and masked else None
         with stage("dechunk"):
-            return Prepared(modulation, self.residual_proj(encoded.tokens))
+            return Prepared(modulation, self.residual_proj(encoded.tokens), gates)
 
     def decode(
         self,
@@ -251,6 +285,7 @@ class DCDiT(nn.Module):
         sel: TokenSelection,
         padding: bool,
         outputs: list[Tensor] | None = None,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> Tensor:
         """The part after the selection: transformer, de-chunk, decoder, final layer -> (B, 2C, H, W).
 
@@ -260,8 +295,9 @@ class DCDiT(nn.Module):
             sel: which those are.
             padding: whether there may be padding rows.
             outputs: the packed tokens after each block are appended to it.
+            blocks: smaller ones to take in place of the model's own.
         """
-        tokens = self.transform_and_dechunk(encoded, prepared, packed, sel, padding, outputs)
+        tokens = self.transform_and_dechunk(encoded, prepared, packed, sel, padding, outputs, blocks)
         with stage("decoder"):
             tokens = self.decoder(tokens, self.config.grid, encoded.conv_cond)
         return self.project(tokens, encoded.cond)
@@ -274,11 +310,12 @@ class DCDiT(nn.Module):
         sel: TokenSelection,
         padding: bool,
         outputs: list[Tensor] | None = None,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> Tensor:
         """From the kept tokens back to the grid, (B, L, D): the decoder's input. Arguments as in :meth:`decode`."""
         with stage("transformer"):
             varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding)
-            packed = self.transform(packed, prepared.modulation, varlen, outputs)
+            packed = self.transform(packed, prepared.modulation, varlen, outputs, prepared.gates, blocks)
         with stage("dechunk"):
             return self.dechunk(packed, encoded.prob, sel, prepared.residual)
 
@@ -306,16 +343,24 @@ class DCDiT(nn.Module):
         return plan_capacity(self.config, batch, self.kept_share, drop_fraction, multiprocessors=multiprocessors)
 
     def transform(
-        self, tokens: Tensor, modulation: list[Modulation], varlen: VarlenMeta, outputs: list[Tensor] | None = None
+        self,
+        tokens: Tensor,
+        modulation: list[Modulation],
+        varlen: VarlenMeta,
+        outputs: list[Tensor] | None = None,
+        gates: Gates | None = None,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> Tensor:
         """The inner transformer: packed tokens (T, D), the modulation of each block -> (T, D).
 
-        It appends the tokens after each block to ``outputs``.
+        It appends the tokens after each block to ``outputs``, masks what ``gates`` close, and takes ``blocks`` in place
+        of its own.
         """
+        widths = [()] * len(modulation) if gates is None else [(widths,) for widths in gates.of_blocks()]
         pending: PendingResidual | None = None
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block, mod in zip(self.blocks, modulation, strict=True):
-            inputs = (tokens, pending, mod, varlen)
+        for block, mod, width in zip(self.blocks if blocks is None else blocks, modulation, widths, strict=True):
+            inputs = (tokens, pending, mod, varlen, *width)
             tokens, pending = self._gradient_checkpointing_func(block, *inputs) if recompute else block(*inputs)
             if outputs is not None:
                 outputs.append(gated_add(tokens, pending.branch, pending.gate, varlen.cu_seqlens))

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit.models import init
 from dcdit.models.conditioning import create_embedders, create_modulation
-from dcdit.models.config import DiTConfig
+from dcdit.models.config import DiTConfig, DyDiTConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
     DenseDiTBlock,
@@ -23,11 +23,11 @@ from dcdit.nn.memory_format import to_tokens
 from dcdit.utils.modules import dtype_of
 
 
-class DiT(nn.Module):
-    """Every patch is a token of the transformer. Dense and in plain PyTorch, made for ``torch.compile``.
+class PatchTransformer(nn.Module):
+    """The parts of a transformer on patches, dense and in plain PyTorch. A subclass initialises and runs them.
 
     Args:
-        config: see :class:`DiTConfig`.
+        config: of a subclass.
     """
 
     pos_embed: Tensor
@@ -38,7 +38,7 @@ class DiT(nn.Module):
     _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
     """Calls a block so. The names of both are those of diffusers, which sets them."""
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig | DyDiTConfig) -> None:
         super().__init__()
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
@@ -51,7 +51,6 @@ class DiT(nn.Module):
             DenseDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
         )
         self.final_layer = DenseFinalLayer(dim, patch * patch * config.out_channels, dim)
-        self._initialize()
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer, those of submodules too: with the same seed, as in a new model."""
@@ -64,6 +63,39 @@ class DiT(nn.Module):
         init.xavier(self.blocks.modules())
         init.init_output(self.modulation, self.final_layer)
         self.pos_embed.copy_(sincos_position(self.config.hidden_size, self.patch_grid))
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches (B, L, D) with their positions, and SiLU of the conditioning. Arguments as in ``forward``."""
+        check_inputs(self.config, x, t, y)
+        with stage("embed"):
+            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
+            # The norms of the blocks read tokens whose channels lie side by side.
+            tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))).contiguous()
+            return tokens + self.pos_embed, cond
+
+    def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """The final layer: what the blocks return and the conditioning -> (B, 2C, H, W)."""
+        with stage("final"):
+            return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """(B, L, P*P*C) -> (B, C, H, W). A token holds the pixels (p q) of its patch in raster order, channels last."""
+        patch, rows = self.config.patch_size, self.patch_grid[0]
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
+
+
+class DiT(PatchTransformer):
+    """Every patch is a token of the transformer. Dense and in plain PyTorch, made for ``torch.compile``.
+
+    Args:
+        config: see :class:`DiTConfig`.
+    """
+
+    config: DiTConfig
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self._initialize()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the noise (and, with ``learn_sigma``, the variance) of a batch.
@@ -85,20 +117,3 @@ class DiT(nn.Module):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
                 tokens = self._gradient_checkpointing_func(block, tokens, mod) if recompute else block(tokens, mod)
         return self.project(tokens, cond)
-
-    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches (B, L, D) with their positions, and SiLU of the conditioning. Arguments as in :meth:`forward`."""
-        check_inputs(self.config, x, t, y)
-        with stage("embed"):
-            cond = nn.functional.silu(self.t_embedder(t) + self.y_embedder(y))
-            return to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))) + self.pos_embed, cond
-
-    def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
-        """The final layer: what the blocks return and the conditioning -> (B, 2C, H, W)."""
-        with stage("final"):
-            return self.unpatchify(self.final_layer(tokens, of_first_block(cond)))
-
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, L, P*P*C) -> (B, C, H, W). A token holds the pixels (p q) of its patch in raster order, channels last."""
-        patch, rows = self.config.patch_size, self.patch_grid[0]
-        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)

@@ -2,42 +2,56 @@
 
 from collections.abc import Sequence
 
-from dcdit.models.config import DCDiTConfig, DiTConfig
-from dcdit.nn import STAGES
+import torch
+from torch import Tensor
+
+from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig
+from dcdit.nn import STAGES, Gates
 from dcdit.nn.embedding import TimestepEmbedder
+from dcdit.nn.gates import TOKEN_GATE_SHARE, GateCounts
 
 SOFTMAX_FLOPS = 3
 """Per attention score, as the papers count: scale, exponential, division."""
 
 
 def count_flops(
-    config: DCDiTConfig | DiTConfig, lengths: int | Sequence[int] | None = None, batch: int = 1
+    config: ModelConfig, lengths: int | Sequence[int] | None = None, batch: int = 1, gates: GateCounts | None = None
 ) -> dict[str, int]:
     """FLOPs of one forward pass, twice the multiply-adds.
 
     Counted: linear layers, convolutions (padding included) and attention, which takes
     ``heads * sum of M_b^2 * (4 d_h + 3)``. Not counted: norms, activations and the other elementwise work, selection,
-    gather, and the smoothing of the de-chunk, whose cost depends on the implementation.
+    gather, and the smoothing of the de-chunk, whose cost depends on the implementation. Nor are the width gates, one
+    row of a product per image, which sampling computes beforehand.
 
     Args:
         config: of the model.
         lengths: kept tokens of each image, or one number for all ``batch`` images. None is every position, and the
-            only value that a static DiT accepts.
+            only value that a DiT and a DyDiT accept.
         batch: number of images. With one length per image it may stay at 1.
+        gates: how many are open in each image of a model of dynamic width. What they close is not counted: a model that
+            masks computes it all the same, a :class:`dcdit.models.SlicedModel` does not. None: all are open.
 
     Returns:
         Stage name (see ``dcdit.nn.STAGES``) to FLOPs of the whole batch, and their sum under ``"total"``.
 
     Raises:
-        ValueError: lengths for a static DiT, outside 1 to L, or not one per image.
+        ValueError: lengths for a static DiT, outside 1 to L, or not one per image; gates for a model of fixed width, or
+            not one set per image.
     """
-    if isinstance(config, DiTConfig):
+    if not isinstance(config, DCDiTConfig):
         if lengths is not None:
             raise ValueError(f"lengths is {lengths!r}; a static DiT keeps every token, accepted: None")
-        stages = _static(config, batch)
+        kept = [config.tokens] * batch
     else:
         kept = _kept_lengths(config, lengths, batch)
-        stages = _dynamic(config, kept)
+    if gates is not None and (config.gate_shape is None or len(gates.heads) != len(kept)):
+        raise ValueError(
+            f"gates are those of {len(gates.heads)} images for {len(kept)}; accepted: one set for each image of a model"
+            " of dynamic width"
+        )
+    outer = _dynamic(config, len(kept)) if isinstance(config, DCDiTConfig) else _static(config, len(kept))
+    stages = {**outer, **_transformer(config, kept, gates)}
     return {**dict.fromkeys(STAGES, 0), **stages, "total": sum(stages.values())}
 
 
@@ -55,8 +69,8 @@ def _kept_lengths(config: DCDiTConfig, lengths: int | Sequence[int] | None, batc
     return kept
 
 
-def _dynamic(config: DCDiTConfig, kept: list[int]) -> dict[str, int]:
-    batch, length = len(kept), config.grid[0] * config.grid[1]
+def _dynamic(config: DCDiTConfig, batch: int) -> dict[str, int]:
+    length = config.grid[0] * config.grid[1]
     dim, narrow = config.hidden_size, config.hidden_size // 4
 
     def stack(*widths: tuple[int, int]) -> int:
@@ -70,26 +84,61 @@ def _dynamic(config: DCDiTConfig, kept: list[int]) -> dict[str, int]:
         "decoder": stack((dim, narrow), (narrow, narrow)),
         "final": _final(length, narrow, config.out_channels, dim),
     }
-    return {**{name: batch * flops for name, flops in per_image.items()}, "transformer": _transformer(config, kept)}
+    return {name: batch * flops for name, flops in per_image.items()}
 
 
-def _static(config: DiTConfig, batch: int) -> dict[str, int]:
-    dim, patch = config.hidden_size, config.patch_size
-    length = (config.grid[0] // patch) * (config.grid[1] // patch)
+def _static(config: DiTConfig | DyDiTConfig, batch: int) -> dict[str, int]:
+    dim, patch, length = config.hidden_size, config.patch_size, config.tokens
     return {
         "embed": batch * (_conv(length, config.in_channels, dim, patch) + _timestep(config)),
-        "transformer": _transformer(config, [length] * batch),
         "final": batch * _final(length, dim, patch**2 * config.out_channels, dim),
     }
 
 
-def _transformer(config: DCDiTConfig | DiTConfig, kept: list[int]) -> int:
-    dim, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-    tokens = sum(kept)
-    scores = config.num_heads * sum(length**2 for length in kept)
-    attention = scores * (4 * dim // config.num_heads + SOFTMAX_FLOPS)
-    linears = _linear(tokens, dim, 4 * dim) + 2 * _linear(tokens, dim, hidden) + _linear(len(kept), dim, 6 * dim)
-    return config.depth * (linears + attention)
+def _transformer(config: ModelConfig, kept: list[int], gates: GateCounts | None) -> dict[str, int]:
+    """Its own stage, and that of its token gates."""
+    dim, heads, lengths = config.hidden_size, config.num_heads, torch.tensor(kept)
+    shape = (len(kept), config.depth)
+    # Of each image and block: open heads, open groups (as many as heads), and tokens in the MLP.
+    all_open = torch.full(shape, heads), torch.full(shape, heads), lengths[:, None].expand(shape)
+    given = all_open if gates is None else gates
+    counts = [every if count is None else count.cpu() for count, every in zip(given, all_open, strict=True)]
+    attention, mlp = _block_parts(config, lengths)
+    flops = attention[:, None] * counts[0] // heads + (mlp // lengths)[:, None] * counts[1] * counts[2] // heads
+    stages = {"transformer": int(flops.sum()) + len(kept) * config.depth * _linear(1, dim, 6 * dim)}
+    if isinstance(config, DyDiTConfig):
+        narrow = max(1, dim // TOKEN_GATE_SHARE)
+        stages["router"] = config.depth * (_linear(sum(kept), dim, narrow) + _linear(sum(kept), narrow, 1))
+    return stages
+
+
+def flops_share(config: ModelConfig, gates: Gates, lengths: Tensor | None = None) -> Tensor:
+    """What the attention and MLPs of the blocks cost with these gates, over what they cost complete.
+
+    Args:
+        config: of a model of dynamic width.
+        gates: of B images.
+        lengths: (B,) integer, the tokens that a DC-DiT keeps of each image. None: those of a DyDiT.
+
+    Returns:
+        (B,) float32, differentiable in the gates.
+    """
+    if lengths is None:
+        assert not isinstance(config, DCDiTConfig)
+        lengths = torch.full(gates.heads.shape[:1], config.tokens, device=gates.heads.device)
+    # A share needs no more digits than float32 has.
+    attention, mlp = (part.float() for part in _block_parts(config, lengths))
+    groups = gates.groups.mean(2)
+    if gates.tokens is not None:
+        groups = groups * gates.tokens.mean(2)
+    return (attention * gates.heads.mean((1, 2)) + mlp * groups.mean(1)) / (attention + mlp)
+
+
+def _block_parts(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) int64 each: FLOPs of the attention and of the MLP of a complete block for images of M_b tokens."""
+    dim, hidden, lengths = config.hidden_size, int(config.hidden_size * config.mlp_ratio), lengths.long()
+    scores = config.num_heads * lengths**2 * (4 * (dim // config.num_heads) + SOFTMAX_FLOPS)
+    return lengths * _linear(1, dim, 4 * dim) + scores, 2 * lengths * _linear(1, dim, hidden)
 
 
 def _router(config: DCDiTConfig, length: int) -> int:
@@ -106,7 +155,7 @@ def _conv_block(length: int, before: int, after: int, cond_dim: int) -> int:
     return _conv(length, before, inner, 3) + _conv(length, inner, after, 3) + _linear(1, cond_dim, inner) + skip
 
 
-def _timestep(config: DCDiTConfig | DiTConfig) -> int:
+def _timestep(config: ModelConfig) -> int:
     embedders, dim = config.depth if config.separate_embedders else 1, config.hidden_size
     return embedders * (_linear(1, 2 * TimestepEmbedder.FREQUENCIES, dim) + _linear(1, dim, dim))
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.config import ModelConfig
 from dcdit.ops import checks
 from dcdit.utils.text import shape_of
 
 
-def check_inputs(config: DCDiTConfig | DiTConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
+def check_inputs(config: ModelConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
     """x is (B, C, H, W), t is (B,), y is (B,) of integers in range. The range is checked where that costs no sync.
 
     Raises:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig
 from dcdit.models.dc_dit import DCDiT
 from dcdit.models.dit import DiT
+from dcdit.models.dy_dit import DyDiT
 from dcdit.utils.schema import did_you_mean
 
 LATENT_STRIDE = 8
@@ -21,6 +22,7 @@ PATCH_SIZES = (1, 2, 4, 8)
 PRESETS = (
     *(f"DC-DiT-{scale}" for scale in SCALES),
     *(f"DiT-{scale}/{patch}" for scale in SCALES for patch in PATCH_SIZES),
+    *(f"DyDiT-{scale}/{patch}" for scale in SCALES for patch in PATCH_SIZES),
 )
 
 
@@ -28,12 +30,18 @@ def check_preset(name: str, overrides: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown preset, or an override that it never accepts, whatever the sizes are."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
-    (DCDiTConfig if name.startswith("DC-DiT-") else DiTConfig).check_fields(overrides)
+    config_class(name).check_fields(overrides)
+
+
+def config_class(name: str) -> type[ModelConfig]:
+    """The class of a preset's configuration."""
+    kind = name.partition("-")[0]
+    return {"DC": DCDiTConfig, "DiT": DiTConfig, "DyDiT": DyDiTConfig}[kind]
 
 
 def create_config(
     name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
-) -> DCDiTConfig | DiTConfig:
+) -> ModelConfig:
     """The configuration of a preset; see :func:`create_model`."""
     check_preset(name, overrides)
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -46,25 +54,28 @@ def create_config(
         sigma = 2.0 if max(sides) >= 512 else 1.0
         scale = SCALES[name.removeprefix("DC-DiT-")]
         return DCDiTConfig.from_dict({**common, **scale, "dechunk_sigma": sigma, **overrides})
-    scale_name, patch = name.removeprefix("DiT-").split("/")
-    return DiTConfig.from_dict({**common, **SCALES[scale_name], "patch_size": int(patch), **overrides})
+    scale_name, patch = name.partition("-")[2].split("/")
+    return config_class(name).from_dict({**common, **SCALES[scale_name], "patch_size": int(patch), **overrides})
 
 
 def create_model(
     name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
-) -> DCDiT | DiT:
+) -> DCDiT | DiT | DyDiT:
     """A model of a published size for the latents of an autoencoder with stride 8 and 4 channels.
 
     Args:
-        name: ``DC-DiT-S|B|L|XL``, or the static baseline ``DiT-S|B|L|XL/1|2|4|8``.
+        name: ``DC-DiT-S|B|L|XL``, the static baseline ``DiT-S|B|L|XL/1|2|4|8``, or ``DyDiT-S|B|L|XL/1|2|4|8``.
         image_size: in pixels, one side or (height, width). The grid has an eighth of them. The de-chunk's sigma is 2
             from 512 pixels on, and 1 below.
         num_classes: real classes, without the null class.
-        **overrides: any other field of :class:`DCDiTConfig` or :class:`DiTConfig`, e.g. ``in_channels``;
-            ``router="cosine2d"`` makes the model of the paper's first version.
+        **overrides: any other field of :class:`DCDiTConfig`, :class:`DiTConfig` or :class:`DyDiTConfig`, e.g.
+            ``in_channels``; ``router="cosine2d"`` makes the model of the paper's first version, and
+            ``dynamic_width=True`` a DC-DiT whose width follows the timestep.
 
     Raises:
         ValueError: unknown name, or a value that is not accepted.
     """
     config = create_config(name, image_size, num_classes, **overrides)
-    return DCDiT(config) if isinstance(config, DCDiTConfig) else DiT(config)
+    if isinstance(config, DCDiTConfig):
+        return DCDiT(config)
+    return DyDiT(config) if isinstance(config, DyDiTConfig) else DiT(config)

@@ -3,15 +3,19 @@
 The blocks with their adaLN are copied, and so are the timestep and class embedders, which stay frozen. The patch
 embedding, the final layer and the position table have another shape or another meaning, so they are not copied. The
 encoder, the router, the decoder and the final layer of the DC-DiT are initialised as in any other.
+
+A DyDiT (arXiv 2410.03456) has all layers of a static DiT of the same patch size, and gates beside them. It takes all
+weights, and nothing is frozen.
 """
 
 from typing import Any
 
 import torch
 
-from dcdit.models.config import DCDiTConfig, DiTConfig
+from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig
 from dcdit.models.dc_dit import DCDiT
 from dcdit.models.dit import DiT
+from dcdit.models.dy_dit import DyDiT
 from dcdit.nn import sincos_position
 
 SHARED = (
@@ -25,7 +29,9 @@ SHARED = (
     "mlp_norm_eps",
     "separate_embedders",
 )
-"""Fields that must be equal in a DC-DiT and in the DiT it is made from. The rows of the label table must be, too."""
+"""Fields that must be equal in a model and in the DiT it is made from. The rows of the label table must be, too."""
+WHOLE = ("patch_size", "learn_sigma")
+"""Further ones for a DyDiT, which takes the outer layers as well."""
 FROZEN = ("t_embedder", "y_embedder")
 
 
@@ -41,36 +47,38 @@ def upcycled_fields(source: DiTConfig) -> dict[str, Any]:
     return {**{name: values[name] for name in names}, "adapt_conditioning": True}
 
 
-def check_source(config: DCDiTConfig, source: DiTConfig) -> None:
-    """Raise a ValueError of one line if a DC-DiT of ``config`` cannot be made from ``source``."""
-    for name in SHARED:
+def check_source(config: DCDiTConfig | DyDiTConfig, source: DiTConfig) -> None:
+    """Raise a ValueError of one line if a model of ``config`` cannot be made from ``source``."""
+    kind = "DyDiT" if isinstance(config, DyDiTConfig) else "DC-DiT"
+    for name in (*SHARED, *(WHOLE if kind == "DyDiT" else ())):
         wanted, found = getattr(config, name), getattr(source, name)
         if wanted != found:
-            raise ValueError(f"the pretrained DiT has {name} {found}, the DC-DiT {wanted}; accepted: equal ones")
+            raise ValueError(f"the pretrained DiT has {name} {found}, the {kind} {wanted}; accepted: equal ones")
     rows, wanted = _label_rows(source), _label_rows(config)
     if config.class_dropout_prob > 0 and (source.class_dropout_prob == 0 or rows == config.num_classes):
         raise ValueError(
-            f"the pretrained DiT has no null class beside its {rows} labels and the DC-DiT has class_dropout_prob "
+            f"the pretrained DiT has no null class beside its {rows} labels and the {kind} has class_dropout_prob "
             f"{config.class_dropout_prob}; accepted: 0"
         )
     if rows != wanted:
         raise ValueError(
-            f"the pretrained DiT has {rows} rows of labels (null class included), the DC-DiT {wanted}; accepted: "
+            f"the pretrained DiT has {rows} rows of labels (null class included), the {kind} {wanted}; accepted: "
             "equal numbers"
         )
 
 
-def _label_rows(config: DCDiTConfig | DiTConfig) -> int:
+def _label_rows(config: ModelConfig) -> int:
     return config.num_classes + (config.class_dropout_prob > 0)
 
 
 @torch.no_grad()
-def upcycle(model: DCDiT, source: DiT) -> None:
+def upcycle(model: DCDiT | DyDiT, source: DiT) -> None:
     """Put the weights of ``source`` into ``model``, in place.
 
-    The copied blocks know positions in units of the source's patches. So the token of grid cell (r, c) gets the
-    sine-cosine position of that cell's centre on the source's patch grid. With patch size 1 that is the usual table.
-    The table is stored with the weights, so the checkpoint is like any other.
+    A DyDiT takes all, and keeps its gates. The blocks copied to a DC-DiT know positions in units of the source's
+    patches. So the token of grid cell (r, c) gets the sine-cosine position of that cell's centre on the source's patch
+    grid. With patch size 1 that is the usual table. The table is stored with the weights, so the checkpoint is like any
+    other.
 
     Args:
         model: a new one.
@@ -80,6 +88,11 @@ def upcycle(model: DCDiT, source: DiT) -> None:
         ValueError: the two do not fit, see :func:`check_source`.
     """
     check_source(model.config, source.config)
+    if isinstance(model, DyDiT):
+        weights = source.state_dict()
+        gates = {name: tensor for name, tensor in model.state_dict().items() if name not in weights}
+        model.load_state_dict({**weights, **gates})
+        return
     # Packed and dense blocks have the same weights.
     for name in ("blocks", "modulation", *FROZEN):
         model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())

@@ -6,6 +6,7 @@ from dcdit.nn.conv_block import ConvBlock, ConvStack
 from dcdit.nn.dit_block import DenseDiTBlock, PackedDiTBlock, PendingResidual, VarlenMeta
 from dcdit.nn.embedding import LabelEmbedder, SeparateTimestepEmbedders, TimestepEmbedder, sincos_position
 from dcdit.nn.final_layer import DenseFinalLayer, PackedFinalLayer
+from dcdit.nn.gates import Gates, TokenGate, WidthGates, Widths
 from dcdit.nn.modulation import Modulation, SeparateModulation, StackedModulation
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
 from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
@@ -33,6 +34,7 @@ __all__ = [
     "DenseDiTBlock",
     "DenseFinalLayer",
     "EMADeChunk",
+    "Gates",
     "GroupNormSiLU",
     "LabelEmbedder",
     "Modulation",
@@ -46,7 +48,10 @@ __all__ = [
     "SpatialDeChunk",
     "StackedModulation",
     "TimestepEmbedder",
+    "TokenGate",
     "VarlenMeta",
+    "WidthGates",
+    "Widths",
     "collect_stages",
     "hnet",
     "sincos_position",

@@ -118,20 +118,35 @@ def choose_attention_backend(
 choose_attention_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def run_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+def run_kernel(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_k: Tensor,
+    max_seqlen_k: int,
+    causal: bool,
+) -> Tensor:
     """Call one of :data:`KERNELS` after it was chosen. What it returns in padding rows is undefined."""
     function, accepted = _LOADED[name]
     q, k, v = (x if known_true(x.stride(-1) == 1) else x.contiguous() for x in (q, k, v))
     if name == "torch_varlen":
-        args = (q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        grouped = {}
+        if q.shape[1] != k.shape[1]:
+            # Early versions do not share heads.
+            grouped = {"enable_gqa": True} if "enable_gqa" in accepted else {}
+            k, v = (k, v) if grouped else (repeat_heads(x, q.shape[1]) for x in (k, v))
+        args = (q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
         # torch 2.10 takes causal as a flag, later versions as a window.
         if "window_size" in accepted:
-            return function(*args, window_size=(-1, 0) if causal else (-1, -1))
-        return function(*args, is_causal=causal)
-    options = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen, **_options(causal)}
+            return function(*args, window_size=(-1, 0) if causal else (-1, -1), **grouped)
+        return function(*args, is_causal=causal, **grouped)
+    options = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen_k, **_options(causal)}
     # Early releases of FlashAttention 4 lack some of these options. Early releases of 3 and 4 return a tuple.
     options = {option: value for option, value in options.items() if option in accepted}
-    out = function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, **options)
+    out = function(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens_k, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -139,8 +154,14 @@ def run_packed_kernel(name: str, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: in
     """The same for q, k and v in one buffer (T, 3, heads, d_h), so that their gradients are written into one buffer."""
     if name not in _LOADED_PACKED:
         q, k, v = qkv.unbind(1)
-        return run_kernel(name, q, k, v, cu_seqlens, max_seqlen, causal=False)
+        return run_kernel(name, q, k, v, cu_seqlens, max_seqlen, cu_seqlens, max_seqlen, causal=False)
     return _LOADED_PACKED[name](qkv, cu_seqlens, max_seqlen, **_options(causal=False))
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """(T, heads_k, d_h) -> (T, heads, d_h): each head as often as heads of q read it."""
+    tokens, heads_k, width = x.shape
+    return x[:, :, None].expand(tokens, heads_k, heads // heads_k, width).reshape(tokens, heads, width)
 
 
 def _options(causal: bool) -> dict[str, Any]:

@@ -102,14 +102,14 @@ def check_int32(who: str, **sequences: Tensor) -> None:
             raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; {who} accepts int32: pass {name}.int()")
 
 
-def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int) -> None:
+def check_max_seqlen(cu_seqlens: Tensor, max_seqlen: int, name: str = "max_seqlen") -> None:
     """max_seqlen must be an int, and no sequence may be longer."""
     if not isinstance(max_seqlen, int | torch.SymInt):
-        raise TypeError(f"max_seqlen is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
+        raise TypeError(f"{name} is a {type(max_seqlen).__name__}; accepted: an int (a tensor would be a sync)")
     if value_checks_enabled(cu_seqlens) and cu_seqlens.shape[0] > 1:
         longest = int(cu_seqlens.diff().max())
         if max_seqlen < longest:
-            raise ValueError(f"max_seqlen is {max_seqlen} but the longest sequence has {longest} tokens")
+            raise ValueError(f"{name} is {max_seqlen} but the longest sequence has {longest} tokens")
 
 
 def check_count(name: str, value: int) -> None:

@@ -67,12 +67,12 @@ def dechunk_spatial(
     checks.check_grid(grid, p.shape[1])
     if not 0.0 < sigma <= MAX_SIGMA:
         raise ValueError(f"sigma is {sigma}; accepted: a number in (0, {MAX_SIGMA:g}] grid cells")
-    backend, geometry = backend_for(h), (tuple(grid), float(sigma), gate)
+    backend, sides, sigma = backend_for(h), tuple(grid), float(sigma)
     with without_autocast(h):
         if sel.grid_selection is None:
-            return backend.dechunk_spatial(h, p, sel, *geometry, residual)
+            return backend.dechunk_spatial(h, p, sel, sides, sigma, gate, residual)
         return around_extra_tokens(
-            lambda h, sel, residual: backend.dechunk_spatial(h, p, sel, *geometry, residual), h, sel, residual
+            lambda h, sel, residual: backend.dechunk_spatial(h, p, sel, sides, sigma, gate, residual), h, sel, residual
         )
 
 

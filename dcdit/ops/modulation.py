@@ -3,31 +3,84 @@
 from torch import Tensor
 
 from dcdit.ops import checks, unchecked
+from dcdit.ops.autocast import without_autocast
+from dcdit.ops.backend import backend_for
 from dcdit.utils.text import shape_of
 
-__all__ = ["gated_add", "gated_add_modulated_layer_norm", "modulated_layer_norm"]
+__all__ = ["gated_add", "gated_add_modulated_layer_norm", "modulated_layer_norm", "modulated_rms_norm"]
 
 
-def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
+def modulated_layer_norm(
+    t: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]`` (adaLN of DiT, arXiv 2212.09748, section 3.2).
 
-    seg is the image of a token. The norm has no weight and bias of its own.
+    seg is the image of a token. With a weight and a bias, the norm is ``LayerNorm(t) * weight + bias``.
 
     Args:
         t: (T, D) packed tokens. Their variance must be finite in float32: entries up to about 1e18.
         shift, scale: (B, D) of one dtype, one row per image (column slices of a (B, 6D) tensor are fine).
         cu_seqlens: int32 or int64 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as zeros.
         eps: added to the variance.
+        weight, bias: (D,) of the norm itself, one, both or none of them.
 
     Returns:
-        (T, D) in t's dtype. Differentiable in t, shift and scale.
+        (T, D) in t's dtype. Differentiable in every float argument. Gradients repeat to the bit.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
     """
     _check_tokens(cu_seqlens, t=t)
     _check_modulation(t, cu_seqlens, shift=shift, scale=scale)
-    return unchecked.modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
+    if weight is None and bias is None:
+        return unchecked.modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps))
+    _check_affine(t, weight=weight, bias=bias)
+    with without_autocast(t):
+        return backend_for(t).modulated_layer_norm(t, shift, scale, cu_seqlens, float(eps), weight, bias)
+
+
+def modulated_rms_norm(
+    t: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``t / sqrt(mean(t^2) + eps) * weight * (1 + scale[seg]) + shift[seg]``: adaLN around an RMSNorm.
+
+    seg is the image of a token. RMSNorm is arXiv 1910.07467, equation 4. Models without a shift pass None.
+
+    Args:
+        t: (T, D) packed tokens. Their mean square must be finite in float32: entries up to about 1e18.
+        shift, scale: (B, D) of one dtype, one row per image (column slices of a wider tensor are fine).
+        cu_seqlens: int32 or int64 (B+1,). Rows past ``cu_seqlens[-1]`` are padding and come back as zeros.
+        eps: added to the mean square.
+        weight: (D,) of the norm itself.
+
+    Returns:
+        (T, D) in t's dtype. Differentiable in every float argument. Gradients repeat to the bit.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> t, scale, weight = torch.randn(5, 8), torch.zeros(2, 8), torch.ones(8)
+        >>> normed = ops.modulated_rms_norm(t, None, scale, torch.tensor([0, 2, 5]), weight=weight)
+        >>> torch.allclose(normed, torch.nn.functional.rms_norm(t, (8,), weight, 1e-6), atol=1e-6)
+        True
+    """
+    _check_tokens(cu_seqlens, t=t)
+    _check_modulation(t, cu_seqlens, **({} if shift is None else {"shift": shift}), scale=scale)
+    _check_affine(t, weight=weight)
+    with without_autocast(t):
+        return backend_for(t).modulated_rms_norm(t, shift, scale, cu_seqlens, float(eps), weight)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -83,6 +136,14 @@ def _check_tokens(cu_seqlens: Tensor, **tokens: Tensor) -> None:
         checks.check_shape(name, tensor, tuple(first.shape), f"the shape of {first_name}")
     checks.check_device(**tokens, cu_seqlens=cu_seqlens)
     checks.check_cu_seqlens(cu_seqlens, first.shape[0], exact=False)
+
+
+def _check_affine(t: Tensor, **affine: Tensor | None) -> None:
+    checks.check_float(**affine)
+    for name, tensor in affine.items():
+        if tensor is not None:
+            checks.check_shape(name, tensor, (t.shape[1],), "(D,)")
+            checks.check_device(**{"tokens": t, name: tensor})
 
 
 def _check_modulation(t: Tensor, cu_seqlens: Tensor, **modulation: Tensor) -> None:

@@ -47,7 +47,10 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
         >>> ops.gather_tokens(coordinates[None], sel).shape, ops.gather_tokens(rope, sel).shape
         (torch.Size([10, 2]), torch.Size([10, 2, 8]))
     """
-    checks.check_real(x=x)
+    if bias is None:
+        checks.check_real(x=x)
+    else:
+        checks.check_float(x=x, bias=bias)
     token = _check_source("x", x, sel)
     checks.check_device(x=x, indices=sel.indices, bias=bias)
     if bias is not None:
@@ -79,14 +82,14 @@ def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float = 0.0) -> Tensor:
         [[7, -1, 9]]
     """
     checks.check_real(t=t)
-    token = tuple(t.shape[1:])
+    token = t.shape[1:]
     if t.dim() == 0 or differ(t.shape[0], sel.indices.shape[0]):
         raise ValueError(
             f"t has shape {shape_of(t)}; accepted: (T, D) or (T, ...) with T = {sel.indices.shape[0]} selected tokens"
         )
     _check_token("t", t, token)
     checks.check_device(**{"t": t, "sel.indices": sel.indices})
-    fill = _check_fill(fill, t)
+    fill = fill if type(fill) is float and t.is_floating_point() else _check_fill(fill, t)
     if len(token) != 1:
         t = t.reshape(t.shape[0], math.prod(token))
     with without_autocast(t):
@@ -106,13 +109,13 @@ def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
 
 def _check_source(name: str, x: Tensor, sel: TokenSelection) -> tuple[int, ...]:
     """The shape of a token."""
-    positions, source = tuple(x.shape[: sel.mask.dim()]), tuple(sel.mask.shape)
+    source, shape = sel.mask.shape, x.shape
+    positions, token = shape[: len(source)], shape[len(source) :]
     if positions != source and (sel.source_cu_seqlens is not None or positions != (1, source[1])):
         shared = "" if sel.source_cu_seqlens is not None else f", or (1, {source[1]}) where images share it,"
         raise ValueError(
             f"{name} has shape {shape_of(x)}; expected {shape_of(sel.mask)} of the selection{shared} plus (D,)"
         )
-    token = tuple(x.shape[sel.mask.dim() :])
     _check_token(name, x, token)
     return token
 
@@ -124,9 +127,10 @@ def _check_token(name: str, x: Tensor, token: tuple[int, ...]) -> None:
 
 def _check_bias(bias: Tensor, x: Tensor, sel: TokenSelection) -> Tensor:
     """The bias as wide as the tokens, (L, D)."""
-    checks.check_float(x=x, bias=bias)
     if sel.source_cu_seqlens is not None:
         raise ValueError("bias needs a grid source (B, L, D); add it to a packed source beforehand")
+    if bias.dim() == 2 and bias.shape == x.shape[1:]:
+        return bias
     expected = tuple(x.shape[1:])
     narrow = bias.dim() == x.dim() - 1 > 1 and 0 < bias.shape[-1] < expected[-1]
     if narrow:
@@ -134,7 +138,7 @@ def _check_bias(bias: Tensor, x: Tensor, sel: TokenSelection) -> Tensor:
     checks.check_shape("bias", bias, expected, "(L, D) or narrower")
     if narrow:
         bias = F.pad(bias, (0, x.shape[-1] - bias.shape[-1]))
-    return bias if bias.dim() == 2 else bias.reshape(bias.shape[0], math.prod(bias.shape[1:]))
+    return bias.reshape(bias.shape[0], math.prod(bias.shape[1:]))
 
 
 def _check_fill(fill: float, t: Tensor) -> float:

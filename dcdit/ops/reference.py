@@ -411,16 +411,53 @@ def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int |
 # --- modulation ---------------------------------------------------------------------------------------------------
 
 
-def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float = 1e-6) -> Tensor:
-    """``LayerNorm(t) * (1 + scale[image]) + shift[image]`` (DiT, section 3.2, adaLN).
+def modulated_layer_norm(
+    t: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``(LayerNorm(t) * weight + bias) * (1 + scale[image]) + shift[image]`` (DiT, section 3.2, adaLN).
 
-    t (T, D), shift and scale (B, D) -> (T, D), zeros in padding rows.
+    t (T, D), shift and scale (B, D), weight and bias (D,) -> (T, D), zeros in padding rows.
     """
     padding = t.new_zeros(t.shape)
-    t, shift, scale = upcast_all(t, shift, scale)
+    given = [x for x in (t, shift, scale, weight, bias) if x is not None]
+    t, shift, scale, *affine = upcast_all(*given)
+    weight = affine[0] if weight is not None else None
+    bias = affine[-1] if bias is not None else None
     images = zip(_split(t, cu_seqlens), shift, scale, strict=True)
-    normed = [F.layer_norm(t_i, t_i.shape[-1:], eps=eps) * (1 + scale_i) + shift_i for t_i, shift_i, scale_i in images]
-    return _join(normed, padding, cu_seqlens) + _zero(t, shift, scale)
+    normed = [
+        F.layer_norm(t_i, t_i.shape[-1:], weight, bias, eps) * (1 + scale_i) + shift_i
+        for t_i, shift_i, scale_i in images
+    ]
+    return _join(normed, padding, cu_seqlens) + _zero(t, shift, scale, *affine)
+
+
+def modulated_rms_norm(
+    t: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``t / sqrt(mean(t^2) + eps) * weight * (1 + scale[image]) + shift[image]`` (arXiv 1910.07467, equation 4).
+
+    t (T, D), shift and scale (B, D), weight (D,) -> (T, D), zeros in padding rows.
+    """
+    padding = t.new_zeros(t.shape)
+    shift = torch.zeros_like(scale) if shift is None else shift
+    weight = torch.ones_like(scale[:0].sum(0)) if weight is None else weight
+    t, shift, scale, weight = upcast_all(t, shift, scale, weight)
+    normed = []
+    for t_i, shift_i, scale_i in zip(_split(t, cu_seqlens), shift, scale, strict=True):
+        mean_square = reduce(t_i.square(), "m d -> m 1", "mean")
+        normed.append(t_i / (mean_square + eps).sqrt() * weight * (1 + scale_i) + shift_i)
+    return _join(normed, padding, cu_seqlens) + _zero(t, shift, scale, weight)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -475,20 +512,34 @@ def _group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: f
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool = False, padding: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool = False,
+    padding: bool = False,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` inside each sequence (Attention Is All You Need, arXiv 1706.03762, equation 1).
 
-    q, k, v (T, heads, d) -> (T, heads, d), zeros in padding rows. max_seqlen and padding change nothing here.
+    q (T, heads, d), k and v (T, heads, d), or (T_k, fewer heads, d) with sequences of their own -> (T, heads, d). Zeros
+    in padding rows, and for a q that sees no k. max_seqlen and padding change nothing here.
     """
+    starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     out, zeros = [], q.new_zeros(q.shape, dtype=widest(q, k, v))
-    for q_i, k_i, v_i in zip(*(_split(x, cu_seqlens) for x in upcast_all(q, k, v)), strict=True):
-        q_i, k_i, v_i = (rearrange(x, "token head d -> head token d") for x in (q_i, k_i, v_i))
-        scores = matmul(q_i, k_i.mT) * q.shape[-1] ** -0.5
+    q, k, v = upcast_all(q, k, v)
+    for q_i, k_i, v_i in zip(_split(q, cu_seqlens), _split(k, starts_k), _split(v, starts_k), strict=True):
+        k_i, v_i = (repeat(x, "token head d -> (head n) token d", n=q.shape[1] // k.shape[1]) for x in (k_i, v_i))
+        # The last q sees all of k. Where there are more q than k, the first see none.
+        blind = max(0, q_i.shape[0] - k_i.shape[1]) if causal or k_i.shape[1] == 0 else 0
+        scores = matmul(rearrange(q_i[blind:], "token head d -> head token d"), k_i.mT) * q.shape[-1] ** -0.5
         if causal:
-            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
-        out.append(rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d"))
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(later.triu(1 + scores.shape[2] - scores.shape[1]), float("-inf"))
+        seen = rearrange(matmul(scores.softmax(-1), v_i), "head token d -> token head d")
+        out.append(F.pad(seen, (0, 0, 0, 0, blind, 0)))
     return _join(out, zeros, cu_seqlens) + _zero(q, k, v)
 
 

@@ -94,11 +94,6 @@ def with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection
     )
 
 
-def is_shared(x: Tensor, sel: TokenSelection) -> bool:
-    """Whether x is one table (1, L, ...) for a grid batch of several images, or of none."""
-    return sel.source_cu_seqlens is None and x.shape[0] != sel.mask.shape[0]
-
-
 def _inverse(packed_rows: Tensor, total: int) -> Tensor:
     """(total,) int64: the position of each packed row, -1 where no position leads to one."""
     rows = packed_rows.flatten().long()

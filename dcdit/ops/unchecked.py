@@ -60,7 +60,7 @@ def self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bo
         name = kernel_for(qkv, cu_seqlens)
         if name is None:
             q, k, v = qkv.unbind(1)
-            return attend(q, k, v, cu_seqlens, max_seqlen, causal=False, backend="auto", padding=padding)
+            return attend(q, k, v, cu_seqlens, max_seqlen, False, "auto", padding, cu_seqlens, max_seqlen)
         wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
         if padding and wants_gradient:
             # A weight's gradient is a sum over all rows, in which padding rows must count as nothing.

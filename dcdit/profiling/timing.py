@@ -1,17 +1,16 @@
-"""Wall-clock time, compared fairly: medians of variants that run in turns. Also the stages of a forward pass."""
+"""Wall-clock time, compared fairly: of calls that run in turns. Also the stages of a forward pass."""
 
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from statistics import median
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from dcdit.nn.stages import collect_stages
 from dcdit.profiling.load import ProcessorWait
-from dcdit.profiling.rounds import WHOLE, Rounds
+from dcdit.profiling.rounds import WHOLE, Rounds, spread
 
 Call = Callable[[], object]
 """What is timed: a function without arguments, whose result does not matter."""
@@ -110,30 +109,17 @@ def _time_pass(call: Call, clock: Clock, staged: bool) -> dict[str, float]:
     return spent
 
 
-def time_variants(
-    variants: Mapping[str, Call], device: torch.device, seconds: float = 2.0, warmup: int = 2, least: int = 5
-) -> dict[str, float]:
-    """Median milliseconds per call of each variant, timed in turns by :func:`time_rounds`.
+class StageTimes(NamedTuple):
+    """Milliseconds by stage, and of the ``whole``."""
 
-    Args:
-        variants: name -> function to time.
-        device: where it runs.
-        seconds: how long to go on per variant.
-        warmup: calls per variant that are not counted.
-        least: rounds at least.
-
-    Raises:
-        ValueError: no variants, or least below 1.
-    """
-    rounds = time_rounds(variants, device, seconds * len(variants), warmup=warmup, least=least)
-    return {name: median(rounds.times(name)) for name in variants}
+    ms: dict[str, float]
+    """Of one pass, so the stages add up to the whole, except for what no stage covers."""
+    spread: dict[str, float]
+    """Over all passes (:func:`dcdit.profiling.rounds.spread`)."""
 
 
-def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> dict[str, float]:
-    """Milliseconds of each stage of a forward pass (see :mod:`dcdit.nn.stages`), and of the ``whole``.
-
-    All numbers come from one pass: the one with the median whole time. So the stages add up to the whole, except for
-    what no stage covers.
+def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> StageTimes:
+    """Time each stage of a forward pass (see :mod:`dcdit.nn.stages`): in the pass with the median whole time.
 
     Raises:
         ValueError: repeats below 1.
@@ -142,4 +128,5 @@ def time_stages(forward: Call, device: torch.device, repeats: int = 5) -> dict[s
         raise ValueError(f"repeats is {repeats}; accepted: at least 1")
     clock = Clock(device)
     passes = [_time_pass(forward, clock, staged=True) for _ in range(repeats)]
-    return sorted(passes, key=lambda spent: spent[WHOLE])[repeats // 2]
+    middle = sorted(passes, key=lambda spent: spent[WHOLE])[repeats // 2]
+    return StageTimes(middle, {stage: spread([spent.get(stage, 0.0) for spent in passes]) for stage in middle})

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dcdit.diffusion import sample
 from dcdit.diffusion.sampling import progress_bar
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, SlicedModel
 from dcdit.profiling.reliability import DISAGREEMENT
 from dcdit.profiling.rounds import disagreement, spread
 from dcdit.profiling.timing import Clock, Mark
@@ -98,13 +98,16 @@ def measure_costs(
     tflops: dict[float, float] = {}
     seconds: dict[float, list[float]] = {rho: [] for rho in fractions}
     spreads = []
+    counts = [min(steps, len(times)) for steps in (1, PILOT_STEPS // 2, PILOT_STEPS)]
+    if model.config.dynamic_width:
+        # As a run of sampling calls it.
+        model = SlicedModel(model, [t for steps in counts for t in call_times(method, steps)])  # type: ignore[assignment]
     with progress_bar(2 * len(fractions), progress, "pilot", "fraction") as advance:
         sample(_Pilot(model, len(labels), 0.0, guidance), labels, 1, method, **options)  # a first call is slow
         for rho in [*fractions, *reversed(fractions)]:
             pilot = _Pilot(model, len(labels), rho, guidance)
             # The second time, half of the steps are enough to see whether the clock says the same.
-            steps = min(PILOT_STEPS // 2 if rho in tflops else PILOT_STEPS, len(times))
-            sample(pilot, labels, steps, method, **options)
+            sample(pilot, labels, counts[1 if rho in tflops else 2], method, **options)
             cost = [np.where(guided, *pair) for pair in zip(pilot.at(times, True), pilot.at(times, False), strict=True)]
             tflops.setdefault(rho, float(cost[0].sum()) / 1e3)
             seconds[rho].append(float(cost[1].sum()))

@@ -2,22 +2,22 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcdit.checkpoint import load_model, model_file, read_metadata
+from dcdit.checkpoint import Model, load_model, model_file, read_metadata
 from dcdit.data.autoencoder import create_decoder
 from dcdit.diffusion import Step, sample
 from dcdit.diffusion.guidance import Fraction
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
-from dcdit.sample.graphed import Sampled, with_graphs
 from dcdit.sample.model_calls import BoundaryMap, CallRecord, ModelCalls, lost_tokens, mean_records
 from dcdit.sample.options import SamplingOptions
+from dcdit.sample.sampled import Sampled, ready_to_sample
 
 Decoder = Callable[[Tensor], Tensor]
 """From samples (B, C, H, W) to (B, 3, h, w) in [-1, 1]."""
@@ -55,7 +55,7 @@ class DrawnImages:
 class SamplingModel(NamedTuple):
     """A model that is ready to draw."""
 
-    model: DCDiT | DiT
+    model: Model
     decode: Decoder | None
     """Makes pixels of its samples. None for latents without an autoencoder."""
     notes: dict[str, str]
@@ -89,7 +89,7 @@ def load_for_sampling(
 
 
 def draw(
-    model: DCDiT | DiT,
+    model: Model,
     options: SamplingOptions,
     labels: Tensor,
     drop: Fraction | None,
@@ -99,6 +99,7 @@ def draw(
     maps: bool = False,
     progress: bool = True,
     sampled: Sampled | None = None,
+    scheduler: Any = None,
 ) -> DrawnImages:
     """Draw an image per label, in batches of ``options.batch_size``.
 
@@ -109,13 +110,17 @@ def draw(
         trace: also record how the first image was drawn.
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
-        sampled: graphs of an earlier call with the same model and options; None makes them.
+        sampled: graphs or slices of an earlier call with the same model and options; None makes them.
+        scheduler: of diffusers, in place of ``options.method``. It is not captured in graphs.
 
     Raises:
         ValueError: graphs are asked for and cannot be.
         FloatingPointError: an image is not finite.
     """
-    sampled = with_graphs(model, options) if sampled is None else sampled
+    if scheduler is not None:
+        options = replace(options, graph=False)
+    sampled = ready_to_sample(model, options, scheduler) if sampled is None else sampled
+    ours = {"method": options.method, "clip": clips(model, options.method), "graph": sampled.graph}
     images, records, seen = [], [], []
     first_image = None
     for start in range(0, len(labels), options.batch_size):
@@ -131,18 +136,16 @@ def draw(
                 calls,
                 batch,
                 options.steps,
-                options.method,
                 cfg_scale=options.cfg_scale,
                 cfg_interval=options.cfg_interval,
                 drop_fraction=_both_branches(drop, options.null_drop_fraction),
                 budget=options.budget,
                 capacity=options.capacity,
-                clip=clips(model, options.method),
                 seed=options.seed,
                 first_index=first_index + start,
                 progress=progress,
                 callback=note_first if trace and start == 0 else None,
-                graph=sampled.graph,
+                **(ours if scheduler is None else {"scheduler": scheduler}),
             )
         images.append(drawn)
         records.append((len(batch), calls.records()))
@@ -155,7 +158,7 @@ def draw(
     return DrawnImages(x, mean_records(records), first_image, seen)
 
 
-def clips(model: DCDiT | DiT, method: str) -> bool:
+def clips(model: Model, method: str) -> bool:
     """Whether a sampler clamps the clean data that the model expects: pixels have known bounds, latents have none."""
     return model.config.in_channels == 3 and method in ("ddpm", "ddim")
 

@@ -14,7 +14,7 @@ from dcdit.checkpoint import CHECKPOINTS, class_names_in
 from dcdit.checkpoint.hub import local_path
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, DiT
 from dcdit.sample.classes import class_numbers
 from dcdit.sample.drawing import SamplingModel, draw, load_for_sampling
 from dcdit.sample.kept_share import ensure_kept_share
@@ -72,7 +72,8 @@ class ImageGenerator:
     """Draws images with one model. :func:`dcdit.load` makes it.
 
     Attributes:
-        model: the :class:`~dcdit.models.DCDiT` or :class:`~dcdit.models.DiT`, in eval mode.
+        model: the :class:`~dcdit.models.DCDiT`, :class:`~dcdit.models.DiT` or :class:`~dcdit.models.DyDiT`, in eval
+            mode.
         class_names: name of every label; empty where nobody said them.
         device: of the model.
     """
@@ -99,6 +100,7 @@ class ImageGenerator:
         capacity: int | Literal["auto"] | None = None,
         num_steps: int = 250,
         method: str | None = None,
+        scheduler: Any = None,
         cfg_scale: float = 1.0,
         cfg_interval: tuple[float, float] | None = None,
         seed: int = 0,
@@ -116,7 +118,7 @@ class ImageGenerator:
         Args:
             labels: class names or numbers; one, or a sequence.
             drop_fraction: share of the kept tokens to drop, in [0, 1): a number, a schedule as text
-                (``"linear:0.6:0.1"``), or any function of time. A static model takes only 0.
+                (``"linear:0.6:0.1"``), or any function of time. A model without a router takes only 0.
             null_drop_fraction: another one for the unconditional branch (Lite-CFG).
             budget: keep exactly so many tokens per image instead.
             capacity: static size of the packed buffer of a batch, see :func:`dcdit.diffusion.sample`. If it was too
@@ -125,6 +127,7 @@ class ImageGenerator:
             num_steps: sampling steps.
             method: see :func:`dcdit.diffusion.sample`. By default ``ddpm``, or ``heun`` for a model that was trained
                 with the flow objective. One that does not fit is an error.
+            scheduler: one of diffusers in place of a method, see :func:`dcdit.diffusion.sample`.
             cfg_scale: classifier-free guidance; 1 is none.
             cfg_interval: guide at these times only; 1 is noise, 0 data.
             seed: fixes the noise.
@@ -151,6 +154,9 @@ class ImageGenerator:
                 f"{self._source} makes latents of {self.model.config.in_channels} channels; give dcdit.load the vae "
                 "that decodes them, or generate with output_type='latent'"
             )
+        if scheduler is not None and (method is not None or graph):
+            name = "method" if method is not None else "graph"
+            raise ValueError(f"{name} is given beside a scheduler, which takes its place; accepted: leave one out")
         options = SamplingOptions(
             checkpoint=self._source,
             method=DEFAULT_METHOD[self.model.objective or "dit"] if method is None else method,
@@ -167,7 +173,7 @@ class ImageGenerator:
         drop = self._drop(drop_fraction, options, return_maps)
         classes = torch.tensor(self.labels(labels), dtype=torch.int64, device=self.device)
         ensure_kept_share(self.model, options, classes, progress)
-        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress)
+        drawn = draw(self.model, options, classes, drop, maps=return_maps, progress=progress, scheduler=scheduler)
         if drawn.overflow:
             text = f"capacity={capacity!r} was too small: {drawn.overflow} tokens, those of the lowest p, were dropped"
             warnings.warn(text, stacklevel=2)
@@ -201,7 +207,8 @@ class ImageGenerator:
                 raise ValueError(f"{name} is for guidance; accepted with a cfg_scale other than 1")
         if not isinstance(self.model, DCDiT):
             for name in (name for name, given in asked.items() if given):
-                raise ValueError(f"{self._source} holds a static DiT, which drops no tokens; leave {name} out")
+                kind = "static DiT" if isinstance(self.model, DiT) else "DyDiT"
+                raise ValueError(f"{self._source} holds a {kind}, which drops no tokens; leave {name} out")
             return None
         if options.budget is not None:
             if asked["drop_fraction"] or asked["null_drop_fraction"] or asked["capacity"]:

@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dcdit.checkpoint import Model
 from dcdit.diffusion import sample
 from dcdit.diffusion.guidance import Fraction
-from dcdit.models import DCDiT, DiT, KeptShare
+from dcdit.models import DCDiT, KeptShare
 from dcdit.sample.budget import PILOT_STEPS
 from dcdit.sample.drawing import clips
 from dcdit.sample.model_calls import ModelCalls, call_times
@@ -60,7 +61,7 @@ def measure_kept_share(
     return KeptShare.of_calls(calls.natural_shares())
 
 
-def ensure_kept_share(model: DCDiT | DiT, options: SamplingOptions, labels: Tensor, progress: bool = True) -> None:
+def ensure_kept_share(model: Model, options: SamplingOptions, labels: Tensor, progress: bool = True) -> None:
     """Set ``model.kept_share`` where the options need it and nobody measured it: from one batch of these labels.
 
     Args:

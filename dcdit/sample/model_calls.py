@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dcdit.checkpoint import Model
 from dcdit.diffusion import sample
 from dcdit.graphs import ExactGraphedDenoiser
-from dcdit.models import Capacity, DCDiT, DiT, count_flops
+from dcdit.models import Capacity, DyDiTConfig, SlicedModel, count_flops
+from dcdit.nn import Gates
+from dcdit.nn.gates import GateCounts
 from dcdit.utils.modules import accepts_keyword
 
 if TYPE_CHECKING:
@@ -43,16 +46,17 @@ class ModelCalls:
     A call never waits for the device; reading the records does.
 
     Args:
-        model: a dynamic one is called with ``return_routing=True``.
+        model: one that routes is called with ``return_routing=True``, a DyDiT with ``return_gates=True``.
         images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
         maps: also record how the router sees so many of the first images.
     """
 
-    def __init__(self, model: DCDiT | DiT | ExactGraphedDenoiser, images: int, maps: int = 0) -> None:
+    def __init__(self, model: Model | ExactGraphedDenoiser | SlicedModel, images: int, maps: int = 0) -> None:
         self.config, self.objective = model.config, model.objective
         self.model, self.images = model, images
         self.observes = maps
         self._dynamic = accepts_keyword(model, "return_routing")
+        self._gated = not self._dynamic and accepts_keyword(model, "return_gates")
         self._calls: list[dict[str, Tensor]] = []
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -63,10 +67,14 @@ class ModelCalls:
     def observe(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The output of a call, and what there is to record of it."""
         model: Any = self.model
+        if self._gated:
+            out, gates = model(x, t, y, **options, return_gates=True)
+            return out, {"t": t, **_open(gates)}
         if not self._dynamic:
             return model(x, t, y, **options), {"t": t}
         out, routing = model(x, t, y, **options, return_routing=True)
         seen = {"t": t, "lengths": routing.selection.lengths, "natural": routing.natural_mask.sum(1)}
+        seen |= {} if routing.gates is None else _open(routing.gates)
         if options.get("capacity") is not None:
             seen["overflow"] = routing.selection.overflow
         if self.observes:
@@ -83,7 +91,9 @@ class ModelCalls:
         ``t``, and ``gflops`` per image (see :func:`dcdit.models.count_flops`), both branches together. With guidance
         ``gflops_null``, the part of the unconditional branch. Of a dynamic model also the fractions of the positions
         that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
-        With a capacity also ``overflow``: tokens per image that were lost to it, both branches together.
+        With a capacity also ``overflow``: tokens per image that were lost to it, both branches together. Of a model of
+        dynamic width the fractions of the ``heads`` and MLP ``groups`` that were computed, and of the ``tokens`` that
+        an MLP ran on, over both branches.
         """
         return [self._record(call) for call in self._calls]
 
@@ -117,7 +127,8 @@ class ModelCalls:
             branch = range(rows)[part]
             if not branch:
                 continue
-            flops = count_flops(self.config, lengths, len(branch))["total"] / self.images / 1e9
+            counts = _counts(call, part)
+            flops = count_flops(self.config, lengths, len(branch), counts)["total"] / self.images / 1e9
             record["gflops"] += flops
             if suffix:
                 record["gflops_null"] = flops
@@ -125,7 +136,30 @@ class ModelCalls:
                 positions = len(branch) * self.config.grid[0] * self.config.grid[1]
                 record[f"kept{suffix}"] = sum(lengths) / positions
                 record[f"natural{suffix}"] = int(call["natural"][part].sum()) / positions
+        counts = _counts(call, slice(None))
+        if counts is not None:
+            heads = self.config.num_heads
+            record |= {"heads": _mean(counts.heads) / heads, "groups": _mean(counts.groups) / heads}
+            if counts.tokens is not None and isinstance(self.config, DyDiTConfig):
+                record["tokens"] = _mean(counts.tokens) / self.config.tokens
         return record
+
+
+def _open(gates: Gates) -> dict[str, Tensor]:
+    """What there is to record of gates."""
+    return {f"open_{name}": count for name, count in gates.counts()._asdict().items() if count is not None}
+
+
+def _counts(call: dict[str, Tensor], rows: slice) -> GateCounts | None:
+    """Of some rows of a recorded call."""
+    if "open_heads" not in call:
+        return None
+    tokens = call["open_tokens"][rows] if "open_tokens" in call else None
+    return GateCounts(call["open_heads"][rows], call["open_groups"][rows], tokens)
+
+
+def _mean(counts: Tensor) -> float:
+    return float(counts.double().mean())
 
 
 def mean_records(batches: list[tuple[int, list[CallRecord]]]) -> list[CallRecord]:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.models import DCDiT, DiT
+from dcdit.checkpoint import Model
+from dcdit.models import DCDiT
 from dcdit.sample.drawing import Decoder, DrawnImages
 from dcdit.sample.model_calls import CallRecord, tflops_per_image
 from dcdit.sample.options import SamplingOptions
@@ -34,7 +35,11 @@ def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: 
     check_own(folder, RECORD, RECORD_KEYS, names)
 
 
-def describe(options: SamplingOptions, model: DCDiT | DiT, labels: Tensor, device: torch.device) -> dict[str, Any]:
+SHARES = ("kept", "natural", "heads", "groups", "tokens")
+"""Numbers of a model's calls whose means are part of samples.json."""
+
+
+def describe(options: SamplingOptions, model: Model, labels: Tensor, device: torch.device) -> dict[str, Any]:
     """The head of samples.json: what all sets of images have in common. ``runs`` is empty."""
     return {
         "checkpoint": options.checkpoint,
@@ -67,7 +72,7 @@ def describe_run(plan: Plan, drawn: DrawnImages, seconds: float, files: list[Pat
         "name": plan.name,
         **plan.summary,
         "files": [str(file) for file in files],
-        **{name: _mean(drawn.calls, name) for name in ("kept", "natural") if name in drawn.calls[0]},
+        **{name: _mean(drawn.calls, name) for name in SHARES if name in drawn.calls[0]},
         **({} if drawn.overflow is None else {"overflow": drawn.overflow}),
         "tflops_per_image": tflops_per_image(drawn.calls),
         "seconds": seconds,

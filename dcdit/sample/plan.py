@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dcdit.checkpoint import Model
 from dcdit.diffusion import parse_drop_schedule
 from dcdit.diffusion.guidance import Fraction
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiT
 from dcdit.sample.budget import CostTable, measure_costs, seconds_from_profile
 from dcdit.sample.drawing import clips
 from dcdit.sample.model_calls import call_times
@@ -30,7 +31,7 @@ class Plan:
     """Its budget as samples.json states it."""
 
 
-def make_plans(options: SamplingOptions, model: DCDiT | DiT, labels: Tensor | None = None) -> list[Plan]:
+def make_plans(options: SamplingOptions, model: Model, labels: Tensor | None = None) -> list[Plan]:
     """A plan for each budget. The drop fraction that meets a target is found by measuring.
 
     Args:

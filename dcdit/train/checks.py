@@ -9,17 +9,17 @@ from dcdit import checkpoint as ckpt
 from dcdit.checkpoint import Model
 from dcdit.config import ModelSection, TrainConfig
 from dcdit.data import Samples
+from dcdit.models import DCDiTConfig, ModelConfig
 from dcdit.models.presets import LATENT_STRIDE
 
 
-def local_batch_size(config: TrainConfig, processes: int, dynamic: bool) -> int:
+def local_batch_size(config: TrainConfig, processes: int, model: ModelConfig) -> int:
     """Images per forward pass of one process.
 
     Raises:
-        ValueError: the batch does not divide into such passes, or (``dynamic``) a pass not into groups of the ratio
-            loss.
+        ValueError: the batch does not divide into such passes, or a pass not into the groups of a loss of this model.
     """
-    optim, group = config.optim, config.router.group_size
+    optim = config.optim
     passes = optim.accumulate * processes
     local_batch, rest = divmod(optim.batch_size, passes)
     if rest or not local_batch:
@@ -29,11 +29,14 @@ def local_batch_size(config: TrainConfig, processes: int, dynamic: bool) -> int:
         )
     # A group must lie within one forward pass, or its images would depend on how the batch is split.
     split = local_batch < optim.batch_size
-    if dynamic and (split if group is None else local_batch % group):
-        raise ValueError(
-            f"router.group_size is {'null' if group is None else group}; accepted: a divisor of the {local_batch} "
-            f"images per forward pass{'' if split else ', or null'}"
-        )
+    groups = {"router": config.router.group_size} if isinstance(model, DCDiTConfig) else {}
+    groups |= {} if model.gate_shape is None else {"width": config.width.group_size}
+    for section, group in groups.items():
+        if split if group is None else local_batch % group:
+            raise ValueError(
+                f"{section}.group_size is {'null' if group is None else group}; accepted: a divisor of the "
+                f"{local_batch} images per forward pass{'' if split else ', or null'}"
+            )
     return local_batch
 
 

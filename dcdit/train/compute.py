@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.models import DCDiTConfig, DiTConfig, count_flops
+from dcdit.models import DCDiTConfig, ModelConfig, count_flops
 
 FORWARD_AND_BACKWARD = 3
 """A backward pass costs two forward passes: one product for the gradient of the inputs, one for that of the weights."""
@@ -25,23 +25,25 @@ class SpentFlops:
         spent: by the earlier parts of a resumed run.
     """
 
-    def __init__(self, config: DCDiTConfig | DiTConfig, device: torch.device, spent: int = 0) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, spent: int = 0) -> None:
         self.spent = spent
         """FLOPs of all processes, as of the last :meth:`read`."""
-        forward = [count_flops(config)["total"]] if isinstance(config, DiTConfig) else _forward_by_length(config)
+        forward = _forward_by_length(config) if isinstance(config, DCDiTConfig) else [count_flops(config)["total"]]
         # int64 is exact: between two readings even a large run spends far fewer than 2^63.
         self._per_image = torch.tensor([FORWARD_AND_BACKWARD * flops for flops in forward], device=device)
         self._unread = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, images: int, lengths: Tensor | None, others: int = 0) -> None:
-        """Count one forward and backward pass.
+    def add(self, images: int, lengths: Tensor | None, passes: int = 1, others: int = 0) -> None:
+        """Count forward and backward passes. What the gates of a dynamic width close is masked, so it counts.
 
         Args:
-            images: number of images of the pass.
+            images: number of images of a pass.
             lengths: (images,) integer, kept tokens of each image; None for a static model.
+            passes: with these images.
             others: further FLOPs per image, e.g. of a teacher's forward pass.
         """
-        self._unread += images * self._per_image[0] if lengths is None else self._per_image[lengths.long()].sum()
+        once = images * self._per_image[0] if lengths is None else self._per_image[lengths.long()].sum()
+        self._unread += passes * once
         self._unread += images * others
 
     def read(self, accelerator: Any) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dcdit import checkpoint
 from dcdit.checkpoint.pretrained import load_static_dit, read_objective
 from dcdit.config import TrainConfig
-from dcdit.models import DCDiT, DiT, count_flops
+from dcdit.models import DCDiT, DiT, DyDiT, count_flops
 from dcdit.models.dc_dit import BlockStates
 from dcdit.models.upcycle import freeze_embedders, upcycle
 from dcdit.ops import TokenSelection
@@ -65,8 +65,9 @@ class Teacher:
 def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | Path | None) -> Teacher | None:
     """Make the model of a run an upcycled one, if the configuration names a source.
 
-    The embedders of the model are frozen. A new run gets the weights of the source. A resumed run has its own weights,
-    and reads the source only if there are distillation steps left.
+    The embedders of a DC-DiT are frozen. A new run gets the weights of the source. A resumed run has its own weights,
+    and reads the source only if there are distillation steps left. A DyDiT has no distillation: it takes all weights of
+    the source, and starts as the source with every gate open.
 
     Returns:
         The teacher of the distillation steps that are left, or None if none are.
@@ -77,11 +78,13 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     section = config.upcycle
     if section.source is None:
         return None
-    if not isinstance(model, DCDiT):
-        raise ValueError(f"model.name is {config.model.name!r} with upcycle.source; accepted: a DC-DiT")
-    freeze_embedders(model)
+    if not isinstance(model, DCDiT | DyDiT):
+        raise ValueError(f"model.name is {config.model.name!r} with upcycle.source; accepted: a DC-DiT or a DyDiT")
+    distill_steps = section.distill_steps if isinstance(model, DCDiT) else 0
+    if isinstance(model, DCDiT):
+        freeze_embedders(model)
     done = 0 if resume is None else checkpoint.read_trainer(resume).get("step", 0)
-    if resume is not None and done >= section.distill_steps:
+    if resume is not None and done >= distill_steps:
         return None
     learned = read_objective(section.source)
     if learned not in (None, config.diffusion.objective):
@@ -91,7 +94,7 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     source = load_static_dit(section.source, model.config.num_heads).to(model.get_buffer("pos_embed").device)
     if resume is None:
         upcycle(model, source)
-    return Teacher(source) if section.distill_steps else None
+    return Teacher(source) if distill_steps else None
 
 
 @torch.no_grad()

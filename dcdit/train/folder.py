@@ -59,7 +59,7 @@ def check_folder(config: TrainConfig, resume: str | Path | None) -> None:
     """
     out = Path(config.run.out)
     if resume is None:
-        check_not_read(out, {"data.path": config.data.path})
+        check_not_read(out, {"data.path": config.data.path, "data.held_out_path": config.data.held_out_path})
         _check_free(out, config)
     else:
         _check_later_checkpoints(out, ckpt.find_checkpoint(resume))

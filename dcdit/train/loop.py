@@ -34,7 +34,7 @@ from dcdit.train.records import (
     summary,
     training_record,
 )
-from dcdit.train.schedule import learning_rate
+from dcdit.train.schedule import learning_rate, trains_complete
 from dcdit.train.sharding import shard, unsynchronised
 from dcdit.train.state import TrainState
 from dcdit.train.stopping import NO_STOP, StopCheck
@@ -101,7 +101,7 @@ def _train(
     rank, processes = accelerator.process_index, accelerator.num_processes
 
     # Data, model, objective, optimiser.
-    dataset = create_dataset(config.data, "train", optim.seed)
+    dataset = create_dataset(config.data, "train", optim.seed, config.model.num_classes)
     if resume is not None:
         check_same_classes(dataset, resume)
     torch.manual_seed(optim.seed)
@@ -110,7 +110,7 @@ def _train(
     model.y_embedder.dropout_prob = 0.0
     model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
-    local_batch = local_batch_size(config, processes, isinstance(model, DCDiT))
+    local_batch = local_batch_size(config, processes, model.config)
     check_fit(dataset, model)
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
     sharded = optim.shard and processes > 1
@@ -121,7 +121,7 @@ def _train(
     optimizer = create_optimizer(model, optim.lr, optim.weight_decay, device)
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
-    start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume))
+    start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume), dataset, optim.batch_size)
     net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
 
     # The folder of the run, and what the steps below read and write.
@@ -164,19 +164,21 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, step)
             shape = (optim.batch_size, *dataset.shape)
-            draws = draw_step(objective, shape, model.config.class_dropout_prob, optim.seed, step, device)
+            dropout, gates = model.config.class_dropout_prob, model.config.gate_shape
+            complete = gates is not None and trains_complete(config.width, step)
+            draws = draw_step(objective, shape, dropout, optim.seed, step, device, gates)
             passes: list[dict[str, Tensor]] = []
             for number in range(optim.accumulate):
                 x, y = (tensor.to(device, non_blocking=True) for tensor in next(data))
-                t, noise, dropped = draws.rows((number * processes + rank) * local_batch, local_batch)
+                t, noise, dropped, gate_noise = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
                 last = number == optim.accumulate - 1
                 with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
                     with state.router_errors_explained(step, means):
-                        metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher)
+                        metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher, gate_noise)
                     accelerator.backward(metrics["loss"] / optim.accumulate)
-                flops.add(local_batch, lengths, teacher.flops if teacher else 0)
+                flops.add(local_batch, lengths, 1 + complete, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
             grad_norm = clipped_step(optimizer, optim.grad_clip)
             optimizer.zero_grad(set_to_none=True)
@@ -186,10 +188,12 @@ def _train(
             step += 1
             bar.update()
 
-            # The record. The steps with a teacher end with one, so that no record mixes steps with and without it.
+            # The record. Steps with a teacher, and those that train the complete model too, end with one, so that no
+            # record mixes steps with and without it.
             done = step == optim.steps
             teacher_done = teacher is not None and step == config.upcycle.distill_steps
-            at_record = done or teacher_done or step % run.log_every == 0
+            complete_done = complete and not trains_complete(config.width, step)
+            at_record = done or teacher_done or complete_done or step % run.log_every == 0
             if at_record:
                 record = training_record(step, means, flops, config, accelerator)
                 records.write(record)

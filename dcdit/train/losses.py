@@ -1,16 +1,18 @@
-"""The losses of one forward pass of training: diffusion, compression ratio, distillation."""
+"""The losses of one forward pass of training: diffusion, compression ratio, dynamic width, distillation."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcdit.config import OptimSection, TrainConfig
+from dcdit.config import OptimSection, TrainConfig, WidthSection
 from dcdit.diffusion import NoisyBatch, Objective
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, Routing
+from dcdit.models.flops import flops_share
+from dcdit.nn import Gates
 from dcdit.ops import ratio_loss
 from dcdit.train.distill import Teacher
-from dcdit.train.schedule import compression_target, drop_fraction
+from dcdit.train.schedule import compression_target, drop_fraction, trains_complete, width_target
 from dcdit.utils.modules import unwrap_model
 
 
@@ -22,6 +24,7 @@ def training_losses(
     noisy: NoisyBatch,
     y: Tensor,
     teacher: Teacher | None,
+    gate_noise: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Means over the images of one forward pass.
 
@@ -31,41 +34,98 @@ def training_losses(
         noisy: the images, from ``objective.noise``.
         y: (B,) labels, some of them dropped.
         teacher: of an upcycled model in its warm-up.
+        gate_noise: (B, depth, n) for a model of dynamic width.
 
     Returns:
         Metrics () by name, of which ``loss`` is minimised; and the number of kept tokens of each image (B,) integer, or
         None for a static model.
     """
-    if not isinstance(unwrap_model(net), DCDiT):
-        with autocast(config.optim, y.device):
-            out = net(noisy.x, noisy.time, y)
-        loss = objective.loss(out.float(), noisy)["loss"].mean()
-        return {"loss": loss, "diffusion_loss": loss}, None
+    model = unwrap_model(net)
+    options: dict[str, Any] = {}
+    if isinstance(model, DCDiT):
+        rho = drop_fraction(config.router, config.optim.seed, step)
+        options["drop_fraction"] = torch.full(y.shape, rho, device=y.device)
+    ran = _forward(config, net, noisy, y, teacher, gate_noise, options)
+    diffusion = objective.loss(ran.out.float(), noisy)["loss"].mean()
+    metrics = {"loss": diffusion, "diffusion_loss": diffusion}
+    lengths: Tensor | None = None
+    if ran.routing is not None:
+        routing, router, lengths = ran.routing, config.router, ran.routing.selection.lengths
+        ratio = ratio_loss(routing.prob, routing.natural_mask, compression_target(router, step), router.group_size)
+        metrics["loss"] = metrics["loss"] + router.loss_weight * ratio
+        metrics |= {
+            "ratio_loss": ratio,
+            "kept": routing.mask.float().mean(),
+            "natural": routing.natural_mask.float().mean(),
+            "drop_fraction": options["drop_fraction"][0],
+        }
+    if ran.distill is not None:
+        metrics["loss"] = metrics["loss"] + config.upcycle.distill_weight * ran.distill
+        metrics["distill_loss"] = ran.distill
+    if ran.gates is not None:
+        share = flops_share(model.config, ran.gates, lengths)
+        width = width_loss(config.width, step, share, ran.gates)
+        metrics["loss"] = metrics["loss"] + config.width.loss_weight * width
+        metrics |= {"width_loss": width, "flops_share": share.mean()}
+        if trains_complete(config.width, step):
+            with autocast(config.optim, y.device):
+                out = net(noisy.x, noisy.time, y, **options, complete=True)
+            complete = objective.loss(out.float(), noisy)["loss"].mean()
+            metrics["loss"] = metrics["loss"] + complete
+            metrics["complete_loss"] = complete
+    return metrics, lengths
 
-    router = config.router
-    rho = torch.full(y.shape, drop_fraction(router, config.optim.seed, step), device=y.device)
-    options = {"drop_fraction": rho, "return_routing": True, "return_states": teacher is not None}
-    distill: Tensor | None = None
+
+class _Forward(NamedTuple):
+    """What a forward pass of training returns."""
+
+    out: Tensor
+    routing: Routing | None
+    """Of a DC-DiT."""
+    gates: Gates | None
+    """Of a model of dynamic width."""
+    distill: Tensor | None
+    """() the loss of the teacher, if there is one."""
+
+
+def _forward(
+    config: TrainConfig,
+    net: Any,
+    noisy: NoisyBatch,
+    y: Tensor,
+    teacher: Teacher | None,
+    gate_noise: Tensor | None,
+    options: dict[str, Any],
+) -> _Forward:
+    model, inputs = unwrap_model(net), (noisy.x, noisy.time, y)
+    gated = model.config.gate_shape is not None
+    noise = {"gate_noise": gate_noise} if gated else {}
     with autocast(config.optim, y.device):
-        out, routing, *states = net(noisy.x, noisy.time, y, **options)
-        if teacher is not None:
-            distill = teacher.loss(noisy.x, states[0], routing.selection)
-    diffusion = objective.loss(out.float(), noisy)["loss"].mean()
-    ratio = ratio_loss(routing.prob, routing.natural_mask, compression_target(router, step), router.group_size)
-    loss = diffusion + router.loss_weight * ratio
-    if distill is not None:
-        loss = loss + config.upcycle.distill_weight * distill
-    metrics = {
-        "loss": loss,
-        "diffusion_loss": diffusion,
-        "ratio_loss": ratio,
-        "kept": routing.mask.float().mean(),
-        "natural": routing.natural_mask.float().mean(),
-        "drop_fraction": rho[0],
-    }
-    if distill is not None:
-        metrics["distill_loss"] = distill
-    return metrics, routing.selection.lengths
+        if not isinstance(model, DCDiT):
+            out, gates = net(*inputs, **noise, return_gates=True) if gated else (net(*inputs), None)
+            return _Forward(out, None, gates, None)
+        asked = {"return_routing": True, "return_states": teacher is not None}
+        out, routing, *states = net(*inputs, **options, **noise, **asked)
+        distill = None if teacher is None else teacher.loss(noisy.x, states[0], routing.selection)
+        return _Forward(out, routing, routing.gates, distill)
+
+
+def width_loss(width: WidthSection, step: int, share: Tensor, gates: Gates) -> Tensor:
+    """``(mean share - target)^2``, averaged over groups of images, and a penalty for too few tokens (arXiv 2410.03456).
+
+    The penalty is what the share of the tokens that pass an MLP lacks to ``least_tokens``, added up over the blocks and
+    averaged over the images.
+
+    Args:
+        step: steps done; the target falls in the first ones (:func:`dcdit.train.schedule.width_target`).
+        share: (B,) of each image, from :func:`dcdit.models.flops.flops_share`.
+        gates: of these images.
+    """
+    groups = share.view(-1, width.group_size or len(share)).mean(1)
+    loss = (groups - width_target(width, step)).square().mean()
+    if gates.tokens is None:
+        return loss
+    return loss + (width.least_tokens - gates.tokens.mean(2)).clamp(min=0).sum(1).mean()
 
 
 def autocast(optim: OptimSection, device: torch.device) -> torch.autocast:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dcdit.config import TrainConfig
 from dcdit.train.compute import SpentFlops
 from dcdit.train.divergence import check_metrics
-from dcdit.train.schedule import compression_target, learning_rate
+from dcdit.train.schedule import compression_target, learning_rate, width_target
 from dcdit.train.trackers import Trackers
 from dcdit.utils.files import write_text, writing
 from dcdit.utils.reading import read_bytes
@@ -90,6 +90,8 @@ def training_record(
     record["lr"] = learning_rate(config.optim, step - 1)
     if "ratio_loss" in record:
         record["target"] = compression_target(config.router, step - 1)
+    if "width_loss" in record:
+        record["width_target"] = width_target(config.width, step - 1)
     record |= {"flops": flops.read(accelerator), "images_per_s": means.images_per_second()}
     means.clear()
     return record
@@ -98,8 +100,9 @@ def training_record(
 def summary(record: LogRecord) -> str:
     """A training record in a few words, for the progress bar."""
     kept = f" kept {record['kept']:.1%}" if "kept" in record else ""
+    share = f" FLOPs {record['flops_share']:.1%}" if "flops_share" in record else ""
     distill = f" distill {record['distill_loss']:.3f}" if "distill_loss" in record else ""
-    return f"loss {record['loss']:.4f}{kept}{distill} {record['images_per_s']:.1f} images/s"
+    return f"loss {record['loss']:.4f}{kept}{share}{distill} {record['images_per_s']:.1f} images/s"
 
 
 class RecordWriter:

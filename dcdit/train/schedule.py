@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dcdit.config import OptimSection, RouterSection
+from dcdit.config import OptimSection, RouterSection, WidthSection
 
 NOISE, DROP = 0, 1
 """Independent streams of random numbers."""
@@ -34,3 +34,15 @@ def compression_target(router: RouterSection, step: int) -> float:
     if router.target_start is None or step >= router.target_warmup_steps:
         return router.target
     return router.target_start + (router.target - router.target_start) * step / router.target_warmup_steps
+
+
+def width_target(width: WidthSection, step: int) -> float:
+    """The share of the FLOPs that the gates should leave: linear from 1 at step 0 to ``target``, then constant."""
+    if step >= width.warmup_steps:
+        return width.target
+    return 1 - (1 - width.target) * step / width.warmup_steps
+
+
+def trains_complete(width: WidthSection, step: int) -> bool:
+    """Whether a step of a model of dynamic width also trains the complete model."""
+    return step < width.complete_steps

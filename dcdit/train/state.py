@@ -12,12 +12,15 @@ from torch import Tensor
 
 from dcdit import checkpoint as ckpt
 from dcdit.config import TrainConfig, to_dict
-from dcdit.data import Samples
+from dcdit.data import Samples, StreamDataset
 from dcdit.train.compute import SpentFlops
 from dcdit.train.divergence import check_tensors, diverged
 from dcdit.train.ema import EMA
 from dcdit.train.records import MetricMeans
 from dcdit.train.sharding import divided, gathered
+
+STREAM = "stream"
+"""Key of a checkpoint under which it keeps where a stream of samples is."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +68,29 @@ class TrainState:
 
     def save(self, step: int, config: TrainConfig, data: Samples, accelerator: Any) -> Path:
         """Write the checkpoint of a step and delete old ones; returns its folder. Every process has to call this."""
+        from accelerate.utils import gather_object
+
         folder = ckpt.checkpoint_path(config.run.out, step)
         flops = self.flops.read(accelerator)
         main_process = accelerator.is_main_process
+        stream = {STREAM: data.state(gather_object)} if isinstance(data, StreamDataset) else {}
         moments = ckpt.optimizer_tensors(self.model, self.optimizer)
         parts = (self.model.state_dict(), self.ema.state, moments)
         weights, averages, moments = (gathered(part, main_process) for part in parts)
         if main_process:
-            trainer = {"step": step, "flops": flops, "config": to_dict(config)}
+            trainer = {"step": step, "flops": flops, "config": to_dict(config), **stream}
             notes = {**data.notes, "class_names": json.dumps(data.class_names)}
             ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, notes, weights)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder
 
-    def restore(self, saved: ckpt.Checkpoint) -> int:
+    def restore(self, saved: ckpt.Checkpoint, data: Samples, batch_size: int) -> int:
         """Continue from a checkpoint; returns the steps done.
+
+        Args:
+            data: is told where to go on, if it is a stream.
+            batch_size: samples per step.
 
         Raises:
             ValueError: a checkpoint of another model, or without step and FLOPs.
@@ -97,6 +107,8 @@ class TrainState:
         self.ema.load(saved.ema)
         ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path / ckpt.OPTIMIZER_FILE)
         step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))
+        if isinstance(data, StreamDataset):
+            data.restore(saved.trainer.get(STREAM), step * batch_size)
         return step
 
 

@@ -40,8 +40,9 @@ class Validation:
     ) -> None:
         self.model, self.ema, self.objective, self.config = model, ema, objective, config
         self.batch_size, self.device, self.interrupted = batch_size, device, interrupted
-        wanted = config.run.eval_every and config.data.held_out
-        self.held_out = create_dataset(config.data, "held_out") if wanted else None
+        wanted = config.run.eval_every and (config.data.held_out or config.data.held_out_path)
+        classes = config.model.num_classes
+        self.held_out = create_dataset(config.data, "held_out", 0, classes) if wanted else None
 
     def due(self, step: int) -> bool:
         """Whether the weights of this step are validated."""

@@ -187,14 +187,15 @@ def test_eta_of_a_report_is_the_definition() -> None:
 @pytest.mark.parametrize(("spread", "marked"), [(0.03, False), (0.4, True)])
 def test_a_page_marks_eta_where_the_times_scatter(spread: float, marked: bool, tmp_path: Path) -> None:
     common = {"kind": "model", "scale": "S", "size": 64, "batch": 1, "direction": "inference", "images_per_s": 1.0}
-    common |= {"stage_ms": None, "stage_gflops": {}, "optimizer_ms": None, "peak_bytes": None}
+    common |= {"stage_ms": None, "stage_gflops": {}, "peak_bytes": None, "optimizer_ms": 7.0, "optimizer_spread": 0.12}
     rows = [
         {"variant": "static patch 1", "kept_fraction": None, "ms": 100.0, "gflops": 10.0, "spread": spread},
         {"variant": "drop 0", "kept_fraction": 0.25, "ms": 50.0, "gflops": 4.0, "spread": 0.01},
     ]
+    rows[1] |= {"stage_ms": {"encoder": 30.0, "whole": 50.0}, "stage_spread": {"encoder": 0.23, "whole": 0.34}}
     found = {"conditions": conditions(), "left_out": {}, "day": "d", "model": [], "op": [], "scaling": []}
     page = report.write({**found, "model": [common | row for row in rows]}, tmp_path).read_text()
-    assert f"{spread:.1%}" in page
+    assert all(text in page for text in (f"{spread:.1%}", "7.0 ±12%", "30.00 ±23%", "50.00 ±34%"))
     assert ("UNRELIABLE: the times of static patch 1 scatter" in page) == marked
     assert (" unreliable |" in page) == marked
     assert ("eta 0.80 against static patch 1" in page) != marked

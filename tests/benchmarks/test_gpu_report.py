@@ -163,7 +163,7 @@ def test_a_forward_is_timed_against_both_static_sides(cases: forward.ForwardCase
     assert set(found["ms"]) == {"static", "static graph", mode}
     assert set(found["eta"]) == {"static", "static graph"}
     assert found["flops"] > 0 and 0 < found["kept"] < 0.3
-    assert ("stage_ms" in found) == (mode == "exact")
+    assert ("stage_ms" in found) == ("stage_spread" in found) == (mode == "exact")
 
 
 @pytest.mark.parametrize("mode", ["graph, exact", "graph, budget"])

@@ -98,6 +98,18 @@ def test_dry_run_finds_what_would_stop_the_run(command, tmp_path, capsys, flags,
     assert message in line
 
 
+def test_a_published_recipe_runs_on_a_stream(tmp_path, capsys):
+    """Only keys of data change. What the columns do not say comes from the model: 1000 classes."""
+    from support.shards import write_parquet
+
+    rows = [{"latent": np.zeros((4, 32, 32), np.float32).tolist(), "label": 999}] * 2
+    for shard in range(2):
+        write_parquet(tmp_path / "shards" / f"{shard}.parquet", rows)
+    data = ["--data", "stream", "--data-path", str(tmp_path / "shards"), "--out", str(tmp_path / "run")]
+    assert main(["train", "--config", "dc-dit-s-256", *data, "--dry-run"]) == 0
+    assert "stream: 4 x 32 x 32, 1000 classes" in capsys.readouterr().out
+
+
 def test_dry_run_of_a_resumed_run(command, tmp_path, capsys):
     assert main(command) == 0
     capsys.readouterr()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 """Where the name of the package is not that of the module."""
-THROUGH_OTHERS = {"huggingface_hub": "diffusers"}
+THROUGH_OTHERS = {"huggingface_hub": "diffusers", "pyarrow": "datasets"}
 """Installed by a package of the extra."""
 SAID_ELSEWHERE = {"flash_attn", "flash_attn_interface", "torch_fidelity", "torchvision", "triton", "safetensors"}
 """Optional, with a message of its own; or a dependency of every installation."""

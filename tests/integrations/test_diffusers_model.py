@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import doctest
 import inspect
 import json
 
@@ -12,8 +13,9 @@ from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from safetensors import safe_open
 from support.small import batch, small_dc_dit, small_dit
 
+import dcdit.integrations.diffusers as package
 from dcdit import checkpoint as ckpt
-from dcdit.integrations.diffusers import DCDiTTransformer2DModel, StaticDiTTransformer2DModel
+from dcdit.integrations.diffusers import DCDiTTransformer2DModel, StaticDiTTransformer2DModel, tea_cache
 from dcdit.models import DCDiTConfig, DiTConfig, KeptShare
 
 NOTES = {"class_names": json.dumps(["bird", "cat"]), "latent_range": "[[0.5], [2.0]]"}
@@ -198,7 +200,7 @@ def test_attention_has_no_processors():
         lambda: transformer.set_attn_processor(object()),
         lambda: transformer.set_attention_backend("flash"),
     ):
-        with pytest.raises(ValueError, match="no attention for packed tokens; the kernel is chosen by"):
+        with pytest.raises(ValueError, match="takes no attention of diffusers"):
             change()
 
 
@@ -236,3 +238,9 @@ def test_pushed_to_the_hub(monkeypatch):
     transformer.push_to_hub("cats")
     for name, tensor in transformer.state_dict().items():
         assert torch.equal(pushed["someone/cats"].state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("module", [package, tea_cache])
+def test_examples(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 1 and not found.failed

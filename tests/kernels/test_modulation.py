@@ -19,6 +19,8 @@ from dcdit.ops._triton import modulation
 from dcdit.ops._triton.kernel_op import unit_stride
 
 NORM, ADD, PAIR = ops.modulated_layer_norm, ops.gated_add, ops.gated_add_modulated_layer_norm
+RMS = ops.modulated_rms_norm
+AFFINE = [(NORM, "shift weight bias"), (RMS, "shift weight"), (RMS, "")]
 OPS = [NORM, ADD, PAIR]
 KERNEL_OPS = [modulation._norm, modulation._add, modulation._add_norm]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,6 +54,46 @@ def test_matches_the_definition(
 ) -> None:  # fmt: skip
     args = cases.modulation(op, lengths, width, dtype, table_dtype, padding, seed, device)
     check_against_reference(op, *args, backend="triton")
+
+
+@pytest.mark.parametrize(("op", "parts"), AFFINE, ids=lambda value: getattr(value, "__name__", value))
+@given(
+    lengths=lengths_strategy,
+    width=st.sampled_from([8, 24, 72]),
+    dtype=st.sampled_from(DTYPES),
+    table_dtype=st.sampled_from(DTYPES),
+    padding=st.sampled_from([0, 0, 3, 37]),
+    seed=st.integers(0, 99),
+)
+def test_norms_with_their_own_weights(
+    op: Callable[..., Any], parts: str, lengths: list[int], width: int, dtype: torch.dtype, table_dtype: torch.dtype,
+    padding: int, seed: int, device: torch.device,
+) -> None:  # fmt: skip
+    args = cases.affine_norm(op, lengths, width, dtype, table_dtype, padding, parts, seed, device)
+    check_against_reference(op, *args, backend="triton")
+
+
+def test_small_weights_are_exact(device: torch.device) -> None:
+    for op in (NORM, RMS):
+        x, shift, scale, *rest, weight = cases.affine_norm(op, (9, 2), 24, parts="weight", device=device)[:6]
+        shift = None if shift is None else shift * 1e-6
+        check_against_reference(op, x, shift, scale, *rest, weight * 1e-6, backend="triton")
+
+
+@pytest.mark.parametrize("op", [NORM, RMS], ids=lambda op: op.__name__)
+def test_a_norm_with_weights_is_one_graph(op: Callable[..., Any], device: torch.device) -> None:
+    args = cases.affine_norm(op, [3, 0, 19], 24, padding=2, device=device)
+    eager, eager_grads = run(op, *args)
+    traced, traced_grads = run(torch.compile(op, fullgraph=True, backend="aot_eager"), *args)
+    for actual, wanted in zip(traced + traced_grads, eager + eager_grads, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_registration_of_rms_norm(whole: bool, device: torch.device) -> None:
+    x, shift, scale, cu_seqlens, eps, _ = cases.affine_norm(RMS, [3, 0, 19], 24, padding=2, device=device)
+    args = x.requires_grad_(), shift if whole else None, scale.detach().requires_grad_(), cu_seqlens, eps, True, whole
+    torch.library.opcheck(modulation._norm.op._opoverload, args)
 
 
 @pytest.mark.parametrize("width", [1152, 2048])
@@ -209,7 +251,8 @@ def test_float64_is_refused(op: Callable[..., Any]) -> None:
 def test_registration(kernel_op: Any, op: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> None:
     args = cases.modulation(op, [3, 0, 19], 24, dtype, padding=2, device=device)
     args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    torch.library.opcheck(kernel_op.op._opoverload, args)
+    kind = (False, False) if op is NORM else ()
+    torch.library.opcheck(kernel_op.op._opoverload, (*args, *kind))
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
@@ -217,7 +260,7 @@ def test_registration_of_the_backward(wanted: tuple[bool, bool, bool], device: t
     x, y, gate, shift, scale, cu_seqlens, eps = cases.modulation(PAIR, [3, 0, 19], 24, padding=2, device=device)
     added, _, stats = modulation._add_norm(*map(unit_stride, (x, y, gate, shift, scale, cu_seqlens)), eps)
     grads = (randn(24, 24, seed=seed).to(device) for seed in (8, 9))
-    args = (*grads, added, unit_stride(y), gate, scale, stats, cu_seqlens, *wanted)
+    args = (*grads, added, unit_stride(y), gate, scale, stats, cu_seqlens, *wanted, False, False)
     torch.library.opcheck(modulation._backward.op._opoverload, args)
 
 

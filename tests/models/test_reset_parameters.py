@@ -7,7 +7,7 @@ from support.sharded import check_sharded_model
 from support.small import GRID, SIZES, small_dit
 from torch import Tensor, nn
 
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig
 from dcdit.models.upcycle import upcycle, upcycled_fields
 from dcdit.nn import ROUTERS, ConvStack, DenseFinalLayer, LabelEmbedder, StackedModulation, TimestepEmbedder, hnet
 
@@ -17,6 +17,8 @@ MODELS = {
     "cosine2d": lambda: DCDiT(DCDiTConfig(grid=GRID, router="cosine2d", adapt_conditioning=True, **SIZES)),
     "cosine1d": lambda: DCDiT(DCDiTConfig(grid=GRID, router="cosine1d", dechunk="ema", **SIZES)),
     "dit": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, **SIZES)),
+    "dynamic width": lambda: DCDiT(DCDiTConfig(grid=GRID, dynamic_width=True, **SIZES)),
+    "dydit": lambda: DyDiT(DyDiTConfig(grid=GRID, **SIZES)),
     "separate": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, separate_embedders=True, **SIZES)),
 }
 MODULES = {

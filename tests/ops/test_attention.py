@@ -75,6 +75,65 @@ def test_error_is_at_most_twice_that_of_the_plain_formula(lengths, dtype):
         assert (a.double() - c).abs().max() <= 2 * (b.double() - c).abs().max() + floor
 
 
+CROSS = {
+    "longer": ([5, 3], [9, 4]),
+    "shorter": ([5, 3], [2, 3]),
+    "equal": ([4, 4], [4, 4]),
+    "equal, longer": ([2, 2], [5, 5]),
+    "equal, shorter": ([5, 5], [2, 2]),
+    "no key": ([3, 2], [0, 4]),
+    "no query": ([0, 2, 0], [3, 4, 0]),
+    "nothing": ([2, 3], [0, 0]),
+    "none": ([], []),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("lengths", "lengths_k"), CROSS.values(), ids=CROSS)
+def test_keys_of_other_lengths_and_fewer_heads(lengths, lengths_k, causal, padding, groups):
+    (q, _, _), cu, longest = inputs(lengths, heads=2 * groups, padding=padding)
+    (_, k, v), cu_k, longest_k = inputs(lengths_k, heads=2, padding=2 * padding, seed=1)
+    with torch.no_grad():
+        for x, rows in ((q, lengths), (k, lengths_k), (v, lengths_k)):
+            x[sum(rows) :] = float("nan")
+    grad = randn(*q.shape, dtype=torch.float64, seed=7)
+    options = {"padding": padding > 0, "cu_seqlens_k": cu_k, "max_seqlen_k": longest_k}
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, causal, **options), (q, k, v), grad)
+    want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, causal, **options), (q, k, v), grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert not a.isnan().any()
+
+
+def test_the_last_query_sees_every_key():
+    """The alignment of flash-attention: with two more keys than queries, the first query sees three of them."""
+    (q, _, _), cu, _ = inputs([2], heads=1)
+    (_, k, v), cu_k, _ = inputs([4], heads=1, seed=1)
+    out = varlen_attention(q, k, v, cu, 2, True, cu_seqlens_k=cu_k, max_seqlen_k=4)
+    weight = ((q[:, 0] @ k[:, 0].mT) * 8**-0.5).masked_fill(torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]]).bool(), -1e9)
+    torch.testing.assert_close(out[:, 0], weight.softmax(-1) @ v[:, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("lengths", "lengths_k"), [([5, 3, 2], [9, 0, 1]), ([3, 3], [4, 4])], ids=["ragged", "equal"])
+def test_cross_attention_compiles_to_one_graph(lengths, lengths_k, causal):
+    torch._dynamo.reset()
+    (q, _, _), cu, longest = inputs(lengths, heads=4)
+    (_, k, v), cu_k, longest_k = inputs(lengths_k, heads=2, seed=1)
+
+    def attend(q, k, v, cu, cu_k):
+        return varlen_attention(q, k, v, cu, longest, causal, cu_seqlens_k=cu_k, max_seqlen_k=longest_k)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    grad = randn(*q.shape, dtype=torch.float64, seed=7)
+    got = value_and_grads(lambda *x: compiled(*x, cu, cu_k), (q, k, v), grad)
+    want = value_and_grads(lambda *x: attend(*x, cu, cu_k), (q, k, v), grad)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_gradcheck():
     qkv, cu, longest = inputs([2, 0, 3], heads=1, head_dim=4)
     assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, cu, longest, causal=True), qkv)
@@ -158,7 +217,7 @@ def test_compiles_when_the_number_of_tokens_depends_on_data(dynamic):
 
 def test_the_registered_op_passes_opcheck():
     qkv, cu, _ = inputs([3, 0, 5], padding=2)
-    torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, True))
+    torch.library.opcheck(torch.ops.dcdit.varlen_sdpa.default, (*qkv, cu, cu, True))
 
 
 # --- choosing a kernel: the machine is simulated, the kernels are replaced -----------------------------------------
@@ -248,31 +307,37 @@ def test_a_broken_package_does_not_take_the_others_down(gpu):
 
 @pytest.mark.parametrize("name", ["flash3", "flash2", "flash4", "torch_varlen"])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding):
+@pytest.mark.parametrize("own", [None, [9, 3, 0]], ids=["self", "cross"])
+def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding, own):
     """A replacement that returns NaN in rows of no sequence, forward and backward, as the kernels may."""
     lengths = [4, 0, 7]
     qkv, cu, longest = inputs(lengths, padding=padding)
-    total = sum(lengths)
+    cross = {}
+    if own is not None:
+        (_, *kv), cu_k, _ = inputs(own, heads=1, padding=padding)
+        qkv, cross = [qkv[0], *kv], {"cu_seqlens_k": cu_k, "max_seqlen_k": 9}
+    totals = [sum(lengths), *[sum(lengths if own is None else own)] * 2]
 
     class Unwritten(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(ctx, x, total):
+            ctx.total = total
             x = x.clone()
             x[total:] = float("nan")
             return x
 
         @staticmethod
         def backward(ctx, grad):
-            return Unwritten.forward(ctx, grad)
+            return Unwritten.forward(ctx, grad, ctx.total), None
 
     def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, deterministic=False):
-        assert cu_seqlens_k is cu_seqlens_q
-        assert max_seqlen_q == max_seqlen_k == longest
-        q, k, v = (Unwritten.apply(x) for x in (q, k, v))
-        out = reference.varlen_attention(q, k, v, cu_seqlens_q, max_seqlen_q, causal)
-        return Unwritten.apply(out), None
+        assert (max_seqlen_q, max_seqlen_k) == (longest, longest if own is None else 9)
+        q, k, v = (Unwritten.apply(x, total) for x, total in zip((q, k, v), totals, strict=True))
+        out = reference.varlen_attention(q, k, v, cu_seqlens_q, max_seqlen_q, causal, False, cu_seqlens_k)
+        return Unwritten.apply(out, totals[0]), None
 
     def native(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)):
+        assert q.shape[1] == k.shape[1]  # an early version, which does not share heads
         return flash(q, k, v, cu_q, cu_k, max_q, max_k, causal=window_size == (-1, 0))[0]
 
     function = native if name == "torch_varlen" else flash
@@ -280,11 +345,12 @@ def test_a_kernel_that_leaves_padding_rows_unwritten(monkeypatch, name, padding)
     monkeypatch.setattr(kernels, "_LOADED", {name: (function, accepted)})
     monkeypatch.setattr(kernels, "choose_attention_backend", lambda *_: name)
     with torch.no_grad():
-        for x in qkv:
+        for x, total in zip(qkv, totals, strict=True):
             x[total:] = float("nan")
     grad = randn(*qkv[0].shape, dtype=torch.float64, seed=7)
-    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, padding=padding > 0), qkv, grad)
-    want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, True), qkv, grad)
+    options = {"padding": padding > 0, **cross}
+    got = value_and_grads(lambda *x: varlen_attention(*x, cu, longest, True, **options), qkv, grad)
+    want = value_and_grads(lambda *x: reference.varlen_attention(*x, cu, longest, True, **options), qkv, grad)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -299,8 +365,17 @@ def test_the_installed_torch_takes_our_arguments(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.empty(10, 2, 64, dtype=torch.bfloat16, device="meta")
         cu = torch.empty(3, dtype=torch.int32, device="meta")
-        out = kernels.run_kernel("torch_varlen", q, q, q, cu, 6, True)
-    assert out.shape == q.shape and out.dtype == q.dtype
+        out = kernels.run_kernel("torch_varlen", q, q, q, cu, 6, cu, 6, True)
+        k = q[:5, :1]
+        grouped = kernels.run_kernel("torch_varlen", q, k, k, cu, 6, cu, 4, True)
+    assert out.shape == grouped.shape == q.shape and out.dtype == q.dtype
+
+
+def test_kernels_of_others_take_int32(monkeypatch):
+    monkeypatch.setattr(kernels, "choose_attention_backend", lambda *_: "flash2")
+    qkv, cu, longest = inputs([2, 3])
+    with pytest.raises(TypeError, match=r"int64; attention backend 'flash2' accepts int32: pass cu_seqlens.int\(\)"):
+        varlen_attention(*qkv, cu.long(), longest)
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -315,9 +390,18 @@ def bad(message, error=ValueError, **changes):
     [
         bad("k has shape", k=torch.zeros(6, 2, 4)),
         bad("v has shape", v=torch.zeros(6, 1, 8)),
+        bad("k has shape", k=torch.zeros(7, 2, 8), v=torch.zeros(7, 2, 8)),
+        bad("2 heads or a divisor", k=torch.zeros(6, 3, 8), v=torch.zeros(6, 3, 8)),
+        bad("2 heads or a divisor", k=torch.zeros(6, 0, 8), v=torch.zeros(6, 0, 8)),
+        bad("max_seqlen_k is missing", cu_seqlens_k=torch.tensor([0, 2, 6]).int()),
+        bad("max_seqlen_k is 6 without", max_seqlen_k=6),
+        bad("max_seqlen_k is 3 but", cu_seqlens_k=torch.tensor([0, 2, 6]).int(), max_seqlen_k=3),
+        bad("cu_seqlens_k ends at 7", cu_seqlens_k=torch.tensor([0, 2, 7]).int(), max_seqlen_k=6),
+        bad("cu_seqlens_k has shape", cu_seqlens_k=torch.tensor([0, 6]).int(), max_seqlen_k=6),
+        bad("cu_seqlens_k has dtype", TypeError, cu_seqlens_k=torch.tensor([0, 2, 6]).short(), max_seqlen_k=6),
         bad("packed heads", q=torch.zeros(6, 16)),
         bad("q has dtype torch.int64", TypeError, q=torch.zeros(6, 2, 8, dtype=torch.int64)),
-        bad("cu_seqlens has dtype torch.int64", TypeError, cu_seqlens=torch.tensor([0, 2, 6])),
+        bad("cu_seqlens has dtype torch.int16", TypeError, cu_seqlens=torch.tensor([0, 2, 6]).short()),
         bad("ends at 5", cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32)),
         bad("ends at 7", cu_seqlens=torch.tensor([0, 2, 7], dtype=torch.int32), padding=True),
         bad("descends", cu_seqlens=torch.tensor([0, 5, 4, 6], dtype=torch.int32)),

@@ -296,6 +296,39 @@ PACKING = [
     Bad("tokens elsewhere", lambda: ops.scatter_tokens(TOKENS.to(META), SEL), ValueError, ("meta", "cpu")),
 ]
 
+AFFINE = [
+    Bad(
+        "weight",
+        lambda: ops.modulated_layer_norm(TOKENS, TABLE, TABLE, CU, weight=CHANNELS[1:]),
+        ValueError,
+        ("weight ", "(7)", "(8,)"),
+    ),
+    Bad(
+        "bias of integers",
+        lambda: ops.modulated_layer_norm(TOKENS, TABLE, TABLE, CU, bias=CHANNELS.long()),
+        TypeError,
+        ("bias ", "torch.int64", "float32"),
+    ),
+    Bad(
+        "weight elsewhere",
+        lambda: ops.modulated_rms_norm(TOKENS, None, TABLE, CU, weight=CHANNELS.to(META)),
+        ValueError,
+        ("weight", "meta", "cpu"),
+    ),
+    Bad(
+        "shift of another dtype",
+        lambda: ops.modulated_rms_norm(TOKENS, TABLE.double(), TABLE, CU),
+        TypeError,
+        ("scale ", "torch.float32", "torch.float64"),
+    ),
+    Bad(
+        "scale of one image",
+        lambda: ops.modulated_rms_norm(TOKENS, None, TABLE[:1], CU),
+        ValueError,
+        ("scale ", "(1, 8)", "(2, 8)"),
+    ),
+]
+
 DECHUNK = [
     Bad("too few tokens", lambda: ops.dechunk_spatial(TOKENS[1:], P, SEL, (H, W)), ValueError, ("h ", "(23, 8)", "24")),
     Bad(
@@ -466,6 +499,7 @@ TABLE_OF_BAD_CALLS = {
         "cu_seqlens": CU_SEQLENS,
         "boundary": BOUNDARY,
         "packing": PACKING,
+        "affine": AFFINE,
         "dechunk": DECHUNK,
         "loss": LOSS,
         "modulation": MODULATION,

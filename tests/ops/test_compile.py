@@ -161,14 +161,14 @@ def test_custom_operators_are_well_formed() -> None:
     sel = ops.select_tokens(p)
     h, q = randn(sel.indices.numel(), D), p.flatten()[sel.indices]
     packed_rows, row_of = sel.packed_rows.view(B, H, W), sel.packed_rows.flatten().long()
-    registered = torch.ops.dcdit_torch
+    registered = torch.ops.dcdit
     calls = {
-        registered.nearest_kept: (packed_rows >= 0,),
-        registered.upsample: (h, row_of, randn(B * L, D), torch.float32),
-        registered.row_dots: (randn(B * L, D), h, row_of),
-        registered.smooth_forward: (h, q, packed_rows, sel.indices, 6, 1.0),
-        registered.smooth_backward: (h, h, q, h, q[:, None], packed_rows, sel.indices, 6, 1.0),
-        registered.scan: (h, q, 1 - q),
+        registered.torch_nearest_kept: (packed_rows >= 0,),
+        registered.torch_upsample: (h, row_of, randn(B * L, D), torch.float32),
+        registered.torch_row_dots: (randn(B * L, D), h, row_of),
+        registered.torch_smooth_forward: (h, q, packed_rows, sel.indices, 6, 1.0),
+        registered.torch_smooth_backward: (h, h, q, h, q[:, None], packed_rows, sel.indices, 6, 1.0),
+        registered.torch_scan: (h, q, 1 - q),
     }
     for op, args in calls.items():
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

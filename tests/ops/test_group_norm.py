@@ -1,8 +1,5 @@
 """Group norm and SiLU on the PyTorch backend, against the float64 definition."""
 
-import doctest
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,8 +111,3 @@ def test_parameters_with_gaps_in_memory(backend: str) -> None:
     with ops.use_backend(backend):
         y = ops.group_norm_silu(x, 4, tables[:, 0], tables[:, 1], shift)
     torch.testing.assert_close(y, plain)
-
-
-def test_the_example() -> None:
-    found = doctest.testmod(importlib.import_module("dcdit.ops.group_norm"))
-    assert found.attempted > 1 and not found.failed

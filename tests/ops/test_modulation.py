@@ -13,6 +13,9 @@ from dcdit import ops
 
 LENGTHS = [(), (1,), (5, 0, 3), (40, 1, 1, 1), (7, 7, 7)]
 NORM, ADD, PAIR = ops.modulated_layer_norm, ops.gated_add, ops.gated_add_modulated_layer_norm
+RMS = ops.modulated_rms_norm
+AFFINE = [(NORM, "shift weight bias"), (NORM, "shift weight"), (NORM, "shift bias"), (NORM, "shift")]
+AFFINE += [(RMS, "shift weight"), (RMS, "weight"), (RMS, "shift"), (RMS, "")]
 TOKENS = {NORM: 1, ADD: 2, PAIR: 2}
 """How many of the arguments are packed tokens; tables of the modulation follow."""
 TABLES = {NORM: 2, ADD: 1, PAIR: 3}
@@ -91,3 +94,25 @@ def test_norm_of_constant_rows_is_the_shift() -> None:
     _, shift, scale, cu_seqlens, _ = cases.modulation(NORM, (5, 0, 3), 24)
     out = ops.modulated_layer_norm(torch.full((8, 24), 3.0), shift, scale, cu_seqlens)
     assert torch.equal(out, shift.repeat_interleave(torch.tensor([5, 0, 3]), 0))
+
+
+@pytest.mark.parametrize(("op", "parts"), AFFINE, ids=lambda value: getattr(value, "__name__", value))
+def test_norms_with_their_own_weights(op: Op, parts: str, dtype: torch.dtype) -> None:
+    for lengths, width, padding in (((), 8, 2), ((5, 0, 3), 24, 0), ((40, 1), 33, 7), ((9, 2), 1152, 0)):
+        check_against_reference(op, *cases.affine_norm(op, lengths, width, dtype, dtype, padding, parts))
+    check_against_reference(op, *cases.affine_norm(op, (9, 2), 24, torch.bfloat16, torch.float32, 3, parts))
+
+
+def test_small_weights_are_exact() -> None:
+    """A factor far below 1 is not taken as 1 plus something."""
+    for op in (NORM, RMS):
+        x, shift, scale, cu_seqlens, eps, weight, *_ = cases.affine_norm(op, (9, 2), 24, parts="weight")
+        shift = None if shift is None else shift * 1e-6
+        check_against_reference(op, x, shift, scale, cu_seqlens, eps, weight * 1e-6)
+
+
+@pytest.mark.parametrize(("op", "parts"), AFFINE, ids=lambda value: getattr(value, "__name__", value))
+def test_affine_gradients_repeat(op: Op, parts: str) -> None:
+    args = cases.affine_norm(op, (9, 2, 30), 24, parts=parts)
+    first, second = (differentiate(op, args)[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,6 +1,7 @@
 """Timing helpers on a clock of our own, and the sum of stages on a real model."""
 
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from dcdit.models import DCDiT, DCDiTConfig
 from dcdit.nn import STAGES, stage
 from dcdit.profiling import timing
 from dcdit.profiling.rounds import Rounds
-from dcdit.profiling.timing import time_rounds, time_stages, time_variants
+from dcdit.profiling.timing import time_rounds, time_stages
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def spend(clock: list[float], seconds: float) -> None:
     clock[0] += seconds
 
 
-def test_variants_take_turns_and_medians_count(clock: list[float]) -> None:
+def test_calls_take_turns_and_medians_count(clock: list[float]) -> None:
     order: list[str] = []
 
     def call(name: str, seconds: list[float]) -> None:
@@ -34,25 +35,25 @@ def test_variants_take_turns_and_medians_count(clock: list[float]) -> None:
         spend(clock, seconds[order.count(name) % len(seconds)])
 
     slow = [1.0, 1.0, 100.0]  # one outlier in three
-    times = time_variants(
+    rounds = time_rounds(
         {"a": lambda: call("a", [0.5]), "b": lambda: call("b", slow)}, CPU, seconds=0.0, warmup=1, least=9
     )
-    assert times == {"a": 500.0, "b": 1000.0}
+    assert (median(rounds.times("a")), median(rounds.times("b"))) == (500.0, 1000.0)
     counted = order[2:]
     assert counted[:4] == ["a", "b", "b", "a"]
     assert counted.count("a") == counted.count("b") == 9
 
 
-def test_seconds_are_spent_per_variant(clock: list[float]) -> None:
+def test_seconds_are_spent(clock: list[float]) -> None:
     calls: list[int] = []
-    time_variants({"a": lambda: (calls.append(1), spend(clock, 0.1))}, CPU, seconds=3.0, warmup=0, least=1)
+    time_rounds({"a": lambda: (calls.append(1), spend(clock, 0.1))}, CPU, seconds=3.0, warmup=0, least=1)
     assert len(calls) == pytest.approx(30, abs=1)
 
 
 @pytest.mark.parametrize(("variants", "least"), [({}, 5), ({"a": lambda: None}, 0)])
 def test_nothing_to_time_is_refused(variants: dict, least: int) -> None:
     with pytest.raises(ValueError, match="accepted: at least one of each"):
-        time_variants(variants, CPU, least=least)
+        time_rounds(variants, CPU, 0.0, least=least)
 
 
 def test_rounds_hold_one_time_of_each_call_in_order(clock: list[float]) -> None:
@@ -111,7 +112,9 @@ def test_stages_come_from_the_median_pass(clock: list[float]) -> None:
             spend(clock, 0.3 * seconds)
 
     found = time_stages(forward, CPU, repeats=3)
-    assert found == pytest.approx({"whole": 5000.0, "encoder": 3500.0, "decoder": 1500.0})
+    assert found.ms == pytest.approx({"whole": 5000.0, "encoder": 3500.0, "decoder": 1500.0})
+    # Half the interquartile range of 1, 5 and 9 over their median: every stage scatters as the whole does.
+    assert found.spread == pytest.approx(dict.fromkeys(found.ms, (7 - 3) / 2 / 5))
 
 
 def test_no_repeats_are_refused() -> None:
@@ -128,7 +131,7 @@ def test_stages_sum_to_the_whole() -> None:
 
     def covered() -> float:
         with torch.inference_mode():
-            found = time_stages(lambda: model(x, t, y), CPU, repeats=3)
+            found = time_stages(lambda: model(x, t, y), CPU, repeats=3).ms
         assert set(found) == {*STAGES, "whole"}
         return sum(found[name] for name in STAGES) / found["whole"]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,20 @@ def test_pictures_are_those_of_sample(dynamic):
     difference = np.stack([np.asarray(image) for image in images]).astype(int) - to_pixels(expected)
     assert abs(difference).max() <= 1  # batches of another size round otherwise
     assert repr(generator) == f"<DCDiT of {dynamic}: 3 classes, 3 x 8 x 8, on cpu>"
+
+
+def test_a_scheduler_of_diffusers(dynamic):
+    """In place of a method, with maps of the same calls; batches change nothing."""
+    generator, scheduler = dcdit.load(dynamic, device="cpu"), diffusers.FlowMatchEulerDiscreteScheduler()
+    options = {"cfg_scale": 1.5, "seed": 4, "batch_size": 2, "output_type": "latent", **QUICK}
+    images, maps = generator.generate(["cat", 2, "bird"], scheduler=scheduler, return_maps=True, **options)
+    ours = generator.generate(["cat", 2, "bird"], method="euler", **options)
+    torch.testing.assert_close(images, ours, rtol=1e-4, atol=1e-4)
+    assert [seen.t for seen in maps[2]] == pytest.approx([1000, 500])
+    with pytest.raises(ValueError, match="method is given beside a scheduler"):
+        generator.generate(["cat"], scheduler=scheduler, method="euler", **QUICK)
+    with pytest.raises(ValueError, match="graph is given beside a scheduler"):
+        generator.generate(["cat"], scheduler=scheduler, graph=True, **QUICK)
 
 
 @pytest.mark.parametrize("labels", [1, "cat", [1], torch.tensor([1]), np.array([1]), (np.int64(1),)])

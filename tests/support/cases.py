@@ -288,3 +288,25 @@ def modulation(
     if op is ops.modulated_layer_norm:
         return x, shift, scale, cu_seqlens, 1e-6
     return (x, y, gate, cu_seqlens) if op is ops.gated_add else (x, y, gate, shift, scale, cu_seqlens, 1e-6)
+
+
+def affine_norm(
+    op: Callable[..., Any],
+    lengths: Sequence[int],
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    table_dtype: torch.dtype = torch.float32,
+    padding: int = 0,
+    parts: str = "shift weight bias",
+    seed: int = 0,
+    device: Device = "cpu",
+) -> tuple[Any, ...]:
+    """Arguments of a modulated norm, with the named parts alone. LayerNorm always has a shift, RMSNorm never a bias."""
+    x, shift, scale, cu_seqlens, eps = modulation(
+        ops.modulated_layer_norm, lengths, width, dtype, table_dtype, padding, seed, device
+    )
+    weight, bias = (randn(width, dtype=table_dtype, seed=seed + i).to(device) for i in (3, 4))
+    weight = weight if "weight" in parts else None
+    if op is ops.modulated_rms_norm:
+        return x, shift if "shift" in parts else None, scale, cu_seqlens, eps, weight
+    return x, shift, scale, cu_seqlens, eps, weight, bias if "bias" in parts else None

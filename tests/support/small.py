@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcdit.checkpoint import save_model
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig
 
 GRID = (8, 12)
 SIZES = {"hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -32,6 +32,29 @@ def small_dit(**overrides) -> DiT:
     return model.eval()
 
 
+def small_dy_dit(**overrides) -> DyDiT:
+    torch.manual_seed(0)
+    model = DyDiT(DyDiTConfig(**{"grid": GRID, **SIZES, **overrides}))
+    randomize_zero_weights(model)
+    open_some_gates(model)
+    return model.eval()
+
+
+def small_dynamic_dc_dit(**overrides) -> DCDiT:
+    model = small_dc_dit(dynamic_width=True, **overrides)
+    open_some_gates(model)
+    return model
+
+
+def open_some_gates(model: DyDiT | DCDiT) -> None:
+    """Of heads, MLP groups and tokens about a half, which ones by the timestep and the token."""
+    nn.init.normal_(model.width_gates.linear.weight)
+    nn.init.zeros_(model.width_gates.linear.bias)
+    for gate in getattr(model, "token_gates", ()):
+        nn.init.normal_(gate.fc2.weight)
+        nn.init.constant_(gate.fc2.bias, -0.3)
+
+
 def randomize_zero_weights(model: nn.Module) -> None:
     """Zeros would hide whole branches of the model."""
     for parameter in model.parameters():
@@ -48,7 +71,7 @@ def save_diverged(path: Path, model: DCDiT | DiT) -> None:
     save_file(weights, path, metadata)
 
 
-def batch(config: DCDiTConfig | DiTConfig, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def batch(config: DCDiTConfig | DiTConfig | DyDiTConfig, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(size, config.in_channels, *config.grid, generator=rng)
     t = torch.randint(0, 1000, (size,), generator=rng)

@@ -16,7 +16,7 @@ SMALL = {"optim.steps": 3, "run.checkpoint_every": 1, "model.name": "DiT-S/2"}
 
 
 def test_two_kills_find_nothing():
-    settings = [("training", 0.5, kills.IN_TRAINING, SMALL), ("writing", 0.01, kills.IN_WRITING, SMALL, True)]
+    settings = [("training", 1.0, kills.IN_TRAINING, SMALL), ("writing", 0.02, kills.IN_WRITING, SMALL, True)]
     found = kills.run(2, tuple(kills.Setting(*setting) for setting in settings))
     assert found.faults == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.page.splitlines()[-2:]]

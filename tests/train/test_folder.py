@@ -145,7 +145,7 @@ def strangers(config, tmp_path, archive):
     file = tmp_path / "a/checkpoints/step_00000001/trainer.json"
     trainer = json.loads(file.read_text())
     trainer["config"]["run"] |= {"out": str(tmp_path / "home"), "trackers": ["tensorboard"]}
-    trainer["config"]["data"]["path"] = str(private)
+    trainer["config"]["data"] |= {"path": str(private), "held_out_path": "https://example.org/a.tar"}
     trainer["config"]["upcycle"]["source"] = str(tmp_path / "home" / "dit.pt")
     file.write_text(json.dumps(trainer))
     return tmp_path / "home"
@@ -157,7 +157,8 @@ def test_a_checkpoint_does_not_say_where_to_write_and_what_to_read(strangers, ar
     assert contents(strangers) == before
     written = ckpt.read_trainer("a")["config"]
     assert (written["run"]["out"], written["run"]["trackers"]) == ("a", None)
-    assert (written["data"]["path"], written["upcycle"]["source"]) == (str(archive), None)
+    assert (written["data"]["path"], written["data"]["held_out_path"]) == (str(archive), None)
+    assert written["upcycle"]["source"] is None
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoints", "config.yaml", "log.jsonl"]
 
 
@@ -165,7 +166,12 @@ def test_without_a_config_the_user_names_what_is_read(strangers, archive, tmp_pa
     (tmp_path / "a/config.yaml").unlink()
     before = contents(tmp_path)
     command = ["train", "--resume", "a", "--steps", "2"]
-    flags = {"data.path": [], "upcycle.source": ["--data-path", archive], "run.trackers": ["--set", "upcycle.source="]}
+    flags = {
+        "data.path": [],
+        "data.held_out_path": ["--data-path", archive],
+        "upcycle.source": ["--set", "data.held_out_path="],
+        "run.trackers": ["--set", "upcycle.source="],
+    }
     for key, more in flags.items():
         command += more
         fails(capsys, *command, match=f"a has no config.yaml, and {key} is not taken from a checkpoint (")

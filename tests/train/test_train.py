@@ -424,6 +424,31 @@ def test_a_run_killed_at_some_time_goes_on_bitwise(config, tmp_path):
     assert_same_weights(whole.checkpoint, train(settings, resume=settings.run.out).checkpoint)
 
 
+def test_a_killed_run_on_a_stream_goes_on_bitwise(config, tmp_path):
+    """With loading processes and with two ranks, over the end of an epoch."""
+    from support.shards import image_shards
+
+    settings = config("optim.steps=7", "run.checkpoint_every=3", "run.eval_every=4", "data.kind=stream", "data.size=8")
+    settings.data.path = str(image_shards(tmp_path / "shards", (5, 6, 3, 6, 5, 4)))
+    settings.data.shuffle_buffer = 6
+    (tmp_path / "config.yaml").write_text(dump_yaml(settings))
+    command = [sys.executable, str(Path(__file__).with_name("stream_runs.py")), str(tmp_path / "config.yaml")]
+    done = subprocess.run([*command, str(tmp_path)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for runs in ("1-2", "2-0"):
+        whole, killed = (tmp_path / runs / name for name in ("whole", "killed"))
+        assert_same_weights(ckpt.find_checkpoint(whole), ckpt.find_checkpoint(killed))
+        first, second = (_log(out) for out in (whole, killed))
+        assert first == second and [r["step"] for r in first if "val_loss" in r] == [4]
+        places = ckpt.read_trainer(killed)["stream"]["places"]
+        assert places == ckpt.read_trainer(whole)["stream"]["places"] and max(epoch for epoch, *_ in places) >= 1
+
+
+def _log(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
 def test_a_run_asked_to_end_at_any_moment_saves_and_goes_on_bitwise(config, tmp_path):
     """Signals to a whole job with loading processes, as schedulers send them; of two ranks also to one alone."""
     settings = config("optim.steps=5", "run.eval_every=2", "run.log_every=50", "run.checkpoint_every=3")

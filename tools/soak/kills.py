@@ -5,8 +5,9 @@ for bit, and the log must be the same. After every kill, the newest checkpoint m
 one before the kill.
 
 Each attempt is a process, forked from one that has imported everything but has never computed. Its parent kills it
-after a random time. In the first setting most of the time is spent on steps. In the second the time begins when a
-checkpoint begins to be written, and most of it is spent on writing, replacing and deleting checkpoints.
+after a random time, which is at most as long as the run that nobody killed took. In the first setting most of it is
+spent on steps. In the second the time begins when a checkpoint begins to be written, is at most an eighth of that run,
+and most of it is spent on writing, replacing and deleting checkpoints.
 """
 
 import itertools
@@ -59,22 +60,23 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is killed, after how many seconds at most, and which column counts the kills that are wanted."""
+    """What is killed, after how long at most, and which column counts the kills that are wanted."""
 
     name: str
-    seconds: float
+    share: float
+    """The longest time of an attempt, over that of the run that nobody killed: seconds would depend on the machine."""
     counted: str
     overrides: dict[str, Any]
     from_writing: bool = False
-    """Whether the seconds begin when the attempt begins to write a checkpoint."""
+    """Whether that time begins when the attempt begins to write a checkpoint."""
 
 
 IN_TRAINING, IN_WRITING = "kills", "while a checkpoint was written or deleted"
 SETTINGS = (
-    Setting("training", 3.0, IN_TRAINING, {"optim.steps": 60, "run.checkpoint_every": 5, "data.workers": 1}),
+    Setting("training", 1.0, IN_TRAINING, {"optim.steps": 60, "run.checkpoint_every": 5, "data.workers": 1}),
     Setting(
         "checkpoint writing",
-        0.5,
+        1 / 8,
         IN_WRITING,
         {
             "optim.steps": 12,
@@ -121,7 +123,9 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
     np.savez(folder / "images.npz", images=images, labels=labels)
     config = override({}, {**BASE, **setting.overrides, "data.path": str(folder / "images.npz")})
     whole = folder / "whole"
+    began = time.monotonic()
     _ends_within(math.inf, _training(config, whole), folder)
+    longest = setting.share * (time.monotonic() - began)
     found: Counter[str] = Counter()
     moments = random.Random(SEED)
     with tqdm(total=kills, desc=setting.name, unit="kill") as bar:
@@ -129,7 +133,7 @@ def _kill(setting: Setting, folder: Path, kills: int) -> Counter[str]:
             out = folder / f"run-{found['runs finished']}"
             newest = _newest(out)
             begun = _writes_to(out) if setting.from_writing else _at_once
-            if _ends_within(moments.uniform(0, setting.seconds), _training(config, out), folder, begun):
+            if _ends_within(moments.uniform(0, longest), _training(config, out), folder, begun):
                 _compare(whole, out, found)
             else:
                 found[IN_TRAINING] += 1

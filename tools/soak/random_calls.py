@@ -329,7 +329,20 @@ def _modulated(make: Maker, tokens: int, tables: int) -> tuple[list[Tensor], lis
 
 def modulated_layer_norm(make: Maker) -> Call:
     tokens, tables, cu_seqlens = _modulated(make, 1, 2)
-    return Call(ops.modulated_layer_norm, (*tokens, *tables, cu_seqlens, make.one_of(1e-6, 1e-6, 1e-2)))
+    affine = _some_of(make, 2, tables)
+    return Call(ops.modulated_layer_norm, (*tokens, *tables, cu_seqlens, make.one_of(1e-6, 1e-6, 1e-2), *affine))
+
+
+def modulated_rms_norm(make: Maker) -> Call:
+    (t,), (shift, scale), cu_seqlens = _modulated(make, 1, 2)
+    args = t, make.one_of(shift, None), scale, cu_seqlens, make.one_of(1e-6, 1e-6, 1e-2)
+    return Call(ops.modulated_rms_norm, (*args, *_some_of(make, 1, [scale])))
+
+
+def _some_of(make: Maker, count: int, tables: list[Tensor]) -> list[Tensor | None]:
+    """Weights of a norm, or None."""
+    width, dtype = tables[0].shape[1], make.one_of(tables[0].dtype, make.dtype())
+    return [make.normal(width, dtype=dtype, scale=1.0) if make.one_of(False, True) else None for _ in range(count)]
 
 
 def gated_add(make: Maker) -> Call:
@@ -344,14 +357,24 @@ def gated_add_modulated_layer_norm(make: Maker) -> Call:
 
 def varlen_attention(make: Maker) -> Call:
     lengths = make.lengths() if make.one_of(False, True) else [make.size()] * make.random.randrange(4)
-    padding = make.one_of(0, 0, 3)
-    shape = sum(lengths) + padding, make.random.randint(1, 3), make.one_of(1, 2, 8, 16)
-    q, k, v = (make.normal(*shape, dtype=dtype, scale=1.0) for dtype in make.dtypes(3))
-    longest = max(lengths, default=0) + make.one_of(0, 0, 2)
-    return Call(
-        ops.varlen_attention,
-        (q, k, v, make.cu_seqlens(lengths), longest, make.one_of(False, True), "auto", padding > 0),
+    of_k = lengths
+    if crossed := make.one_of(False, True):
+        of_k = [make.size() for _ in lengths] if make.one_of(False, True) else [make.size()] * len(lengths)
+    padding, heads, groups, width = (
+        make.one_of(0, 0, 3),
+        make.random.randint(1, 3),
+        make.one_of(1, 1, 2),
+        make.one_of(1, 2, 8, 16),
     )
+    dtypes, rows_k = make.dtypes(3), sum(of_k) + padding
+    q = make.normal(sum(lengths) + padding, heads * groups, width, dtype=dtypes[0], scale=1.0)
+    k, v = (make.normal(rows_k, heads, width, dtype=dtype, scale=1.0) for dtype in dtypes[1:])
+
+    def sequences(lengths: list[int]) -> tuple[Tensor, int]:
+        return make.cu_seqlens(lengths), max(lengths, default=0) + make.one_of(0, 0, 2)
+
+    args = q, k, v, *sequences(lengths), make.one_of(False, True), "auto", padding > 0, None
+    return Call(ops.varlen_attention, (*args, *(sequences(of_k) if crossed else (None, None))))
 
 
 def philox_normal(make: Maker) -> Call:

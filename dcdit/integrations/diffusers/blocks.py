@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor, nn
 
-from dcdit.models import DCDiT, DiT
+from dcdit.checkpoint import Model
+from dcdit.models import DCDiT, DiT, DyDiT
 from dcdit.models.dc_dit import Embedded, Prepared
 from dcdit.nn import stage
 from dcdit.nn.dit_block import modulate
@@ -29,6 +30,8 @@ class Step(NamedTuple):
     """(B, D): SiLU of the conditioning; (depth, B, D) with ``separate_embedders``."""
     conv_cond: Tensor
     """(B, D): the same for encoder and decoder."""
+    time: Tensor
+    """(B, D): embedding of the timestep."""
     drop_fraction: float | Tensor
     budget: int | None
     capacity: int | None
@@ -79,7 +82,7 @@ class InnerBlock(_View):
     def forward(self, hidden_states: Tensor, step: Step) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         model: DCDiT = self.model
-        encoded = model.route(Embedded(step.cond, step.conv_cond, hidden_states))
+        encoded = model.route(Embedded(step.cond, step.conv_cond, hidden_states, step.time))
         prepared: list[Prepared] = []
         packed, sel = model.chunk(
             hidden_states, encoded.prob, model.pos_embed, step.drop_fraction, step.budget, step.capacity,
@@ -110,8 +113,9 @@ class OutputLayer(_View):
         return self.model.project(hidden_states, cond)
 
 
-def chain(model: DCDiT | DiT) -> nn.ModuleList:
+def chain(model: Model) -> nn.ModuleList:
     """The blocks of a model from grid to grid, in order."""
+    assert not isinstance(model, DyDiT), "there is no model of diffusers for it"
     if isinstance(model, DiT):
         return nn.ModuleList(StaticBlock(model, index) for index in range(len(model.blocks)))
     encoder = [EncoderBlock(model, index) for index in range(len(model.encoder.blocks))]

@@ -34,7 +34,7 @@ from dcdit.integrations.diffusers.transformer import (
 from dcdit.models import DCDiT
 from dcdit.sample.classes import class_numbers
 from dcdit.sample.image_generator import autoencoder_beside
-from dcdit.utils.modules import accepts_keyword, evaluating, unwrap_model
+from dcdit.utils.modules import evaluating, name_of, unwrap_model
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -169,7 +169,7 @@ class DCDiTPipeline(DiffusionPipeline):
                 f"{', '.join(self._callback_tensor_inputs)}"
             )
         self._guidance_scale, self._interrupt = guidance_scale, False
-        config, device, source = self.transformer.config, self._execution_device, type(self.transformer).__name__
+        config, device, source = self.transformer.config, self._execution_device, name_of(self.transformer)
         numbers = class_numbers(class_labels, self.class_names, config.num_classes, source)
         y = torch.tensor(numbers, dtype=torch.int64, device=device)
         run = SchedulerRun(
@@ -203,7 +203,7 @@ class DCDiTPipeline(DiffusionPipeline):
     @property
     def class_names(self) -> list[str]:
         """The name of every class, in order; empty where nobody said them."""
-        return class_names_in(self.transformer.notes, type(self.transformer).__name__)
+        return class_names_in(self.transformer.notes, name_of(self.transformer))
 
     @property
     def labels(self) -> dict[str, int]:
@@ -248,7 +248,7 @@ class DCDiTPipeline(DiffusionPipeline):
     def _budget(self, drop: Fraction | str, uncond: Fraction | str | None, budget: int | None) -> dict[str, Any]:
         """The options of a dynamic model for :func:`dcdit.diffusion.guided`."""
         dropping = uncond is not None or not (isinstance(drop, int | float) and drop == 0)
-        if not accepts_keyword(unwrap_model(self.transformer), "drop_fraction"):
+        if not isinstance(self.transformer.to_dcdit(), DCDiT):
             if dropping or budget is not None:
                 raise ValueError(
                     "the transformer is a static DiT, which drops no tokens; leave fractions and budget out"
@@ -294,7 +294,7 @@ class DCDiTPipeline(DiffusionPipeline):
             return x
         shift, scale = (
             torch.tensor(numbers, device=x.device).reshape(-1, 1, 1)
-            for numbers in shift_and_scale(self.vae, self.transformer.notes, type(self.transformer).__name__)
+            for numbers in shift_and_scale(self.vae, self.transformer.notes, name_of(self.transformer))
         )
         return self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample.float()
 

@@ -35,7 +35,7 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
     _config_class: type[DCDiTConfig] | type[DiTConfig]
     _supports_gradient_checkpointing = True
     _supports_group_offloading = True
-    _group_offload_block_modules: ClassVar[list[str]] = ["model"]
+    _group_offload_block_modules: ClassVar[list[str]] = ["model"]  # by its blocks, not as a whole
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["x_embedder", "norm", "router", "final_layer"]
 
     def _build(self) -> None:
@@ -140,14 +140,14 @@ class Transformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin):
         super().enable_group_offload(*args, **kwargs)
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Raise ValueError: attention runs on packed tokens, for which diffusers has no processors.
+        """Raise ValueError: attention on packed tokens has no processors in diffusers, so there are none to set.
 
         ``attn_processors`` is empty for the same reason. Queries, keys and values are one projection already, so
         ``fuse_qkv_projections`` has nothing to do.
         """
         raise ValueError(
-            f"{type(processor).__name__} is no attention for packed tokens; the kernel is chosen by "
-            "dcdit.ops.varlen_attention, and activate_flash_attention_impl of torch.nn.attention changes it"
+            f"a {type(self).__name__} takes no attention of diffusers ({processor!r}); dcdit.ops.varlen_attention says "
+            "how its kernel is chosen"
         )
 
     def set_attention_backend(self, backend: str) -> None:
@@ -213,6 +213,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         dechunk_sigma: float = 1.0,
         start: str = "paper",
         adapt_conditioning: bool = False,
+        dynamic_width: bool = False,
         notes: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -245,8 +246,8 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         """
         inputs = (hidden_states, timestep.expand(len(hidden_states)), class_labels)
         if self._runs_as_chain:
-            cond, conv_cond, tokens = self.model.embed(*inputs)
-            step = Step(cond, conv_cond, drop_fraction, budget, capacity)
+            cond, conv_cond, tokens, time = self.model.embed(*inputs)
+            step = Step(cond, conv_cond, time, drop_fraction, budget, capacity)
             for block in self.blocks:
                 tokens = block(tokens, step)
             sample = self.proj_out(tokens, cond)

@@ -97,7 +97,7 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
     """The inverse of :func:`load_official`: copies of the weights under the reference implementation's names.
 
     Raises:
-        ValueError: a router, a de-chunk or an adaptor that the reference implementation does not have.
+        ValueError: a router, a de-chunk, an adaptor or gates that the reference implementation does not have.
     """
     config = model.config
     if (config.router, config.dechunk) != ("predictability", "spatial"):
@@ -107,6 +107,8 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
         )
     if config.adapt_conditioning:
         raise ValueError("adapt_conditioning is True; accepted: False, the reference implementation has no adaptor")
+    if config.dynamic_width:
+        raise ValueError("dynamic_width is True; accepted: False, the reference implementation has no gates")
     if config.separate_embedders or config.frequency_shift or config.mlp_norm_eps != DCDiTConfig.mlp_norm_eps:
         raise ValueError("the model is upcycled from a DiT of diffusers, and the reference implementation has no such")
     return export_weights(model, key_table(config.depth))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dcdit.ops.autocast import without_autocast
+from dcdit.ops.namespace import add_op_namespace_prefix
 
 
 def as_custom_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -24,7 +25,8 @@ def as_custom_op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
             with without_autocast(args[0]):  # a compiled backward may run under autocast
                 return fn(*args)
 
-        op = torch.library.custom_op(f"dcdit_torch::{fn.__name__.lstrip('_')}", operator, mutates_args=())
+        name = add_op_namespace_prefix(f"torch_{fn.__name__.lstrip('_')}")
+        op = torch.library.custom_op(name, operator, mutates_args=())
         op.register_fake(fake)
 
         def call(*args: Any) -> Any:

@@ -10,20 +10,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcdit.ops._torch import host_reads
-from dcdit.ops._torch.segment_modulation import SegmentGatedAdd, SegmentLayerNorm
+from dcdit.ops._torch.segment_modulation import SegmentGatedAdd, SegmentNorm
 from dcdit.ops._torch.segments import segment_of_rows
+from dcdit.ops.affine import fold_affine
 from dcdit.ops.autograd import apply
 from dcdit.ops.numerics import upcast_all, widest
 
 
-def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
+def modulated_layer_norm(
+    t: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return _modulated_norm(t, shift, scale, cu_seqlens, eps, weight, bias, False)
+
+
+def modulated_rms_norm(
+    t: Tensor, shift: Tensor | None, scale: Tensor, cu_seqlens: Tensor, eps: float, weight: Tensor | None
+) -> Tensor:
+    return _modulated_norm(t, shift, scale, cu_seqlens, eps, weight, None, True)
+
+
+def _modulated_norm(
+    t: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+) -> Tensor:
+    whole = weight is not None or bias is not None
+    if whole:
+        shift, scale = fold_affine(shift, scale, weight, bias)
+    if shift is None:
+        shift = torch.zeros_like(scale)
     if host_reads.reads_are_free(t):
-        normed, *_ = apply(SegmentLayerNorm, t, shift, scale, cu_seqlens.tolist(), eps)
+        normed, *_ = apply(SegmentNorm, t, shift, scale, cu_seqlens.tolist(), eps, rms, whole)
         return normed
     segment = segment_of_rows(cu_seqlens, t.shape[0])
     tokens, shift, scale = upcast_all(t, shift, scale)
-    normed = F.layer_norm(_without_padding(tokens, segment, cu_seqlens), t.shape[-1:], eps=eps)
-    return torch.addcmul(_rows(shift, segment), normed, 1 + _rows(scale, segment)).to(t.dtype)
+    tokens, factor = _without_padding(tokens, segment, cu_seqlens), scale if whole else 1 + scale
+    if rms:
+        normed = tokens * torch.rsqrt((tokens * tokens).mean(-1, keepdim=True) + eps)
+    else:
+        normed = F.layer_norm(tokens, t.shape[-1:], eps=eps)
+    return torch.addcmul(_rows(shift, segment), normed, _rows(factor, segment)).to(t.dtype)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ from dcdit.ops._torch import host_reads
 from dcdit.ops.autograd import apply
 from dcdit.ops.numerics import upcast_all
 from dcdit.ops.sizes import known_true
-from dcdit.ops.token_selection import TokenSelection, is_shared
+from dcdit.ops.token_selection import TokenSelection
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    tokens = (
-        _take_shared(x[0], sel) if is_shared(x, sel) else apply(_TakeRows, rows, sel.indices, sel.packed_rows.flatten())
-    )
+    shared = rows.shape[0] != sel.packed_rows.numel()  # one table for several images, or for none
+    tokens = _take_shared(x[0], sel) if shared else apply(_TakeRows, rows, sel.indices, sel.packed_rows.flatten())
     if bias is None:
         return tokens
     tokens, bias = upcast_all(tokens, bias)

@@ -10,24 +10,31 @@ from dcdit.ops.autograd import first_derivative_only
 from dcdit.ops.numerics import accumulation_dtype, upcast_all, widest
 
 
-class SegmentLayerNorm(torch.autograd.Function):
-    """``LayerNorm(t) * (1 + scale[seg]) + shift[seg]``; padding rows, past the last bound, come out as 0."""
+class SegmentNorm(torch.autograd.Function):
+    """``norm(t) * (1 + scale[seg]) + shift[seg]``, where ``whole`` without the 1.
+
+    The norm is LayerNorm, where ``rms`` RMSNorm. Padding rows, past the last bound, come out as 0.
+    """
 
     @staticmethod
     def forward(
-        t: Tensor, shift: Tensor, scale: Tensor, bounds: list[int], eps: float
+        t: Tensor, shift: Tensor, scale: Tensor, bounds: list[int], eps: float, rms: bool, whole: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The result, and the mean and 1 / standard deviation of each row."""
+        """The result, and the mean (of RMSNorm 0) and 1 / standard deviation of each row."""
         real, shift, scale = upcast_all(t[: bounds[-1]], shift, scale)
-        out, mean, rstd = torch.native_layer_norm(real, real.shape[1:], None, None, eps)
-        factor = 1 + scale
+        if rms:
+            rstd = (torch.linalg.vecdot(real, real) / real.shape[1] + eps).rsqrt()[:, None]
+            mean, out = torch.zeros_like(rstd), real * rstd
+        else:
+            out, mean, rstd = torch.native_layer_norm(real, real.shape[1:], None, None, eps)
+        factor = scale if whole else 1 + scale
         for b, (lo, hi) in enumerate(pairwise(bounds)):
             torch.addcmul(shift[b], out[lo:hi], factor[b], out=out[lo:hi])
         return _with_padding(out.to(t.dtype), t.shape[0]), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        t, shift, scale, ctx.bounds, _ = inputs
+        t, shift, scale, ctx.bounds, _, ctx.rms, ctx.whole = inputs
         _, mean, rstd = output
         ctx.shift_dtype = shift.dtype
         ctx.mark_non_differentiable(mean, rstd)
@@ -36,11 +43,13 @@ class SegmentLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         t, scale, mean, rstd = ctx.saved_tensors
         bounds = ctx.bounds
         # The statistics have the dtype of the arithmetic.
-        real, grad, factor = t[: bounds[-1]].to(mean.dtype), grad.to(mean.dtype), 1 + scale.to(mean.dtype)
+        real, grad, factor = t[: bounds[-1]].to(mean.dtype), grad.to(mean.dtype), scale.to(mean.dtype)
+        if not ctx.whole:
+            factor = 1 + factor
         grad_shift, grad_scale, grad_normed = torch.zeros_like(factor), torch.zeros_like(factor), torch.empty_like(real)
         for b, (lo, hi) in enumerate(pairwise(bounds)):
             g = grad[lo:hi]
@@ -48,15 +57,19 @@ class SegmentLayerNorm(torch.autograd.Function):
             normed = (real[lo:hi] - mean[lo:hi]).mul_(rstd[lo:hi])
             torch.sum(normed.mul_(g), 0, out=grad_scale[b])
             torch.mul(g, factor[b], out=grad_normed[lo:hi])
-        grad_t, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad_normed, real, real.shape[1:], mean, rstd, None, None, [True, False, False]
-        )
+        if ctx.rms:
+            normed = real * rstd
+            shared = torch.linalg.vecdot(grad_normed, normed)[:, None] / real.shape[1]
+            grad_t = torch.addcmul(grad_normed, normed, shared, value=-1).mul_(rstd)
+        else:
+            grad_t, _, _ = torch.ops.aten.native_layer_norm_backward(
+                grad_normed, real, real.shape[1:], mean, rstd, None, None, [True, False, False]
+            )
         return (
             _with_padding(grad_t.to(t.dtype), t.shape[0]),
             grad_shift.to(ctx.shift_dtype),
             grad_scale.to(scale.dtype),
-            None,
-            None,
+            *[None] * 4,
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dcdit.ops._triton.nested import builder, leaf_types, leaves, parts
 from dcdit.ops.autograd import apply, first_derivative_only
+from dcdit.ops.namespace import add_op_namespace_prefix
 from dcdit.ops.sizes import known_true
 
 _PLAIN = frozenset([Tensor, torch.nn.Parameter])
@@ -39,7 +40,7 @@ class KernelOp:
         self._arguments = get_type_hints(launcher)
         self._result = self._arguments.pop("return")
         self._argument_builders = [builder(kind) for kind in self._arguments.values()]
-        self.op = torch.library.custom_op(f"dcdit::{name}", self._on_leaves(launcher), mutates_args=())
+        self.op = torch.library.custom_op(add_op_namespace_prefix(name), self._on_leaves(launcher), mutates_args=())
         self.op.register_fake(self._on_leaves(fake))
         self._function: type[torch.autograd.Function] | None = None
 

@@ -1,4 +1,4 @@
-"""adaLN on packed tokens on Triton kernels: three operations with one backward."""
+"""adaLN on packed tokens on Triton kernels: all operations with one backward."""
 
 from typing import Any
 
@@ -7,11 +7,46 @@ from torch import Tensor
 
 from dcdit.kernels import modulation
 from dcdit.ops._triton.kernel_op import KernelOp, unit_stride, unit_strides, without_gradient
+from dcdit.ops.affine import fold_affine
 from dcdit.ops.numerics import widest
 
 
-def modulated_layer_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> Tensor:
-    normed, _ = _norm(*unit_strides(t, shift, scale, cu_seqlens), eps)
+def modulated_layer_norm(
+    t: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    if weight is not None or bias is not None:
+        return _affine_norm(t, shift, scale, cu_seqlens, eps, weight, bias, False)
+    normed, _ = _norm(*unit_strides(t, shift, scale, cu_seqlens), eps, False, False)
+    return normed
+
+
+def modulated_rms_norm(
+    t: Tensor, shift: Tensor | None, scale: Tensor, cu_seqlens: Tensor, eps: float, weight: Tensor | None
+) -> Tensor:
+    return _affine_norm(t, shift, scale, cu_seqlens, eps, weight, None, True)
+
+
+def _affine_norm(
+    t: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    cu_seqlens: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+) -> Tensor:
+    whole = weight is not None or bias is not None
+    if whole:
+        shift, scale = fold_affine(shift, scale, weight, bias)
+    t, scale, cu_seqlens = unit_strides(t, scale, cu_seqlens)
+    normed, _ = _norm(t, None if shift is None else unit_stride(shift), scale, cu_seqlens, eps, rms, whole)
     return normed
 
 
@@ -26,12 +61,14 @@ def gated_add_modulated_layer_norm(
     return added, normed
 
 
-def _norm_fake(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm_fake(
+    t: Tensor, shift: Tensor | None, scale: Tensor, cu_seqlens: Tensor, eps: float, rms: bool, whole: bool
+) -> tuple[Tensor, Tensor]:
     return t.new_empty(t.shape), t.new_empty((2, t.shape[0]), dtype=torch.float32)
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    t, _, scale, cu_seqlens, _ = inputs
+    t, _, scale, cu_seqlens, _, *ctx.kind = inputs
     without_gradient(ctx, output[1])
     ctx.save_for_backward(t, scale, output[1], cu_seqlens)
 
@@ -40,8 +77,9 @@ def _norm_backward(ctx: Any, grad: Tensor, _stats: None) -> tuple[Tensor | None,
     t, scale, stats, cu_seqlens = ctx.saved_tensors
     want_t, want_shift, want_scale = ctx.needs_input_grad[:3]
     wanted = (t.dtype if want_t else None, None, False, want_shift or want_scale)
-    grad_t, _, _, grad_shift, grad_scale = _gradients(wanted, None, grad, t, None, None, scale, stats, cu_seqlens)
-    return grad_t, grad_shift, grad_scale, None, None
+    rows = None, grad, t, None, None, scale, stats, cu_seqlens
+    grad_t, _, _, grad_shift, grad_scale = _gradients(wanted, *rows, *ctx.kind)
+    return grad_t, grad_shift if want_shift else None, grad_scale, None, None, None, None
 
 
 def _add_fake(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -98,6 +136,8 @@ def _gradients(
     scale: Tensor | None,
     stats: Tensor | None,
     cu_seqlens: Tensor,
+    rms: bool = False,
+    whole: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, gate, shift and scale, None where not wanted.
 
@@ -113,7 +153,7 @@ def _gradients(
         added, scale, stats, x_dtype, want_norm = grad_added, None, None, None, False
     rows = (tensor if tensor is None else unit_stride(tensor) for tensor in (grad_added, grad_normed))
     computed_x, grad_y, modulation_grads = _backward(
-        *rows, added, y if want_gate else None, gate, scale, stats, cu_seqlens, x_dtype, y_dtype, want_norm
+        *rows, added, y if want_gate else None, gate, scale, stats, cu_seqlens, x_dtype, y_dtype, want_norm, rms, whole
     )
     parts = modulation_grads.unbind(1)
     return (
@@ -137,6 +177,8 @@ def _backward_fake(
     x_dtype: torch.dtype | None,
     y_dtype: torch.dtype | None,
     want_norm: bool,
+    rms: bool,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     table = gate if scale is None else scale
     assert table is not None
@@ -149,7 +191,7 @@ def _backward_fake(
 
 
 _backward = KernelOp("modulation_bwd", modulation.modulation_bwd, _backward_fake)
-_norm = KernelOp("modulated_layer_norm", modulation.modulated_layer_norm_fwd, _norm_fake)
+_norm = KernelOp("modulated_norm", modulation.modulated_norm_fwd, _norm_fake)
 _norm.differentiate(_norm_setup, _norm_backward)
 _add = KernelOp("gated_add", modulation.gated_add_fwd, _add_fake).differentiate(_add_setup, _add_backward)
 _add_norm = KernelOp(

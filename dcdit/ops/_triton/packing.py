@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dcdit.kernels import packing as kernels
 from dcdit.ops._triton.kernel_op import KernelOp, unit_stride
-from dcdit.ops.token_selection import TokenSelection, is_shared
+from dcdit.ops.token_selection import TokenSelection
 
 
 def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor:
@@ -15,7 +15,9 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None) -> Tensor
         return gather_tokens(x.view(torch.uint8), sel, None).view(torch.bool)
     rows = unit_stride(x.reshape(-1, x.shape[-1]))
     bias = None if bias is None else bias.contiguous()
-    return _gather(rows, sel.indices.contiguous(), sel.packed_rows.contiguous(), bias, is_shared(x, sel))
+    packed_rows = sel.packed_rows.contiguous()
+    shared = rows.shape[0] != packed_rows.numel()  # one table for several images, or for none
+    return _gather(rows, sel.indices.contiguous(), packed_rows, bias, shared)
 
 
 def scatter_tokens(t: Tensor, sel: TokenSelection, fill: float) -> Tensor:

@@ -17,6 +17,19 @@ def _norm(inputs: Inputs, table_dtype: torch.dtype | None = None, padded: bool =
     return {"t": t, "shift": shift, "scale": scale, "cu_seqlens": sel.cu_seqlens}
 
 
+def _affine_norm(inputs: Inputs) -> Arguments:
+    width = inputs.shape.width
+    return {**_norm(inputs), "weight": inputs.normal(width), "bias": inputs.normal(width)}
+
+
+def _rms_norm(
+    inputs: Inputs, table_dtype: torch.dtype | None = None, padded: bool = False, plain: bool = False
+) -> Arguments:
+    """With a shift and a weight, or plain."""
+    made = _norm(inputs, table_dtype, padded)
+    return {**made, "shift": None} if plain else {**made, "weight": inputs.normal(inputs.shape.width)}
+
+
 def _add(inputs: Inputs, table_dtype: torch.dtype | None = None, padded: bool = False) -> Arguments:
     sel = inputs.padded_selection() if padded else inputs.selection()
     x, y, (_, _, gate, *_) = inputs.packed(sel), inputs.packed(sel), inputs.table(table_dtype)
@@ -54,6 +67,14 @@ def _plain_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor) -> 
     return call
 
 
+def _plain_rms_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, weight: Tensor) -> Call:
+    def call() -> Tensor:
+        shift_rows, scale_rows = _per_token(cu_seqlens, shift, scale)
+        return F.rms_norm(t, t.shape[-1:], weight, 1e-6) * (1 + scale_rows) + shift_rows
+
+    return call
+
+
 def _plain_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Call:
     def call() -> Tensor:
         (rows,) = _per_token(cu_seqlens, gate)
@@ -86,10 +107,24 @@ OPERATIONS = (
     Operation(
         ops.modulated_layer_norm,
         plain=_plain_norm,
-        cases=_cases(_norm, tokens=("t",)),
+        cases={**_cases(_norm, tokens=("t",)), "affine": Case(_affine_norm)},
         forward_reads=("t", "shift", "scale"),
         backward_reads=("t", "scale"),
         backward_writes=("t", "shift", "scale"),
+    ),
+    Operation(
+        ops.modulated_rms_norm,
+        plain=_plain_rms_norm,
+        cases={
+            "default": Case(_rms_norm),
+            "frozen": Case(_rms_norm, gradients=("t",)),
+            "float32": Case(partial(_rms_norm, table_dtype=torch.float32)),
+            "padded": Case(partial(_rms_norm, padded=True)),
+            "without_shift": Case(partial(_rms_norm, plain=True)),
+        },
+        forward_reads=("t", "shift", "scale", "weight"),
+        backward_reads=("t", "scale", "weight"),
+        backward_writes=("t", "shift", "scale", "weight"),
     ),
     Operation(
         ops.gated_add,
