@@ -209,11 +209,13 @@ def _smooth_fwd_kernel(
         q = tl.load(q_ptr + packed_row, mask=real, other=0.0)  # [BM]
         norm_of_others = total + _ROW_EPS
         norm = norm_of_others + q
-        out = (h * norm_of_others[:, None] - acc) / norm[:, None]
+        c = (1 - q) / norm
         if c_ptr is None:
-            out = h - (1 - q)[:, None] * out
-        elif tl.program_id(1) == 0:
-            tl.store(c_ptr + packed_row, (1 - q) / norm, mask=real)
+            out = h * (1 - c * norm_of_others)[:, None] + acc * c[:, None]  # h', without a division of each element
+        else:
+            out = (h * norm_of_others[:, None] - acc) / norm[:, None]
+            if tl.program_id(1) == 0:
+                tl.store(c_ptr + packed_row, c, mask=real)
         tl.store(out_ptr + buffer_row * D + channel[None, :], out, mask=inside)
 
 
