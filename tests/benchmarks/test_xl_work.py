@@ -22,7 +22,7 @@ def test_work_is_what_it_was(name: str) -> None:
 def test_an_added_pass_over_the_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard itself: a copy of what the attention of a block returns."""
     attention = PackedDiTBlock.attention
-    monkeypatch.setattr(PackedDiTBlock, "attention", lambda self, x, varlen: attention(self, x, varlen).sin())
+    monkeypatch.setattr(PackedDiTBlock, "attention", lambda *args: attention(*args).sin())
     now = xl_work.count_forward("budget", xl_work.COUNTED_DEPTH)
     transformer, whole = xl_work.differences(now, KEPT["forward, budget"])
     assert transformer.startswith("transformer: launches ")
