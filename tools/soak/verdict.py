@@ -162,7 +162,10 @@ def _terms(call: Call, exact: list[Tensor]) -> dict[int, float]:
         return {1: size, 2: size, 3: size}
     if call.op is ops.boundary_prob_predictability:
         # The derivative of the sigmoid is p (1 - p), with 1 - p as exact as p.
-        return dict.fromkeys((2, 3, 4, 5), float(LARGEST_COTANGENT))
+        features, weight, _, out_weight, _, groups = call.args[:6]
+        weights = _largest(weight.double()) * _largest(out_weight.double())
+        of_p = float(LARGEST_COTANGENT)
+        return {1: of_p * weights * _largest(_rstd(features, groups)), **dict.fromkeys((2, 3, 4, 5), of_p)}
     if call.op in (ops.dechunk_ema, ops.dechunk_spatial):
         # The gradient of p is the product of what flows back with h minus its average.
         h = call.args[0].double().nan_to_num()
@@ -188,14 +191,21 @@ def _terms_of_group_norm(call: Call) -> dict[int, float]:
     x = x.flatten(2).mT if x.dim() == 4 else x
     if x.numel() == 0:
         return {}
-    moved = (x if shift is None else x + shift[:, None]).unflatten(2, (groups, -1)).transpose(1, 2).flatten(2)
-    rstd = (moved.var(2, correction=0) + GROUP_NORM_EPS).rsqrt()
-    rounded = 1 + _largest(moved.abs().amax(2) * rstd)  # x_hat is wrong by so many units
+    moved = x if shift is None else x + shift[:, None]
+    rstd = _rstd(moved.mT, groups)
+    sizes = moved.unflatten(2, (groups, -1)).abs().amax((1, 3))
+    rounded = 1 + _largest(sizes * rstd)  # x_hat is wrong by so many units
     images, length, _ = x.shape
     of_y = rounded * max(1.0, _largest(weight))
     of_x = of_y * _largest(rstd) * LARGEST_COTANGENT
     of_parameters = of_y * images * length * LARGEST_COTANGENT
     return {0: of_y, 1: of_x, 2: of_parameters, 3: of_parameters, 4: of_x * length}
+
+
+def _rstd(x: Tensor, groups: int) -> Tensor:
+    """(B, groups), 1 / sqrt(var + eps) of the groups of x (B, C, ...)."""
+    grouped = x.double().flatten(2).unflatten(1, (groups, -1)).flatten(2)
+    return (grouped.var(2, correction=0) + GROUP_NORM_EPS).rsqrt()
 
 
 def _difference(value: Tensor, truth: Tensor) -> Tensor:
