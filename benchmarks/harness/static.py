@@ -32,7 +32,7 @@ class CompiledDiT:
     """
 
     def __init__(self, model: DiT, backend: str = "inductor") -> None:
-        self.model = model
+        self.model, self.config = model, model.config
         options: dict[str, Any] = {"backend": backend, "dynamic": False, "fullgraph": True}
         self._begin, self._block, self._end = (torch.compile(piece, **options) for piece in (_begin, _block, _end))
 

@@ -269,14 +269,18 @@ def test_missing_image_folder(fails, tmp_path):
 
 
 def test_empty_image_folder(fails, tmp_path):
-    fails(*train_command(tmp_path, tmp_path), match="no images in")
+    images = tmp_path / "images"
+    images.mkdir()
+    fails(*train_command(images, tmp_path / "run"), match="no images in")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image(fails, tmp_path, workers, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(8):
-        (tmp_path / f"{i}.png").write_bytes(b"no image")
-    command = train_command(tmp_path, tmp_path / "run", "--set", f"data.workers={workers}")
+        (images / f"{i}.png").write_bytes(b"no image")
+    command = train_command(images, tmp_path / "run", "--set", f"data.workers={workers}")
     assert main(command) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("dcdit: error: ") and "cannot read image" in last and ".png" in last

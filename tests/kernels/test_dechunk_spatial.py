@@ -248,6 +248,7 @@ def test_an_image_does_not_depend_on_its_batch(mode: dict[str, Any], device: tor
             indices=sel.indices[tokens] - i * p.shape[1],
             cu_seqlens=sel.cu_seqlens[i : i + 2] - starts[i],
             mask=sel.mask[image],
+            natural_mask=sel.natural_mask[image],
             packed_rows=torch.where(sel.mask[image], sel.packed_rows[image] - starts[i], -1).to(torch.int32),
         )
         parts = gradients(

@@ -34,10 +34,12 @@ def test_the_configuration_is_the_published_size_with_the_other_router():
 @pytest.mark.parametrize("target", [16, 4])
 def test_two_steps_of_training(target, tmp_path):
     rng = np.random.default_rng(0)
-    np.save(tmp_path / "latents.npy", rng.standard_normal((8, 4, 8, 8), dtype=np.float32))
-    np.save(tmp_path / "labels.npy", np.arange(8) % 2)
+    data = tmp_path / "data"
+    data.mkdir()
+    np.save(data / "latents.npy", rng.standard_normal((8, 4, 8, 8), dtype=np.float32))
+    np.save(data / "labels.npy", np.arange(8) % 2)
     sets = {f"model.overrides.{name}": list(value) if name == "grid" else value for name, value in TINY.items()}
-    sets |= {"data.path": tmp_path, "data.held_out": 0.25, "data.workers": 0, "model.num_classes": 2}
+    sets |= {"data.path": data, "data.held_out": 0.25, "data.workers": 0, "model.num_classes": 2}
     sets |= {"optim.steps": 2, "optim.batch_size": 4, "optim.precision": "fp32", "optim.device": "cpu"}
     sets |= {"router.target": target, "router.group_size": 4, "run.out": tmp_path / "run", "run.eval_every": 0}
     config = load_config(CONFIG, [f"{key}={value}" for key, value in sets.items()])
