@@ -384,7 +384,7 @@ def predictability_fwd(
         x, norm_weight, norm_bias, out_weight, out_bias, partial, p, stats,
         length, partial.shape[1], split_length, memory.image_stride, memory.outer_stride, eps,
         C=channels, GROUPS=num_groups, CHANNELS_LAST=memory.channels_last, DIVISOR=memory.divisor,
-        BLOCK_S=min(MAX_SPLITS, max(1, 512 // block_g)), BLOCK_G=block_g, **config,
+        BLOCK_S=min(MAX_SPLITS, max(1, 128 // block_g)), BLOCK_G=block_g, **config,
     )  # fmt: skip
     return p, stats
 

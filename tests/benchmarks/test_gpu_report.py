@@ -210,6 +210,7 @@ def test_kernels_of_a_forward(cases: forward.ForwardCases) -> None:
 
 
 def test_training_steps() -> None:
+    torch.manual_seed(0)  # which of so few positions are kept depends on the weights
     cases = training.TrainingCases(replace(SETTING, batches=(2, 1)))
     assert cases.run("equal")["compared"]
     found = cases.run("drop 0.2")
