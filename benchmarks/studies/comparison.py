@@ -76,4 +76,5 @@ def _means(rows: Sequence[Sequence[float]], form: str) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.4f} ± {(max(values) - min(values)) / 2:.4f}"
+    mean = f"{sum(values) / len(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"

@@ -76,7 +76,8 @@ def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, A
         "# How a DC-DiT should start",
         f"One DC-DiT on CIFAR-10 from each start, {conditions['flops']:.3g} training FLOPs a run, otherwise as in "
         "[the study of equal compute](../cifar10-cpu/report.md), so the losses can be compared with its static models. "
-        "Seeds " + ", ".join(map(str, conditions["seeds"])) + "; `±` is half the range over them.",
+        f"Seeds: {', '.join(map(str, conditions['seeds']))}; `±` is half the range over them. With one seed, take "
+        "differences under 0.003 as ties.",
         f"Machine: {conditions['machine']}. Command: `{conditions['command']}`.",
         "## The starts",
         markdown_table(
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "flops": args.flops,
         "seeds": args.seeds,
         "machine": f"{cpu_name()}, torch {torch.__version__}, float32, one thread per training run",
-        "command": f"python -m benchmarks.studies.start --data DIR --flops {args.flops:g}",
+        "command": f"python -m benchmarks.studies.start --data DIR --flops {args.flops:g} "
+        f"--seeds {' '.join(map(str, args.seeds))} --starts {' '.join(args.starts)}",
     }
     print(f"wrote {write_page(results, conditions, args.out)}")
 
