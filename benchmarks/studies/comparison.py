@@ -1,5 +1,6 @@
 """Tables and the picture of a study that trains one model in several ways: the same losses and routing for each way."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,17 @@ from dcdit.utils.tables import markdown_table
 
 Results = Mapping[str, dict[str, Any]]
 """Run name ("<way>-<seed>") -> the losses, the routing and the course of that run."""
+
+
+def write_study(results: Results, conditions: Mapping[str, Any], parts: Sequence[str], picture: str, out: Path) -> Path:
+    """Write report.md from its parts, the picture of the courses, and study.json with the numbers behind them."""
+    out.mkdir(parents=True, exist_ok=True)
+    plot_courses(results, out / picture)
+    runs = {name: {key: value for key, value in result.items() if key != "log"} for name, result in results.items()}
+    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
+    page = out / "report.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
 
 
 def way_of(run: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import Results, loss_table, plot_courses, routing_table, way_of
+from benchmarks.studies.comparison import Results, loss_table, routing_table, way_of, write_study
 from benchmarks.studies.training import read_log, train_all
 from dcdit import cli
 from dcdit.checkpoint import load_model, read_trainer
@@ -155,10 +155,6 @@ def measure(config: TrainConfig) -> dict[str, Any]:
 
 def write_page(results: Results, conditions: dict[str, Any], out: Path) -> Path:
     """Write report.md, its picture and study.json with the numbers behind them."""
-    out.mkdir(parents=True, exist_ok=True)
-    plot_courses(results, out / "selection.png")
-    runs = {name: {key: value for key, value in result.items() if key != "log"} for name, result in results.items()}
-    (out / "study.json").write_text(json.dumps({"conditions": conditions, "runs": runs}, indent=1) + "\n")
     parts = [
         "# What should choose the tokens, and what should a kept token know",
         f"One DC-DiT on CIFAR-10 with each choice, {conditions['flops']:.3g} training FLOPs a run, otherwise as in "
@@ -175,9 +171,7 @@ def write_page(results: Results, conditions: dict[str, Any], out: Path) -> Path:
         "## Kept fraction, and its correlation with local detail, by noise level",
         routing_table(results),
     ]
-    page = out / "report.md"
-    page.write_text("\n\n".join(parts) + "\n")
-    return page
+    return write_study(results, conditions, parts, "selection.png", out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

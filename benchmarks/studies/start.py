@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import by_way, loss_table, plot_courses, routing_table
+from benchmarks.studies.comparison import by_way, loss_table, routing_table, write_study
 from benchmarks.studies.training import read_log, train_all
 from dcdit.checkpoint import load_model, read_trainer
 from dcdit.config import TrainConfig
@@ -67,10 +67,6 @@ def measure(config: TrainConfig) -> dict[str, Any]:
 
 def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, Any], out: Path) -> Path:
     """Write report.md, its picture and study.json with the numbers behind them."""
-    out.mkdir(parents=True, exist_ok=True)
-    plot_courses(results, out / "start.png")
-    runs = {name: {key: value for key, value in result.items() if key != "log"} for name, result in results.items()}
-    (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
     scales = {start: runs[0]["scales"] for start, runs in by_way(results).items()}
     parts = [
         "# How a DC-DiT should start",
@@ -100,9 +96,7 @@ def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, A
             ],
         ),
     ]
-    page = out / "report.md"
-    page.write_text("\n\n".join(parts) + "\n")
-    return page
+    return write_study(results, conditions, parts, "start.png", out)
 
 
 def _cells(start: Start) -> list[str]:
