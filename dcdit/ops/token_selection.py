@@ -97,7 +97,8 @@ def with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection
 
 def _changed(sel: TokenSelection, **fields: Any) -> TokenSelection:
     """As ``_replace`` does it, but torch.compile of PyTorch 2.11 can return this one."""
-    return TokenSelection(*(fields.get(name, value) for name, value in zip(sel._fields, sel, strict=True)))
+    values: list[Any] = [fields.get(name, value) for name, value in zip(sel._fields, sel, strict=True)]
+    return TokenSelection(*values)
 
 
 def _inverse(packed_rows: Tensor, total: int) -> Tensor:
