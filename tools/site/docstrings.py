@@ -1,0 +1,41 @@
+"""Our docstrings as mkdocstrings reads them: Sphinx's roles become links, examples and literal blocks become code."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from griffe import Extension, Module, NameResolutionError, Object
+
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
+
+
+class Docstrings(Extension):
+    """Rewrites all docstrings of a package when it has been read."""
+
+    def on_package(self, *, pkg: Module, **kwargs: Any) -> None:
+        for obj in _objects(pkg):
+            if obj.docstring is not None:
+                obj.docstring.value = rewrite(obj.docstring.value, obj)
+
+
+def rewrite(text: str, owner: Object) -> str:
+    """The docstring of an object, in Markdown."""
+    text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+    return ROLE.sub(lambda role: _link(role[1], owner), text)
+
+
+def _link(name: str, owner: Object) -> str:
+    """A link to a name that is seen from ``owner``; plain code if no page has it (a test knows that the name exists)."""
+    try:
+        path = owner.resolve(name)
+    except NameResolutionError:
+        path = name
+    return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
+
+
+def _objects(obj: Object) -> Iterator[Object]:
+    yield obj
+    for member in obj.members.values():
+        if not member.is_alias:
+            yield from _objects(member)
