@@ -26,7 +26,7 @@ def rewrite(text: str, owner: Object) -> str:
 
 
 def _link(name: str, owner: Object) -> str:
-    """A link to a name that is seen from ``owner``; plain code if no page has it (a test knows that the name exists)."""
+    """A link to a name that is seen from ``owner``; plain code if no page has it. A test knows that it exists."""
     try:
         path = owner.resolve(name)
     except NameResolutionError:
