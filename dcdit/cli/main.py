@@ -82,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of the signal that ended
     it: 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP. Training has saved a checkpoint by then.
+
+    Example:
+        >>> from dcdit.cli import main
+        >>> main(["sample", "--checkpoint", "nowhere"])  # one line on stderr
+        2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with lenient_output(), Signals(raising=True):

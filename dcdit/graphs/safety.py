@@ -21,6 +21,13 @@ def graph_obstacle(
     (FSDP), if its width is fixed, if every shape is static (a static model, or a budget or capacity), and if no
     operation waits for the device: not with ``DCDIT_CHECK=1``, nor with a capacity where attention has no kernel for
     packed sequences.
+
+    Example:
+        >>> from dcdit.graphs import graph_obstacle
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2).eval()
+        >>> graph_obstacle(model, budget=4)
+        'the model is on cpu; CUDA graphs need a CUDA device'
     """
     if not isinstance(model, nn.Module):
         return f"{type(model).__name__} is no module, so nobody knows what it does besides launching kernels"

@@ -113,6 +113,16 @@ class DCDiTConfig(_TransformerConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import DCDiTConfig
+        >>> config = DCDiTConfig(grid=(32, 32), hidden_size=384, depth=12, num_heads=6)
+        >>> config.in_channels, config.router, config.dechunk_sigma
+        (4, 'predictability', 1.0)
+        >>> DCDiTConfig(grid=(32, 32), hidden_size=96, depth=12, num_heads=6)
+        Traceback (most recent call last):
+            ...
+        ValueError: hidden_size is 96; accepted: a multiple of 128, so that ...
     """
 
     router: str = "predictability"
@@ -181,6 +191,11 @@ class DiTConfig(PatchConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import DiTConfig
+        >>> DiTConfig(grid=(32, 32), hidden_size=384, depth=12, num_heads=6, patch_size=4).patch_size
+        4
     """
 
 
@@ -190,6 +205,12 @@ class DyDiTConfig(PatchConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import DyDiTConfig
+        >>> config = DyDiTConfig(grid=(4, 4), hidden_size=32, depth=2, num_heads=4)
+        >>> config.gate_shape  # in each of 2 blocks 3 heads, 3 MLP groups, 4 tokens
+        (2, 10)
     """
 
     def __post_init__(self) -> None:

@@ -89,6 +89,14 @@ class DiT(PatchTransformer):
 
     Args:
         config: see :class:`DiTConfig`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import DiT, DiTConfig
+        >>> model = DiT(DiTConfig(grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)).eval()
+        >>> out = model(torch.randn(2, 4, 4, 4), torch.tensor([500, 20]), torch.tensor([3, 7]))
+        >>> out.shape, out.abs().max().item()  # adaLN-Zero: a new model says zero
+        (torch.Size([2, 8, 4, 4]), 0.0)
     """
 
     config: DiTConfig

@@ -23,6 +23,15 @@ class DyDiT(PatchTransformer):
 
     Args:
         config: see :class:`DyDiTConfig`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import DyDiT, DyDiTConfig
+        >>> model = DyDiT(DyDiTConfig(grid=(4, 4), hidden_size=32, depth=2, num_heads=4, num_classes=10)).eval()
+        >>> x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([3])
+        >>> out, gates = model(x, t, y, return_gates=True)
+        >>> gates.counts().heads.tolist()  # a new model is complete: 4 heads in each of 2 blocks
+        [[4, 4]]
     """
 
     config: DyDiTConfig

@@ -38,6 +38,17 @@ def count_flops(
     Raises:
         ValueError: lengths for a static DiT, outside 1 to L, or not one per image; gates for a model of fixed width, or
             not one set per image.
+
+    Example:
+        >>> from dcdit.models import count_flops, create_config
+        >>> round(count_flops(create_config("DiT-XL/2"))["total"] / 1e9, 1)  # 118.6 billion multiply-adds
+        237.3
+        >>> config = create_config("DC-DiT-S")
+        >>> everything, quarter = count_flops(config), count_flops(config, 256)
+        >>> round(quarter["transformer"] / everything["transformer"], 2)  # attention shrinks by more than a quarter
+        0.19
+        >>> quarter["encoder"] == everything["encoder"]
+        True
     """
     if not isinstance(config, DCDiTConfig):
         if lengths is not None:

@@ -24,6 +24,7 @@ PRESETS = (
     *(f"DiT-{scale}/{patch}" for scale in SCALES for patch in PATCH_SIZES),
     *(f"DyDiT-{scale}/{patch}" for scale in SCALES for patch in PATCH_SIZES),
 )
+"""The names that :func:`create_model` takes."""
 
 
 def check_preset(name: str, overrides: Mapping[str, Any]) -> None:
@@ -42,7 +43,14 @@ def config_class(name: str) -> type[ModelConfig]:
 def create_config(
     name: str, image_size: int | tuple[int, int] = 256, num_classes: int = 1000, **overrides: Any
 ) -> ModelConfig:
-    """The configuration of a preset; see :func:`create_model`."""
+    """The configuration of a preset; see :func:`create_model`.
+
+    Example:
+        >>> from dcdit.models import create_config
+        >>> config = create_config("DC-DiT-B", image_size=512, num_classes=10)
+        >>> config.grid, config.hidden_size, config.depth, config.dechunk_sigma
+        ((64, 64), 768, 12, 2.0)
+    """
     check_preset(name, overrides)
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) != 2 or any(side < LATENT_STRIDE or side % LATENT_STRIDE for side in sides):
@@ -74,6 +82,13 @@ def create_model(
 
     Raises:
         ValueError: unknown name, or a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import create_model
+        >>> sum(parameter.numel() for parameter in create_model("DC-DiT-S").parameters())  # without the position table
+        34367241
+        >>> type(create_model("DiT-S/8")).__name__, type(create_model("DyDiT-S/8")).__name__
+        ('DiT', 'DyDiT')
     """
     config = create_config(name, image_size, num_classes, **overrides)
     if isinstance(config, DCDiTConfig):

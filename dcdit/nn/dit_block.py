@@ -17,7 +17,17 @@ from dcdit.ops import unchecked
 
 
 class VarlenMeta(NamedTuple):
-    """Where the images of a packed buffer begin and end, as variable-length attention wants it."""
+    """Where the images of a packed buffer begin and end, as variable-length attention wants it.
+
+    Example:
+        >>> import torch
+        >>> from dcdit import ops
+        >>> from dcdit.nn import VarlenMeta
+        >>> sel = ops.select_tokens(torch.tensor([[0.9, 0.2, 0.7], [0.6, 0.8, 0.9]]))
+        >>> varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=False)
+        >>> varlen.cu_seqlens.tolist(), varlen.max_seqlen
+        ([0, 2, 5], 3)
+    """
 
     cu_seqlens: Tensor
     """(B+1,) int32."""
@@ -28,7 +38,16 @@ class VarlenMeta(NamedTuple):
 
 
 class PendingResidual(NamedTuple):
-    """A residual branch that is not added yet: the next block adds it in the same pass as its first norm."""
+    """A residual branch that is not added yet: the next block adds it in the same pass as its first norm.
+
+    Example:
+        >>> import torch
+        >>> from dcdit import ops
+        >>> from dcdit.nn import PendingResidual
+        >>> pending = PendingResidual(branch=torch.ones(3, 2), gate=torch.tensor([[0.0, 2.0]]))
+        >>> ops.gated_add(torch.ones(3, 2), pending.branch, pending.gate, torch.tensor([0, 3])).tolist()
+        [[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]
+    """
 
     branch: Tensor
     """(T, D). Padding rows may hold anything."""
@@ -71,6 +90,19 @@ class PackedDiTBlock(DiTBlockBase):
     Padding rows: the norms make them zero, so they are the bias in q, k and v, and no row of another image reads them.
     In inference attention leaves them unwritten in its result, and the next gated residual reads none of them. Where
     ``proj`` may be more than a linear layer (:mod:`dcdit.nn.plain`), or a gradient is wanted, they are zero there too.
+
+    Example:
+        >>> import torch
+        >>> from dcdit import ops
+        >>> from dcdit.nn import DenseDiTBlock, Modulation, PackedDiTBlock, VarlenMeta
+        >>> packed, dense = PackedDiTBlock(8, 2, mlp_ratio=4.0), DenseDiTBlock(8, 2, mlp_ratio=4.0)
+        >>> _ = dense.load_state_dict(packed.state_dict())
+        >>> x, mod = torch.randn(2, 5, 8), Modulation(*torch.randn(6, 2, 8))
+        >>> cu_seqlens = torch.tensor([0, 5, 10]).int()
+        >>> tokens, pending = packed(x.flatten(0, 1), None, mod, VarlenMeta(cu_seqlens, 5, padding=False))
+        >>> out = ops.gated_add(tokens, pending.branch, pending.gate, cu_seqlens)
+        >>> torch.allclose(out.view(2, 5, 8), dense(x, mod), atol=1e-5)
+        True
     """
 
     def attention(self, x: Tensor, varlen: VarlenMeta, heads: Tensor | None = None) -> Tensor:
@@ -113,7 +145,15 @@ class PackedDiTBlock(DiTBlockBase):
 
 
 class DenseDiTBlock(DiTBlockBase):
-    """A block for a dense batch, in operations that ``torch.compile`` fuses."""
+    """A block for a dense batch, in operations that ``torch.compile`` fuses.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import DenseDiTBlock, Modulation
+        >>> block, x, zero = DenseDiTBlock(8, 2, mlp_ratio=4.0), torch.randn(2, 5, 8), torch.zeros(2, 8)
+        >>> torch.equal(block(x, Modulation(zero, zero, zero, zero, zero, zero)), x)  # closed gates: the identity
+        True
+    """
 
     def attention(self, x: Tensor, heads: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

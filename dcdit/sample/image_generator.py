@@ -58,6 +58,18 @@ def load(
         ValueError: a damaged file, weights of something else, an autoencoder that does not fit, or another number of
             names than the model has classes.
         ModuleNotFoundError: an extra is missing; the message names it.
+
+    Example:
+        >>> import torch
+        >>> import dcdit
+        >>> from dcdit.checkpoint import save_model
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=2)
+        >>> save_model("model.safetensors", model, notes={"objective": "flow"})
+        >>> loaded = dcdit.load("model.safetensors", device="cpu", class_names=["cat", "dog"])
+        >>> options = {"num_steps": 2, "output_type": "latent", "progress": False}
+        >>> torch.equal(loaded.generate(["dog"], **options), loaded.generate([1], **options))
+        True
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision is {precision!r}; accepted: fp32, bf16")

@@ -23,7 +23,17 @@ CallRecord = dict[str, float]
 
 
 class BoundaryMap(NamedTuple):
-    """How the router saw one image at one model call."""
+    """How the router saw one image at one model call.
+
+    Example:
+        >>> import torch
+        >>> from PIL import Image
+        >>> from dcdit.sample import BoundaryMap
+        >>> mask = torch.tensor([[True, False]])
+        >>> picture = BoundaryMap(t=500.0, prob=mask.float(), mask=mask).over(Image.new("RGB", (2, 1), (200, 100, 40)))
+        >>> picture.getpixel((0, 0)), picture.getpixel((1, 0))
+        ((200, 100, 40), (50, 25, 10))
+    """
 
     t: float
     """The time that the model was given, from 1000 (noise) to 0."""
@@ -49,6 +59,17 @@ class ModelCalls:
         model: one that routes is called with ``return_routing=True``, a DyDiT with ``return_gates=True``.
         images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
         maps: also record how the router sees so many of the first images.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.diffusion import sample
+        >>> from dcdit.models import create_model
+        >>> from dcdit.sample import ModelCalls
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> calls = ModelCalls(model, images=2)
+        >>> _ = sample(calls, torch.tensor([3, 7]), num_steps=3, method="euler", budget=4, progress=False)
+        >>> [record["kept"] for record in calls.records()]  # 4 of 16 positions, in each call
+        [0.25, 0.25, 0.25]
     """
 
     def __init__(self, model: Model | ExactGraphedDenoiser | SlicedModel, images: int, maps: int = 0) -> None:
@@ -173,7 +194,13 @@ def mean_records(batches: list[tuple[int, list[CallRecord]]]) -> list[CallRecord
 
 
 def tflops_per_image(records: list[CallRecord]) -> float:
-    """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add."""
+    """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add.
+
+    Example:
+        >>> from dcdit.sample import tflops_per_image
+        >>> tflops_per_image([{"gflops": 1500.0}, {"gflops": 500.0}])  # two calls
+        2.0
+    """
     return sum(call["gflops"] for call in records) / 1e3
 
 

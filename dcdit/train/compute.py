@@ -72,6 +72,11 @@ def matched_steps(flops: float, records: Sequence[Mapping[str, Any]]) -> int:
 
     Raises:
         ValueError: no record with ``flops``.
+
+    Example:
+        >>> from dcdit.train import matched_steps
+        >>> matched_steps(1000.0, [{"step": 10, "flops": 100.0}, {"step": 20, "flops": 200.0}])  # 10 FLOPs a step
+        100
     """
     pairs = [(record["step"], record["flops"]) for record in records if "flops" in record]
     if not pairs:

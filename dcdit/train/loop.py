@@ -45,7 +45,15 @@ from dcdit.utils.signals import Signals
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """How a run ended.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dcdit.train import TrainResult
+        >>> result = TrainResult(200, "steps", Path("runs/a/checkpoints/step_00000200"), Path("runs/a/log.jsonl"), True)
+        >>> result.checkpoint.name, result.signal  # no signal stopped it
+        ('step_00000200', 0)
+    """
 
     step: int
     """Steps done, including earlier parts of a resumed run."""
@@ -82,6 +90,15 @@ def train(
             holds something else.
         FolderInUseError: another run is in the folder.
         FloatingPointError: the loss, the gradient norm or the weights are no longer finite. Such weights are not saved.
+
+    Example:
+        >>> from dcdit.config import load_config
+        >>> from dcdit.train import train
+        >>> small = {"grid": [4, 4], "hidden_size": 128, "depth": 1, "num_heads": 2}
+        >>> keys = {"run.out": "runs/a", "optim.steps": 2, "optim.batch_size": 2, "router.group_size": 2}
+        >>> result = train(load_config("photographs-cpu", {**keys, "data.size": 4, "model.overrides": small}))
+        >>> result.step, result.checkpoint.name
+        (2, 'step_00000002')
     """
     config = placed(config, resume)
     accelerator = create_accelerator(config)

@@ -68,7 +68,16 @@ def has_graphs(device: torch.device) -> bool:
 
 
 class CaptureError(RuntimeError):
-    """A graph could not be captured. The error that stopped it is its cause; streams and memory are as before."""
+    """A graph could not be captured. The error that stopped it is its cause; streams and memory are as before.
+
+    Example:
+        >>> from dcdit.graphs import CaptureError
+        >>> try:
+        ...     raise CaptureError("the capture of a graph failed") from RuntimeError("out of memory")
+        ... except CaptureError as error:
+        ...     print(error, "because:", error.__cause__)
+        the capture of a graph failed because: out of memory
+    """
 
 
 class Captured(NamedTuple):

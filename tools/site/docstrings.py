@@ -6,7 +6,7 @@ from typing import Any
 
 from griffe import Extension, Module, NameResolutionError, Object
 
-ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
 
 
 class Docstrings(Extension):
@@ -22,16 +22,17 @@ def rewrite(text: str, owner: Object) -> str:
     """The docstring of an object, in Markdown."""
     text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
-    return ROLE.sub(lambda role: _link(role[1], owner), text)
+    return ROLE.sub(lambda role: _link(role[2], bool(role[1]), owner), text)
 
 
-def _link(name: str, owner: Object) -> str:
+def _link(name: str, short: bool, owner: Object) -> str:
     """A link to a name that is seen from ``owner``; plain code if no page has it. A test knows that it exists."""
     try:
         path = owner.resolve(name)
     except NameResolutionError:
         path = name
-    return f'<autoref identifier="{path}" optional><code>{name}</code></autoref>'
+    shown = name.rpartition(".")[2] if short else name
+    return f'<autoref identifier="{path}" optional><code>{shown}</code></autoref>'
 
 
 def _objects(obj: Object) -> Iterator[Object]:

@@ -49,6 +49,19 @@ class DCDiTPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: a transformer of another class, or an autoencoder whose latents have another number of channels.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.integrations.diffusers import DCDiTPipeline
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> model.objective = "flow"
+        >>> pipe = DCDiTPipeline.from_dcdit(model)
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> options = {"num_inference_steps": 2, "output_type": "latent", "budget": 4}
+        >>> latents = pipe([3], generator=torch.Generator().manual_seed(0), **options).images
+        >>> latents.shape, torch.equal(latents, pipe([3], generator=torch.Generator().manual_seed(0), **options).images)
+        (torch.Size([1, 4, 4, 4]), True)
     """
 
     model_cpu_offload_seq = "transformer->vae"
