@@ -1,12 +1,16 @@
 """Our docstrings as mkdocstrings reads them: Sphinx's roles become links, examples and literal blocks become code."""
 
+import ast
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from griffe import Extension, Module, NameResolutionError, Object
+from griffe import Docstring, ExprCall, Extension, Module, NameResolutionError, Object
 
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`(~?)([\w.]+)`")
+
+OPTION = "dcdit.utils.schema.option"
+"""Makes a field of the configuration, from its default and its meaning."""
 
 
 class Docstrings(Extension):
@@ -14,6 +18,9 @@ class Docstrings(Extension):
 
     def on_package(self, *, pkg: Module, **kwargs: Any) -> None:
         for obj in _objects(pkg):
+            if obj.is_attribute and isinstance(obj.value, ExprCall) and obj.value.canonical_path == OPTION:
+                default, meaning = obj.value.arguments[:2]
+                obj.value, obj.docstring = default, Docstring(ast.literal_eval(str(meaning)), parent=obj)
             if obj.docstring is not None:
                 obj.docstring.value = rewrite(obj.docstring.value, obj)
 
