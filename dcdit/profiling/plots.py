@@ -94,9 +94,19 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     left.set(xlabel="step", ylabel="diffusion loss", yscale="log")
     right.plot(steps, [1 / row["natural"] for row in log], lw=1, label="positions per kept token")
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
-    right.set(xlabel="step", ylabel="compression (before dropping)", ylim=(1, None))
+    # An untrained router keeps hardly anything: on a linear axis its first steps would hide all others.
+    right.set(xlabel="step", ylabel="compression N (before dropping)", yscale="log", ylim=(1, None))
+    for axis in (left, right):
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(_plain_number)
     right.legend(fontsize=7)
     atomically(path, figure.savefig)
+
+
+def _plain_number(value: float, position: int) -> str:
+    """Tick labels of a logarithmic axis: 0.3 and 20, not powers of ten, and none that would crowd the others."""
+    leading = f"{value:e}"[0]
+    return f"{value:g}" if leading in "1235" else ""
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
