@@ -120,6 +120,38 @@ def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def plot_quality(models: Mapping[str, Sequence[Mapping[str, Any]]], quality: str, path: Path) -> None:
+    """Quality against FLOPs and, where it was timed, against time, with error bars: a line for each model.
+
+    Args:
+        models: name -> points, one for each budget: ``quality`` and ``gflops``, and optionally ``ms``, the spreads
+            ``quality_error`` and ``ms_error``, and ``label``, such as the drop fraction. FLOPs and time are per image,
+            of a forward pass or of a whole run.
+        quality: what it is, for the axis; say whether less is better.
+        path: of the picture.
+    """
+    timed = all("ms" in point for points in models.values() for point in points)
+    costs = {"gflops": "GFLOPs per image", **({"ms": "ms per image"} if timed else {})}
+    figure, axes = new_figure(1, len(costs), figsize=(5.5 * len(costs), 4), squeeze=False, sharey=True)
+    for axis, (cost, name) in zip(axes[0], costs.items(), strict=True):
+        for number, (model, points) in enumerate(models.items()):
+            x, y = ([point[key] for point in points] for key in (cost, "quality"))
+            errors = {
+                side: [point.get(f"{key}_error", 0.0) for point in points]
+                for side, key in (("xerr", cost), ("yerr", "quality"))
+            }
+            axis.errorbar(x, y, **errors, fmt="o-", ms=4, lw=1, capsize=3, color=f"C{number}", label=model)
+            for point in points:
+                place = (point[cost], point["quality"])
+                text = point.get("label", "")
+                axis.annotate(text, place, (5, 4), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=name, xlim=(0, 1.15 * max(axis.get_xlim()[1], 0)))
+        axis.margins(y=0.15)
+    axes[0, 0].set(ylabel=quality)
+    axes[0, 0].legend(fontsize=8)
+    atomically(path, figure.savefig)
+
+
 def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> None:
     """The loss and the compression over the steps.
 

@@ -1,5 +1,6 @@
 """Samples as pictures."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def fitting(text: str, width: float, font: Font) -> str:
     return text
 
 
-def grid(pixels: Pixels, columns: int, names: Sequence[str] = (), gap: int = 4) -> Image.Image:
+def grid(
+    pixels: Pixels, columns: int, names: Sequence[str] = (), row_names: Sequence[str] = (), gap: int = 4
+) -> Image.Image:
     """A sheet of images. Small ones are enlarged by a whole factor, as far as the sheet stays within 2048 pixels.
 
     Args:
@@ -43,6 +46,7 @@ def grid(pixels: Pixels, columns: int, names: Sequence[str] = (), gap: int = 4) 
         columns: images in a row.
         names: one for each image, written below it, where the image is wide enough for text. Without names there is no
             room for them.
+        row_names: one for each row, written on its left.
         gap: white pixels between images.
     """
     count, height, width, _ = pixels.shape
@@ -50,11 +54,15 @@ def grid(pixels: Pixels, columns: int, names: Sequence[str] = (), gap: int = 4) 
     scale = max(1, min(READABLE // width, LARGEST // (columns * (width + gap)), LARGEST // (rows * (height + gap))))
     height, width = scale * height, scale * width
     text = TEXT + 4 if len(names) and width >= FEWEST_FOR_TEXT else 0
-    size = (columns * (width + gap) - gap, rows * (height + text + gap) - gap)
+    font = ImageFont.load_default(TEXT)
+    margin = math.ceil(max(font.getlength(name) for name in row_names)) + 2 * gap if row_names else 0
+    size = (margin + columns * (width + gap) - gap, rows * (height + text + gap) - gap)
     sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(row_names):
+        draw.text((gap, row * (height + text + gap) + height / 2), name, "#1a1a1a", font, anchor="lm")
     for i, image in enumerate(pixels):
-        top, left = i // columns * (height + text + gap), i % columns * (width + gap)
+        top, left = i // columns * (height + text + gap), margin + i % columns * (width + gap)
         sheet.paste(resized(Image.fromarray(image), (width, height)), (left, top))
         if text:
             place = (left + width / 2, top + height + text / 2)
