@@ -32,7 +32,9 @@ def plot_profile(result: "Profile", path: Path) -> None:
     statics = [variant for variant in result.variants if variant.drop_fraction is None]
     dynamic = [variant for variant in result.variants if variant.drop_fraction is not None]
     drops = [variant.drop_fraction for variant in dynamic]
-    faster, cheaper, intervals = {}, {}, {}
+    faster: dict[str, Any] = {}
+    cheaper: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for number, static in enumerate(statics):
         fewer = np.array([static.gflops / variant.gflops for variant in dynamic])
         etas = np.array([variant.eta[static.name] for variant in dynamic])

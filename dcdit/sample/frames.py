@@ -70,12 +70,17 @@ def frames(traced: Sequence[TracedImage], decode: Decoder | None, most: int = MO
         shown.append(
             Frame(
                 t,
-                to_pixels(_latent_colors(expected) if decode is None else decode(expected)),
+                to_shown(expected, decode),
                 torch.stack([seen.prob for seen in nearest]).float().numpy(),
                 torch.stack([seen.mask for seen in nearest]).numpy(),
             )
         )
     return shown
+
+
+def to_shown(x: Tensor, decode: Decoder | None) -> Pixels:
+    """Samples (N, C, H, W) as pixels (N, H, W, 3): decoded, or else their first three channels as colours."""
+    return to_pixels(_latent_colors(x) if decode is None else decode(x))
 
 
 def _latent_colors(x: Tensor) -> Tensor:
