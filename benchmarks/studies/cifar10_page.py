@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dcdit.profiling.plots import new_figure, plot_quality
+from dcdit.profiling.plots import new_figure, plain_ticks, plot_quality
 from dcdit.utils.images import grid
 from dcdit.utils.tables import markdown_table
 
@@ -181,6 +181,8 @@ def _plot_losses(results: Results, levels: Sequence[float], path: Path) -> None:
         right.plot(levels, losses, "o-", ms=3, lw=1, color=f"C{number}", label=label)
     left.set(xlabel="training FLOPs", ylabel="held-out loss (while training, 128 images)", yscale="log")
     right.set(xlabel="noise level", ylabel="held-out loss", yscale="log")
+    for axis in (left, right):
+        plain_ticks(axis)
     left.legend(fontsize=8)
     figure.savefig(path)
 

@@ -171,16 +171,19 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     # An untrained router keeps hardly anything: on a linear axis its first steps would hide all others.
     right.set(xlabel="step", ylabel="compression N (before dropping)", yscale="log", ylim=(1, None))
     for axis in (left, right):
-        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks(_plain_number)
+        plain_ticks(axis)
     right.legend(fontsize=7)
     atomically(path, figure.savefig)
 
 
-def _plain_number(value: float, position: int) -> str:
-    """Tick labels of a logarithmic axis: 0.3 and 20, not powers of ten, and none that would crowd the others."""
-    leading = f"{value:e}"[0]
-    return f"{value:g}" if leading in "1235" else ""
+def plain_ticks(axis: Any) -> None:
+    """Write the ticks of a logarithmic y axis as 0.3 and 20, not as powers of ten, and none that would crowd others."""
+
+    def text(value: float, position: int) -> str:
+        return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+
+    axis.yaxis.set_major_formatter(text)
+    axis.yaxis.set_minor_formatter(text)
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:
