@@ -11,5 +11,8 @@ setup(
     version=version,
     packages=[*find_packages(include=["dcdit", "dcdit.*"]), "dcdit.kernels", "dcdit.kernels.configs"],
     package_dir={"dcdit.kernels": "kernels"},
-    package_data={"dcdit": ["py.typed", "config/recipes/*.yaml"], "dcdit.kernels.configs": ["*.json", "README.md"]},
+    package_data={
+        "dcdit": ["py.typed", "config/recipes/*.yaml", "sample/page.html"],
+        "dcdit.kernels.configs": ["*.json", "README.md"],
+    },
 )

@@ -138,6 +138,7 @@ READERS = {
     "dcdit/utils/reading.py",
     "dcdit/utils/tensors.py",
     "dcdit/utils/pickles.py",
+    "dcdit/sample/page.py",  # its own template
     "dcdit/utils/environment.py",  # of the system, like profiling/load.py
     "dcdit/profiling/load.py",
     "dcdit/cli/configurations.py",  # the recipes of this package

@@ -73,7 +73,7 @@ def test_wheel_carries_configurations(source: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "dcdit/kernels/configs/README.md" in names
     assert "dcdit/kernels/configs/Some_GPU.json" in names
-    assert "dcdit/py.typed" in names
+    assert {"dcdit/py.typed", "dcdit/sample/page.html"} <= set(names)
     recipes = {path.name for path in (ROOT / "dcdit" / "config" / "recipes").glob("*.yaml")}
     assert {Path(name).name for name in names if name.startswith("dcdit/config/recipes/")} == recipes
     assert not any(name.startswith("kernels/") for name in names)

@@ -242,6 +242,9 @@ class RunSection:
     eval_images: int = option(
         64, "held-out images per validation, with the same noise each time", at_least=1, at_most=1_000_000
     )
+    sample_every: int = option(
+        0, "steps between eight samples of the averaged weights for the trackers; 0 draws none", at_least=0
+    )
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
     trackers: list[str] | None = option(  # noqa: RUF009

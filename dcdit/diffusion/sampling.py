@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -236,12 +236,12 @@ def _chain(method: str, num_steps: int | str, eta: float, clip: bool) -> Chain:
 @contextmanager
 def progress_bar(total: int, wanted: bool, name: str, unit: str) -> Iterator[Callable[[], object]]:
     """A function that advances a progress bar by one step. It does nothing without tqdm, or if no bar is ``wanted``."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        wanted = False
-    if not wanted:
+    bars: Any = None
+    if wanted:
+        with suppress(ImportError):
+            from tqdm import auto as bars
+    if bars is None:
         yield lambda: None
         return
-    with tqdm(total=total, desc=name, unit=unit) as bar:
+    with bars.tqdm(total=total, desc=name, unit=unit) as bar:
         yield bar.update

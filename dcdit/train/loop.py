@@ -34,6 +34,7 @@ from dcdit.train.records import (
     summary,
     training_record,
 )
+from dcdit.train.samples import SampleSheets
 from dcdit.train.schedule import learning_rate, trains_complete
 from dcdit.train.sharding import shard, unsynchronised
 from dcdit.train.state import TrainState
@@ -163,6 +164,14 @@ def _train(
 
         validation = Validation(model, ema, objective, config, local_batch, device, interrupted)
 
+        sheets = SampleSheets(model, ema, config, dataset.class_names, device)
+
+        def draw_samples() -> None:
+            # A sharded model computes on all processes or none.
+            with state.router_errors_explained(step - 1, means):
+                images = sheets.draw() if main_process or sharded else {}
+            trackers.write_images(images, step)
+
         def validate() -> None:
             # A sharded model computes on all processes or none.
             with state.router_errors_explained(step - 1, means):
@@ -225,6 +234,9 @@ def _train(
                     validate()
                     interrupt = stop_check.stop(at_record=False, caught=signals.caught)
                     stop = interrupt if interrupt.signal else stop
+                if sheets.due(step) and not stop.signal:
+                    state.check_finite(step, means, accelerator)
+                    draw_samples()
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
@@ -247,7 +259,7 @@ def create_accelerator(config: TrainConfig) -> Any:
     except ImportError:
         raise ModuleNotFoundError("training needs accelerate: pip install 'dcdit[train]'") from None
     run = config.run
-    check_trackers(run.trackers)
+    check_trackers(config)
     check_sharding(config)
     cpu = config.optim.device == "cpu"
     return Accelerator(cpu=cpu, mixed_precision="no", log_with=run.trackers, project_dir=run.out)

@@ -88,7 +88,8 @@ def test_study_trains_measures_and_goes_on(package: Path, tiny: Path) -> None:
     assert runs["dc-dit-0"]["gflops"]["0.6"] < runs["dc-dit-0"]["gflops"]["0.0"]
     assert len(runs["dc-dit-0"]["routing"]["kept_share"]) == len(cifar10.NOISE_LEVELS)
     text = (tiny / "page" / "report.md").read_text()
-    for picture in ("losses.png", "samples.png", "routing.png"):
+    assert all(seconds > 0 for seconds, _ in runs["dc-dit-0"]["seconds"].values())
+    for picture in ("losses.png", "samples.png", "routing.png", "quality.png"):
         assert picture in text
         assert (tiny / "page" / picture).is_file()
 
