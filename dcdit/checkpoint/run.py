@@ -13,6 +13,7 @@ checkpoint or the file.
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from dcdit.checkpoint.model import (
 from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
 from dcdit.utils.reading import read_json
 
+logger = logging.getLogger(__name__)
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
 TENSOR_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
@@ -335,3 +337,4 @@ def keep_newest(newest: Path, count: int | None) -> None:
     for folder in folders[: folders.index(kept[-1])] if len(kept) == count else ():
         if not folder.is_symlink() and is_checkpoint(folder):
             remove_folder(folder)
+            logger.info("deleted %s: the run keeps %d checkpoints", folder, count)

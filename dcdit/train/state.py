@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dcdit.train.ema import EMA
 from dcdit.train.records import MetricMeans
 from dcdit.train.sharding import divided, gathered
 
+logger = logging.getLogger(__name__)
 STREAM = "stream"
 """Key of a checkpoint under which it keeps where a stream of samples is."""
 
@@ -81,6 +83,7 @@ class TrainState:
             trainer = {"step": step, "flops": flops, "config": to_dict(config), **stream}
             notes = {**data.notes, "class_names": json.dumps(data.class_names)}
             ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, notes, weights)
+            logger.info("saved %s", folder)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder
