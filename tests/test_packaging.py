@@ -98,7 +98,7 @@ def test_a_build_warns_of_nothing(built: tuple[Path, str]) -> None:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, str], source: Path) -> None:
-    kinds = (".py", ".yaml", ".typed")
+    kinds = (".py", ".yaml", ".typed", ".html")
     package = {f"dcdit/{name}" for name in files(source / "dcdit", *kinds)}
     kernels = {f"dcdit/kernels/{name}" for name in files(source / "kernels", ".py", ".json", ".md")}
     assert "dcdit/kernels/configs/Some_GPU.json" in kernels
