@@ -37,7 +37,6 @@ from dcdit.kernels.rows import (
     load_part,
     load_table_part,
     parts_of,
-    row_pointers,
     rows_from,
     store_part,
     sum_columns,
@@ -127,8 +126,10 @@ def _modulation_fwd_kernel(
         image, end = next_segment(cu_ptr, image, end, images, rows, first)
         row, exists = rows_from(first, tl.minimum(end, last), ROWS)
         first = tl.minimum(tl.minimum(first + ROWS, end), last)
-        x, y = row_pointers(x_ptr, row, x_stride), row_pointers(y_ptr, row, y_stride)
-        added, normed = row_pointers(added_ptr, row, D), row_pointers(normed_ptr, row, D)
+        x = x_ptr + row * x_stride
+        y = None if y_ptr is None else y_ptr + row * y_stride
+        added = None if added_ptr is None else added_ptr + row * D
+        normed = None if normed_ptr is None else normed_ptr + row * D
         if image == images:
             _pad_part(x, added, normed, exists, ROWS, 0, MAIN, D)
             if TAIL > 0:
@@ -137,9 +138,9 @@ def _modulation_fwd_kernel(
                 tl.store(stats_ptr + row, 0.0, mask=row < first)
                 tl.store(stats_ptr + rows + row, 0.0, mask=row < first)
         else:
-            gate = row_pointers(gate_ptr, image.to(tl.int64), gate_stride)
-            shift = row_pointers(shift_ptr, image.to(tl.int64), shift_stride)
-            scale = row_pointers(scale_ptr, image.to(tl.int64), scale_stride)
+            gate = None if gate_ptr is None else gate_ptr + image.to(tl.int64) * gate_stride
+            shift = None if shift_ptr is None else shift_ptr + image.to(tl.int64) * shift_stride
+            scale = None if scale_ptr is None else scale_ptr + image.to(tl.int64) * scale_stride
             main = _add_part(x, y, gate, added, exists, 0, MAIN, D)  # [ROWS, MAIN]
             if TAIL > 0:
                 tail = _add_part(x, y, gate, added, exists, MAIN, TAIL, D)  # [ROWS, TAIL]
@@ -253,13 +254,15 @@ def _modulation_bwd_kernel(
     if image == images:
         for start in range(first, last, ROWS):
             row, exists = rows_from(start, last, ROWS)
-            grad_added = row_pointers(grad_added_ptr, row, grad_added_stride)
-            grad_x, grad_y = row_pointers(grad_x_ptr, row, D), row_pointers(grad_y_ptr, row, D)
+            grad_added = None if grad_added_ptr is None else grad_added_ptr + row * grad_added_stride
+            grad_x = None if grad_x_ptr is None else grad_x_ptr + row * D
+            grad_y = None if grad_y_ptr is None else grad_y_ptr + row * D
             _pad_gradient_part(grad_added, grad_x, grad_y, exists, ROWS, 0, MAIN, D)
             if TAIL > 0:
                 _pad_gradient_part(grad_added, grad_x, grad_y, exists, ROWS, MAIN, TAIL, D)
         return
-    gate, scale = row_pointers(gate_ptr, image, gate_stride), row_pointers(scale_ptr, image, scale_stride)
+    gate = None if gate_ptr is None else gate_ptr + image * gate_stride
+    scale = None if scale_ptr is None else scale_ptr + image * scale_stride
     gate_main, scale_main = _table_or_zero(gate, 0, MAIN, D), _table_or_zero(scale, 0, MAIN, D)
     if not WHOLE:
         scale_main = 1.0 + scale_main
@@ -275,10 +278,12 @@ def _modulation_bwd_kernel(
         tail_gate_sum = tl.zeros((ROWS, TAIL), tl.float32)
     for start in range(first, last, ROWS):
         row, exists = rows_from(start, last, ROWS)
-        grad_added = row_pointers(grad_added_ptr, row, grad_added_stride)
-        grad_normed = row_pointers(grad_normed_ptr, row, grad_normed_stride)
-        added, y = row_pointers(added_ptr, row, added_stride), row_pointers(y_ptr, row, y_stride)
-        grad_x, grad_y = row_pointers(grad_x_ptr, row, D), row_pointers(grad_y_ptr, row, D)
+        grad_added = None if grad_added_ptr is None else grad_added_ptr + row * grad_added_stride
+        grad_normed = None if grad_normed_ptr is None else grad_normed_ptr + row * grad_normed_stride
+        added = None if added_ptr is None else added_ptr + row * added_stride
+        y = None if y_ptr is None else y_ptr + row * y_stride
+        grad_x = None if grad_x_ptr is None else grad_x_ptr + row * D
+        grad_y = None if grad_y_ptr is None else grad_y_ptr + row * D
         # All loads come before the sums over the columns, because none is moved over the barriers in them.
         dx = _load_or_zero(grad_added, exists, ROWS, 0, MAIN, D)  # [ROWS, MAIN]
         dn = _load_or_zero(grad_normed, exists, ROWS, 0, MAIN, D)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dcdit.kernels import launch
 from dcdit.kernels.numerics import cdiv
-from dcdit.kernels.rows import load_part, parts_of, row_pointers, rows_from, store_part
+from dcdit.kernels.rows import load_part, parts_of, rows_from, store_part
 
 launch.set_default_configs(
     "gather",
@@ -50,8 +50,9 @@ def _gather_kernel(
     row, exists = rows_from(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS)
     index = tl.load(index_ptr + row, mask=row < rows, other=-1)
     kept = exists & (index >= 0)
-    x, out = row_pointers(x_ptr, index % length if SHARED else index, x_stride), row_pointers(out_ptr, row, D)
-    bias = row_pointers(bias_ptr, index % length, D)
+    x = x_ptr + (index % length if SHARED else index) * x_stride
+    out = out_ptr + row * D
+    bias = None if bias_ptr is None else bias_ptr + (index % length) * D
     _gather_part(x, bias, out, exists, kept, 0, MAIN, D)
     if TAIL > 0:
         _gather_part(x, bias, out, exists, kept, MAIN, TAIL, D)
@@ -77,7 +78,8 @@ def _scatter_kernel(
     row, exists = rows_from(tl.program_id(0).to(tl.int64) * ROWS, rows, ROWS)
     packed_row = tl.load(packed_row_ptr + row, mask=row < rows, other=-1).to(tl.int64)
     kept = exists & (packed_row >= 0)
-    t, out = row_pointers(t_ptr, packed_row, t_stride), row_pointers(out_ptr, row, D)
+    t = t_ptr + packed_row * t_stride
+    out = out_ptr + row * D
     store_part(out, load_part(t, kept, 0, MAIN, D, fill), exists, 0, MAIN, D)
     if TAIL > 0:
         store_part(out, load_part(t, kept, MAIN, TAIL, D, fill), exists, MAIN, TAIL, D)

@@ -29,7 +29,7 @@ from torch import Tensor
 from dcdit.kernels import launch
 from dcdit.kernels.nearest import KeptIndex
 from dcdit.kernels.numerics import cdiv, widest
-from dcdit.kernels.rows import load_part, parts_of, row_pointers, rows_from, store_part
+from dcdit.kernels.rows import load_part, parts_of, rows_from, store_part
 
 launch.set_default_configs(
     "plug_back_fwd",
@@ -90,8 +90,10 @@ def _plug_back_fwd_kernel(
     token = tl.load(nearest_ptr + position, mask=position < positions, other=-1).to(tl.int64)
     known = exists & (token >= 0)
     q = tl.load(q_ptr + token, mask=token >= 0, other=0.0)
-    h, h_minus_s = row_pointers(h_ptr, token, h_stride), row_pointers(h_minus_s_ptr, token, D)
-    residual, out = row_pointers(residual_ptr, position, residual_stride), row_pointers(out_ptr, position, D)
+    h = h_ptr + token * h_stride
+    h_minus_s = None if h_minus_s_ptr is None else h_minus_s_ptr + token * D
+    residual = None if residual_ptr is None else residual_ptr + position * residual_stride
+    out = out_ptr + position * D
     _plug_back_part(h, h_minus_s, residual, out, q, known, exists, 0, MAIN, D)
     if TAIL > 0:
         _plug_back_part(h, h_minus_s, residual, out, q, known, exists, MAIN, TAIL, D)

@@ -3,6 +3,9 @@
 A tile has a power of two of columns. One tile for a row of 1152 would have 2048, and 44 % of its lanes would do
 nothing; 1024 + 128 fit. Every width of a DiT and a quarter of it is the sum of two powers of two. For other widths the
 tail is rounded up; it is 0 where D is a power of two, and Triton compiles the code for it away.
+
+The parts below take a pointer to the first column of each row. A kernel makes it in line, and makes None of a pointer
+that is None: a function cannot, because Triton 3.6 compiles none that returns None.
 """
 
 import triton
@@ -29,15 +32,6 @@ def rows_from(first, end, ROWS: tl.constexpr):
     else:  # Without the else, Triton would compile both returns.
         row = (first + tl.arange(0, ROWS))[:, None]
         return row, row < end
-
-
-@triton.jit
-def row_pointers(ptr, row, stride):
-    """At the first column of each row; None for a pointer that is None."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + row * stride
 
 
 @triton.jit

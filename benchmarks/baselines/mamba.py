@@ -13,8 +13,8 @@ from torch import Tensor
 from dcdit.ops import TokenSelection
 from dcdit.ops.numerics import PROB_EPS
 from dcdit.profiling.workloads import Call
-from dcdit.profiling.workloads.dechunk import plug_back_last
-from dcdit.profiling.workloads.packing import padded_positions
+from dcdit.profiling.workloads.dechunk import pad_tokens, plug_back_last
+from dcdit.profiling.workloads.packing import padded_positions, real_rows
 
 CHUNK = 256
 HEAD = 32
@@ -33,12 +33,12 @@ def create_call(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residua
     """The call to time, on the arguments of the default case of :func:`dcdit.ops.dechunk_ema`."""
     scan: Any = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     order, real = padded_positions(sel)
+    rows = real_rows(real)
     heads = h.shape[1] // HEAD
     speed = -torch.ones(heads, device=h.device)
 
     def call() -> Tensor:
-        tokens = h.new_zeros((*real.shape, h.shape[1]))
-        tokens[real] = h
+        tokens = pad_tokens(h, order.shape, rows).to(h.dtype)
         q = p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
         dt = -torch.log1p(-q)
         x = (tokens / dt[:, :, None]).to(h.dtype).unflatten(2, (heads, HEAD))

@@ -21,6 +21,8 @@ class TokenSelection(NamedTuple):
     the grid, which come first and are kept. Then ``natural_mask`` is (B, L), as p is.
     """
 
+    # Functions that torch.compile may trace make a new one and never use _replace: PyTorch 2.11 cannot return that.
+
     indices: Tensor
     """(T,) int64: position of each packed row in the flattened source, -1 for padding rows."""
     cu_seqlens: Tensor
@@ -71,7 +73,8 @@ class PendingSelection(NamedTuple):
         found = self.selection
         if self.sizes is not None:
             total, longest = self.sizes.wait()
-            found = found._replace(indices=found.indices[:total], max_seqlen=longest)
+            indices, cu_seqlens, lengths, _, *others = found
+            found = TokenSelection(indices[:total], cu_seqlens, lengths, longest, *others)
         return with_extra_tokens(found, self.extra_tokens) if self.extra_tokens else found
 
 
@@ -83,13 +86,17 @@ def with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection
     extra_rows = cu_seqlens[:-1, None] + torch.arange(extra_tokens, device=device, dtype=torch.int32)
     grid_rows = torch.where(grid.mask, grid.packed_rows + (image[1:] * extra_tokens)[:, None], -1)
     packed_rows = torch.cat([extra_rows, grid_rows], 1)
-    return grid._replace(
+    return TokenSelection(
         indices=_inverse(packed_rows, grid.indices.shape[0] + images * extra_tokens),
         cu_seqlens=cu_seqlens,
         lengths=grid.lengths + extra_tokens,
         max_seqlen=grid.max_seqlen + extra_tokens,
         mask=F.pad(grid.mask, (extra_tokens, 0), value=True),
+        natural_mask=grid.natural_mask,
         packed_rows=packed_rows,
+        overflow=grid.overflow,
+        source_cu_seqlens=grid.source_cu_seqlens,
+        prob_floor=grid.prob_floor,
         grid_selection=grid,
     )
 

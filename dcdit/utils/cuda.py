@@ -60,6 +60,12 @@ class Driver:
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
 
+    def renew_generator(self, device: torch.device) -> None:
+        """Take the device's default generator out of a capture that failed: until then it refuses to draw."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+
 
 driver = Driver()
 
@@ -141,6 +147,7 @@ def _abandon(graph: Any, device: torch.device, pool: Pool) -> None:
     except RuntimeError:  # it ended the capture of the stream, but not that of the allocator
         with contextlib.suppress(RuntimeError):  # nor may there be anything to end
             driver.close_pool(device, pool)
+        driver.renew_generator(device)
     graph.reset()
 
 

@@ -129,6 +129,7 @@ def test_a_failed_capture_leaves_the_device_usable(model: DCDiT) -> None:
     with pytest.raises(CaptureError):
         GraphedDenoiser(model, BATCH, budget=64)
     assert torch.cuda.current_stream() == stream
+    assert torch.rand(3, device="cuda").isfinite().all(), "the generator is not part of a capture any more"
     model.decoder.forward = forward
     with torch.no_grad():
         x, t, y = batch(1)

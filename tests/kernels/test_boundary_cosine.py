@@ -59,15 +59,17 @@ def test_packed_equals_each_sequence_alone(
     cu_seqlens = random_cu_seqlens(*lengths).to(device)
     cotangent = randn(sum(lengths), seed=3).to(device)
 
-    def evaluate(rows: slice, starts: Tensor | None) -> tuple[Tensor, ...]:
+    def evaluate(rows: slice, starts: Tensor) -> tuple[Tensor, ...]:
         leaves = [x[rows].detach().requires_grad_() for x in (q, k)]
         with ops.use_backend("triton"):
-            p = OP(*leaves, starts) if starts is not None else OP(*(x[None] for x in leaves))[0]
+            p = OP(*leaves, starts)
         return p.detach(), *torch.autograd.grad(p, leaves, cotangent[rows])
 
     packed = evaluate(slice(None), cu_seqlens)
     for lo, hi in itertools.pairwise(cu_seqlens.tolist()):
-        for together, alone in zip(packed, evaluate(slice(lo, hi), None), strict=True):
+        # Packed too: for a grid batch another kernel is compiled, which may round differently.
+        only = random_cu_seqlens(hi - lo).to(device)
+        for together, alone in zip(packed, evaluate(slice(lo, hi), only), strict=True):
             torch.testing.assert_close(together[lo:hi], alone, rtol=0, atol=0)
 
 

@@ -109,6 +109,9 @@ class FakeDriver(cuda.Driver):
             raise RuntimeError("not currently recording to this pool")
         self.open_pools.remove(pool)
 
+    def renew_generator(self, device: torch.device) -> None:
+        self.call("renew_generator")
+
     @contextmanager
     def operators(self) -> Iterator[None]:
         """Record the operators of PyTorch too, in the order in which they are started."""

@@ -66,9 +66,10 @@ class _GroupNormSiLU(torch.autograd.Function):
         offset = offset_to_zero_mean(x, num_groups, None if shift is None else shift.to(dtype), dtype)
         images, length, channels = x.shape
         centred = (x + offset).contiguous()
-        normed, _, rstd = torch.native_group_norm(
-            _as_image(centred), weight, bias, images, channels, length, num_groups, eps
-        )  # fmt: skip
+        image = _as_image(centred)
+        if not image.is_cpu:  # the kernels of other devices take no channels-last image
+            image = image.contiguous()
+        normed, _, rstd = torch.native_group_norm(image, weight, bias, images, channels, length, num_groups, eps)
         # Into memory that is at hand. A view of another tensor could not be changed in place later.
         y = torch.ops.aten.silu.out(normed.squeeze(2).mT, out=centred)
         return y.to(x.dtype), offset, rstd

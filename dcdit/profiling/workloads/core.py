@@ -164,6 +164,12 @@ class Workload:
         made.arguments = {name: _copied(value) for name, value in self.arguments.items()}
         return made
 
+    def double(self) -> "Workload":
+        """The same in float64: the same values, floats with more digits."""
+        made = copy.copy(self)
+        made.arguments = {name: _doubled(value) for name, value in self.arguments.items()}
+        return made
+
     @property
     def differentiable(self) -> tuple[Tensor, ...]:
         """The arguments whose gradients are wanted; empty without a backward."""
@@ -225,4 +231,10 @@ def _copied(value: Any) -> Any:
         return made.copy_(value.detach()).requires_grad_(value.requires_grad)
     if isinstance(value, TokenSelection):
         return TokenSelection(*(_copied(part) for part in value))
+    return value
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
     return value

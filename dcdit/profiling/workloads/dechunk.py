@@ -15,7 +15,7 @@ from dcdit import ops
 from dcdit.ops import TokenSelection
 from dcdit.ops.numerics import PROB_EPS, ROW_EPS
 from dcdit.profiling.workloads.core import Arguments, Call, Case, Inputs, Operation
-from dcdit.profiling.workloads.packing import padded_positions
+from dcdit.profiling.workloads.packing import padded_positions, real_rows
 
 SIGMA = 1.0
 
@@ -44,10 +44,10 @@ def _plain_spatial(
     h: Tensor, p: Tensor, sel: TokenSelection, grid: tuple[int, int], sigma: float, gate: Tensor, residual: Tensor
 ) -> Call:
     order, real = padded_positions(sel)
-    length = p.shape[1]
+    rows, length = real_rows(real), p.shape[1]
 
     def call() -> Tensor:
-        tokens = pad_tokens(h, real)
+        tokens = pad_tokens(h, order.shape, rows)
         q = p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
         row, col = (order // grid[1]).float(), (order % grid[1]).float()
         squared = (row[:, :, None] - row[:, None]) ** 2 + (col[:, :, None] - col[:, None]) ** 2
@@ -68,9 +68,10 @@ def _plain_spatial(
 def _plain_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residual: Tensor) -> Call:
     """The scan as one dense lower triangular product for each image."""
     order, real = padded_positions(sel)
+    rows = real_rows(real)
 
     def call() -> Tensor:
-        tokens = pad_tokens(h, real)
+        tokens = pad_tokens(h, order.shape, rows)
         q = p.float().clamp(PROB_EPS, 1 - PROB_EPS).gather(1, order)
         # Differences of float32 sums are off by 1e-4 after a thousand tokens.
         decay = torch.log1p(-q).double().cumsum(1)
@@ -82,11 +83,11 @@ def _plain_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor, residual
     return call
 
 
-def pad_tokens(h: Tensor, real: Tensor) -> Tensor:
-    """(T, D) -> (B, M, D) float32, zeros in the padding; ``real`` (B, M) as :func:`padded_positions` returns it."""
-    out = h.new_zeros((*real.shape, h.shape[1]), dtype=torch.float32)
-    out[real] = h.float()
-    return out
+def pad_tokens(h: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
+    """(T, D) -> (B, M, D) float32, zeros in the padding; ``rows`` as :func:`real_rows` returns them."""
+    out = h.new_zeros((shape.numel(), h.shape[1]), dtype=torch.float32)
+    out[rows] = h.float()
+    return out.view(*shape, h.shape[1])
 
 
 def _plug_back_nearest(states: Tensor, nearest: Tensor, gate: Tensor, residual: Tensor) -> Tensor:

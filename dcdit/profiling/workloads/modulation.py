@@ -62,14 +62,14 @@ def _norm_alone(cases: dict[str, Case]) -> dict[str, Case]:
 
 def _plain_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor) -> Call:
     def call() -> Tensor:
-        return _modulate(t, *_per_token(cu_seqlens, shift, scale))
+        return _modulate(t, *_per_token(cu_seqlens, len(t), shift, scale))
 
     return call
 
 
 def _plain_rms_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor, weight: Tensor) -> Call:
     def call() -> Tensor:
-        shift_rows, scale_rows = _per_token(cu_seqlens, shift, scale)
+        shift_rows, scale_rows = _per_token(cu_seqlens, len(t), shift, scale)
         return F.rms_norm(t, t.shape[-1:], weight, 1e-6) * (1 + scale_rows) + shift_rows
 
     return call
@@ -77,7 +77,7 @@ def _plain_rms_norm(t: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor,
 
 def _plain_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Call:
     def call() -> Tensor:
-        (rows,) = _per_token(cu_seqlens, gate)
+        (rows,) = _per_token(cu_seqlens, len(x), gate)
         return x + rows * y
 
     return call
@@ -85,16 +85,17 @@ def _plain_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Call:
 
 def _plain_add_norm(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor) -> Call:
     def call() -> tuple[Tensor, Tensor]:
-        gate_rows, shift_rows, scale_rows = _per_token(cu_seqlens, gate, shift, scale)
+        gate_rows, shift_rows, scale_rows = _per_token(cu_seqlens, len(x), gate, shift, scale)
         added = x + gate_rows * y
         return added, _modulate(added, shift_rows, scale_rows)
 
     return call
 
 
-def _per_token(cu_seqlens: Tensor, *tables: Tensor) -> list[Tensor]:
+def _per_token(cu_seqlens: Tensor, tokens: int, *tables: Tensor) -> list[Tensor]:
+    """A row for each token. Without the size of the result, a GPU would have to tell the host how long it is."""
     lengths = cu_seqlens.diff()
-    return [table.repeat_interleave(lengths, dim=0) for table in tables]
+    return [table.repeat_interleave(lengths, dim=0, output_size=tokens) for table in tables]
 
 
 def _modulate(t: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Gather and scatter: rows expanded to (B, M, D) index tensors, M the longest kept length, as padded code does it."""
+"""Gather and scatter: rows expanded to (B, M, D) index tensors, M the longest kept length, as padded code does it.
+
+Which rows are kept is looked up beforehand: a mask as an index would make the host wait for a GPU in every call.
+"""
 
 import torch
 from einops import repeat
@@ -15,6 +18,11 @@ def padded_positions(sel: TokenSelection) -> tuple[Tensor, Tensor]:
     position = torch.arange(length, device=sel.mask.device)
     order = torch.where(sel.mask, position, length + position).argsort(dim=1)[:, :longest]
     return order, torch.arange(longest, device=order.device) < sel.lengths[:, None]
+
+
+def real_rows(real: Tensor) -> Tensor:
+    """The numbers of the rows of (B * M, D) that are real, of what :func:`padded_positions` returns."""
+    return real.flatten().nonzero().squeeze(1)
 
 
 def _gather(inputs: Inputs) -> Arguments:
@@ -35,11 +43,12 @@ def _packed_gather(inputs: Inputs) -> Arguments:
 
 def _plain_gather(x: Tensor, sel: TokenSelection, bias: Tensor) -> Call:
     order, real = padded_positions(sel)
+    rows = real_rows(real)
 
     def call() -> Tensor:
         index = repeat(order, "b m -> b m d", d=x.shape[2])
-        tokens = x.gather(1, index)[real]
-        added = repeat(bias, "l d -> b l d", b=x.shape[0]).gather(1, index)[real]
+        tokens = x.gather(1, index).flatten(0, 1)[rows]
+        added = repeat(bias, "l d -> b l d", b=x.shape[0]).gather(1, index).flatten(0, 1)[rows]
         return (tokens.float() + added).to(x.dtype)
 
     return call
@@ -61,10 +70,12 @@ def _packed_scatter(inputs: Inputs) -> Arguments:
 
 
 def _plain_scatter(t: Tensor, sel: TokenSelection) -> Call:
+    positions = real_rows(sel.mask)
+
     def call() -> Tensor:
-        out = t.new_zeros((*sel.mask.shape, t.shape[1]))
-        out[sel.mask] = t
-        return out
+        out = t.new_zeros((sel.mask.numel(), t.shape[1]))
+        out[positions] = t
+        return out.view(*sel.mask.shape, t.shape[1])
 
     return call
 
