@@ -5,6 +5,7 @@
         ema.safetensors         averaged weights, in the same form
         optimizer.safetensors   optimiser state by parameter name
         trainer.json            step, training configuration, and where a stream of samples is
+        README.md               the model card: what is known of the model, its data, its training and its quality
 
 Each of the first two files is a complete model on its own: :func:`dcdit.checkpoint.load_model` takes the run, the
 checkpoint or the file.
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.checkpoint.card import CARD_FILE, is_card, model_card
 from dcdit.checkpoint.model import (
     FORMAT,
     Model,
@@ -44,7 +46,7 @@ logger = logging.getLogger(__name__)
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
 TENSOR_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
-CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE)
+CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE, CARD_FILE)
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 
@@ -104,6 +106,7 @@ def save_checkpoint(
         write_model(target / EMA_FILE, model, ema, notes)
         write_tensors(target / OPTIMIZER_FILE, moments, {"format": FORMAT})
         (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+        (target / CARD_FILE).write_text(model_card(model, notes), encoding="utf-8")
 
     if folder.exists() and not is_checkpoint(folder):
         raise ValueError(f"{folder} is no checkpoint of dcdit; accepted: a checkpoint, or a name that is free")
@@ -265,8 +268,9 @@ def is_checkpoint(folder: Path) -> bool:
     files = list(folder.iterdir())
     if not all(file.name in CHECKPOINT_FILES and file.is_file() and not file.is_symlink() for file in files):
         return False
-    tensors = [file for file in files if file.name != TRAINER_FILE]
-    return all(map(is_written_here, tensors)) and bool(tensors or not files)
+    tensors = [file for file in files if file.name in TENSOR_FILES]
+    cards = [file for file in files if file.name == CARD_FILE]
+    return all(map(is_written_here, tensors)) and all(map(is_card, cards)) and bool(tensors or not files)
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
