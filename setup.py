@@ -12,6 +12,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+FOLDERS = ("dcdit.config.recipes", "dcdit.kernels", "dcdit.kernels.configs")
+"""Packages for setuptools, without an __init__.py."""
 PAPER = "https://arxiv.org/abs/2603.06351"
 LINK = re.compile(r"(!?)\[([^]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 """``[text](target)``, or ``![text](target)`` of a picture, where the target is relative."""
@@ -35,16 +37,7 @@ setup(
     long_description=readme,
     long_description_content_type="text/markdown",
     project_urls=urls,
-    packages=[
-        *find_packages(include=["dcdit", "dcdit.*"]),
-        "dcdit.config.recipes",
-        "dcdit.kernels",
-        "dcdit.kernels.configs",
-    ],
+    packages=[*find_packages(include=["dcdit", "dcdit.*"]), *FOLDERS],
     package_dir={"dcdit.kernels": "kernels"},
-    package_data={
-        "dcdit": ["py.typed"],
-        "dcdit.config.recipes": ["*.yaml"],
-        "dcdit.kernels.configs": ["*.json", "README.md"],
-    },
+    package_data={"dcdit": ["py.typed", "config/recipes/*.yaml"], "dcdit.kernels.configs": ["*.json", "README.md"]},
 )
