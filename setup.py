@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent
 FOLDERS = ("dcdit.config.recipes", "dcdit.kernels", "dcdit.kernels.configs")
 """Packages for setuptools, without an __init__.py."""
 PAPER = "https://arxiv.org/abs/2603.06351"
-LINK = re.compile(r"(!?)\[([^]]*)\]\((?!\w+:|#)([^)\s]+)\)")
-"""``[text](target)``, or ``![text](target)`` of a picture, where the target is relative."""
+LINK = re.compile(r"""(\]\(|(?:src|href)=")(?!\w+:|#)([^)"\s]+)""")
+"""The target of a link or a picture, in Markdown or HTML, where it is relative."""
+PICTURES = (".png", ".gif", ".webp", ".svg", ".jpg")
 
 version = re.search(r'__version__ = "(.+)"', (ROOT / "dcdit" / "__init__.py").read_text(encoding="utf-8"))[1]
 repository = os.environ.get("DCDIT_REPOSITORY", "").rstrip("/")
@@ -30,7 +31,8 @@ if repository:
         "Changelog": f"{pages}/CHANGELOG.md",
         "Issues": f"{repository}/issues",
     }
-    readme = LINK.sub(lambda m: f"{m[1]}[{m[2]}]({repository}/{'raw' if m[1] else 'blob'}/v{version}/{m[3]})", readme)
+    files = f"{repository}/raw/v{version}"
+    readme = LINK.sub(lambda link: f"{link[1]}{files if link[2].endswith(PICTURES) else pages}/{link[2]}", readme)
 
 setup(
     version=version,

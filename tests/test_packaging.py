@@ -125,13 +125,13 @@ def test_links_of_the_description_lead_to_the_repository(built: tuple[Path, str]
     assert urls["Source"] == "https://host/owner/name"
     assert urls["Changelog"] == f"https://host/owner/name/blob/{tag}/CHANGELOG.md"
     readme, text = (ROOT / "README.md").read_text(), metadata.get_payload(decode=True).decode()
-    targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    relative = re.findall(r"(!?)\[[^]]*\]\((?!https?:|#)([^)\s]+)\)", readme)
+    link = re.compile(r'(?:\]\(|src="|href=")([^)"\s]+)')
+    relative = [target for target in link.findall(readme) if not target.startswith(("https://", "#"))]
     assert len(relative) > 10
-    assert all(target.startswith(("https://", "#")) for target in targets)
-    for picture, target in relative:
-        kind = "raw" if picture else "blob"
-        assert f"](https://host/owner/name/{kind}/{tag}/{target})" in text
+    assert all(target.startswith(("https://", "#")) for target in link.findall(text))
+    for target in relative:
+        kind = "raw" if target.endswith((".png", ".gif", ".webp")) else "blob"
+        assert f"https://host/owner/name/{kind}/{tag}/{target}" in text
         assert (ROOT / target.partition("#")[0]).exists()
 
 
