@@ -153,6 +153,17 @@ def test_files_are_read_in_one_place() -> None:
     assert found <= READERS, found - READERS
 
 
+SPEAKING = re.compile(
+    r"\bprint\(|sys\.std(out|err)\b|\blogging\.(debug|info|warning|error|basicConfig)\(|getLogger\((?!__name__\))"
+)
+
+
+def test_the_library_prints_nothing() -> None:
+    """It logs under its own name, and warns; the command line prints."""
+    found = [name for name, path in MODULES.items() if SPEAKING.search(path.read_text())]
+    assert [name for name in found if package_of(name) != "cli"] == []
+
+
 def test_few_modules_lie_loose() -> None:
     assert {path.stem for path in (ROOT / "dcdit").glob("*.py")} == LOOSE
 

@@ -5,6 +5,7 @@
         ema.safetensors         averaged weights, in the same form
         optimizer.safetensors   optimiser state by parameter name
         trainer.json            step, training configuration, and where a stream of samples is
+        README.md               the model card: what is known of the model, its data, its training and its quality
 
 Each of the first two files is a complete model on its own: :func:`dcdit.checkpoint.load_model` takes the run, the
 checkpoint or the file.
@@ -13,6 +14,7 @@ checkpoint or the file.
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.checkpoint.card import CARD_FILE, is_card, model_card
 from dcdit.checkpoint.model import (
     FORMAT,
     Model,
@@ -39,6 +42,7 @@ from dcdit.checkpoint.model import (
 from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
 from dcdit.utils.reading import read_json
 
+logger = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 """File of a checkpoint with the weights."""
 EMA_FILE = "ema.safetensors"
@@ -48,7 +52,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 TRAINER_FILE = "trainer.json"
 """File of a checkpoint with what the training loop needs to go on."""
 TENSOR_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
-CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE)
+CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE, CARD_FILE)
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 
@@ -132,6 +136,7 @@ def save_checkpoint(
         write_model(target / EMA_FILE, model, ema, notes)
         write_tensors(target / OPTIMIZER_FILE, moments, {"format": FORMAT})
         (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+        (target / CARD_FILE).write_text(model_card(model, notes), encoding="utf-8")
 
     if folder.exists() and not is_checkpoint(folder):
         raise ValueError(f"{folder} is no checkpoint of dcdit; accepted: a checkpoint, or a name that is free")
@@ -378,8 +383,9 @@ def is_checkpoint(folder: Path) -> bool:
     files = list(folder.iterdir())
     if not all(file.name in CHECKPOINT_FILES and file.is_file() and not file.is_symlink() for file in files):
         return False
-    tensors = [file for file in files if file.name != TRAINER_FILE]
-    return all(map(is_written_here, tensors)) and bool(tensors or not files)
+    tensors = [file for file in files if file.name in TENSOR_FILES]
+    cards = [file for file in files if file.name == CARD_FILE]
+    return all(map(is_written_here, tensors)) and all(map(is_card, cards)) and bool(tensors or not files)
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
@@ -501,3 +507,4 @@ def keep_newest(newest: Path, count: int | None) -> None:
     for folder in folders[: folders.index(kept[-1])] if len(kept) == count else ():
         if not folder.is_symlink() and is_checkpoint(folder):
             remove_folder(folder)
+            logger.info("deleted %s: the run keeps %d checkpoints", folder, count)

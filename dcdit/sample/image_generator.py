@@ -1,5 +1,6 @@
 """From a checkpoint to pictures, in Python."""
 
+import logging
 import math
 import os
 import warnings
@@ -24,6 +25,7 @@ from dcdit.utils.environment import resolve_device
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
 OUTPUTS = ("pil", "pt", "latent")
 VAE = "vae"
 """Folder of the autoencoder beside the weights, as in a pipeline of diffusers."""
@@ -77,6 +79,7 @@ def load(
     path = local_path(source, revision)
     decoder = autoencoder_beside(path) if vae is None else local_path(vae)
     loaded = load_for_sampling(path, where, ema=ema, precision=precision, vae=decoder)
+    logger.info("%s is on %s in %s, and is decoded by %s", source, where, precision, decoder or "nothing")
     return ImageGenerator(loaded, str(source), where, class_names)
 
 

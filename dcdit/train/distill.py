@@ -13,6 +13,7 @@ for 5K steps. It does not say how the two sets of tokens are compared. Here:
   The scale is per image, so the loss of a batch does not depend on how the batch is split.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from dcdit.models import DCDiT, DiT, DyDiT, count_flops
 from dcdit.models.dc_dit import BlockStates
 from dcdit.models.upcycle import freeze_embedders, upcycle
 from dcdit.ops import TokenSelection
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -94,6 +97,7 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     source = load_static_dit(section.source, model.config.num_heads).to(model.get_buffer("pos_embed").device)
     if resume is None:
         upcycle(model, source)
+        logger.info("the run starts from the weights of %s", section.source)
     return Teacher(source) if distill_steps else None
 
 

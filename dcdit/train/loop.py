@@ -1,6 +1,7 @@
 """The training loop, for DC-DiT and for the static DiT, on one process or many. A resumed run continues exactly."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from dcdit.train.stopping import NO_STOP, StopCheck
 from dcdit.train.trackers import Trackers, check_trackers
 from dcdit.train.validate import Validation
 from dcdit.utils.signals import Signals
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ def _train(
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        logger.info(
+            "%s with %s parameters, on %s in %d process(es), from step %d of %d: %s",
+            config.model.name, f"{size:,}", device, processes, start, optim.steps, out,
+        )  # fmt: skip
         write_config(out, config)
         cut_log(log, start)
     first, end = start * optim.accumulate, optim.steps * optim.accumulate

@@ -133,6 +133,15 @@ def is_validated(log: Path, step: int) -> bool:
     return any(record["step"] == step and "val_loss" in record for record in records)
 
 
+def newest_values(log: Path) -> LogRecord:
+    """The newest value of every metric in a log; what cannot be read of it is left out."""
+    values: LogRecord = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        for line in _text(log).split("\n"):
+            values.update(json.loads(line))
+    return values
+
+
 def cut_log(log: Path, step: int) -> None:
     """Remove the records of steps that a resumed run will do again, and a line that a kill left unfinished.
 

@@ -5,6 +5,7 @@ all of it on a CPU and sees the order of the calls.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 Pool = tuple[int, int]
 
 
@@ -120,6 +122,7 @@ def capture(
     Raises:
         CaptureError: the capture failed; ``__cause__`` says why.
     """
+    logger.info("%s is captured in a CUDA graph", what)
     with driver.on_device(device):
         side = driver.new_stream(device)
         side.wait_stream(driver.current_stream(device))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,22 @@ def test_train_from_a_file_and_resume(folder, trained, tmp_path, capsys):
     assert "3 steps done" in capsys.readouterr().out
     one, two = (ckpt.load_checkpoint(run) for run in (trained, again))
     assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
+
+
+def test_log_messages_show_on_request(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DCDIT_LOG", "info")
+    assert main(train_command(folder, tmp_path / "run", "--steps", 1)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dcdit: info: ")]
+    assert re.fullmatch(r"dcdit: info: DC-DiT-S with [\d,]+ parameters, on cpu in 1 process\(es\), .*", lines[0])
+    assert lines[-1] == f"dcdit: info: saved {tmp_path / 'run' / 'checkpoints' / 'step_00000001'}"
+    monkeypatch.delenv("DCDIT_LOG")
+    assert main(train_command(folder, tmp_path / "silent", "--steps", 1)) == 0
+    assert "dcdit: info" not in capsys.readouterr().err
+
+
+def test_unknown_log_level(fails, monkeypatch):
+    monkeypatch.setenv("DCDIT_LOG", "loud")
+    fails("info", match="DCDIT_LOG is 'loud'; accepted: debug, info, warning, error")
 
 
 def test_sample_writes_pictures_and_kept_fractions(trained, tmp_path, capsys):

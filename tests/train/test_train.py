@@ -71,6 +71,20 @@ def without_speed(result):
     return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
 
 
+def test_the_card_of_a_run_says_how_it_was_trained(config, archive):
+    result = train(config("optim.steps=2", "run.eval_every=2"))
+    card = (result.checkpoint / "README.md").read_text()
+    last, validated = records(result)[-2:]
+    recipe = json.loads(card.split("```json")[1].split("```")[0])
+    assert f"- data: npz of {archive.name}; " in card
+    assert str(archive.parent) not in card
+    assert f"- steps: 2\n- training compute: {last['flops']:.4g} FLOPs" in card
+    assert f"- validation loss, averaged weights: {validated['val_loss_ema']:.4g}" in card
+    assert recipe["optim"] == {"steps": 2, "batch_size": 4, "lr": 1e-3, "ema_decay": 0.9}
+    assert "run" not in recipe
+    assert ckpt.model_card(ckpt.load_model(result.checkpoint), ckpt.read_metadata(result.checkpoint)) == card
+
+
 def test_sizes_that_the_data_tell(config):
     """Without them in the configuration, the model is the same as with them."""
     sizes = {name: value for name, value in TINY.items() if name not in ("in_channels", "grid")}
