@@ -28,7 +28,9 @@ Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
 class ModelSection:
     """the model that is trained"""
 
-    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, or DyDiT-S/2")
+    name: str = option(
+        "DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, DyDiT-S/2 or SparseDiT-S/2"
+    )
     image_size: int | None = option(
         None, "pixels per side; presets work on latents of an eighth of it; null fits the grid to the data", at_least=1
     )
@@ -172,7 +174,7 @@ class WidthSection:
 
 @dataclass
 class UpcycleSection:
-    """a DC-DiT (arXiv 2603.06351, v1) or a DyDiT made from a pretrained static DiT"""
+    """a DC-DiT (arXiv 2603.06351, v1), a DyDiT or a SparseDiT made from a pretrained static DiT"""
 
     source: str | None = option(
         None, "the static DiT: .pt, .safetensors, run or diffusers folder; null trains from scratch"
