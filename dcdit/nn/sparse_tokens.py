@@ -26,7 +26,7 @@ class SparseTokens(nn.Module):
     """Both ways of a module. All tokens come back as ``spread(from_sparse(sparse)) + from_full(full)``.
 
     At the start the second layer is the identity and the first zero, as in the published code: all tokens stay what
-    they were before the sparse blocks.
+    they were before the sparse blocks. The result has the dtype of full, also under autocast.
 
     Args:
         dim: D.
@@ -61,7 +61,8 @@ class PooledTokens(SparseTokens):
         with stage("dechunk"):
             # A linear layer on copies of rows is a copy of its results on the rows.
             rows = to_grid(self.from_sparse(sparse), grid)
-            return to_tokens(F.interpolate(rows, self.grid, mode="nearest")) + self.from_full(full)
+            spread = to_tokens(F.interpolate(rows, self.grid, mode="nearest"))
+            return (spread + self.from_full(full)).to(full.dtype)
 
 
 class RoutedTokens(SparseTokens):
@@ -91,4 +92,5 @@ class RoutedTokens(SparseTokens):
     def restore(self, sparse: Tensor, full: Tensor, grid: tuple[int, int], chosen: Chosen) -> Tensor:
         """Sparse tokens (B, h*w, D) and all tokens in front of them (B, H*W, D) -> (B, H*W, D)."""
         with stage("dechunk"):
-            return self.dechunk(self.from_sparse(sparse).flatten(0, 1), *chosen, self.from_full(full))
+            rows = self.from_sparse(sparse).flatten(0, 1)
+            return self.dechunk(rows, *chosen, self.from_full(full)).to(full.dtype)

@@ -234,6 +234,33 @@ def test_gradient_checkpointing_changes_nothing() -> None:
             torch.testing.assert_close(recomputed, plain_grad)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_half_precision(kind: str) -> None:
+    """Under autocast the residual stream stays float32, as in a static DiT."""
+    model = small_sparse_dit(**MODELS[kind])
+    inputs = batch(model.config)
+    exact = model(*inputs)
+    seen = set()
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.add(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(*inputs)
+    assert seen == {torch.float32}
+    # A router may choose other tokens where two probabilities are close.
+    for out in (mixed, model.bfloat16()(*inputs)):
+        assert out.dtype == torch.bfloat16
+        error = (out.float() - exact).abs().mean() / exact.abs().mean()
+        assert error < (0.03 if model.config.router is None else 0.2)
+
+
+def test_one_graph_under_torch_compile() -> None:
+    model = small_sparse_dit(router="predictability", depth=5, modules=1)
+    inputs = batch(model.config)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), model(*inputs))
+
+
 @torch.no_grad()
 def test_a_new_model_made_from_a_static_dit() -> None:
     """With all tokens in the middle it is the source, but for the pooled blocks and the way around the middle."""
