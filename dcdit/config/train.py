@@ -133,7 +133,7 @@ class OptimSection:
 
 @dataclass
 class RouterSection:
-    """routing budget (arXiv 2603.06351); a static DiT ignores it"""
+    """routing budget (arXiv 2603.06351); a static DiT ignores it, a routed SparseDiT reads loss_weight alone"""
 
     target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
     target_start: float | None = option(None, "N at the first step, if it is not the target", above=1)
