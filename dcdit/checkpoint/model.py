@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig, KeptShare, ModelConfig
+from dcdit.models import (
+    DCDiT,
+    DCDiTConfig,
+    DiT,
+    DiTConfig,
+    DyDiT,
+    DyDiTConfig,
+    KeptShare,
+    ModelConfig,
+    SparseDiT,
+    SparseDiTConfig,
+)
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
 from dcdit.utils.reading import open_regular, parse_json
@@ -17,7 +28,7 @@ from dcdit.utils.schema import from_mapping
 from dcdit.utils.tensors import open_tensors, save_tensors
 from dcdit.utils.text import short
 
-Model = DCDiT | DiT | DyDiT
+Model = DCDiT | DiT | DyDiT | SparseDiT
 """What this package trains, saves and loads."""
 Tensors = Mapping[str, Tensor]
 """Tensors by name."""
@@ -26,6 +37,7 @@ ARCHITECTURES: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "DCDiT": (DCDiT, DCDiTConfig),
     "DiT": (DiT, DiTConfig),
     "DyDiT": (DyDiT, DyDiTConfig),
+    "SparseDiT": (SparseDiT, SparseDiTConfig),
 }
 FORMAT = "dcdit"
 """Entry ``format`` of the metadata. It marks the files of this package."""

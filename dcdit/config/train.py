@@ -34,7 +34,9 @@ class ModelSection:
         {'router': 'cosine2d'}
     """
 
-    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, or DyDiT-S/2")
+    name: str = option(
+        "DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, DyDiT-S/2 or SparseDiT-S/2"
+    )
     image_size: int | None = option(
         None, "pixels per side; presets work on latents of an eighth of it; null fits the grid to the data", at_least=1
     )
@@ -156,7 +158,7 @@ class OptimSection:
 
 @dataclass
 class RouterSection:
-    """routing budget (arXiv 2603.06351); a static DiT ignores it
+    """routing budget (arXiv 2603.06351); a static DiT ignores it, a routed SparseDiT reads loss_weight alone
 
     Example:
         >>> from dcdit.config import RouterSection
@@ -209,7 +211,7 @@ class WidthSection:
 
 @dataclass
 class UpcycleSection:
-    """a DC-DiT (arXiv 2603.06351, v1) or a DyDiT made from a pretrained static DiT
+    """a DC-DiT (arXiv 2603.06351, v1), a DyDiT or a SparseDiT made from a pretrained static DiT
 
     Example:
         >>> from dcdit.config import UpcycleSection

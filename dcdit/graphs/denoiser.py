@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcdit.graphs.safety import FixedModel, graph_obstacle
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiT, DiT, DyDiT, SparseDiT
 from dcdit.utils import cuda
 
 
@@ -46,7 +46,7 @@ class GraphedDenoiser:
 
     def __init__(
         self,
-        model: DCDiT | DiT,
+        model: DCDiT | DiT | DyDiT | SparseDiT,
         batch: int,
         budget: int | None = None,
         capacity: int | None = None,

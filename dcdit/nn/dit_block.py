@@ -69,10 +69,14 @@ class DiTBlockBase(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.mlp_norm_eps = mlp_norm_eps
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self._create_inputs(dim)
         self.proj = nn.Linear(dim, dim)
         self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
         self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+
+    def _create_inputs(self, dim: int) -> None:
+        """The linear layers in front of the attention."""
+        self.qkv = nn.Linear(dim, 3 * dim)
 
     def mlp(self, x: Tensor, mask: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(..., D) -> (..., D). A mask is applied to the hidden units before the GELU, which leaves 0 as it is."""
@@ -144,8 +148,18 @@ class PackedDiTBlock(DiTBlockBase):
         return x, PendingResidual(self.mlp(h, mask), mod.mlp_gate)
 
 
-class DenseDiTBlock(DiTBlockBase):
-    """A block for a dense batch, in operations that ``torch.compile`` fuses.
+class DenseBlockBase(DiTBlockBase):
+    """A block for a dense batch, in operations that ``torch.compile`` fuses. A subclass has the attention."""
+
+    def mlp_branch(self, x: Tensor, mod: Modulation, groups: Tensor | None = None) -> Tensor:
+        """What the second half adds to x (B, L, D). Hidden units whose gate (B, G) is 0 are computed and masked."""
+        shift, scale, gate = (row[:, None] for row in mod[3:])
+        mask = None if groups is None else partial(mask_dense, gates=groups)
+        return gate * self.mlp(modulate(x, shift, scale, self.mlp_norm_eps), mask)
+
+
+class DenseDiTBlock(DenseBlockBase):
+    """A DiT block for a dense batch.
 
     Example:
         >>> import torch
@@ -185,12 +199,6 @@ class DenseDiTBlock(DiTBlockBase):
         """The first half of a block, (B, L, D) -> (B, L, D). Heads whose gate (B, H) is 0 are computed and masked."""
         shift, scale, gate = (row[:, None] for row in mod[:3])
         return x + gate * self.attention(modulate(x, shift, scale), heads)
-
-    def mlp_branch(self, x: Tensor, mod: Modulation, groups: Tensor | None = None) -> Tensor:
-        """What the second half adds to x (B, L, D). Hidden units whose gate (B, G) is 0 are computed and masked."""
-        shift, scale, gate = (row[:, None] for row in mod[3:])
-        mask = None if groups is None else partial(mask_dense, gates=groups)
-        return gate * self.mlp(modulate(x, shift, scale, self.mlp_norm_eps), mask)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:

@@ -87,8 +87,8 @@ class ImageGenerator:
     """Draws images with one model. :func:`dcdit.load` makes it.
 
     Attributes:
-        model: the :class:`~dcdit.models.DCDiT`, :class:`~dcdit.models.DiT` or :class:`~dcdit.models.DyDiT`, in eval
-            mode.
+        model: the :class:`~dcdit.models.DCDiT`, :class:`~dcdit.models.DiT`, :class:`~dcdit.models.DyDiT` or
+            :class:`~dcdit.models.SparseDiT`, in eval mode.
         class_names: name of every label; empty where nobody said them.
         device: of the model.
     """
@@ -222,7 +222,7 @@ class ImageGenerator:
                 raise ValueError(f"{name} is for guidance; accepted with a cfg_scale other than 1")
         if not isinstance(self.model, DCDiT):
             for name in (name for name, given in asked.items() if given):
-                kind = "static DiT" if isinstance(self.model, DiT) else "DyDiT"
+                kind = "static DiT" if isinstance(self.model, DiT) else type(self.model).__name__
                 raise ValueError(f"{self._source} holds a {kind}, which drops no tokens; leave {name} out")
             return None
         if options.budget is not None:

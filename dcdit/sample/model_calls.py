@@ -10,7 +10,7 @@ from torch import Tensor
 from dcdit.checkpoint import Model
 from dcdit.diffusion import sample
 from dcdit.graphs import ExactGraphedDenoiser
-from dcdit.models import Capacity, DyDiTConfig, SlicedModel, count_flops
+from dcdit.models import Capacity, DyDiTConfig, SlicedModel, SparseDiTConfig, count_flops
 from dcdit.nn import Gates
 from dcdit.nn.gates import GateCounts
 from dcdit.utils.modules import accepts_keyword
@@ -114,7 +114,7 @@ class ModelCalls:
         that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
         With a capacity also ``overflow``: tokens per image that were lost to it, both branches together. Of a model of
         dynamic width the fractions of the ``heads`` and MLP ``groups`` that were computed, and of the ``tokens`` that
-        an MLP ran on, over both branches.
+        an MLP ran on, over both branches. Of a SparseDiT the fraction of the tokens that were ``sparse`` ones.
         """
         return [self._record(call) for call in self._calls]
 
@@ -148,8 +148,11 @@ class ModelCalls:
             branch = range(rows)[part]
             if not branch:
                 continue
-            counts = _counts(call, part)
-            flops = count_flops(self.config, lengths, len(branch), counts)["total"] / self.images / 1e9
+            counts, tokens = _counts(call, part), lengths
+            if isinstance(self.config, SparseDiTConfig):
+                tokens = [self.config.sparse_tokens_at(time) for time in call["t"][part].tolist()]
+                record["sparse"] = tokens[0] / self.config.tokens
+            flops = count_flops(self.config, tokens, len(branch), counts)["total"] / self.images / 1e9
             record["gflops"] += flops
             if suffix:
                 record["gflops_null"] = flops

@@ -38,7 +38,7 @@ def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: 
     check_own(folder, RECORD, RECORD_KEYS, names)
 
 
-SHARES = ("kept", "natural", "heads", "groups", "tokens")
+SHARES = ("kept", "natural", "heads", "groups", "tokens", "sparse")
 """Numbers of a model's calls whose means are part of samples.json."""
 
 

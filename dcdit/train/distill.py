@@ -22,7 +22,7 @@ from torch import Tensor
 from dcdit import checkpoint
 from dcdit.checkpoint.pretrained import load_static_dit, read_objective
 from dcdit.config import TrainConfig
-from dcdit.models import DCDiT, DiT, DyDiT, count_flops
+from dcdit.models import DCDiT, DiT, DyDiT, SparseDiT, count_flops
 from dcdit.models.dc_dit import BlockStates
 from dcdit.models.upcycle import freeze_embedders, upcycle
 from dcdit.ops import TokenSelection
@@ -69,8 +69,8 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     """Make the model of a run an upcycled one, if the configuration names a source.
 
     The embedders of a DC-DiT are frozen. A new run gets the weights of the source. A resumed run has its own weights,
-    and reads the source only if there are distillation steps left. A DyDiT has no distillation: it takes all weights of
-    the source, and starts as the source with every gate open.
+    and reads the source only if there are distillation steps left. A DyDiT and a SparseDiT have no distillation: they
+    take all weights of the source, and a DyDiT starts as the source with every gate open.
 
     Returns:
         The teacher of the distillation steps that are left, or None if none are.
@@ -81,8 +81,10 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     section = config.upcycle
     if section.source is None:
         return None
-    if not isinstance(model, DCDiT | DyDiT):
-        raise ValueError(f"model.name is {config.model.name!r} with upcycle.source; accepted: a DC-DiT or a DyDiT")
+    if not isinstance(model, DCDiT | DyDiT | SparseDiT):
+        raise ValueError(
+            f"model.name is {config.model.name!r} with upcycle.source; accepted: a DC-DiT, a DyDiT or a SparseDiT"
+        )
     distill_steps = section.distill_steps if isinstance(model, DCDiT) else 0
     if isinstance(model, DCDiT):
         freeze_embedders(model)

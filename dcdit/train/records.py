@@ -88,7 +88,7 @@ def training_record(
     """
     record: LogRecord = {"step": step, **means.read(step, accelerator)}
     record["lr"] = learning_rate(config.optim, step - 1)
-    if "ratio_loss" in record:
+    if "ratio_loss" in record and "kept" in record:
         record["target"] = compression_target(config.router, step - 1)
     if "width_loss" in record:
         record["width_target"] = width_target(config.width, step - 1)
