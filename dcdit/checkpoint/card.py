@@ -83,6 +83,7 @@ def model_card(model: Model, notes: Mapping[str, str] | None = None, use: str = 
         use: Python that loads the model and draws an image.
 
     Example:
+        >>> from dcdit.checkpoint.card import model_card
         >>> from dcdit.models import create_model
         >>> card = model_card(create_model("DiT-S/2", num_classes=2), {"class_names": '["cat", "dog"]'})
         >>> [line for line in card.splitlines() if line.startswith("- ")][4:6]

@@ -257,6 +257,13 @@ class SparseDiTConfig(PatchConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import SparseDiTConfig
+        >>> sizes = {"grid": (8, 8), "hidden_size": 32, "num_heads": 4}
+        >>> config = SparseDiTConfig(depth=6, modules=1, sparse_depth=2, sparse_grid=(2, 2), **sizes)
+        >>> config.kinds
+        ['pooled', 'merge', 'sparse', 'sparse', 'recover', 'dense']
     """
 
     pooled: int = 1

@@ -30,10 +30,11 @@ class SparseDiT(PatchTransformer):
     Example:
         >>> import torch
         >>> from dcdit.models import SparseDiT, SparseDiTConfig
-        >>> sizes = {"grid": (8, 8), "hidden_size": 32, "num_heads": 4}
-        >>> config = SparseDiTConfig(depth=6, modules=1, sparse_depth=2, sparse_grid=(2, 2), **sizes)
-        >>> SparseDiT(config).eval()(torch.randn(2, 4, 8, 8), torch.tensor([999, 0]), torch.tensor([1, 7])).shape
-        torch.Size([2, 8, 8, 8])
+        >>> sizes = {"grid": (8, 8), "hidden_size": 32, "num_heads": 4, "num_classes": 10}
+        >>> model = SparseDiT(SparseDiTConfig(depth=6, modules=1, sparse_depth=2, sparse_grid=(2, 2), **sizes)).eval()
+        >>> out = model(torch.randn(2, 4, 8, 8), torch.tensor([999, 0]), torch.tensor([1, 7]))
+        >>> out.shape, out.abs().max().item()  # adaLN-Zero: a new model says zero
+        (torch.Size([2, 8, 8, 8]), 0.0)
     """
 
     config: SparseDiTConfig

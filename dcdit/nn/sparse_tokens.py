@@ -49,7 +49,16 @@ class SparseTokens(nn.Module):
 
 
 class PooledTokens(SparseTokens):
-    """Means of rectangles of the grid, brought back by nearest upsampling."""
+    """Means of rectangles of the grid, brought back by nearest upsampling.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import PooledTokens
+        >>> tokens, full = PooledTokens(1, grid=(2, 2)), torch.tensor([[[1.0], [2.0], [3.0], [6.0]]])
+        >>> sparse, chosen = tokens.sparsify(full, (1, 1))
+        >>> sparse.tolist(), tokens.restore(sparse, full, (1, 1), chosen).flatten().tolist()  # new: as before
+        ([[[3.0]]], [1.0, 2.0, 3.0, 6.0])
+    """
 
     def sparsify(self, full: Tensor, grid: tuple[int, int]) -> tuple[Tensor, None]:
         """All tokens (B, H*W, D) -> (B, h*w, D) for a grid (h, w), by adaptive average pooling."""
@@ -73,6 +82,15 @@ class RoutedTokens(SparseTokens):
         grid: (H, W) of all tokens.
         router: a name in :data:`dcdit.nn.ROUTERS`.
         sigma: of the de-chunking, in tokens.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import RoutedTokens
+        >>> tokens = RoutedTokens(2, grid=(1, 3), router="cosine1d", sigma=1.0)
+        >>> full = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
+        >>> sparse, chosen = tokens.sparsify(full, (1, 2))
+        >>> chosen.selection.indices.tolist(), sparse.tolist()  # the first, and the one unlike the one before it
+        ([0, 2], [[[1.0, 0.0], [-1.0, 0.0]]])
     """
 
     def __init__(self, dim: int, grid: tuple[int, int], router: str, sigma: float) -> None:
