@@ -117,8 +117,8 @@ def save_checkpoint(
         >>> adam = torch.optim.AdamW(model.parameters())
         >>> for step in (10,):
         ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
-        >>> path.name, sorted(file.name for file in path.iterdir())
-        ('step_00000010', ['ema.safetensors', 'model.safetensors', 'optimizer.safetensors', 'trainer.json'])
+        >>> path.name, sorted(file.name for file in path.glob("*.safetensors"))
+        ('step_00000010', ['ema.safetensors', 'model.safetensors', 'optimizer.safetensors'])
     """
     folder = Path(folder)
     weights = model.state_dict() if state is None else state
