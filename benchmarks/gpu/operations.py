@@ -84,12 +84,12 @@ class OperationCases:
             check_accurate(f"{name}, {side}", calls[0](), plain, right, tolerance)
 
 
-def _call(workload: Workload, call: Any, backward: bool) -> Call:
+def _call(workload: Workload, call: Call, backward: bool) -> Call:
     """The call to time. The gradients of the outputs are made once: making them is no part of the operation."""
     if not backward:
         return lambda: run_forward(call)
     wanted = workload.differentiable
-    ones = [torch.ones_like(output) for output in run_forward(workload.call)]
+    ones = [torch.ones_like(output) for output in run_forward(call)]
 
     def forward_backward() -> tuple[Tensor, ...]:
         outputs = tensors_of(call())

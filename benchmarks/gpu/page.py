@@ -237,9 +237,8 @@ def _operations(found: Found, group: Group) -> list[str]:
                 _figure(events["torch.compile"], ".2f", 1e3) if both else _number(None, ".2f"),
                 _number(events["torch.compile"]["median"] / events["dcdit"]["median"] if both else None, ".2f"),
             ]
-            notes.append(
-                f"- {case}: {line['why']}; both sides timed by events; dcdit's own time is that in a graph, where a graph can hold it."
-            )
+            graph = "dcdit's own time is that in a graph, where one can hold it"
+            notes.append(f"- {case}: {line['why']}; both sides timed by events; {graph}.")
         rows.append([*row, line["by"]])
     if not rows:
         return []

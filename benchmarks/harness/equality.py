@@ -47,6 +47,36 @@ def check_accurate(
         raise NotEqualError(f"{what}: {len(actual)} results, expected {len(plain)}")
 
 
+def check_kept(
+    what: str, prob: Tensor, mask: Tensor, right_prob: Tensor, right_mask: Tensor, tolerance: float
+) -> Tensor:
+    """Compare the kept tokens of two sides whose probabilities differ by rounding.
+
+    A token may be kept by one side alone only where its probability is as near to the cut as the two sides differ: the
+    cut lies between the best token that an image drops and the worst that it keeps.
+
+    Returns:
+        (B,) bool: the images that keep the same tokens on both sides. Only their outputs can be compared.
+
+    Raises:
+        NotEqualError: the probabilities differ by more than the tolerance, a token away from the cut is kept by one
+            side alone, or no image keeps the same tokens.
+    """
+    off = float((prob.double() - right_prob.double()).abs().max())
+    if not off <= tolerance:
+        raise NotEqualError(f"{what}: probabilities are off by {off:.1e}, allowed {tolerance:.0e}")
+    best_dropped = right_prob.masked_fill(right_mask, -torch.inf).amax(1, keepdim=True)
+    worst_kept = right_prob.masked_fill(~right_mask, torch.inf).amin(1, keepdim=True)
+    near = (right_prob >= best_dropped - 2 * off) & (right_prob <= worst_kept + 2 * off)
+    flipped = mask != right_mask
+    if wrong := int((flipped & ~near).sum()):
+        raise NotEqualError(f"{what}: {wrong} tokens away from the cut are kept by one side alone")
+    same = ~flipped.any(1)
+    if not same.any():
+        raise NotEqualError(f"{what}: no image keeps the same tokens, of {len(same)}")
+    return same
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     if not a.is_floating_point():
         return 0.0 if torch.equal(a, b) else float("inf")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcdit.ops import attention_kernels, checks
-from dcdit.ops.attention_sdpa import sdpa_varlen, zeros_for
+from dcdit.ops.attention_sdpa import lengths_are_equal, sdpa_varlen, zeros_for
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.backend import backend_for, backend_name
 from dcdit.ops.numerics import widest
@@ -41,8 +41,10 @@ def varlen_attention(
     cannot trace. To run FlashAttention 3 or 4 there, call ``torch.nn.attention.activate_flash_attention_impl`` and use
     ``"torch_varlen"``.
 
-    ``"sdpa"`` is one batched call where all lengths are equal (``T == B * max_seqlen`` and no padding). Otherwise it is
-    one call per sequence and reads ``cu_seqlens`` on the host, which on a GPU is a synchronisation.
+    ``"sdpa"`` is one batched call where all lengths are equal (``T == B * max_seqlen`` and no padding), as with a
+    budget. There ``"auto"`` prefers it to ``"flash2"`` and ``"torch_varlen"``, which are part of it, so that it may run
+    on cuDNN, too (``torch.nn.attention.sdpa_kernel``). Otherwise it is one call per sequence and reads ``cu_seqlens``
+    on the host, which on a GPU is a synchronisation.
 
     Args:
         q: (T, heads, d_h) packed tokens.
@@ -102,7 +104,8 @@ def attend(
     """:func:`varlen_attention` of checked arguments, outside of autocast."""
     crossed = cu_seqlens_k is not cu_seqlens
     no_key = crossed and known_true(k.shape[0] == 0)
-    name = None if no_key else kernel_for(q, cu_seqlens, backend)
+    dense = not crossed and lengths_are_equal(q, cu_seqlens, max_seqlen, padding)
+    name = None if no_key else kernel_for(q, cu_seqlens, backend, dense)
     if name is not None:
         checks.check_int32(f"attention backend {name!r}", cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
         sequences = cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k
@@ -129,19 +132,22 @@ def _is_token(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1])[:, None, None]
 
 
-def kernel_for(q: Tensor, cu_seqlens: Tensor, backend: str = "auto") -> str | None:
+def kernel_for(q: Tensor, cu_seqlens: Tensor, backend: str = "auto", dense: bool = False) -> str | None:
     """The name of the attention kernel to run; None where another implementation computes the attention.
 
     Args:
         q: (T, ..., heads, d_h).
         cu_seqlens: int32 (B+1,).
         backend: as in :func:`varlen_attention`.
+        dense: all sequences are known to have the same length.
     """
     if _no_sequence(q, cu_seqlens) or backend_name(q) == "reference":
         return None
     # Under torch.compile(dynamic=True) the head dimension is a symbol; index() makes it a constant.
     head_dim, compiling = index(q.shape[-1]), torch.compiler.is_compiling()
     name = attention_kernels.choose_attention_backend(backend, q.device, q.dtype, head_dim, compiling)
+    if dense and backend == "auto" and name in attention_kernels.PART_OF_SDPA:
+        return None
     return None if name == "sdpa" else name
 
 

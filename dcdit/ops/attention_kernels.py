@@ -77,6 +77,8 @@ KERNELS = {
     ),
 }
 ATTENTION_BACKENDS = (*KERNELS, "sdpa")
+PART_OF_SDPA = ("flash2", "torch_varlen")
+"""Kernels that ``scaled_dot_product_attention`` has too, for sequences of one length."""
 HALF = (torch.float16, torch.bfloat16)
 
 

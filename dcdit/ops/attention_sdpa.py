@@ -31,9 +31,9 @@ def sdpa_varlen(
     """
     if k.shape[1] != q.shape[1]:
         k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
-    images = cu_seqlens.shape[0] - 1
-    equal = not padding and known_true(q.shape[0] == images * max_seqlen)
-    if equal and (cu_seqlens_k is cu_seqlens or known_true(k.shape[0] == images * max_seqlen_k)):
+    equal = lengths_are_equal(q, cu_seqlens, max_seqlen, padding)
+    if equal and (cu_seqlens_k is cu_seqlens or lengths_are_equal(k, cu_seqlens_k, max_seqlen_k, padding)):
+        images = cu_seqlens.shape[0] - 1
         of_q, of_k = (images, max_seqlen), (images, max_seqlen_k)
         out = _fused_attention(q.unflatten(0, of_q), k.unflatten(0, of_k), v.unflatten(0, of_k), causal)
         out = out.flatten(0, 1)
@@ -43,6 +43,11 @@ def sdpa_varlen(
         # The loop runs over lengths, which are data: the compiler sees one custom op instead of it.
         return _varlen_sdpa(q, k, v, cu_seqlens, cu_seqlens_k, causal)
     return _call_per_sequence(q, k, v, cu_seqlens, cu_seqlens_k, causal)
+
+
+def lengths_are_equal(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bool) -> bool:
+    """Whether the sizes alone prove that all sequences of q (T, ...) are ``max_seqlen`` long."""
+    return not padding and known_true(q.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen)
 
 
 def zeros_for(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

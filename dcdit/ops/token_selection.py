@@ -1,6 +1,6 @@
 """The kept tokens of a batch: what selection returns and every later operation reads."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,6 @@ class TokenSelection(NamedTuple):
     With extra tokens, such as a class token or registers, the source is (B, n + L): each image has n tokens outside of
     the grid, which come first and are kept. Then ``natural_mask`` is (B, L), as p is.
     """
-
-    # Functions that torch.compile may trace make a new one and never use _replace: PyTorch 2.11 cannot return that.
 
     indices: Tensor
     """(T,) int64: position of each packed row in the flattened source, -1 for padding rows."""
@@ -73,8 +71,7 @@ class PendingSelection(NamedTuple):
         found = self.selection
         if self.sizes is not None:
             total, longest = self.sizes.wait()
-            indices, cu_seqlens, lengths, _, *others = found
-            found = TokenSelection(indices[:total], cu_seqlens, lengths, longest, *others)
+            found = _changed(found, indices=found.indices[:total], max_seqlen=longest)
         return with_extra_tokens(found, self.extra_tokens) if self.extra_tokens else found
 
 
@@ -86,19 +83,21 @@ def with_extra_tokens(grid: TokenSelection, extra_tokens: int) -> TokenSelection
     extra_rows = cu_seqlens[:-1, None] + torch.arange(extra_tokens, device=device, dtype=torch.int32)
     grid_rows = torch.where(grid.mask, grid.packed_rows + (image[1:] * extra_tokens)[:, None], -1)
     packed_rows = torch.cat([extra_rows, grid_rows], 1)
-    return TokenSelection(
+    return _changed(
+        grid,
         indices=_inverse(packed_rows, grid.indices.shape[0] + images * extra_tokens),
         cu_seqlens=cu_seqlens,
         lengths=grid.lengths + extra_tokens,
         max_seqlen=grid.max_seqlen + extra_tokens,
         mask=F.pad(grid.mask, (extra_tokens, 0), value=True),
-        natural_mask=grid.natural_mask,
         packed_rows=packed_rows,
-        overflow=grid.overflow,
-        source_cu_seqlens=grid.source_cu_seqlens,
-        prob_floor=grid.prob_floor,
         grid_selection=grid,
     )
+
+
+def _changed(sel: TokenSelection, **fields: Any) -> TokenSelection:
+    """As ``_replace`` does it, but torch.compile of PyTorch 2.11 can return this one."""
+    return TokenSelection(*(fields.get(name, value) for name, value in zip(sel._fields, sel, strict=True)))
 
 
 def _inverse(packed_rows: Tensor, total: int) -> Tensor:

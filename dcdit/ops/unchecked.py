@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dcdit.ops import attention_kernels, checks
 from dcdit.ops.attention import attend, kernel_for
+from dcdit.ops.attention_sdpa import lengths_are_equal
 from dcdit.ops.autocast import without_autocast
 from dcdit.ops.autograd import apply
 from dcdit.ops.backend import backend_for
@@ -57,7 +58,7 @@ def self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bo
     wanted. Elsewhere nothing writes them, and they may hold anything, NaN too. Padding rows of the gradient are zero.
     """
     with without_autocast(qkv):
-        name = kernel_for(qkv, cu_seqlens)
+        name = kernel_for(qkv, cu_seqlens, dense=lengths_are_equal(qkv, cu_seqlens, max_seqlen, padding))
         if name is None:
             q, k, v = qkv.unbind(1)
             return attend(q, k, v, cu_seqlens, max_seqlen, False, "auto", padding, cu_seqlens, max_seqlen)

@@ -80,7 +80,7 @@ class CapturedCalls:
             what = f"{len(self.calls)} calls to time"
             self._graph = cuda.capture(self._all, device, cuda.driver.new_pool(), what, WARMUP)
         except cuda.CaptureError as error:
-            raise NotCapturableError(f"{error}: {error.__cause__}") from error
+            raise NotCapturableError(str(error).splitlines()[0]) from error
         self.held = self._graph.outputs
 
     def _all(self) -> list[object]:
