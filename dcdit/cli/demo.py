@@ -277,5 +277,5 @@ over the median.
 
 {timings}
 
-![time against FLOPs](profile.png)
+![times faster than the static models, time and FLOPs by stage, eta](profile.png)
 """

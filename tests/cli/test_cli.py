@@ -117,7 +117,8 @@ def test_sample_writes_pictures_and_kept_fractions(trained, tmp_path, capsys):
     assert capsys.readouterr().out.count("6 images, kept") == 2
     for name in ("drop_0", "drop_0.5"):
         with Image.open(out / f"{name}.png") as grid:
-            assert grid.size == (3 * 10 - 2, 2 * 10 - 2) and grid.mode == "RGB"
+            # 8 pixels are enlarged to 128; a gap of 4 lies between images, and a name of 16 below each.
+            assert grid.size == (3 * 132 - 4, 2 * 148 - 4) and grid.mode == "RGB"
         assert sorted(file.name for file in (out / name).iterdir())[::3] == ["00000_class1.png", "00003_class0.png"]
         with Image.open(out / name / "00001_class1.png") as single:
             assert single.size == (8, 8)
@@ -197,7 +198,7 @@ def test_latents_are_decoded(static_latents, tmp_path):
     command = ["sample", "--checkpoint", str(static_latents), "--steps", "2", "--device", "cpu", "--num", "4"]
     assert main([*command, "--vae", str(tmp_path / "vae"), "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.size == (2 * 18 - 2,) * 2
+        assert grid.size == (2 * 132 - 4, 2 * 148 - 4)  # 16 pixels are enlarged to 128, with a name below each
 
 
 # --- info, version, help --------------------------------------------------------------------------------------------
