@@ -5,7 +5,7 @@ PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test kernel-package locked clean
+.PHONY: demo test test-full lint format bench gpu-report aot ptx-test ptx-report soak gpu-test kernel-package docs package locked clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -49,8 +49,23 @@ gpu-test: ## everything that needs a CUDA device; plain Python, no network; with
 kernel-package: $(VENV)/.installed ## dcdit.ops as a package for Hugging Face's kernels -> out/kernel-package/
 	$(BIN)/python -m tools.kernel_package --out out/kernel-package
 
+docs: $(VENV)/.installed ## the documentation site -> site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: ## sdist and wheel -> dist/, checked, and the wheel used where nothing but its dependencies is installed
+	rm -rf dist out/package
+	$(PYTHON) -m venv out/package/tools
+	out/package/tools/bin/python -m pip install --quiet --require-hashes -r .ci/release-requirements.txt
+	out/package/tools/bin/python -m build --no-isolation
+	out/package/tools/bin/check-wheel-contents dist/*.whl
+	out/package/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv out/package/fresh
+	out/package/fresh/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	out/package/fresh/bin/python -I tools/use_package.py
+	rm -rf out/package
+
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) out site build dist *.egg-info
 
 locked: ## .venv as CI has it: every file checked by its hash, PyTorch as its CPU build (Linux on x86-64)
 	$(PYTHON) -m venv $(VENV)

@@ -115,7 +115,9 @@ def _batch(model: DCDiT, size: int) -> Batch:
 
 def parameters() -> list[Any]:
     return [
-        pytest.param(*run, variant, id=f"{run.scale}-{run.size}px-b{run.batch}-{run.direction}-{variant}")
+        pytest.param(
+            *run, variant, id=sets.case_id(run.scale, f"{run.size}px", f"b{run.batch}", run.direction, variant)
+        )
         for run in sets.model_runs(sets.chosen_set())
         for variant in VARIANTS
     ]

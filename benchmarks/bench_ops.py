@@ -8,7 +8,7 @@ norm with SiLU, where they are installed. DCDIT_BENCH picks the sizes (see :mod:
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from dcdit.profiling.rounds import spread
 from dcdit.profiling.workloads import WORKLOADS, Call, Shape, create_workload, run_forward, run_forward_backward
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the plain formulation breaks graphs, as it must
+SIZES = {size.label: size for size in sets.op_sizes(sets.chosen_set())}
 OTHERS = {"mamba_ssm": (mamba, "dechunk_ema"), "apex": (apex, "group_norm_silu")}
 """Other implementations, and the one operation that they have, too."""
 VARIANTS = ("dcdit", "plain", "compiled", *OTHERS)
@@ -41,6 +42,8 @@ class Comparison(NamedTuple):
     calls: dict[str, Call]
     timed: dict[str, TimedCall]
     """The calls, with their backward where it counts."""
+    expected: tuple[Tensor, ...]
+    """What the plain formulation computes."""
     least_bytes: int
     flops: int | None
 
@@ -55,9 +58,11 @@ def comparison_of(op: str, shape: Shape, direction: str) -> Comparison:
         if op == its_op and baseline.reason_unavailable(shape.device) is None:
             calls[variant] = baseline.create_call(**workload.arguments)
     backward = direction == "forward+backward"
+    timed = {variant: _timed(call, workload.differentiable, backward) for variant, call in calls.items()}
     return Comparison(
         calls,
-        {variant: _timed(call, workload.differentiable, backward) for variant, call in calls.items()},
+        timed,
+        _comparable(op, "plain", calls, timed),
         least_bytes(workload, workload.forward(), backward),
         None if backward else least_flops(workload),
     )
@@ -69,8 +74,8 @@ def _timed(call: Call, differentiable: tuple[Tensor, ...], backward: bool) -> Ti
 
 def parameters() -> list[Any]:
     return [
-        pytest.param(op, direction, size, variant, id=f"{op}-{direction}-{size.label}-{variant}")
-        for size in sets.op_sizes(sets.chosen_set())
+        pytest.param(op, direction, label, variant, id=sets.case_id(op, direction, label, variant))
+        for label, size in SIZES.items()
         for op, operation in WORKLOADS.items()
         for direction in sets.directions(operation)
         for variant in VARIANTS
@@ -79,16 +84,14 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.parametrize(("op", "direction", "size", "variant"), parameters())
-def test_op(
-    op: str, direction: str, size: sets.OpSize, variant: str, benchmark: Any, copy_gbps: float, leave_out: Any
-) -> None:
-    shape = size.shape
+def test_op(op: str, direction: str, size: str, variant: str, benchmark: Any, copy_gbps: float, leave_out: Any) -> None:
+    shape = SIZES[size].shape
     if variant in OTHERS and (reason := OTHERS[variant][0].reason_unavailable(shape.device)):
         leave_out(variant, reason)
     comparison = comparison_of(op, shape, direction)
     call = comparison.timed[variant]
     check_variant(op, variant, comparison, shape.dtype)
-    benchmark.group = f"{op} {direction} {size.label}"
+    benchmark.group = f"{op} {direction} {size}"
     time_variant(benchmark, call, shape.device)
     by_host = [1e3 * seconds for seconds in benchmark.stats.stats.data]
     by_device, in_graph = time_kernels(call, shape.device), time_graph([call], shape.device)
@@ -96,7 +99,7 @@ def test_op(
     seconds = median(times) / 1e3
     gbps = comparison.least_bytes / seconds / 1e9
     benchmark.extra_info.update(
-        kind="op", op=op, direction=direction, variant=variant, label=size.label,
+        kind="op", op=op, direction=direction, variant=variant, label=size,
         batch=shape.batch, grid=list(shape.grid), width=shape.width, keep=shape.keep,
         ms=1e3 * seconds, spread=spread(times), by="host" if by_device is None else "device",
         graph_ms=in_graph and median(in_graph), graph_spread=in_graph and spread(in_graph),
@@ -109,18 +112,20 @@ def test_op(
 
 def check_variant(op: str, variant: str, comparison: Comparison, dtype: torch.dtype) -> None:
     """Run a variant once and compare; a variant that computes something else fails its benchmark."""
+    results = _comparable(op, variant, comparison.calls, comparison.timed)
+    check_equal(f"{op} on {variant}", results, comparison.expected, TOLERANCE[dtype])
+
+
+def _comparable(op: str, variant: str, calls: Mapping[str, Call], timed: Mapping[str, TimedCall]) -> tuple[Tensor, ...]:
+    """The results of a variant that can be compared with those of another one."""
     compare = WORKLOADS[op].comparable
-
-    def results(name: str) -> tuple[Tensor, ...]:
-        return comparison.timed[name]() if compare is None else compare(comparison.calls[name]())
-
-    check_equal(f"{op} on {variant}", results(variant), results("plain"), TOLERANCE[dtype])
+    return timed[variant]() if compare is None else compare(calls[variant]())
 
 
 def time_variant(
     benchmark: Any, call: TimedCall, device: torch.device, seconds: float = SECONDS, least: int = LEAST_ROUNDS
 ) -> None:
-    """Rounds of single calls within a time budget; on a GPU each waits for the device."""
+    """Rounds of single calls within a time budget, after two calls that do not count; on a GPU each waits for it."""
 
     def finished() -> None:
         call()
@@ -132,7 +137,7 @@ def time_variant(
     finished()
     once = time.perf_counter() - start
     rounds = min(MOST_ROUNDS, max(least, int(seconds / once)))
-    benchmark.pedantic(finished, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(finished, rounds=rounds)
 
 
 def counted(variant: str, call: TimedCall, shape: Shape) -> dict[str, int | None]:

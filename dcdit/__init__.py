@@ -1,6 +1,7 @@
 """dcdit: dynamic-token diffusion transformers whose FLOP savings become wall-clock time."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ _LAZY = {
     "unpatch": "dcdit.integrations",
 }
 """Public names to the modules that have them. They need PyTorch, so they are imported on first use."""
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library says nothing unless its user asks
 
 
 def __getattr__(name: str) -> Any:

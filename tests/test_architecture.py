@@ -30,6 +30,14 @@ LOOSE = {"__init__", "__main__", "kernels"}
 """Modules that lie directly in dcdit/."""
 
 
+EXAMPLE_LINE = re.compile(r"^ *(>>>|\.\.\.) .*$", re.MULTILINE)
+
+
+def code_of(path: Path) -> str:
+    """The text of a module without the examples in its docstrings, which run in folders of their own."""
+    return EXAMPLE_LINE.sub("", path.read_text())
+
+
 def modules() -> dict[str, Path]:
     found = {}
     for folder, package in ((ROOT / "dcdit", "dcdit"), (ROOT / "kernels", "dcdit.kernels")):
@@ -119,7 +127,7 @@ WRITERS = {
 
 def test_files_are_written_and_deleted_in_one_place() -> None:
     """``dcdit.utils.files`` is why nothing is lost. Whoever writes or deletes in another way has to be known here."""
-    found = {str(path.relative_to(ROOT)) for path in MODULES.values() if WRITING.search(path.read_text())}
+    found = {str(path.relative_to(ROOT)) for path in MODULES.values() if WRITING.search(code_of(path))}
     assert found == WRITERS
 
 
@@ -130,6 +138,7 @@ READERS = {
     "dcdit/utils/reading.py",
     "dcdit/utils/tensors.py",
     "dcdit/utils/pickles.py",
+    "dcdit/sample/page.py",  # its own template
     "dcdit/utils/environment.py",  # of the system, like profiling/load.py
     "dcdit/profiling/load.py",
     "dcdit/cli/configurations.py",  # the recipes of this package
@@ -140,8 +149,19 @@ READERS = {
 
 def test_files_are_read_in_one_place() -> None:
     """``dcdit.utils.reading`` is why no pipe hangs and no header takes all memory. Others have to be known here."""
-    found = {str(path.relative_to(ROOT)) for path in MODULES.values() if READING.search(path.read_text())}
+    found = {str(path.relative_to(ROOT)) for path in MODULES.values() if READING.search(code_of(path))}
     assert found <= READERS, found - READERS
+
+
+SPEAKING = re.compile(
+    r"\bprint\(|sys\.std(out|err)\b|\blogging\.(debug|info|warning|error|basicConfig)\(|getLogger\((?!__name__\))"
+)
+
+
+def test_the_library_prints_nothing() -> None:
+    """It logs under its own name, and warns; the command line prints."""
+    found = [name for name, path in MODULES.items() if SPEAKING.search(code_of(path))]
+    assert [name for name in found if package_of(name) != "cli"] == []
 
 
 def test_few_modules_lie_loose() -> None:

@@ -1,13 +1,19 @@
-"""`dcdit.kernels` imports from every kind of install and working directory; `import kernels` is left alone."""
+"""What is packaged, and that `dcdit.kernels` imports from every kind of install and working directory."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import dcdit
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = (
@@ -30,12 +36,32 @@ def run(*command: str, cwd: Path) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, so that builds leave no trace in it."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("dcdit", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / name)
+    ignored = shutil.ignore_patterns(*Path(ROOT, ".gitignore").read_text().replace("/", "").split(), ".*")
+    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
     (folder / "kernels" / "configs" / "Some_GPU.json").write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with the sdist and the wheel of a release, and what was printed while they were built."""
+    out = tmp_path_factory.mktemp("dist")
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "DCDIT_REPOSITORY": "https://host/owner/name/"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return out, done.stdout
+
+
+def wheel_names(built: tuple[Path, str]) -> list[str]:
+    (wheel,) = built[0].glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def files(folder: Path, *suffixes: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in suffixes}
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable", "strict"])
@@ -66,17 +92,55 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_wheel_carries_configurations(source: Path, tmp_path: Path) -> None:
-    build = ("-m", "pip", "--quiet", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source))
-    run(sys.executable, *build, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "dcdit/kernels/configs/README.md" in names
-    assert "dcdit/kernels/configs/Some_GPU.json" in names
-    assert "dcdit/py.typed" in names
-    recipes = {path.name for path in (ROOT / "dcdit" / "config" / "recipes").glob("*.yaml")}
-    assert {Path(name).name for name in names if name.startswith("dcdit/config/recipes/")} == recipes
-    assert not any(name.startswith("kernels/") for name in names)
+def test_a_build_warns_of_nothing(built: tuple[Path, str]) -> None:
+    assert "absent from the" not in built[1]
+    assert not re.findall(r"\w*Warning\b.*", built[1])
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, str], source: Path) -> None:
+    kinds = (".py", ".yaml", ".typed", ".html")
+    package = {f"dcdit/{name}" for name in files(source / "dcdit", *kinds)}
+    kernels = {f"dcdit/kernels/{name}" for name in files(source / "kernels", ".py", ".json", ".md")}
+    assert "dcdit/kernels/configs/Some_GPU.json" in kernels
+    assert {name for name in wheel_names(built) if ".dist-info/" not in name} == package | kernels
+
+
+def test_the_sdist_holds_the_whole_checkout(built: tuple[Path, str], source: Path) -> None:
+    """So that it can be built, tested and read from alone."""
+    (sdist,) = built[0].glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kinds = (".py", ".md", ".yaml", ".yml", ".json", ".png", ".gif", ".webp", ".npz", ".ipynb", ".txt", ".toml", ".cff")
+    here = {name for name in files(source, *kinds) if not name.startswith(("build/", "dcdit.egg-info/"))}
+    assert here - names == set()
+
+
+def test_links_of_the_description_lead_to_the_repository(built: tuple[Path, str]) -> None:
+    """A package index shows the README, and knows nothing of the files beside it."""
+    (wheel,) = built[0].glob("*.whl")
+    (name,) = (name for name in wheel_names(built) if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    urls = dict(entry.split(", ") for entry in metadata.get_all("Project-URL"))
+    tag = f"v{dcdit.__version__}"
+    assert urls["Source"] == "https://host/owner/name"
+    assert urls["Changelog"] == f"https://host/owner/name/blob/{tag}/CHANGELOG.md"
+    readme, text = (ROOT / "README.md").read_text(), metadata.get_payload(decode=True).decode()
+    link = re.compile(r'(?:\]\(|src="|href=")([^)"\s]+)')
+    relative = [target for target in link.findall(readme) if not target.startswith(("https://", "#"))]
+    assert len(relative) > 10
+    assert all(target.startswith(("https://", "#")) for target in link.findall(text))
+    for target in relative:
+        kind = "raw" if target.endswith((".png", ".gif", ".webp")) else "blob"
+        assert f"https://host/owner/name/{kind}/{tag}/{target}" in text
+        assert (ROOT / target.partition("#")[0]).exists()
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == dcdit.__version__
+    assert f"version = {{{dcdit.__version__}}}" in (ROOT / "docs" / "releases.md").read_text()
+    assert citation["references"][0]["url"] == "https://arxiv.org/abs/2603.06351"
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def test_import_needs_no_extra_and_no_gpu() -> None:

@@ -1,11 +1,13 @@
-"""Write the hashed requirements of CI from reports of pip, one for each version of Python.
+"""Write hashed requirements for CI from reports of pip, one for each version of Python.
 
 On Linux, with ``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` for PyTorch's CPU build, in a checkout::
 
     python3.11 -m pip install --dry-run --ignore-installed --report 311.json -c constraints.txt '.[dev]'   # 312, 313
     python -m tools.lock 311.json 312.json 313.json > .ci/requirements.txt
 
-Every file that pip would take is there with its SHA-256. What only some versions of Python need has a marker.
+`.ci/release-requirements.txt` is made in the same way, of ``build check-wheel-contents setuptools twine`` instead of
+``'.[dev]'``. Every file that pip would take is there with its SHA-256. What only some versions of Python need has a
+marker.
 """
 
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HEAD = """\
-# What CI installs, on Linux on x86-64 with CPython {}: every file by its hash, PyTorch as its CPU build.
+# What CI installs, on Linux on x86-64 with CPython {}: every file by its hash (PyTorch as its CPU build).
 # Written by `python -m tools.lock`, which says how. Users install with constraints.txt.
 """
 

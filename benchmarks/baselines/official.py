@@ -110,7 +110,7 @@ def randomize_zeros(model: nn.Module) -> None:
 @functools.cache
 def _checkout(root: str) -> tuple[Any, Any]:
     """Its modules config and models. They leave sys.modules again, because their names are so common."""
-    _provide()
+    provide_stand_ins()
     others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in TOP_LEVEL}
     sys.path.insert(0, root)
     try:
@@ -125,7 +125,8 @@ def _checkout(root: str) -> tuple[Any, Any]:
 # --- stand-ins ----------------------------------------------------------------------------------------------------
 
 
-def _provide() -> None:
+def provide_stand_ins() -> None:
+    """What the checkout imports and is not installed, in ``sys.modules``."""
     if not _installed("timm"):
         _insert("timm.models.vision_transformer", PatchEmbed=_PatchEmbed, Mlp=_Mlp)
     if not _installed("flash_attn"):

@@ -117,7 +117,7 @@ def _models(groups: dict[str, list[Row]], page: Path) -> str:
         "eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic): 1 means that every saved FLOP became "
         "time. A training step counts three forwards; the optimizer in it costs the same whatever is kept. "
         "The spread is half the interquartile range over the median.",
-        f"![time against FLOPs]({picture.name})",
+        f"![times faster than the static models]({picture.name})",
     ]
     for title, rows in groups.items():
         conversion = etas(rows)
@@ -195,12 +195,12 @@ def _stages(rows: Sequence[Row]) -> str:
 def _ops(rows: Sequence[Row], copy_gbps: float, page: Path) -> str:
     picture = page.with_name(f"{page.stem}-ops.png")
     first = [row for row in rows if row["direction"] == "forward" and row["label"] == rows[0]["label"]]
-    pictures.plot_roofline(first, copy_gbps, picture)
+    pictures.plot_operations(first, copy_gbps, picture)
     parts = [
         "## Operations",
         "Bytes are the least possible: each input read once, each output written once. The share is of the copy "
         "bandwidth; data that a cache holds can pass 100 %. Host: one call on tiny tensors.",
-        f"![share of the copy bandwidth]({picture.name})",
+        f"![times faster than the others, and share of the copy bandwidth]({picture.name})",
     ]
     for label in dict.fromkeys(row["label"] for row in rows):
         here = [row for row in rows if row["label"] == label]

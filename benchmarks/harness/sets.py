@@ -18,6 +18,11 @@ KEPT = (0.1, 0.25, 0.5)
 _REDUCED = (("S", 256, 0.25), ("XL", 256, 0.25), ("S", 512, 0.25), ("S", 1024, 0.25))
 
 
+def case_id(*parts: object) -> str:
+    """The name of a case, without spaces. Results of two versions are compared by these names, so they stay."""
+    return "-".join(map(str, parts)).replace(" ", "-")
+
+
 class OpSize(NamedTuple):
     """A size at which operations are timed."""
 

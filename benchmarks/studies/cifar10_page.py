@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dcdit.profiling.plots import new_figure
+from dcdit.profiling.plots import new_figure, plain_ticks, plot_quality
 from dcdit.utils.images import grid
 from dcdit.utils.tables import markdown_table
 
 Results = Mapping[str, dict[str, Any]]
 METRICS = ("FID", "KID", "precision", "recall")
+SHOWN = 16
+"""Samples of a run in the picture."""
 
 
 def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Path:
@@ -26,9 +28,9 @@ def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Pa
     out.mkdir(parents=True, exist_ok=True)
     _plot_losses(results, conditions["levels"], out / "losses.png")
     _plot_routing(results, out / "routing.png")
-    sheets = np.array([result["sheet"][:20] for result in results.values()], dtype=np.uint8)
-    picture = grid(sheets.reshape(-1, *sheets.shape[2:]), sheets.shape[1], gap=1)
-    picture.resize((2 * picture.width, 2 * picture.height), resample=0).save(out / "samples.png")
+    plot_quality(quality_points(results), "held-out loss (less is better)", out / "quality.png")
+    sheets = np.array([result["sheet"][:SHOWN] for result in results.values()], dtype=np.uint8)
+    grid(sheets.reshape(-1, *sheets.shape[2:]), sheets.shape[1], row_names=list(results)).save(out / "samples.png")
     runs = {
         name: {key: value for key, value in result.items() if key not in ("sheet", "log")}
         for name, result in results.items()
@@ -67,7 +69,7 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
                 lambda result: _metric_cells(result, conditions["samples"]),
             ),
         ]
-    parts += ["One row for each run, in the order of the tables, from the same noise:", "![samples](samples.png)"]
+    parts += ["One row for each run, from the same noise:", "![samples](samples.png)"]
     routed = {name: result for name, result in results.items() if "routing" in result}
     parts += [
         "## Where the tokens go",
@@ -94,8 +96,32 @@ def _page(results: Results, conditions: Mapping[str, Any]) -> str:
                 for name, result in routed.items()
             ],
         ),
+        "Loss against what a forward pass costs; error bars are half the range over the seeds and the spread of the "
+        "times (half the interquartile range):",
+        "![held-out loss against FLOPs and seconds](quality.png)",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def quality_points(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The points of :func:`plot_quality`: of each model, the means over its seeds at each drop fraction."""
+    models: dict[str, list[dict[str, Any]]] = {}
+    for model in dict.fromkeys(map(_model, results)):
+        runs = [result for name, result in results.items() if _model(name) == model]
+        models[model] = []
+        for rho in runs[0]["loss"]:
+            losses = [run["loss"][rho] for run in runs]
+            point = {
+                "quality": np.mean(losses),
+                "quality_error": (max(losses) - min(losses)) / 2,
+                "gflops": np.mean([run["gflops"][rho] for run in runs]),
+                "label": "" if rho == "None" else f"drop {rho}",
+            }
+            if all("seconds" in run for run in runs):  # results of earlier versions have none
+                times, spreads = zip(*(run["seconds"][rho] for run in runs), strict=True)
+                point |= {"ms": 1e3 * np.mean(times), "ms_error": 1e3 * max(spreads)}
+            models[model].append(point)
+    return models
 
 
 def _model(run: str) -> str:
@@ -155,6 +181,8 @@ def _plot_losses(results: Results, levels: Sequence[float], path: Path) -> None:
         right.plot(levels, losses, "o-", ms=3, lw=1, color=f"C{number}", label=label)
     left.set(xlabel="training FLOPs", ylabel="held-out loss (while training, 128 images)", yscale="log")
     right.set(xlabel="noise level", ylabel="held-out loss", yscale="log")
+    for axis in (left, right):
+        plain_ticks(axis)
     left.legend(fontsize=8)
     figure.savefig(path)
 

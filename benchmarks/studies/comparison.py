@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import cifar10
-from dcdit.profiling.plots import new_figure
+from dcdit.profiling.plots import new_figure, plain_ticks
 from dcdit.utils.tables import markdown_table
 
 Results = Mapping[str, dict[str, Any]]
@@ -69,6 +69,7 @@ def plot_courses(results: Results, path: Path) -> None:
             left.plot(*zip(*losses, strict=True), color=f"C{number}", lw=1, label=label)
             right.plot(*zip(*kept, strict=True), color=f"C{number}", lw=1)
     left.set(xlabel="step", ylabel="held-out loss (128 images, averaged weights)", yscale="log")
+    plain_ticks(left)
     right.set(xlabel="step", ylabel="kept fraction of the training batches")
     left.legend(fontsize=8)
     figure.savefig(path)

@@ -153,7 +153,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
 
 def study_hnet(checkout: str, seconds: float, dim: int = 1024, lengths: tuple[int, ...] = (900, 1500, 1696)) -> str:
     """Its three modules in a row, packed, bfloat16 as it trains them."""
-    with _hnet_modules(Path(checkout)) as dc:
+    with hnet_modules(Path(checkout)) as dc:
         torch.manual_seed(0)
         modules = nn.ModuleDict(
             {"route": dc.RoutingModule(dim), "chunk": dc.ChunkLayer(), "spread": dc.DeChunkLayer(dim)}
@@ -196,7 +196,7 @@ def study_hnet(checkout: str, seconds: float, dim: int = 1024, lengths: tuple[in
 
 
 @contextlib.contextmanager
-def _hnet_modules(checkout: Path) -> Iterator[ModuleType]:
+def hnet_modules(checkout: Path) -> Iterator[ModuleType]:
     """Its ``hnet/modules/dc.py``, imported by path."""
     file = checkout / "hnet" / "modules" / "dc.py"
     if not file.is_file():

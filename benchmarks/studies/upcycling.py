@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.studies.training import read_log, train_all
 from dcdit.config import TrainConfig, load_config
-from dcdit.profiling.plots import new_figure
+from dcdit.profiling.plots import new_figure, plain_ticks
 from dcdit.utils.tables import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
@@ -153,6 +153,7 @@ def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path
     for axis in (left, middle):
         axis.axhline(_last(source), color="black", ls=":", lw=1, label="the source, at its end")
         axis.set(ylabel="validation loss", yscale="log")
+        plain_ticks(axis)
     left.axvline(distill_steps, color="gray", ls="--", lw=0.8, label="end of the distillation")
     left.set(xlabel="step")
     middle.set(xlabel="training FLOPs (without the source's)")

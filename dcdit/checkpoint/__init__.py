@@ -4,6 +4,7 @@
 ``pretrained`` a model from any path that holds one.
 """
 
+from dcdit.checkpoint.card import model_card
 from dcdit.checkpoint.foreign import read_state_dict
 from dcdit.checkpoint.model import (
     FORMAT,
@@ -59,6 +60,7 @@ __all__ = [
     "load_optimizer",
     "load_static_dit",
     "load_weights",
+    "model_card",
     "model_file",
     "model_notes",
     "optimizer_tensors",

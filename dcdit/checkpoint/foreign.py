@@ -44,6 +44,13 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: nothing there.
         ValueError: the file needs real unpickling, which could run any code, or holds no state dict.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import read_state_dict
+        >>> torch.save({"ema": {"module.weight": torch.ones(2)}, "opt": {}}, "checkpoint.pt")
+        >>> read_state_dict("checkpoint.pt")
+        {'weight': tensor([1., 1.])}
     """
     state = find_state_dict(load_pickled(path, allowed=[argparse.Namespace]), ema)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:

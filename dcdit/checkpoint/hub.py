@@ -1,9 +1,11 @@
 """Where a model is: a path of this machine, or a repository of the Hugging Face Hub."""
 
+import logging
 import os
 import re
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """``owner/name``."""
 FILES = ("*.safetensors", "*.json")
@@ -40,7 +42,9 @@ def local_path(source: str | os.PathLike[str], revision: str | None = None) -> P
     except ImportError:
         raise ModuleNotFoundError("an id of the Hub needs huggingface_hub: pip install 'dcdit[train]'") from None
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"no path {source!r}, and not to be had from the Hub: {first}") from None
+    logger.info("%s of the Hub is in %s", source, folder)
+    return folder

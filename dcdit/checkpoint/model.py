@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig, KeptShare, ModelConfig
+from dcdit.models import (
+    DCDiT,
+    DCDiTConfig,
+    DiT,
+    DiTConfig,
+    DyDiT,
+    DyDiTConfig,
+    KeptShare,
+    ModelConfig,
+    SparseDiT,
+    SparseDiTConfig,
+)
 from dcdit.utils.files import atomically
 from dcdit.utils.finite import first_not_finite
 from dcdit.utils.reading import open_regular, parse_json
@@ -17,7 +28,7 @@ from dcdit.utils.schema import from_mapping
 from dcdit.utils.tensors import open_tensors, save_tensors
 from dcdit.utils.text import short
 
-Model = DCDiT | DiT | DyDiT
+Model = DCDiT | DiT | DyDiT | SparseDiT
 """What this package trains, saves and loads."""
 Tensors = Mapping[str, Tensor]
 """Tensors by name."""
@@ -26,6 +37,7 @@ ARCHITECTURES: dict[str, tuple[type[Model], type[ModelConfig]]] = {
     "DCDiT": (DCDiT, DCDiTConfig),
     "DiT": (DiT, DiTConfig),
     "DyDiT": (DyDiT, DyDiTConfig),
+    "SparseDiT": (SparseDiT, SparseDiTConfig),
 }
 FORMAT = "dcdit"
 """Entry ``format`` of the metadata. It marks the files of this package."""
@@ -44,6 +56,20 @@ def save_model(
     Raises:
         FloatingPointError: a weight is not finite. Nothing is written.
         ValueError, OSError: ``path`` is a folder, or the file cannot be written there.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import load_model, save_model
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> save_model("model.safetensors", model, notes={"objective": "flow"})
+        >>> load_model("model.safetensors").objective
+        'flow'
+        >>> _ = torch.nn.init.constant_(model.final_layer.linear.bias, float("nan"))
+        >>> save_model("model.safetensors", model)
+        Traceback (most recent call last):
+            ...
+        FloatingPointError: the weights for model.safetensors are not written, because ...
     """
     check_finite(model.state_dict() if state is None else state, f"the weights for {path}")
     atomically(Path(path), lambda file: write_model(file, model, state, notes))
@@ -62,7 +88,15 @@ def write_model(path: Path, model: Model, state: Tensors | None, notes: Mapping[
 
 
 def architecture_of(model: Model) -> str:
-    """The name of the model's class in :data:`ARCHITECTURES`, also where PyTorch made a subclass of it."""
+    """The name of the model's class in :data:`ARCHITECTURES`, also where PyTorch made a subclass of it.
+
+    Example:
+        >>> from dcdit.checkpoint import architecture_of
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> architecture_of(model)
+        'DiT'
+    """
     return next(name for name, (model_class, _) in ARCHITECTURES.items() if isinstance(model, model_class))
 
 
@@ -82,7 +116,16 @@ def load_model_file(path: Path) -> Model:
 
 
 def model_notes(model: Model) -> dict[str, str]:
-    """What a model knows about itself beside its weights and its configuration, as metadata of a file."""
+    """What a model knows about itself beside its weights and its configuration, as metadata of a file.
+
+    Example:
+        >>> from dcdit.checkpoint import model_notes
+        >>> from dcdit.models import KeptShare, create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10)
+        >>> model.kept_share = KeptShare(mean=0.25, std=0.02, largest=0.3, images=16)
+        >>> model_notes(model)
+        {'kept_share': '{"mean": 0.25, "std": 0.02, "largest": 0.3, "images": 16}'}
+    """
     notes = {} if model.objective is None else {"objective": model.objective}
     if isinstance(model, DCDiT) and model.kept_share is not None:
         notes["kept_share"] = json.dumps(asdict(model.kept_share))
@@ -94,6 +137,16 @@ def set_notes(model: Model, notes: Mapping[str, str], source: str | Path) -> Non
 
     Args:
         source: of the notes, for the message of the ValueError that a damaged one causes.
+
+    Example:
+        >>> from dcdit.checkpoint import model_notes, set_notes
+        >>> from dcdit.models import KeptShare, create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10)
+        >>> model.kept_share = KeptShare(mean=0.25, std=0.02, largest=0.3, images=16)
+        >>> notes, model.kept_share = model_notes(model), None
+        >>> set_notes(model, notes, "a.safetensors")
+        >>> model.kept_share.mean
+        0.25
     """
     model.objective = notes.get("objective")
     if isinstance(model, DCDiT) and "kept_share" in notes:
@@ -138,6 +191,18 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
 
     Raises:
         ValueError: one line that names the source and the first weight that is missing, unknown or of another shape.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import load_weights
+        >>> linear = torch.nn.Linear(2, 1)
+        >>> load_weights(linear, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, "a.safetensors")
+        >>> linear(torch.ones(1, 2)).item()
+        2.0
+        >>> load_weights(linear, {"weight": torch.ones(1, 2)}, "a.safetensors")
+        Traceback (most recent call last):
+            ...
+        ValueError: a.safetensors lacks weight 'bias' (1 such); it is of another architecture
     """
     own = model.state_dict()
     for what, names in (("lacks", own.keys() - state.keys()), ("has the unknown", state.keys() - own.keys())):
@@ -215,11 +280,16 @@ def class_names_in(metadata: dict[str, str], source: str | Path) -> list[str]:
     """The name of every label, as training notes them; empty where a file does not say them.
 
     Args:
-        metadata: see :func:`read_metadata`.
+        metadata: see :func:`dcdit.checkpoint.read_metadata`.
         source: where it comes from, for error messages.
 
     Raises:
         ValueError: something else stands there.
+
+    Example:
+        >>> from dcdit.checkpoint import class_names_in
+        >>> class_names_in({"class_names": '["cat", "dog"]'}, "a.safetensors"), class_names_in({}, "b.safetensors")
+        (['cat', 'dog'], [])
     """
     try:
         names = parse_json(metadata.get("class_names", "[]"), "class_names")

@@ -41,6 +41,16 @@ def load_model(path: str | Path, ema: bool = True) -> Model:
         FileNotFoundError: nothing there.
         ValueError: a damaged file, one that does not say what model it holds, weights that do not fit it or that are
             not finite.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import load_model, save_model
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> save_model("model.safetensors", model)
+        >>> same = load_model("model.safetensors")
+        >>> same.training, torch.equal(same.blocks[0].fc1.weight, model.blocks[0].fc1.weight)
+        (False, True)
     """
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
@@ -53,6 +63,15 @@ def read_metadata(path: str | Path, ema: bool = True) -> dict[str, str]:
     """What a model's file says about itself, notes included, without reading the weights.
 
     Path and errors as in :func:`load_model`. Empty for a state dict of the reference implementation.
+
+    Example:
+        >>> from dcdit.checkpoint import read_metadata, save_model
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> save_model("model.safetensors", model, notes={"data": "photographs"})
+        >>> metadata = read_metadata("model.safetensors")
+        >>> metadata["architecture"], metadata["data"]
+        ('DiT', 'photographs')
     """
     path = Path(path)
     return {} if path.suffix in PICKLE_SUFFIXES else read_file_metadata(model_file(path, ema))
@@ -73,6 +92,15 @@ def load_static_dit(path: str | Path, num_heads: int | None = None) -> DiT:
         FileNotFoundError: nothing there.
         ValueError: a damaged file, one that needs unpickling, weights of something else, or weights that are not
             finite.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import load_static_dit
+        >>> from dcdit.models import create_model, to_dit
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> torch.save(to_dit(model), "DiT.pt")  # as facebookresearch/DiT publishes its weights
+        >>> load_static_dit("DiT.pt", num_heads=2).config == model.config
+        True
     """
     return _finite(_load_static_dit(Path(path), num_heads), path)
 
@@ -95,7 +123,16 @@ def _load_static_dit(path: Path, num_heads: int | None) -> DiT:
 
 
 def read_objective(path: str | Path) -> str | None:
-    """What a model of this package learned, "dit" or "flow". None for files of other code bases, which do not say."""
+    """What a model of this package learned, "dit" or "flow". None for files of other code bases, which do not say.
+
+    Example:
+        >>> from dcdit.checkpoint import read_objective, save_model
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> save_model("model.safetensors", model, notes={"objective": "flow"})
+        >>> read_objective("model.safetensors")
+        'flow'
+    """
     path = Path(path)
     foreign = path.is_dir() and not (path / MODEL_FILE).is_file() and not list_checkpoints(path)
     return None if foreign or not path.exists() else read_metadata(path).get("objective")

@@ -5,6 +5,7 @@
         ema.safetensors         averaged weights, in the same form
         optimizer.safetensors   optimiser state by parameter name
         trainer.json            step, training configuration, and where a stream of samples is
+        README.md               the model card: what is known of the model, its data, its training and its quality
 
 Each of the first two files is a complete model on its own: :func:`dcdit.checkpoint.load_model` takes the run, the
 checkpoint or the file.
@@ -13,6 +14,7 @@ checkpoint or the file.
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcdit.checkpoint.card import CARD_FILE, is_card, model_card
 from dcdit.checkpoint.model import (
     FORMAT,
     Model,
@@ -39,17 +42,37 @@ from dcdit.checkpoint.model import (
 from dcdit.utils.files import interrupted_replacements, remove_folder, replace_folder
 from dcdit.utils.reading import read_json
 
-MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
-OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "trainer.json"
+logger = logging.getLogger(__name__)
+MODEL_FILE = "model.safetensors"
+"""File of a checkpoint with the weights."""
+EMA_FILE = "ema.safetensors"
+"""File of a checkpoint with the averaged weights."""
+OPTIMIZER_FILE = "optimizer.safetensors"
+"""File of a checkpoint with the state of the optimiser."""
+TRAINER_FILE = "trainer.json"
+"""File of a checkpoint with what the training loop needs to go on."""
 TENSOR_FILES = (MODEL_FILE, EMA_FILE, OPTIMIZER_FILE)
-CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE)
+CHECKPOINT_FILES = (*TENSOR_FILES, TRAINER_FILE, CARD_FILE)
 CHECKPOINTS = "checkpoints"
 """Folder of a run that holds its checkpoints."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`load_checkpoint` read. Tensors are on the CPU."""
+    """What :func:`load_checkpoint` read. Tensors are on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10, 20):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> checkpoint = load_checkpoint("runs/a")  # the newest
+        >>> checkpoint.path.name, checkpoint.architecture, checkpoint.trainer
+        ('step_00000020', 'DiT', {'step': 20})
+    """
 
     path: Path
     architecture: str
@@ -89,6 +112,17 @@ def save_checkpoint(
     Raises:
         ValueError: ``folder`` exists and is no checkpoint (:func:`is_checkpoint`).
         FloatingPointError: one of the tensors is not finite. Nothing is written.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10,):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> path.name, sorted(file.name for file in path.glob("*.safetensors"))
+        ('step_00000010', ['ema.safetensors', 'model.safetensors', 'optimizer.safetensors'])
     """
     folder = Path(folder)
     weights = model.state_dict() if state is None else state
@@ -102,6 +136,7 @@ def save_checkpoint(
         write_model(target / EMA_FILE, model, ema, notes)
         write_tensors(target / OPTIMIZER_FILE, moments, {"format": FORMAT})
         (target / TRAINER_FILE).write_text(json.dumps(trainer, indent=2), encoding="utf-8")
+        (target / CARD_FILE).write_text(model_card(model, notes), encoding="utf-8")
 
     if folder.exists() and not is_checkpoint(folder):
         raise ValueError(f"{folder} is no checkpoint of dcdit; accepted: a checkpoint, or a name that is free")
@@ -117,6 +152,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         FileNotFoundError: nothing there, or one of its files is missing.
         ValueError: a damaged file, or numbers that are not finite. Both errors name the newest earlier checkpoint of
             the run that a run can go on from, if there is one.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10, 20):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> checkpoint = load_checkpoint("runs/a")
+        >>> checkpoint.trainer["step"], torch.equal(checkpoint.model["blocks.0.fc1.weight"], model.blocks[0].fc1.weight)
+        (20, True)
     """
     folder = find_checkpoint(path)
     trainer = read_trainer(folder)
@@ -130,7 +177,19 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_trainer(path: str | Path) -> dict[str, Any]:
-    """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`."""
+    """The trainer's part of a checkpoint, without the weights. Errors as in :func:`load_checkpoint`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, read_trainer, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10,):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> read_trainer(path)
+        {'step': 10}
+    """
     folder = find_checkpoint(path)
     with _naming_the_previous(folder):
         trainer = _read_json_object(folder / TRAINER_FILE)
@@ -142,7 +201,18 @@ def read_trainer(path: str | Path) -> dict[str, Any]:
 
 def read_class_names(path: str | Path) -> list[str]:
     """The names of the classes that a checkpoint learned; empty if it does not say. Errors as in
-    :func:`load_checkpoint`."""
+    :func:`load_checkpoint`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import read_class_names, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> optimizer, notes = torch.optim.AdamW(model.parameters()), {"class_names": '["cat", "dog"]'}
+        >>> path = save_checkpoint("runs/a/checkpoints/step_00000010", model, model.state_dict(), optimizer, {}, notes)
+        >>> read_class_names(path)
+        ['cat', 'dog']
+    """
     folder = find_checkpoint(path)
     with _naming_the_previous(folder):
         return class_names_in(read_file_metadata(folder / MODEL_FILE), folder)
@@ -157,6 +227,19 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
 
     Raises:
         ValueError: state of a parameter that the model does not have.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import load_optimizer, optimizer_tensors
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> old, new = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+        >>> model(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([3])).sum().backward()
+        >>> old.step()
+        >>> load_optimizer(model, new, optimizer_tensors(model, old), "memory")
+        >>> weight = model.final_layer.linear.weight
+        >>> torch.equal(new.state[weight]["exp_avg"], old.state[weight]["exp_avg"]), old.state[weight]["step"].item()
+        (True, 1.0)
     """
     parameters = dict(model.named_parameters())
     names = list(parameters)
@@ -177,7 +260,19 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
 
 
 def optimizer_tensors(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser over ``model.parameters()``, by ``<parameter>/<entry>``."""
+    """The state of an optimiser over ``model.parameters()``, by ``<parameter>/<entry>``.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import optimizer_tensors
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.tensor([3])).sum().backward()
+        >>> optimizer.step()
+        >>> sorted(name for name in optimizer_tensors(model, optimizer) if name.startswith("final_layer.linear.bias"))
+        ['final_layer.linear.bias/exp_avg', 'final_layer.linear.bias/exp_avg_sq', 'final_layer.linear.bias/step']
+    """
     state = optimizer.state_dict()["state"]
     names = [name for name, _ in model.named_parameters()]
     return {f"{names[i]}/{entry}": torch.as_tensor(v) for i, entries in state.items() for entry, v in entries.items()}
@@ -241,6 +336,17 @@ def run_folder(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: a checkpoint that is in no run.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, run_folder, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10,):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> run_folder(path).as_posix(), run_folder("runs/a").as_posix()
+        ('runs/a', 'runs/a')
     """
     path = Path(path)
     find_checkpoint(path)
@@ -257,18 +363,39 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether a folder may be replaced or deleted as a checkpoint: all of its files are of this package.
 
     The files may be damaged or missing, but a folder with anything else in it, or with a link, is no checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, is_checkpoint, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10,):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> is_checkpoint(path)
+        True
+        >>> _ = (path / "notes.txt").write_text("of mine")
+        >>> is_checkpoint(path)
+        False
     """
     if not folder.is_dir():
         return False
     files = list(folder.iterdir())
     if not all(file.name in CHECKPOINT_FILES and file.is_file() and not file.is_symlink() for file in files):
         return False
-    tensors = [file for file in files if file.name != TRAINER_FILE]
-    return all(map(is_written_here, tensors)) and bool(tensors or not files)
+    tensors = [file for file in files if file.name in TENSOR_FILES]
+    cards = [file for file in files if file.name == CARD_FILE]
+    return all(map(is_written_here, tensors)) and all(map(is_card, cards)) and bool(tensors or not files)
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+    """Where a run keeps the checkpoint of a step.
+
+    Example:
+        >>> from dcdit.checkpoint import checkpoint_path
+        >>> checkpoint_path("runs/a", 400).as_posix()
+        'runs/a/checkpoints/step_00000400'
+    """
     return Path(run) / CHECKPOINTS / f"step_{step:08d}"
 
 
@@ -277,6 +404,17 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
     A process may have been killed while it replaced a checkpoint, between moving the old one away and naming the new
     one. Then the old one is listed, where it is.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, list_checkpoints, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10, 20):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> [found.name for found in list_checkpoints("runs/a")]
+        ['step_00000010', 'step_00000020']
     """
     parent = Path(run) / CHECKPOINTS
     folders = {path.name: path for path in parent.glob("step_*")} | interrupted_replacements(parent)
@@ -288,6 +426,17 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: neither.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, find_checkpoint, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10, 20):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> find_checkpoint("runs/a").name, find_checkpoint("runs/a/checkpoints/step_00000010").name
+        ('step_00000020', 'step_00000010')
     """
     path = Path(path)
     if (path / MODEL_FILE).is_file():
@@ -310,6 +459,17 @@ def model_file(path: str | Path, ema: bool = True) -> Path:
 
     Raises:
         FileNotFoundError: a folder without a checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, model_file, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10,):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> model_file("runs/a").name, model_file("runs/a", ema=False).name
+        ('ema.safetensors', 'model.safetensors')
     """
     path = Path(path)
     if not path.is_dir():
@@ -327,6 +487,18 @@ def keep_newest(newest: Path, count: int | None) -> None:
     replaces them when it gets there. A link stays, and so does a folder with files that are not of this package.
     Checkpoints that are damaged or not finite do not count either, so that they never take the place of one that a run
     can go on from.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.checkpoint import checkpoint_path, keep_newest, list_checkpoints, save_checkpoint
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> adam = torch.optim.AdamW(model.parameters())
+        >>> for step in (10, 20, 30):
+        ...     path = save_checkpoint(checkpoint_path("runs/a", step), model, model.state_dict(), adam, {"step": step})
+        >>> keep_newest(path, 2)
+        >>> [found.name for found in list_checkpoints("runs/a")]
+        ['step_00000020', 'step_00000030']
     """
     if count is None:
         return
@@ -335,3 +507,4 @@ def keep_newest(newest: Path, count: int | None) -> None:
     for folder in folders[: folders.index(kept[-1])] if len(kept) == count else ():
         if not folder.is_symlink() and is_checkpoint(folder):
             remove_folder(folder)
+            logger.info("deleted %s: the run keeps %d checkpoints", folder, count)

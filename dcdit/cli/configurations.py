@@ -42,7 +42,7 @@ def annotated(settings: TrainConfig) -> str:
     lines = []
     for section in dataclasses.fields(settings):
         values = getattr(settings, section.name)
-        lines.append(f"{section.name}: # {type(values).__doc__}")
+        lines.append(f"{section.name}: # {schema.meaning(type(values))}")
         for field in dataclasses.fields(values):
             lines += _comment(f"{field.metadata['doc']} ({schema.about(type(values), field)})")
             # JSON is YAML, and on one line.

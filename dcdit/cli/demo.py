@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dcdit.cli.options import check_number, seed
 from dcdit.config import RECIPES, TrainConfig, load_config
-from dcdit.diffusion import Objective, create_objective, sample
+from dcdit.diffusion import Objective, create_objective
 from dcdit.models import DCDiT
 from dcdit.nn.memory_format import channels_last
-from dcdit.utils.files import atomically, write_text
+from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_output_folder, check_own
 from dcdit.utils.signals import Stopped
 
@@ -32,8 +32,11 @@ STUDY_IMAGES = 48
 TIMED_IMAGES = 16
 SAMPLES_PER_CLASS = 4
 SAMPLING_STEPS = 40
-RECORD, REPORT, SAMPLES = "demo.json", "report.md", "samples-drop-{:g}.png"
-FILES = (REPORT, "training.png", "boundary_maps.png", "profile.png", *map(SAMPLES.format, DROP_FRACTIONS))
+ANIMATED = 0.3
+"""Drop fraction of the run that the animation shows."""
+RECORD, REPORT, PAGE, SAMPLES = "demo.json", "report.md", "report.html", "samples-drop-{:g}.png"
+PICTURES = ("steps.webp", "training.png", "boundary_maps.png", "profile.png")
+FILES = (REPORT, PAGE, *PICTURES, *map(SAMPLES.format, DROP_FRACTIONS))
 """Files beside the record, which is written before them."""
 
 CONFIG = RECIPES / "photographs-cpu.yaml"
@@ -98,10 +101,10 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     channels_last(model)
 
     print(f"2/4 sampling at drop fractions {', '.join(map(str, DROP_FRACTIONS))}", flush=True)
-    samples = {rho: _sample_grid(model, rho, out, seed) for rho in DROP_FRACTIONS}
+    held_out = create_dataset(config.data, "held_out")
+    samples = _draw_samples(model, config.run.out, out, held_out.class_names, seed)
 
     print("3/4 where the router looks, on held-out crops", flush=True)
-    held_out = create_dataset(config.data, "held_out")
     x0, y = _stack([held_out[n] for n in range(STUDY_IMAGES)])
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
     study = study_router(model, x0, y, objective, NOISE_LEVELS)
@@ -135,17 +138,44 @@ def demo(out: Path, minutes: float, seed: int = 0) -> Path:
     return out / REPORT
 
 
-def _sample_grid(model: DCDiT, rho: float, out: Path, seed: int) -> dict[str, Any]:
-    from dcdit.utils.images import grid, to_pixels
+def _draw_samples(model: DCDiT, checkpoint: str, out: Path, class_names: Sequence[str], seed: int) -> dict[float, Any]:
+    """Sheets at all budgets, the animation and report.html; what each budget took, as samples.json says it."""
+    from dcdit.data.autoencoder import create_decoder
+    from dcdit.sample.animation import write_animation
+    from dcdit.sample.drawing import draw
+    from dcdit.sample.frames import frames
+    from dcdit.sample.options import SamplingOptions
+    from dcdit.sample.output import describe_run, write_images
+    from dcdit.sample.page import write_page
+    from dcdit.sample.plan import Plan
 
-    labels = torch.arange(model.config.num_classes).repeat_interleave(SAMPLES_PER_CLASS)
-    began = time.monotonic()
-    images = sample(model, labels, SAMPLING_STEPS, "euler", cfg_scale=1.5, drop_fraction=rho, seed=seed)
-    seconds = time.monotonic() - began
-    path = out / SAMPLES.format(rho)
-    sheet = grid(to_pixels(images), 2 * SAMPLES_PER_CLASS, gap=1)
-    atomically(path, sheet.resize((3 * sheet.width, 3 * sheet.height), resample=0).save)
-    return {"file": path.name, "drop_fraction": rho, "images": len(labels), "seconds": seconds}
+    classes = model.config.num_classes
+    decode = create_decoder(None, model.config.in_channels, torch.device("cpu"), {})
+    options = SamplingOptions(checkpoint, "euler", steps=SAMPLING_STEPS, cfg_scale=1.5, seed=seed)
+    labels = torch.arange(classes).repeat(SAMPLES_PER_CLASS)
+    runs, shown = {}, {}
+    for rho in DROP_FRACTIONS:
+        began = time.monotonic()
+        drawn = draw(model, options, labels, rho, trace=classes)
+        seconds = time.monotonic() - began
+        stem = SAMPLES.format(rho).removesuffix(".png")
+        files = write_images(
+            out,
+            stem,
+            drawn.x,
+            labels,
+            decode,
+            class_names=class_names,
+            batch_size=options.batch_size,
+            columns=classes,
+        )
+        plan = Plan(f"drop {rho:g}", rho, {"drop_fraction": rho})
+        runs[rho] = {**describe_run(plan, drawn, seconds, files), "file": files[0].name, "images": len(labels)}
+        shown[rho] = frames(drawn.traced, decode)
+    write_animation(out / "steps.webp", shown[ANIMATED], class_names, f"drop {ANIMATED:g}")
+    title = f"The demo: {len(labels)} images, {SAMPLING_STEPS} steps of euler, guidance 1.5, seed {seed}."
+    write_page(out / PAGE, {"runs": list(runs.values())}, list(shown.values()), class_names, title)
+    return runs
 
 
 def _stack(pairs: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -214,9 +244,14 @@ Last logged: loss {log[-1]["loss"]:.3f}, {log[-1]["natural"]:.1%} of the tokens 
 
 ## Samples at three budgets
 
-The weights and the noise are the same at all three. The samples of a class fill half a row.
+The weights and the noise are the same at all three.
 
 {grids}
+
+What the model expects, what the router sees and what it keeps, step by step, at drop fraction {ANIMATED:g}
+([{PAGE}]({PAGE}) has a slider over the steps and one over the budgets):
+
+![image, probability and kept tokens over the steps](steps.webp)
 
 ## Where the router looks
 
@@ -242,5 +277,5 @@ over the median.
 
 {timings}
 
-![time against FLOPs](profile.png)
+![times faster than the static models, time and FLOPs by stage, eta](profile.png)
 """

@@ -7,6 +7,7 @@ It is imported when it is called.
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import re
 import signal
@@ -38,6 +39,8 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, Mem
 """Errors that a user can cause: these are printed in one line. Others are faults of the program, with a traceback."""
 NO_MEMORY = ("can't allocate memory", "out of memory")
 """Parts of PyTorch's messages about it, which are of RuntimeErrors."""
+LOG_LEVELS = ("debug", "info", "warning", "error")
+"""Accepted in DCDIT_LOG."""
 LOADER_ERROR = re.compile(r"Caught \w+ in DataLoader worker process .*\n {4}.*?\n(\S.*)", re.DOTALL)
 """An error in a process that loads data: it carries the traceback of that process, and then its message."""
 
@@ -76,12 +79,47 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
+class _Messages(logging.Handler):
+    """Messages of this package's loggers, a line each. Processes other than the first say nothing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if is_first_process():
+            _say(f"dcdit: {record.levelname.lower()}: {printable(record.getMessage())}")
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Show the log messages that DCDIT_LOG asks for.
+
+    Raises:
+        ValueError: DCDIT_LOG is no level.
+    """
+    level = os.environ.get("DCDIT_LOG", "warning")
+    if level not in LOG_LEVELS:
+        raise ValueError(f"DCDIT_LOG is {level!r}; accepted: {', '.join(LOG_LEVELS)}")
+    logger, messages = logging.getLogger("dcdit"), _Messages()
+    before = logger.level
+    logger.setLevel(level.upper())
+    logger.addHandler(messages)
+    try:
+        yield
+    finally:
+        logger.removeHandler(messages)
+        logger.setLevel(before)
+
+
 @_warnings_in_one_line()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
     0, or 2 after one line on stderr (a traceback with DCDIT_TRACEBACK=1). 128 plus the number of the signal that ended
     it: 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP. Training has saved a checkpoint by then.
+    DCDIT_LOG=info shows log messages, too.
+
+    Example:
+        >>> from dcdit.cli import main
+        >>> main(["sample", "--checkpoint", "nowhere"])  # one line on stderr
+        2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with lenient_output(), Signals(raising=True):
@@ -99,7 +137,8 @@ def _run(arguments: Sequence[str]) -> int:
     called = _called(arguments)
     try:
         args = create_parser(arguments).parse_args(arguments)
-        code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
+        with _logging():
+            code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
         sys.stdout.flush()  # an error here is one of the command: its result is not whole
         return code
     except (*USER_ERRORS, RuntimeError) as error:

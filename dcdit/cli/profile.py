@@ -1,4 +1,4 @@
-"""``dcdit profile``: does the compression of a DC-DiT become time? FLOPs and wall-clock against the static DiT."""
+"""``dcdit profile``: do the saved FLOPs of a model become time? FLOPs and wall-clock against the static DiT."""
 
 import argparse
 import json
@@ -11,16 +11,19 @@ import torch
 from dcdit.checkpoint import load_model, model_file
 from dcdit.cli.extras import is_installed, missing
 from dcdit.cli.options import add_device_option, check_counts, check_number
-from dcdit.models import DCDiT, DiT, create_model
+from dcdit.models import DCDiT, DiT, DyDiT, create_model
 from dcdit.nn.memory_format import channels_last
-from dcdit.profiling.calibrate import calibrate_router, varied_latents
+from dcdit.profiling.calibrate import calibrate_gates, calibrate_router, varied_latents
 from dcdit.profiling.plots import plot_profile
 from dcdit.profiling.profile import advice, profile, write_trace
+from dcdit.profiling.subject import DynamicModel, Subject
 from dcdit.utils.environment import resolve_device
 from dcdit.utils.files import write_text
 from dcdit.utils.outputs import check_not_read, check_output_file, check_output_folder, check_own
 
 RECORD, PICTURE = "profile.json", "profile.png"
+MIDDLE = 500
+"""Timestep of the models that are timed at one."""
 MOST_IMAGES, MOST_SECONDS = 65_536, 86_400
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,8 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", help="profile a trained checkpoint instead of a preset")
     add("--image-size", type=int, default=256, help="pixels; presets work on a grid of an eighth of it")
     add("--batch", type=int, default=4, help="images per forward (default: %(default)s)")
-    add("--drop-fraction", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="budgets to time (default: 0 0.3 0.6)")
-    add("--keep", type=float, default=0.25, help="fraction of the tokens that a preset keeps (default 0.25)")
+    add("--drop-fraction", type=float, nargs="+", help="budgets of a DC-DiT to time (default: 0 0.3 0.6)")
+    add(
+        "--keep",
+        type=float,
+        default=0.25,
+        help="share of the tokens that a preset of a DC-DiT keeps, or of its gates that a DyDiT opens (default 0.25)",
+    )
     add_device_option(add)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
     add("--compile", action="store_true", help="torch.compile the static models and the convolutions")
@@ -47,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     check_counts(args, "batch", most=MOST_IMAGES)
     check_number("--seconds", args.seconds, at_most=MOST_SECONDS)
     check_number("--keep", args.keep, at_most=1)
-    for rho in args.drop_fraction:
+    for rho in args.drop_fraction or ():
         if not 0 <= rho < 1:
             raise ValueError(f"--drop-fraction is {rho}; accepted: numbers in [0, 1)")
     out = Path(args.out)
@@ -57,11 +65,17 @@ def run(args: argparse.Namespace) -> None:
     model = model.to(device=device, dtype=DTYPES[args.dtype]).eval()
     config = model.config
     x = varied_latents(args.batch, config.in_channels, config.grid).to(device, DTYPES[args.dtype])
-    t = torch.linspace(0, 999, args.batch, device=device).long()
+    if isinstance(model, DCDiT) and config.gate_shape is None:
+        t = torch.linspace(0, 999, args.batch, device=device).long()
+    else:  # as in drawing, where all images of a call have the same timestep
+        t = torch.full((args.batch,), MIDDLE, device=device)
+    drops = args.drop_fraction or ([0.0, 0.3, 0.6] if isinstance(model, DCDiT) else [0.0])
     y = torch.arange(args.batch, device=device) % config.num_classes
-    if not args.checkpoint:
+    if not args.checkpoint and isinstance(model, DCDiT):
         calibrate_router(model, x, t, y, args.keep)
-    result = profile(model, name, x, t, y, args.drop_fraction, args.seconds, args.compile, args.graph)
+    if not args.checkpoint and isinstance(model, DyDiT):
+        calibrate_gates(model, x, y, args.keep, range(0, 1000, 20))
+    result = profile(model, name, x, t, y, drops, args.seconds, args.compile, args.graph)
     write_text(out / RECORD, json.dumps(asdict(result), indent=2) + "\n")
     pictures = is_installed("matplotlib")
     if pictures:
@@ -69,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     parts = [result.caution(), result.conditions(), result.table(), result.stage_table(), *advice(result)]
     print(*filter(None, parts), sep="\n\n")
     if args.trace:
-        write_trace(lambda: model(x, t, y, drop_fraction=args.drop_fraction[0]), args.trace)
+        write_trace(Subject(model, x, t, y).call(drops[0]), args.trace)
         print(f"\nwrote {args.trace}: open it in ui.perfetto.dev or chrome://tracing")
     print(f"\nwrote {out / RECORD}" + (f" and {out / PICTURE}" if pictures else ""))
     if not pictures:
@@ -84,14 +98,16 @@ def _check_outputs(args: argparse.Namespace, out: Path) -> None:
         check_not_read(Path(args.trace), {"--checkpoint": args.checkpoint and model_file(args.checkpoint)})
 
 
-def _model(args: argparse.Namespace) -> tuple[DCDiT, str]:
+def _model(args: argparse.Namespace) -> tuple[DynamicModel, str]:
     if args.checkpoint:
         model: Any = load_model(args.checkpoint)
         name = Path(args.checkpoint).stem
     else:
         model, name = create_model(args.model, args.image_size), args.model
-    if not isinstance(model, DCDiT):
+    if isinstance(model, DiT):
         called = args.checkpoint or name
-        kind = "static DiT" if isinstance(model, DiT) else "DyDiT"
-        raise ValueError(f"{called} is a {kind}; accepted: a DC-DiT (its static counterparts are timed beside it)")
+        raise ValueError(
+            f"{called} is a static DiT; accepted: a DC-DiT, a DyDiT or a SparseDiT (its static counterparts are timed "
+            "beside it)"
+        )
     return channels_last(model), name

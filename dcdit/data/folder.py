@@ -29,6 +29,19 @@ class ImageFolder(StoredSamples):
 
     Raises:
         FileNotFoundError, ValueError: see :func:`image_files`. When a sample is read: a file that is no image.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from dcdit.data import ImageFolder
+        >>> for name, colour in (("black", 0), ("white", 255)):
+        ...     Path("images", name).mkdir(parents=True)
+        ...     Image.new("L", (8, 8), colour).save(f"images/{name}/0.png")
+        >>> dataset = ImageFolder("images", size=4, held_out=0)
+        >>> dataset.class_names
+        ('black', 'white')
+        >>> sorted((label, x.unique().tolist()) for x, label in (dataset[0], dataset[1]))  # pixels in [-1, 1]
+        [(0, [-1.0]), (1, [1.0])]
     """
 
     def __init__(

@@ -37,6 +37,14 @@ def batches(
 
     Raises:
         ValueError: the batch does not divide over the processes.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.data import Photographs, batches
+        >>> dataset = Photographs(size=32)
+        >>> x, y = next(batches(dataset, start=3, stop=4, batch_size=2))  # samples 6 and 7
+        >>> torch.equal(x[1], dataset[7][0]), y.tolist() == [dataset[6][1], dataset[7][1]]
+        (True, True)
     """
     if batch_size % world:
         raise ValueError(f"a batch of {batch_size} does not divide over {world} processes")

@@ -30,6 +30,14 @@ class NpzDataset(Samples):
         FileNotFoundError: nothing there.
         ValueError: unreadable, or arrays that are missing or of another shape or type, or a label that is out of range.
             When a sample is read: a latent that is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from dcdit.data import NpzDataset
+        >>> np.savez("images.npz", images=np.full((2, 8, 8, 3), 255, np.uint8), labels=np.array([3, 3]))
+        >>> x, label = NpzDataset("images.npz", held_out=0)[0]
+        >>> x.shape, x.unique().tolist(), label
+        (torch.Size([3, 8, 8]), [1.0], 3)
     """
 
     def __init__(

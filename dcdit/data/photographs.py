@@ -37,6 +37,16 @@ class Photographs(Samples):
         ModuleNotFoundError: scikit-image is missing.
         FileNotFoundError: this scikit-image carries no such photograph.
         ValueError: a photograph is too small for the crop, or a bad argument.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.data import Photographs
+        >>> dataset = Photographs(size=32)
+        >>> dataset.class_names
+        ('astronaut', 'cat', 'coffee', 'rocket', 'galaxies', 'motorcycle')
+        >>> x, label = dataset[5]
+        >>> x.shape, torch.equal(x, Photographs(size=32)[5][0])  # sample 5 of seed 0, whenever it is asked for
+        (torch.Size([3, 32, 32]), True)
     """
 
     def __init__(

@@ -29,7 +29,19 @@ def skip_or_raise(error: DamagedFile, skip: bool) -> None:
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """A sequence of samples without an end; see :mod:`dcdit.data`."""
+    """A sequence of samples without an end; see :mod:`dcdit.data`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.data import Samples, batches
+        >>> class Numbers(Samples):
+        ...     shape, class_names = (1, 1, 1), ("even", "odd")
+        ...     def __getitem__(self, n):
+        ...         return torch.full(self.shape, float(n)), n % 2
+        >>> x, y = next(batches(Numbers(), start=2, stop=3, batch_size=4))
+        >>> x.flatten().tolist(), y.tolist()
+        ([8.0, 9.0, 10.0, 11.0], [0, 1, 0, 1])
+    """
 
     shape: tuple[int, int, int]
     """(C, H, W) of every sample."""

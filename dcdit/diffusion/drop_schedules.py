@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 DropSchedule = Callable[[float], float]
+"""From the time, 1 (noise) to 0 (data), to a drop fraction."""
 
 FORMS = "constant:RHO, linear:FIRST:LAST, cosine:FIRST:LAST, steps:RHO,TIME=RHO,... (times descending)"
 
@@ -61,6 +62,14 @@ def parse_drop_schedule(text: str) -> DropSchedule:
 
     Raises:
         ValueError: another form, or numbers that the schedule does not accept.
+
+    Example:
+        >>> from dcdit.diffusion import parse_drop_schedule
+        >>> linear, steps = parse_drop_schedule("linear:0.6:0.1"), parse_drop_schedule("steps:0.6,0.5=0.3,0.2=0")
+        >>> [round(linear(time), 3) for time in (1.0, 0.5, 0.0)]  # from noise to data
+        [0.6, 0.35, 0.1]
+        >>> [steps(time) for time in (1.0, 0.5, 0.2)]
+        [0.6, 0.3, 0.0]
     """
     shape, *parts = text.split(":")
     arguments: Sequence[object] = ()

@@ -30,8 +30,15 @@ class SamplerGraphs:
         optional: a capture that fails gives a warning, and the run goes on without a graph.
 
     Example:
-        >>> graphs = SamplerGraphs()
-        >>> # for labels in batches: sample(model, labels, budget=256, graph=graphs)
+        >>> import torch
+        >>> from dcdit.diffusion import SamplerGraphs, sample
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> graphs = SamplerGraphs()  # on a GPU: model.cuda(), and labels there
+        >>> sample(model, torch.tensor([3]), num_steps=4, budget=4, graph=graphs, progress=False)
+        Traceback (most recent call last):
+            ...
+        ValueError: the model is on cpu; CUDA graphs need a CUDA device
     """
 
     def __init__(self, limit: int = 16, optional: bool = False) -> None:

@@ -61,6 +61,15 @@ def guided(
 
     Raises:
         ValueError: an option out of range, a missing null class, or a budget option that this model does not take.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.diffusion import guided
+        >>> def model(x, t, y):  # says its label
+        ...     return y[:, None, None, None].expand_as(x).float()
+        >>> denoise = guided(model, torch.tensor([3]), scale=2.0, null_class=1, channels="all")
+        >>> denoise(torch.zeros(1, 2, 1, 1), 500.0).flatten().tolist()  # 1 + 2 * (3 - 1)
+        [5.0, 5.0]
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"cfg_scale is {scale}; accepted: a finite number, at least 0")

@@ -25,7 +25,17 @@ Update = Callable[[Predict, Tensor, Coefficients, Noise], tuple[Tensor, Tensor]]
 
 
 class Step(NamedTuple):
-    """One step of a sampler."""
+    """One step of a sampler.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.diffusion import sample
+        >>> seen = []
+        >>> options = {"shape": (1, 2, 2), "progress": False, "callback": seen.append}
+        >>> x = sample(lambda x, t, y: x * 0, torch.tensor([0]), 2, "euler", **options)
+        >>> [(step.number, step.t) for step in seen], torch.equal(seen[-1].x, x)
+        ([(0, 1000.0), (1, 500.0)], True)
+    """
 
     number: int
     """Counts from 0."""

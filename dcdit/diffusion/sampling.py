@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from dcdit.utils.modules import dtype_of, evaluating, name_of, unwrap_model
 FITTING_METHODS = {"dit": ("ddpm", "ddim"), "flow": ("euler", "heun")}
 """An objective, as :func:`dcdit.diffusion.create_objective` names it, to the methods that sample what it trained."""
 METHODS = tuple(method for methods in FITTING_METHODS.values() for method in methods)
+"""The names of the sampling methods."""
 
 
 @torch.no_grad()
@@ -53,13 +54,15 @@ def sample(
     device, up to rounding. A module in training mode is put into evaluation mode for the time of the sampling.
 
     Args:
-        model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`DCDiT`, a :class:`DiT` or any function.
+        model: ``model(x, t, y)`` that returns (B, C or 2C, H, W): a :class:`dcdit.models.DCDiT`, a
+            :class:`dcdit.models.DiT` or any function.
         labels: (B,) integer classes.
         num_steps: 1 to 1000, or ``"ddimN"``, for ddpm and ddim (see :func:`space_timesteps`); any positive number for
             euler, heun and schedulers. Heun calls the model twice per step.
         method: one of :data:`METHODS`. It must fit the objective that trained the model: ddpm and ddim fit
-            :class:`DiTObjective`, euler and heun :class:`FlowMatchingObjective`. A model that says what trained it, as
-            those of :func:`dcdit.checkpoint.load_model` do in ``model.objective``, is checked.
+            :class:`dcdit.diffusion.DiTObjective`, euler and heun :class:`dcdit.diffusion.FlowMatchingObjective`. A
+            model that says what trained it, as those of :func:`dcdit.checkpoint.load_model` do in ``model.objective``,
+            is checked.
         scheduler: one of diffusers (DDIM, DPM-Solver++, UniPC, flow-match Euler, ...) to use instead of a method. It
             must fit the objective as a method must, and its configuration decides what ``clip`` would. Noise that it
             adds in a step is that of the seed and the index, too.
@@ -83,6 +86,19 @@ def sample(
     Raises:
         ValueError: an option that is not accepted, or that this model or method does not take.
         CaptureError: a graph was asked for and its capture failed.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.diffusion import sample
+        >>> def model(x, t, y):  # the velocity towards data that are 2 everywhere
+        ...     return (x - 2) / (t[:, None, None, None] / 1000)
+        >>> x = sample(model, torch.tensor([0, 1]), num_steps=5, method="euler", shape=(1, 2, 2), progress=False)
+        >>> torch.allclose(x, torch.full((2, 1, 2, 2), 2.0), atol=1e-5)
+        True
+        >>> options = {"num_steps": 5, "method": "heun", "shape": (1, 2, 2), "progress": False}
+        >>> alone = sample(lambda x, t, y: x * 0, torch.tensor([1]), first_index=1, **options)  # no velocity: noise
+        >>> torch.equal(alone, sample(lambda x, t, y: x * 0, torch.tensor([0, 1]), **options)[1:])
+        True
     """
     objective, source = getattr(unwrap_model(model), "objective", None), name_of(model)
     if method not in METHODS:
@@ -220,12 +236,12 @@ def _chain(method: str, num_steps: int | str, eta: float, clip: bool) -> Chain:
 @contextmanager
 def progress_bar(total: int, wanted: bool, name: str, unit: str) -> Iterator[Callable[[], object]]:
     """A function that advances a progress bar by one step. It does nothing without tqdm, or if no bar is ``wanted``."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        wanted = False
-    if not wanted:
+    bars: Any = None
+    if wanted:
+        with suppress(ImportError):
+            from tqdm import auto as bars
+    if bars is None:
         yield lambda: None
         return
-    with tqdm(total=total, desc=name, unit=unit) as bar:
+    with bars.tqdm(total=total, desc=name, unit=unit) as bar:
         yield bar.update

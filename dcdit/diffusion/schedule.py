@@ -15,6 +15,13 @@ class NoiseSchedule(NamedTuple):
 
     ``q(x_t | x_0) = N(sqrt(alpha_bar) x_0, 1 - alpha_bar)``, and the posterior ``q(x_prev | x_t, x_0)`` has mean
     ``posterior_x0 * x_0 + posterior_xt * x_t``, where *prev* is the step before it among these S, or clean data.
+
+    Example:
+        >>> from dcdit.diffusion import linear_schedule
+        >>> schedule = linear_schedule()
+        >>> data, noise = schedule.data_scale, schedule.noise_scale  # x_t = data * x_0 + noise * epsilon
+        >>> ((data**2 + noise**2) - 1).abs().max().item() < 1e-12
+        True
     """
 
     timesteps: Tensor
@@ -47,6 +54,14 @@ def linear_schedule(timesteps: Sequence[int] | None = None) -> NoiseSchedule:
 
     Raises:
         ValueError: steps that are not ascending or not in [0, 1000).
+
+    Example:
+        >>> from dcdit.diffusion import linear_schedule, space_timesteps
+        >>> full, short = linear_schedule(), linear_schedule(space_timesteps(4))
+        >>> len(full.alpha_bar), short.timesteps.tolist()
+        (1000, [0, 333, 666, 999])
+        >>> bool((short.alpha_bar == full.alpha_bar[short.timesteps.long()]).all())
+        True
     """
     steps = list(range(TRAIN_STEPS)) if timesteps is None else list(timesteps)
     if not steps or steps != sorted(set(steps)) or steps[0] < 0 or steps[-1] >= TRAIN_STEPS:
@@ -81,6 +96,11 @@ def space_timesteps(steps: int | str) -> list[int]:
 
     Raises:
         ValueError: not such a number, outside 1 to 1000, or no integer stride gives that many steps.
+
+    Example:
+        >>> from dcdit.diffusion import space_timesteps
+        >>> space_timesteps(5), space_timesteps("ddim5")
+        ([0, 250, 500, 749, 999], [0, 200, 400, 600, 800])
     """
     text = str(steps)
     count = int(text.removeprefix("ddim")) if text.removeprefix("ddim").isdecimal() else 0

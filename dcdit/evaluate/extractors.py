@@ -89,6 +89,15 @@ class TorchScriptInception(nn.Module):
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is no TorchScript file, or not known and not trusted. When it is called: it does not take images.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import TorchScriptInception
+        >>> mean = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # stands for an Inception
+        >>> torch.jit.trace(mean, torch.ones(1, 3, 299, 299)).save("mean.pt")
+        >>> extractor = TorchScriptInception("mean.pt", trust=True)
+        >>> extractor(torch.full((1, 3, 8, 8), 192, dtype=torch.uint8))["pooled"].tolist()  # (192 - 128) / 128
+        [[0.5, 0.5, 0.5]]
     """
 
     def __init__(self, path: str | Path, resize: str = "adm", trust: bool = False) -> None:
@@ -195,6 +204,13 @@ def load_extractor(path: str | Path, resize: str = "adm", trust: bool = False) -
     Raises:
         FileNotFoundError, ModuleNotFoundError: see the two classes.
         ValueError: see the two classes; also an unknown resize, or one that torch-fidelity does not do.
+
+    Example:
+        >>> from dcdit.evaluate import load_extractor
+        >>> load_extractor("inception.pt")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: no feature extractor 'inception.pt'; nothing is ever downloaded
     """
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}; accepted: {', '.join(RESIZES)}")

@@ -32,6 +32,16 @@ class Statistics:
         pooled, spatial: Gaussians fitted to the features; ``spatial`` may be missing.
         count: images behind them, if known.
         extractor: identity of the network, if known.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import Statistics
+        >>> from dcdit.evaluate.distances import Gaussian
+        >>> statistics = Statistics(Gaussian(torch.tensor([1.0, 2.0]).double(), torch.eye(2).double()), count=100)
+        >>> statistics.save("reference.npz")
+        >>> again = Statistics.load("reference.npz")
+        >>> again.pooled.mean.tolist(), (again.pooled.factor @ again.pooled.factor.T).round(decimals=6).tolist()
+        ([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]])
     """
 
     pooled: Gaussian
@@ -87,6 +97,13 @@ class Features:
 
     Raises:
         ValueError: the kinds of features are not of as many images.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import Features
+        >>> features = Features(torch.arange(6.0).view(3, 2))
+        >>> features.rows(torch.tensor([2, 0])).pooled.tolist()
+        [[4.0, 5.0], [0.0, 1.0]]
     """
 
     pooled: Tensor
@@ -176,6 +193,16 @@ def extract_features(
 
     Raises:
         ValueError: bad images, an extractor that breaks the contract, or a cache for one without identity.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import extract_features
+        >>> class MeanColour(torch.nn.Module):
+        ...     def forward(self, images):  # uint8 (N, 3, H, W)
+        ...         return images.float().mean((2, 3))
+        >>> images = torch.full((3, 8, 8, 3), 7, dtype=torch.uint8)
+        >>> extract_features(images, MeanColour(), progress=False).pooled.tolist()
+        [[7.0, 7.0, 7.0], [7.0, 7.0, 7.0], [7.0, 7.0, 7.0]]
     """
     if isinstance(images, Features):
         return images

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from dcdit.utils.reading import JSON_BYTES, parse_json, read_bytes, sha256
 from dcdit.utils.schema import check_types, from_mapping
 from dcdit.utils.text import one_line
 
+logger = logging.getLogger(__name__)
 SAMPLES, SAMPLING, BATCHES = "samples.npz", "sampling.json", "batches"
 
 
@@ -138,6 +140,7 @@ def generate(
     files = [] if finished else _batch_files(out, settings)
     missing = [k for k, file in enumerate(files) if not _is_drawn(file, settings)]
     wait()  # all processes look before any of them draws
+    logger.info("%s: %d of %d batches are there already", out, len(files) - len(missing), len(files))
     title = f"sampling, process {rank + 1} of {world}"
     sampled = ready_to_sample(model, settings.options)
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):

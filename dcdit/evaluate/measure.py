@@ -29,6 +29,11 @@ class Metric:
         value, spread: the value, and its standard deviation: over the subsets of KID, over the splits of IS.
         count: images that were measured.
         reference_count: images that they were compared with; None for IS, and for statistics without a count.
+
+    Example:
+        >>> from dcdit.evaluate import Metric
+        >>> Metric(value=12.5, count=5000, reference_count=50000).value
+        12.5
     """
 
     value: float
@@ -47,6 +52,12 @@ class Evaluation:
         left_out: name of a metric, or "floor", to the reason why it is missing.
         notes: what a reader should know before quoting a number.
         extractor: identity of the network, if it has one.
+
+    Example:
+        >>> from dcdit.evaluate import Evaluation, Metric
+        >>> found = Evaluation({"kid": Metric(0.012, 5000, 5000)}, {"kid": Metric(0.001, 5000, 5000)}, {}, (), None)
+        >>> found.metrics["kid"].value - found.floor["kid"].value > 0.01, found.left_out
+        (True, {})
     """
 
     metrics: dict[str, Metric]
@@ -85,7 +96,15 @@ def _cells(name: str, metric: Metric) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """Real images as features, as statistics, or as both. With both, FID and sFID take the statistics, as ADM does."""
+    """Real images as features, as statistics, or as both. With both, FID and sFID take the statistics, as ADM does.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import Features, ReferenceSet
+        >>> reference = ReferenceSet(features=Features(torch.randn(100, 4)))
+        >>> reference.features.pooled.shape, reference.statistics is None
+        (torch.Size([100, 4]), True)
+    """
 
     features: Features | None = None
     statistics: Statistics | None = None
@@ -102,6 +121,16 @@ def load_reference(
 
     Raises:
         FileNotFoundError, ValueError: nothing readable there.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import load_reference
+        >>> class MeanColour(torch.nn.Module):
+        ...     def forward(self, images):
+        ...         return images.float().mean((2, 3))
+        >>> reference = load_reference(torch.full((20, 8, 8, 3), 7, dtype=torch.uint8), MeanColour(), progress=False)
+        >>> reference.features.pooled[0].tolist()
+        [7.0, 7.0, 7.0]
     """
     if isinstance(source, ReferenceSet):
         return source
@@ -143,6 +172,18 @@ def evaluate_images(
     Raises:
         ValueError: fewer than 10 images, images of two sizes, an extractor that breaks its contract, or a reference
             made with another extractor.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.evaluate import evaluate_images
+        >>> class MeanColour(torch.nn.Module):
+        ...     def forward(self, images):
+        ...         return images.float().mean((2, 3))
+        >>> dark = torch.randint(0, 100, (20, 8, 8, 3), dtype=torch.uint8)
+        >>> real = torch.randint(0, 255, (60, 8, 8, 3), dtype=torch.uint8)
+        >>> found = evaluate_images(dark, real, MeanColour(), progress=False)
+        >>> found.metrics["FID"].value > 10 * found.floor["FID"].value, sorted(found.left_out)
+        (True, ['IS', 'sFID'])
     """
     options: dict[str, Any] = {"size": size, "batch_size": batch_size, "cache": cache, "progress": progress}
     features = extract_features(images, extractor, **options)

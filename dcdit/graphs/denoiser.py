@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcdit.graphs.safety import FixedModel, graph_obstacle
-from dcdit.models import DCDiT, DiT
+from dcdit.models import DCDiT, DiT, DyDiT, SparseDiT
 from dcdit.utils import cuda
 
 
@@ -33,11 +33,20 @@ class GraphedDenoiser:
         ValueError: the model cannot be captured (:func:`dcdit.graphs.graph_obstacle`), or not one of budget and
             capacity is given.
         CaptureError: the capture failed; ``__cause__`` says why.
+
+    Example:
+        >>> from dcdit.graphs import GraphedDenoiser
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2).eval()
+        >>> GraphedDenoiser(model, batch=8, budget=4)  # on a GPU: with model.cuda(), then called like the model
+        Traceback (most recent call last):
+            ...
+        ValueError: the model is on cpu; CUDA graphs need a CUDA device
     """
 
     def __init__(
         self,
-        model: DCDiT | DiT,
+        model: DCDiT | DiT | DyDiT | SparseDiT,
         batch: int,
         budget: int | None = None,
         capacity: int | None = None,

@@ -31,6 +31,15 @@ class ExactGraphedDenoiser:
 
     Raises:
         ValueError: the model cannot be captured (:func:`dcdit.graphs.graph_obstacle`).
+
+    Example:
+        >>> from dcdit.graphs import ExactGraphedDenoiser
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2).eval()
+        >>> ExactGraphedDenoiser(model)  # on a GPU: sample(ExactGraphedDenoiser(model.cuda()), labels)
+        Traceback (most recent call last):
+            ...
+        ValueError: the model is on cpu; CUDA graphs need a CUDA device
     """
 
     def __init__(self, model: DCDiT, max_graphs: int = 16) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, SparseDiT
 from dcdit.ops.attention_kernels import choose_attention_backend
 from dcdit.utils.cuda import has_graphs
 
@@ -18,9 +18,16 @@ def graph_obstacle(
     """Why forward passes of a model cannot be captured with these options; None if they can.
 
     They can if the model is a module in evaluation mode on a CUDA device, without hooks and without sharded weights
-    (FSDP), if its width is fixed, if every shape is static (a static model, or a budget or capacity), and if no
-    operation waits for the device: not with ``DCDIT_CHECK=1``, nor with a capacity where attention has no kernel for
-    packed sequences.
+    (FSDP), if neither its width nor the sparse tokens of a SparseDiT follow the timestep, if every shape is static (a
+    static model, or a budget or capacity), and if no operation waits for the device: not with ``DCDIT_CHECK=1``, nor
+    with a capacity where attention has no kernel for packed sequences.
+
+    Example:
+        >>> from dcdit.graphs import graph_obstacle
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2).eval()
+        >>> graph_obstacle(model, budget=4)
+        'the model is on cpu; CUDA graphs need a CUDA device'
     """
     if not isinstance(model, nn.Module):
         return f"{type(model).__name__} is no module, so nobody knows what it does besides launching kernels"
@@ -40,6 +47,8 @@ def graph_obstacle(
         return "DCDIT_CHECK=1 reads values on the host"
     if getattr(model, "width_gates", None) is not None:
         return "its width follows the timestep, and a graph has one width; accepted: a dcdit.models.SlicedModel"
+    if isinstance(model, SparseDiT) and model.config.noisy_grid is not None:
+        return "the number of its sparse tokens follows the timestep, which the host reads; accepted: no noisy_grid"
     if not isinstance(model, DCDiT):
         return None
     if budget is None and capacity is None:

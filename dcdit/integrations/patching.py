@@ -39,6 +39,22 @@ def patch(model: Model) -> Model:
     Raises:
         ValueError: no part of it is known, or a part has an option that the replacement does not have. Then nothing is
             changed.
+
+    Example:
+        >>> import torch
+        >>> import dcdit
+        >>> class RoutingModule(torch.nn.Module):  # stands for that of goombalab/hnet
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q_proj_layer = self.k_proj_layer = torch.nn.Linear(4, 4, bias=False)
+        >>> model = torch.nn.Sequential(RoutingModule())
+        >>> before = type(model[0])
+        >>> dcdit.patch(model) is model, type(model[0]) is before, isinstance(model[0], before)
+        (True, False, True)
+        >>> dcdit.patch(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+        Traceback (most recent call last):
+            ...
+        ValueError: no module of Sequential is known; accepted: the DC-DiT of AMD-AGI/DynamicChunkingDiT ...
     """
     found = [(module, _methods_for(module)) for module in model.modules() if not is_patched(module)]
     chosen = [(module, methods) for module, methods in found if methods is not None]
@@ -51,7 +67,19 @@ def patch(model: Model) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Undo :func:`patch`. A model that is not patched stays as it is. Returns the model itself."""
+    """Undo :func:`patch`. A model that is not patched stays as it is. Returns the model itself.
+
+    Example:
+        >>> import torch
+        >>> import dcdit
+        >>> class RoutingModule(torch.nn.Module):  # stands for that of goombalab/hnet
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.q_proj_layer = self.k_proj_layer = torch.nn.Linear(4, 4, bias=False)
+        >>> model = RoutingModule()
+        >>> type(dcdit.unpatch(dcdit.patch(model))) is RoutingModule
+        True
+    """
     for module in model.modules():
         if is_patched(module):
             module.__class__ = module.original  # type: ignore[assignment]

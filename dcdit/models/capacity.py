@@ -31,6 +31,11 @@ class KeptShare:
 
     :func:`dcdit.sample.measure_kept_share` measures it. ``save_model`` stores that of ``model.kept_share`` with the
     weights.
+
+    Example:
+        >>> from dcdit.models import KeptShare
+        >>> KeptShare.of_calls([[0.2, 0.1], [0.3, 0.5]])  # two calls for two images; the second call kept more
+        KeptShare(mean=0.4, std=0.1414213562373095, largest=0.5, images=2)
     """
 
     mean: float
@@ -65,7 +70,15 @@ class KeptShare:
 
 
 class Capacity(NamedTuple):
-    """Static sizes for a batch: ``model(x, t, y, capacity=plan.capacity, max_seqlen=plan.max_seqlen)``."""
+    """Static sizes for a batch: ``model(x, t, y, capacity=plan.capacity, max_seqlen=plan.max_seqlen)``.
+
+    Example:
+        >>> from dcdit.models import KeptShare, create_config, plan_capacity
+        >>> share = KeptShare(mean=0.25, std=0.0, largest=0.25, images=100)
+        >>> plan = plan_capacity(create_config("DC-DiT-S"), 4, share)  # 4 images of 1024 positions
+        >>> plan.capacity, plan.max_seqlen
+        (1024, 256)
+    """
 
     capacity: int
     """Rows of the packed buffer."""

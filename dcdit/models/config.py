@@ -13,8 +13,12 @@ from dcdit.utils.text import short
 
 DECHUNKS = ("spatial", "ema")
 LARGEST = {"in_channels": 65536, "hidden_size": 16384, "depth": 512, "num_heads": 4096, "num_classes": 1 << 24}
+GRIDS = {"grid", "sparse_grid", "noisy_grid"}
+"""Fields that hold (H, W)."""
 MAX_SIDE, MAX_MLP_RATIO = 1 << 13, 64
 """Far above every published model. Without them, one number of a stranger's file takes all time and memory there is."""
+NOISY_FROM = 750
+"""From this timestep on a SparseDiT has its fewest tokens: in the first quarter of a sampler's steps."""
 
 Config = TypeVar("Config", bound="_TransformerConfig")
 
@@ -47,7 +51,8 @@ class _TransformerConfig:
     block then sees the embedders of the first one."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", _as_tuple(self.grid))
+        for name in GRIDS & vars(self).keys():
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         self.check_fields(vars(self))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads is {self.num_heads}; accepted: a divisor of hidden_size = {self.hidden_size}")
@@ -72,16 +77,19 @@ class _TransformerConfig:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings and a list, ready for JSON."""
-        return {**asdict(self), "grid": list(self.grid)}
+        """Numbers, strings and lists, ready for JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def check_fields(cls, values: Mapping[str, Any]) -> None:
         """Raise ValueError for the first of some values that is not accepted, whatever the other fields are."""
-        values = {name: _as_tuple(value) if name == "grid" else value for name, value in values.items()}
-        sides = values.get("grid", (1, 1))
-        if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_size(side, MAX_SIDE) for side in sides):
-            raise ValueError(f"grid is {short(sides)}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
+        values = _with_tuples(values)
+        for name in sorted(GRIDS & values.keys()):
+            sides = values[name]
+            if name == "noisy_grid" and sides is None:
+                continue
+            if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_size(side, MAX_SIDE) for side in sides):
+                raise ValueError(f"{name} is {short(sides)}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
         for name, largest in LARGEST.items():
             if name in values and not _is_size(values[name], largest):
                 raise ValueError(f"{name} is {short(values[name])}; accepted: a positive integer up to {largest}")
@@ -94,9 +102,11 @@ class _TransformerConfig:
         Raises:
             ValueError: an unknown key, a missing key, or a value that is not accepted.
         """
-        if isinstance(values, dict) and "grid" in values:
-            values = {**values, "grid": _as_tuple(values["grid"])}
-        return from_mapping(cls, values, cls.__name__)
+        return from_mapping(cls, _with_tuples(values) if isinstance(values, dict) else values, cls.__name__)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _as_tuple(value) if name in GRIDS else value for name, value in values.items()}
 
 
 def _as_tuple(value: Any) -> Any:
@@ -113,6 +123,16 @@ class DCDiTConfig(_TransformerConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import DCDiTConfig
+        >>> config = DCDiTConfig(grid=(32, 32), hidden_size=384, depth=12, num_heads=6)
+        >>> config.in_channels, config.router, config.dechunk_sigma
+        (4, 'predictability', 1.0)
+        >>> DCDiTConfig(grid=(32, 32), hidden_size=96, depth=12, num_heads=6)
+        Traceback (most recent call last):
+            ...
+        ValueError: hidden_size is 96; accepted: a multiple of 128, so that ...
     """
 
     router: str = "predictability"
@@ -181,6 +201,11 @@ class DiTConfig(PatchConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import DiTConfig
+        >>> DiTConfig(grid=(32, 32), hidden_size=384, depth=12, num_heads=6, patch_size=4).patch_size
+        4
     """
 
 
@@ -190,6 +215,12 @@ class DyDiTConfig(PatchConfig):
 
     Raises:
         ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import DyDiTConfig
+        >>> config = DyDiTConfig(grid=(4, 4), hidden_size=32, depth=2, num_heads=4)
+        >>> config.gate_shape  # in each of 2 blocks 3 heads, 3 MLP groups, 4 tokens
+        (2, 10)
     """
 
     def __post_init__(self) -> None:
@@ -217,5 +248,97 @@ def _check_gates(config: _TransformerConfig) -> None:
         )
 
 
-ModelConfig = DCDiTConfig | DiTConfig | DyDiTConfig
+@dataclass(frozen=True, kw_only=True)
+class SparseDiTConfig(PatchConfig):
+    """A DiT with few tokens in the middle (SparseDiT, arXiv 2412.06028).
+
+    Its blocks are ``pooled`` ones, ``modules`` times (a merging block, ``sparse_depth`` sparse blocks, a recovering
+    block, a dense block), and dense blocks up to ``depth``.
+
+    Raises:
+        ValueError: a value that is not accepted.
+
+    Example:
+        >>> from dcdit.models import SparseDiTConfig
+        >>> sizes = {"grid": (8, 8), "hidden_size": 32, "num_heads": 4}
+        >>> config = SparseDiTConfig(depth=6, modules=1, sparse_depth=2, sparse_grid=(2, 2), **sizes)
+        >>> config.kinds
+        ['pooled', 'merge', 'sparse', 'sparse', 'recover', 'dense']
+    """
+
+    pooled: int = 1
+    """First blocks, in which attention is a mean of all tokens."""
+    modules: int = 4
+    """How often the tokens become few and all again."""
+    sparse_depth: int = 3
+    """Sparse blocks of a module, between its merging and its recovering block."""
+    sparse_grid: tuple[int, int] = (8, 8)
+    """(h, w) of the sparse tokens; with a router, their number is h * w."""
+    noisy_grid: tuple[int, int] | None = None
+    """(h, w) of the sparse tokens from timestep 750 to 1000 (noise). Below, each side grows linearly, up to that of
+    ``sparse_grid`` at 0. null: they are as many at all timesteps."""
+    router: str | None = None
+    """``"predictability"``, ``"cosine2d"`` or ``"cosine1d"``: what chooses the sparse tokens. null: they are pooled."""
+    dechunk_sigma: float = 1.0
+    """With a router, standard deviation of the smoothing that brings all tokens back, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("pooled", 0), ("modules", 1), ("sparse_depth", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least {least}")
+        if self.tail < 0:
+            raise ValueError(
+                f"depth is {self.depth}; accepted: at least {self.depth - self.tail}, the blocks of pooled = "
+                f"{self.pooled} and of modules = {self.modules} with sparse_depth = {self.sparse_depth}"
+            )
+        patches = tuple(side // self.patch_size for side in self.grid)
+        for name, few, many in (
+            ("sparse_grid", self.sparse_grid, patches),
+            ("noisy_grid", self.noisy_grid or (1, 1), self.sparse_grid),
+        ):
+            if any(a > b for a, b in zip(few, many, strict=True)):
+                raise ValueError(f"{name} is {few}; accepted: at most {many}")
+        if self.router is not None and self.router not in ROUTERS:
+            raise ValueError(f"router is {self.router!r}; accepted: {', '.join(ROUTERS)}, or null")
+        if self.router == "predictability" and self.hidden_size % 32:
+            raise ValueError(f"hidden_size is {self.hidden_size}; accepted with that router: a multiple of 32")
+        if not 0 < self.dechunk_sigma <= MAX_SIGMA:
+            raise ValueError(f"dechunk_sigma is {self.dechunk_sigma}; accepted: a number in (0, {MAX_SIGMA:g}]")
+
+    @property
+    def tail(self) -> int:
+        """Dense blocks behind the last module."""
+        return self.depth - self.pooled - self.modules * (1 + self.sparse_depth + 2)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each block: pooled, merge, sparse, recover or dense."""
+        module = ["merge", *["sparse"] * self.sparse_depth, "recover", "dense"]
+        return ["pooled"] * self.pooled + module * self.modules + ["dense"] * self.tail
+
+    @property
+    def most_sparse_tokens(self) -> int:
+        """Of an image, at any timestep."""
+        return self.sparse_grid[0] * self.sparse_grid[1]
+
+    def sparse_tokens_at(self, t: float) -> int:
+        """Of an image at a timestep, from 0 (data) to 1000 (noise)."""
+        height, width = self.sparse_grid_at(t)
+        return height * width
+
+    def sparse_grid_at(self, t: float) -> tuple[int, int]:
+        """(h, w) of the sparse tokens at a timestep, from 0 (data) to 1000 (noise)."""
+        if self.noisy_grid is None:
+            return self.sparse_grid
+        noisy = min(max(t, 0.0) / NOISY_FROM, 1.0)
+        height, width = (
+            round(many + noisy * (few - many)) for few, many in zip(self.noisy_grid, self.sparse_grid, strict=True)
+        )
+        return height, width
+
+
+PatchModelConfig = DiTConfig | DyDiTConfig | SparseDiTConfig
+"""Of a model whose tokens are the patches of its input."""
+ModelConfig = DCDiTConfig | PatchModelConfig
 """Of a model of this package."""

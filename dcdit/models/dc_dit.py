@@ -41,7 +41,18 @@ from dcdit.utils.modules import dtype_of
 
 
 class Routing(NamedTuple):
-    """What the router decided in a forward pass."""
+    """What the router decided in a forward pass.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10)
+        >>> _, routing = model(torch.zeros(1, 4, 4, 4), torch.tensor([500]), torch.tensor([3]), return_routing=True)
+        >>> routing.prob[0, [0, -1]].tolist()  # the first and the last position are always kept
+        [1.0, 1.0]
+        >>> torch.equal(routing.natural_mask, routing.prob > 0.5), torch.equal(routing.mask, routing.selection.mask)
+        (True, True)
+    """
 
     prob: Tensor
     """(B, L) float32, with a gradient: the ratio loss reads it."""
@@ -114,6 +125,15 @@ class DCDiT(nn.Module):
 
     Args:
         config: see :class:`DCDiTConfig`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import DCDiT, DCDiTConfig
+        >>> model = DCDiT(DCDiTConfig(grid=(4, 4), hidden_size=128, depth=2, num_heads=4, num_classes=10)).eval()
+        >>> x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([500, 20]), torch.tensor([3, 10])  # 10 is the null class
+        >>> out, routing = model(x, t, y, budget=5, return_routing=True)
+        >>> out.shape, routing.mask.sum(1).tolist()
+        (torch.Size([2, 8, 4, 4]), [5, 5])
     """
 
     objective: str | None = None

@@ -1,7 +1,9 @@
 """The static DiT baseline (arXiv 2212.09748)."""
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit.models import init
 from dcdit.models.conditioning import create_embedders, create_modulation
-from dcdit.models.config import DiTConfig, DyDiTConfig
+from dcdit.models.config import DiTConfig, PatchModelConfig
 from dcdit.models.inputs import check_inputs
 from dcdit.nn import (
     DenseDiTBlock,
@@ -38,7 +40,7 @@ class PatchTransformer(nn.Module):
     _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
     """Calls a block so. The names of both are those of diffusers, which sets them."""
 
-    def __init__(self, config: DiTConfig | DyDiTConfig) -> None:
+    def __init__(self, config: PatchModelConfig) -> None:
         super().__init__()
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
@@ -47,10 +49,13 @@ class PatchTransformer(nn.Module):
         self.t_embedder, self.y_embedder = create_embedders(config)
         self.register_buffer("pos_embed", torch.empty(math.prod(self.patch_grid), dim, dtype=torch.float32))
         self.modulation = create_modulation(config)
-        self.blocks = nn.ModuleList(
-            DenseDiTBlock(dim, config.num_heads, config.mlp_ratio, config.mlp_norm_eps) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(self._create_blocks())
         self.final_layer = DenseFinalLayer(dim, patch * patch * config.out_channels, dim)
+
+    def _create_blocks(self) -> list[nn.Module]:
+        config = self.config
+        sizes = (config.hidden_size, config.num_heads, config.mlp_ratio, config.mlp_norm_eps)
+        return [DenseDiTBlock(*sizes) for _ in range(config.depth)]
 
     def reset_parameters(self) -> None:
         """Fill every parameter and buffer, those of submodules too: with the same seed, as in a new model."""
@@ -73,6 +78,11 @@ class PatchTransformer(nn.Module):
             tokens = to_tokens(self.x_embedder(x.to(dtype_of(self.x_embedder)))).contiguous()
             return tokens + self.pos_embed, cond
 
+    def _caller(self) -> Callable[..., Any]:
+        """What calls the computation of a block."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self._gradient_checkpointing_func if recompute else _call
+
     def project(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """The final layer: what the blocks return and the conditioning -> (B, 2C, H, W)."""
         with stage("final"):
@@ -84,11 +94,23 @@ class PatchTransformer(nn.Module):
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
 
 
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
 class DiT(PatchTransformer):
     """Every patch is a token of the transformer. Dense and in plain PyTorch, made for ``torch.compile``.
 
     Args:
         config: see :class:`DiTConfig`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import DiT, DiTConfig
+        >>> model = DiT(DiTConfig(grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)).eval()
+        >>> out = model(torch.randn(2, 4, 4, 4), torch.tensor([500, 20]), torch.tensor([3, 7]))
+        >>> out.shape, out.abs().max().item()  # adaLN-Zero: a new model says zero
+        (torch.Size([2, 8, 4, 4]), 0.0)
     """
 
     config: DiTConfig
@@ -112,8 +134,8 @@ class DiT(PatchTransformer):
             ValueError: a shape or a label that is not accepted.
         """
         tokens, cond = self.embed(x, t, y)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        call = self._caller()
         with stage("transformer"):
             for block, mod in zip(self.blocks, self.modulation(cond), strict=True):
-                tokens = self._gradient_checkpointing_func(block, tokens, mod) if recompute else block(tokens, mod)
+                tokens = call(block, tokens, mod)
         return self.project(tokens, cond)

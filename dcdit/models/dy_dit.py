@@ -1,8 +1,5 @@
 """DyDiT: a DiT whose width follows the timestep, and whose MLPs skip tokens (arXiv 2410.03456)."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +20,15 @@ class DyDiT(PatchTransformer):
 
     Args:
         config: see :class:`DyDiTConfig`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import DyDiT, DyDiTConfig
+        >>> model = DyDiT(DyDiTConfig(grid=(4, 4), hidden_size=32, depth=2, num_heads=4, num_classes=10)).eval()
+        >>> x, t, y = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([3])
+        >>> out, gates = model(x, t, y, return_gates=True)
+        >>> gates.counts().heads.tolist()  # a new model is complete: 4 heads in each of 2 blocks
+        [[4, 4]]
     """
 
     config: DyDiTConfig
@@ -108,11 +114,6 @@ class DyDiT(PatchTransformer):
             masks.append(_mlp_on_some(tokens, block, token_gate, mod))
         return tokens, sliced.gates_of(len(tokens))._replace(tokens=torch.stack(masks, 1).float())
 
-    def _caller(self) -> Callable[..., Any]:
-        """What calls the computation of a block."""
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        return self._gradient_checkpointing_func if recompute else _call
-
     def _split(self, noise: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None]:
         """The noise of the widths (B, depth, n) and of the tokens (B, depth, L)."""
         if noise is None:
@@ -122,10 +123,6 @@ class DyDiT(PatchTransformer):
             raise ValueError(f"gate_noise has shape {tuple(noise.shape)}; accepted: {shape}")
         count = noise.shape[2] - self.config.tokens
         return noise[..., :count], noise[..., count:]
-
-
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _masked_block(

@@ -1,11 +1,12 @@
 """Analytic FLOPs of a forward pass, stage by stage."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig
+from dcdit.models.config import DCDiTConfig, DyDiTConfig, ModelConfig, PatchModelConfig, SparseDiTConfig
 from dcdit.nn import STAGES, Gates
 from dcdit.nn.embedding import TimestepEmbedder
 from dcdit.nn.gates import TOKEN_GATE_SHARE, GateCounts
@@ -26,8 +27,9 @@ def count_flops(
 
     Args:
         config: of the model.
-        lengths: kept tokens of each image, or one number for all ``batch`` images. None is every position, and the
-            only value that a DiT and a DyDiT accept.
+        lengths: kept tokens of each image, or one number for all ``batch`` images; of a SparseDiT its sparse tokens.
+            None is every position, the most sparse tokens of a SparseDiT, and the only value that a DiT and a DyDiT
+            accept.
         batch: number of images. With one length per image it may stay at 1.
         gates: how many are open in each image of a model of dynamic width. What they close is not counted: a model that
             masks computes it all the same, a :class:`dcdit.models.SlicedModel` does not. None: all are open.
@@ -38,27 +40,41 @@ def count_flops(
     Raises:
         ValueError: lengths for a static DiT, outside 1 to L, or not one per image; gates for a model of fixed width, or
             not one set per image.
+
+    Example:
+        >>> from dcdit.models import count_flops, create_config
+        >>> round(count_flops(create_config("DiT-XL/2"))["total"] / 1e9, 1)  # 118.6 billion multiply-adds
+        237.3
+        >>> config = create_config("DC-DiT-S")
+        >>> everything, quarter = count_flops(config), count_flops(config, 256)
+        >>> round(quarter["transformer"] / everything["transformer"], 2)  # attention shrinks by more than a quarter
+        0.19
+        >>> quarter["encoder"] == everything["encoder"]
+        True
     """
-    if not isinstance(config, DCDiTConfig):
+    if isinstance(config, DCDiTConfig):
+        positions = config.grid[0] * config.grid[1]
+        kept = _kept_lengths(lengths, batch, positions, positions)
+    elif isinstance(config, SparseDiTConfig):
+        kept = _kept_lengths(lengths, batch, config.most_sparse_tokens, config.tokens)
+    else:
         if lengths is not None:
             raise ValueError(f"lengths is {lengths!r}; a static DiT keeps every token, accepted: None")
         kept = [config.tokens] * batch
-    else:
-        kept = _kept_lengths(config, lengths, batch)
     if gates is not None and (config.gate_shape is None or len(gates.heads) != len(kept)):
         raise ValueError(
             f"gates are those of {len(gates.heads)} images for {len(kept)}; accepted: one set for each image of a model"
             " of dynamic width"
         )
     outer = _dynamic(config, len(kept)) if isinstance(config, DCDiTConfig) else _static(config, len(kept))
-    stages = {**outer, **_transformer(config, kept, gates)}
+    inner = _sparse(config, kept) if isinstance(config, SparseDiTConfig) else _transformer(config, kept, gates)
+    stages = {**outer, **inner}
     return {**dict.fromkeys(STAGES, 0), **stages, "total": sum(stages.values())}
 
 
-def _kept_lengths(config: DCDiTConfig, lengths: int | Sequence[int] | None, batch: int) -> list[int]:
-    positions = config.grid[0] * config.grid[1]
+def _kept_lengths(lengths: int | Sequence[int] | None, batch: int, default: int, positions: int) -> list[int]:
     if lengths is None or isinstance(lengths, int):
-        kept = [positions if lengths is None else lengths] * batch
+        kept = [default if lengths is None else lengths] * batch
     else:
         kept = [int(length) for length in lengths]
         if batch not in (1, len(kept)):
@@ -87,7 +103,7 @@ def _dynamic(config: DCDiTConfig, batch: int) -> dict[str, int]:
     return {name: batch * flops for name, flops in per_image.items()}
 
 
-def _static(config: DiTConfig | DyDiTConfig, batch: int) -> dict[str, int]:
+def _static(config: PatchModelConfig, batch: int) -> dict[str, int]:
     dim, patch, length = config.hidden_size, config.patch_size, config.tokens
     return {
         "embed": batch * (_conv(length, config.in_channels, dim, patch) + _timestep(config)),
@@ -109,6 +125,35 @@ def _transformer(config: ModelConfig, kept: list[int], gates: GateCounts | None)
     if isinstance(config, DyDiTConfig):
         narrow = max(1, dim // TOKEN_GATE_SHARE)
         stages["router"] = config.depth * (_linear(sum(kept), dim, narrow) + _linear(sum(kept), narrow, 1))
+    return stages
+
+
+def _sparse(config: SparseDiTConfig, kept: list[int]) -> dict[str, int]:
+    """The stages between the embedding and the final layer of a SparseDiT with so many sparse tokens in each image."""
+    dim, full = config.hidden_size, config.tokens
+    adaln, row = _linear(1, dim, 6 * dim), _linear(1, dim, dim)
+    mlp = 2 * _linear(1, dim, int(dim * config.mlp_ratio))
+
+    def block(queries: int, keys: int) -> int:
+        scores = config.num_heads * queries * keys * (4 * (dim // config.num_heads) + SOFTMAX_FLOPS)
+        return queries * (2 * row + mlp) + keys * 2 * row + scores + adaln
+
+    def blocks(few: int) -> int:
+        kinds = {
+            "pooled": 2 * row + full * mlp + adaln,
+            "merge": block(few, full),
+            "sparse": block(few, few),
+            "recover": block(full, few),
+            "dense": block(full, full),
+        }
+        return sum(kinds[kind] for kind in config.kinds)
+
+    stages = {
+        "transformer": sum(images * blocks(few) for few, images in Counter(kept).items()),
+        "dechunk": config.modules * (sum(kept) + len(kept) * full) * row,
+    }
+    if config.router is not None:
+        stages["router"] = len(kept) * config.modules * _router(config, full)
     return stages
 
 
@@ -141,7 +186,7 @@ def _block_parts(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return lengths * _linear(1, dim, 4 * dim) + scores, 2 * lengths * _linear(1, dim, hidden)
 
 
-def _router(config: DCDiTConfig, length: int) -> int:
+def _router(config: DCDiTConfig | SparseDiTConfig, length: int) -> int:
     dim, narrow = config.hidden_size, config.hidden_size // 4
     if config.router == "predictability":
         return _linear(length, dim, narrow) + 2 * _conv(length, narrow, narrow, 3) + _linear(length, narrow, 1)

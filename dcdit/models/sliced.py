@@ -37,9 +37,14 @@ class SlicedModel:
         >>> import torch
         >>> from dcdit.models import DyDiT, DyDiTConfig, SlicedModel
         >>> model = DyDiT(DyDiTConfig(grid=(4, 4), hidden_size=32, depth=2, num_heads=4)).eval()
+        >>> for parameter in model.parameters():
+        ...     _ = torch.nn.init.normal_(parameter, std=0.1)
+        >>> _ = torch.nn.init.constant_(model.width_gates.linear.bias, -99.0)  # closes all but the first of each block
         >>> sliced = SlicedModel(model, times=[999, 500, 0])
-        >>> sliced(torch.randn(2, 4, 4, 4), torch.tensor([500, 500]), torch.tensor([1, 7])).shape
-        torch.Size([2, 8, 4, 4])
+        >>> x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([500, 500]), torch.tensor([1, 7])
+        >>> out = model(x, t, y)
+        >>> torch.allclose(sliced(x, t, y), out, atol=1e-5), out.std().item() > 0.1, sliced.nbytes > 0
+        (True, True, True)
     """
 
     def __init__(self, model: DyDiT | DCDiT, times: Sequence[float]) -> None:

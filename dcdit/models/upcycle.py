@@ -5,17 +5,19 @@ embedding, the final layer and the position table have another shape or another 
 encoder, the router, the decoder and the final layer of the DC-DiT are initialised as in any other.
 
 A DyDiT (arXiv 2410.03456) has all layers of a static DiT of the same patch size, and gates beside them. It takes all
-weights, and nothing is frozen.
+weights, and nothing is frozen. So does a SparseDiT (arXiv 2412.06028), whose pooled blocks have no queries and no keys.
 """
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig
+from dcdit.models.config import DCDiTConfig, DiTConfig, DyDiTConfig, ModelConfig, SparseDiTConfig
 from dcdit.models.dc_dit import DCDiT
 from dcdit.models.dit import DiT
 from dcdit.models.dy_dit import DyDiT
+from dcdit.models.sparse_dit import SparseDiT
 from dcdit.nn import sincos_position
 
 SHARED = (
@@ -31,7 +33,7 @@ SHARED = (
 )
 """Fields that must be equal in a model and in the DiT it is made from. The rows of the label table must be, too."""
 WHOLE = ("patch_size", "learn_sigma")
-"""Further ones for a DyDiT, which takes the outer layers as well."""
+"""Further ones for a DyDiT and a SparseDiT, which take the outer layers as well."""
 FROZEN = ("t_embedder", "y_embedder")
 
 
@@ -47,10 +49,10 @@ def upcycled_fields(source: DiTConfig) -> dict[str, Any]:
     return {**{name: values[name] for name in names}, "adapt_conditioning": True}
 
 
-def check_source(config: DCDiTConfig | DyDiTConfig, source: DiTConfig) -> None:
+def check_source(config: DCDiTConfig | DyDiTConfig | SparseDiTConfig, source: DiTConfig) -> None:
     """Raise a ValueError of one line if a model of ``config`` cannot be made from ``source``."""
-    kind = "DyDiT" if isinstance(config, DyDiTConfig) else "DC-DiT"
-    for name in (*SHARED, *(WHOLE if kind == "DyDiT" else ())):
+    kind = {DCDiTConfig: "DC-DiT", DyDiTConfig: "DyDiT", SparseDiTConfig: "SparseDiT"}[type(config)]
+    for name in (*SHARED, *(() if kind == "DC-DiT" else WHOLE)):
         wanted, found = getattr(config, name), getattr(source, name)
         if wanted != found:
             raise ValueError(f"the pretrained DiT has {name} {found}, the {kind} {wanted}; accepted: equal ones")
@@ -72,10 +74,12 @@ def _label_rows(config: ModelConfig) -> int:
 
 
 @torch.no_grad()
-def upcycle(model: DCDiT | DyDiT, source: DiT) -> None:
+def upcycle(model: DCDiT | DyDiT | SparseDiT, source: DiT) -> None:
     """Put the weights of ``source`` into ``model``, in place.
 
-    A DyDiT takes all, and keeps its gates. The blocks copied to a DC-DiT know positions in units of the source's
+    A DyDiT takes all, and keeps its gates. A SparseDiT takes all that its blocks have, and keeps the layers between
+    them: it starts as the source without the queries and keys of its pooled blocks, whose middle blocks see few tokens.
+    The blocks copied to a DC-DiT know positions in units of the source's
     patches. So the token of grid cell (r, c) gets the sine-cosine position of that cell's centre on the source's patch
     grid. With patch size 1 that is the usual table. The table is stored with the weights, so the checkpoint is like any
     other.
@@ -88,16 +92,33 @@ def upcycle(model: DCDiT | DyDiT, source: DiT) -> None:
         ValueError: the two do not fit, see :func:`check_source`.
     """
     check_source(model.config, source.config)
-    if isinstance(model, DyDiT):
+    if not isinstance(model, DCDiT):
         weights = source.state_dict()
-        gates = {name: tensor for name, tensor in model.state_dict().items() if name not in weights}
-        model.load_state_dict({**weights, **gates})
+        if isinstance(model, SparseDiT):
+            weights = _split_inputs(weights, model.config)
+        model.load_state_dict({**model.state_dict(), **weights})
         return
     # Packed and dense blocks have the same weights.
     for name in ("blocks", "modulation", *FROZEN):
         model.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
     position = sincos_position(model.config.hidden_size, model.config.grid, source.config.patch_size)
     model.get_buffer("pos_embed").copy_(position)
+
+
+def _split_inputs(weights: dict[str, Tensor], config: SparseDiTConfig) -> dict[str, Tensor]:
+    """The weights of a static DiT under the names that the layers in front of attention have in a SparseDiT."""
+    split, dim = dict(weights), config.hidden_size
+    for index, kind in enumerate(config.kinds):
+        if kind in ("sparse", "dense"):
+            continue
+        for part in ("weight", "bias"):
+            qkv = split.pop(f"blocks.{index}.qkv.{part}")
+            if kind == "pooled":
+                split[f"blocks.{index}.value.{part}"] = qkv[2 * dim :]
+            else:
+                split[f"blocks.{index}.query.{part}"] = qkv[:dim]
+                split[f"blocks.{index}.key_value.{part}"] = qkv[dim:]
+    return split
 
 
 def freeze_embedders(model: DCDiT) -> None:

@@ -10,6 +10,8 @@ from dcdit.nn.gates import Gates, TokenGate, WidthGates, Widths
 from dcdit.nn.modulation import Modulation, SeparateModulation, StackedModulation
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
 from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
+from dcdit.nn.sparse_blocks import CrossDiTBlock, PooledDiTBlock
+from dcdit.nn.sparse_tokens import PooledTokens, RoutedTokens
 from dcdit.nn.stages import STAGES, collect_stages, stage
 from dcdit.utils.deprecation import renamed_attributes
 
@@ -31,6 +33,7 @@ __all__ = [
     "ConvStack",
     "Cosine1dRouter",
     "Cosine2dRouter",
+    "CrossDiTBlock",
     "DenseDiTBlock",
     "DenseFinalLayer",
     "EMADeChunk",
@@ -41,8 +44,11 @@ __all__ = [
     "PackedDiTBlock",
     "PackedFinalLayer",
     "PendingResidual",
+    "PooledDiTBlock",
+    "PooledTokens",
     "PredictabilityRouter",
     "RMSNorm",
+    "RoutedTokens",
     "SeparateModulation",
     "SeparateTimestepEmbedders",
     "SpatialDeChunk",

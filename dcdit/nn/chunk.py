@@ -14,7 +14,16 @@ from dcdit.ops.token_selection import PendingSelection
 
 
 class ChunkLayer(nn.Module):
-    """Selects the tokens to keep and packs them (DC-DiT, arXiv 2603.06351, routing)."""
+    """Selects the tokens to keep and packs them (DC-DiT, arXiv 2603.06351, routing).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import ChunkLayer
+        >>> x, p = torch.arange(4.0).view(1, 4, 1), torch.tensor([[0.9, 0.1, 0.8, 0.2]])
+        >>> tokens, sel = ChunkLayer()(x, p, position=torch.full((4, 1), 10.0))
+        >>> tokens.tolist(), sel.indices.tolist()
+        ([[10.0], [12.0]], [0, 2])
+    """
 
     def forward(
         self,
@@ -64,6 +73,14 @@ class SpatialDeChunk(nn.Module):
     Args:
         grid: (H, W).
         sigma: of the smoothing, in grid cells.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import ChunkLayer, SpatialDeChunk
+        >>> x, p = torch.tensor([[[1.0], [9.0], [9.0], [5.0]]]), torch.tensor([[0.9, 0.1, 0.1, 0.9]])
+        >>> tokens, sel = ChunkLayer()(x, p)  # 1 and 5
+        >>> SpatialDeChunk((1, 4), sigma=0.5)(tokens, p, sel, residual=torch.zeros(1, 4, 1)).squeeze()  # the nearest
+        tensor([1., 1., 5., 5.])
     """
 
     def __init__(self, grid: tuple[int, int], sigma: float) -> None:
@@ -78,7 +95,16 @@ class SpatialDeChunk(nn.Module):
 
 
 class EMADeChunk(nn.Module):
-    """Exponential moving average in raster order (H-Net, arXiv 2507.07955, section 2.2)."""
+    """Exponential moving average in raster order (H-Net, arXiv 2507.07955, section 2.2).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import ChunkLayer, EMADeChunk
+        >>> x, p = torch.tensor([[[1.0], [9.0], [5.0], [9.0]]]), torch.tensor([[1.0, 0.2, 0.75, 0.1]])
+        >>> tokens, sel = ChunkLayer()(x, p)  # 1 and 5
+        >>> EMADeChunk()(tokens, p, sel, residual=torch.zeros(1, 4, 1)).squeeze()  # 4 = 0.75 * 5 + 0.25 * 1
+        tensor([0.9999, 0.9999, 4.0000, 4.0000])
+    """
 
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
         """Packed tokens (T, D), probabilities (B, L), residual (B, L, D) -> (B, L, D)."""

@@ -16,6 +16,15 @@ class ConvBlock(nn.Module):
     Args:
         in_dim, out_dim: widths, both multiples of 32. The inner width is the smaller of the two.
         cond_dim: width of the conditioning.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import ConvBlock
+        >>> block = ConvBlock(32, 32, cond_dim=8)
+        >>> _ = torch.nn.init.zeros_(block.conv2.weight), torch.nn.init.zeros_(block.conv2.bias)
+        >>> x = torch.randn(1, 32, 4, 4).to(memory_format=torch.channels_last)
+        >>> torch.equal(block(x, torch.randn(1, 8)), x)  # the skip is all that is left
+        True
     """
 
     GROUPS = 32
@@ -60,6 +69,14 @@ class ConvStack(nn.Module):
     Args:
         widths: channels before, between and after the blocks.
         cond_dim: width of the conditioning.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import ConvStack
+        >>> encoder = ConvStack((32, 32, 128), cond_dim=8)
+        >>> out = encoder(torch.randn(1, 16, 32), (4, 4), torch.randn(1, 8))
+        >>> out.shape, round(out.square().mean().item(), 2)  # the norm at its end: mean square 1
+        (torch.Size([1, 16, 128]), 1.0)
     """
 
     def __init__(self, widths: tuple[int, ...], cond_dim: int) -> None:

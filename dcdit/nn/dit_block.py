@@ -17,7 +17,17 @@ from dcdit.ops import unchecked
 
 
 class VarlenMeta(NamedTuple):
-    """Where the images of a packed buffer begin and end, as variable-length attention wants it."""
+    """Where the images of a packed buffer begin and end, as variable-length attention wants it.
+
+    Example:
+        >>> import torch
+        >>> from dcdit import ops
+        >>> from dcdit.nn import VarlenMeta
+        >>> sel = ops.select_tokens(torch.tensor([[0.9, 0.2, 0.7], [0.6, 0.8, 0.9]]))
+        >>> varlen = VarlenMeta(sel.cu_seqlens, sel.max_seqlen, padding=False)
+        >>> varlen.cu_seqlens.tolist(), varlen.max_seqlen
+        ([0, 2, 5], 3)
+    """
 
     cu_seqlens: Tensor
     """(B+1,) int32."""
@@ -28,7 +38,16 @@ class VarlenMeta(NamedTuple):
 
 
 class PendingResidual(NamedTuple):
-    """A residual branch that is not added yet: the next block adds it in the same pass as its first norm."""
+    """A residual branch that is not added yet: the next block adds it in the same pass as its first norm.
+
+    Example:
+        >>> import torch
+        >>> from dcdit import ops
+        >>> from dcdit.nn import PendingResidual
+        >>> pending = PendingResidual(branch=torch.ones(3, 2), gate=torch.tensor([[0.0, 2.0]]))
+        >>> ops.gated_add(torch.ones(3, 2), pending.branch, pending.gate, torch.tensor([0, 3])).tolist()
+        [[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]
+    """
 
     branch: Tensor
     """(T, D). Padding rows may hold anything."""
@@ -50,10 +69,14 @@ class DiTBlockBase(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.mlp_norm_eps = mlp_norm_eps
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self._create_inputs(dim)
         self.proj = nn.Linear(dim, dim)
         self.fc1 = nn.Linear(dim, int(dim * mlp_ratio))
         self.fc2 = nn.Linear(int(dim * mlp_ratio), dim)
+
+    def _create_inputs(self, dim: int) -> None:
+        """The linear layers in front of the attention."""
+        self.qkv = nn.Linear(dim, 3 * dim)
 
     def mlp(self, x: Tensor, mask: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(..., D) -> (..., D). A mask is applied to the hidden units before the GELU, which leaves 0 as it is."""
@@ -71,6 +94,19 @@ class PackedDiTBlock(DiTBlockBase):
     Padding rows: the norms make them zero, so they are the bias in q, k and v, and no row of another image reads them.
     In inference attention leaves them unwritten in its result, and the next gated residual reads none of them. Where
     ``proj`` may be more than a linear layer (:mod:`dcdit.nn.plain`), or a gradient is wanted, they are zero there too.
+
+    Example:
+        >>> import torch
+        >>> from dcdit import ops
+        >>> from dcdit.nn import DenseDiTBlock, Modulation, PackedDiTBlock, VarlenMeta
+        >>> packed, dense = PackedDiTBlock(8, 2, mlp_ratio=4.0), DenseDiTBlock(8, 2, mlp_ratio=4.0)
+        >>> _ = dense.load_state_dict(packed.state_dict())
+        >>> x, mod = torch.randn(2, 5, 8), Modulation(*torch.randn(6, 2, 8))
+        >>> cu_seqlens = torch.tensor([0, 5, 10]).int()
+        >>> tokens, pending = packed(x.flatten(0, 1), None, mod, VarlenMeta(cu_seqlens, 5, padding=False))
+        >>> out = ops.gated_add(tokens, pending.branch, pending.gate, cu_seqlens)
+        >>> torch.allclose(out.view(2, 5, 8), dense(x, mod), atol=1e-5)
+        True
     """
 
     def attention(self, x: Tensor, varlen: VarlenMeta, heads: Tensor | None = None) -> Tensor:
@@ -112,8 +148,26 @@ class PackedDiTBlock(DiTBlockBase):
         return x, PendingResidual(self.mlp(h, mask), mod.mlp_gate)
 
 
-class DenseDiTBlock(DiTBlockBase):
-    """A block for a dense batch, in operations that ``torch.compile`` fuses."""
+class DenseBlockBase(DiTBlockBase):
+    """A block for a dense batch, in operations that ``torch.compile`` fuses. A subclass has the attention."""
+
+    def mlp_branch(self, x: Tensor, mod: Modulation, groups: Tensor | None = None) -> Tensor:
+        """What the second half adds to x (B, L, D). Hidden units whose gate (B, G) is 0 are computed and masked."""
+        shift, scale, gate = (row[:, None] for row in mod[3:])
+        mask = None if groups is None else partial(mask_dense, gates=groups)
+        return gate * self.mlp(modulate(x, shift, scale, self.mlp_norm_eps), mask)
+
+
+class DenseDiTBlock(DenseBlockBase):
+    """A DiT block for a dense batch.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import DenseDiTBlock, Modulation
+        >>> block, x, zero = DenseDiTBlock(8, 2, mlp_ratio=4.0), torch.randn(2, 5, 8), torch.zeros(2, 8)
+        >>> torch.equal(block(x, Modulation(zero, zero, zero, zero, zero, zero)), x)  # closed gates: the identity
+        True
+    """
 
     def attention(self, x: Tensor, heads: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -145,12 +199,6 @@ class DenseDiTBlock(DiTBlockBase):
         """The first half of a block, (B, L, D) -> (B, L, D). Heads whose gate (B, H) is 0 are computed and masked."""
         shift, scale, gate = (row[:, None] for row in mod[:3])
         return x + gate * self.attention(modulate(x, shift, scale), heads)
-
-    def mlp_branch(self, x: Tensor, mod: Modulation, groups: Tensor | None = None) -> Tensor:
-        """What the second half adds to x (B, L, D). Hidden units whose gate (B, G) is 0 are computed and masked."""
-        shift, scale, gate = (row[:, None] for row in mod[3:])
-        mask = None if groups is None else partial(mask_dense, gates=groups)
-        return gate * self.mlp(modulate(x, shift, scale, self.mlp_norm_eps), mask)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:

@@ -17,6 +17,14 @@ class TimestepEmbedder(nn.Module):
         dim: D.
         frequency_shift: the i-th of n frequencies is ``10000 ** (-i / (n - frequency_shift))``. 0 in DiT, 1 in
             diffusers.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import TimestepEmbedder
+        >>> embedder = TimestepEmbedder(8)
+        >>> one, both = embedder(torch.tensor([500])), embedder(torch.tensor([0, 500]))
+        >>> both.shape, torch.allclose(both[1:], one, atol=1e-6)
+        (torch.Size([2, 8]), True)
     """
 
     FREQUENCIES = 128
@@ -42,6 +50,13 @@ class SeparateTimestepEmbedders(nn.ModuleList):
     Args:
         depth: number of blocks.
         dim, frequency_shift: as in :class:`TimestepEmbedder`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import SeparateTimestepEmbedders
+        >>> embedders, t = SeparateTimestepEmbedders(depth=3, dim=8), torch.tensor([0, 500])
+        >>> torch.equal(embedders(t)[2], embedders[2](t))
+        True
     """
 
     def __init__(self, depth: int, dim: int, frequency_shift: int = 0) -> None:
@@ -60,6 +75,13 @@ class LabelEmbedder(nn.Module):
         dropout_prob: in training mode, the chance that a label is replaced by the null class. Set the attribute to 0
             to embed labels that a training loop has dropped itself (:func:`drop_labels`).
         depth: of several blocks with a table each: the result is (depth, B, D). A label is dropped for all of them.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import LabelEmbedder
+        >>> embedder = LabelEmbedder(num_classes=10, dim=8, dropout_prob=0.1).eval()
+        >>> torch.equal(embedder(torch.tensor([3, 10])), embedder.table.weight[[3, 10]])  # 10 is the null class
+        True
     """
 
     def __init__(self, num_classes: int, dim: int, dropout_prob: float, depth: int | None = None) -> None:
@@ -99,6 +121,14 @@ def sincos_position(dim: int, grid: tuple[int, int], patch_size: int = 1) -> Ten
         grid: (H, W).
         patch_size: P, the unit of length in grid cells. A cell gets the position of its centre, a fraction, on the
             coarser grid whose cells hold P x P cells of this one.
+
+    Example:
+        >>> from dcdit.nn import sincos_position
+        >>> sincos_position(4, (2, 2))  # sine and cosine of the column, then of the row
+        tensor([[0.0000, 1.0000, 0.0000, 1.0000],
+                [0.8415, 0.5403, 0.0000, 1.0000],
+                [0.0000, 1.0000, 0.8415, 0.5403],
+                [0.8415, 0.5403, 0.8415, 0.5403]])
     """
     height, width = grid
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))

@@ -14,6 +14,14 @@ class PackedFinalLayer(nn.Module):
         dim: width of the tokens.
         out_dim: numbers per token.
         cond_dim: width of the conditioning.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import PackedFinalLayer
+        >>> layer = PackedFinalLayer(8, 4, cond_dim=6)
+        >>> _ = torch.nn.init.zeros_(layer.linear.weight), torch.nn.init.constant_(layer.linear.bias, 0.5)
+        >>> layer(torch.randn(2, 5, 8), torch.randn(2, 6)).unique().tolist()
+        [0.5]
     """
 
     def __init__(self, dim: int, out_dim: int, cond_dim: int) -> None:
@@ -32,7 +40,17 @@ class PackedFinalLayer(nn.Module):
 
 
 class DenseFinalLayer(PackedFinalLayer):
-    """The same in operations that ``torch.compile`` fuses."""
+    """The same in operations that ``torch.compile`` fuses.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import DenseFinalLayer, PackedFinalLayer
+        >>> dense, packed = DenseFinalLayer(8, 4, cond_dim=6), PackedFinalLayer(8, 4, cond_dim=6)
+        >>> _ = packed.load_state_dict(dense.state_dict())
+        >>> x, cond = torch.randn(2, 5, 8), torch.randn(2, 6)
+        >>> torch.allclose(dense(x, cond), packed(x, cond), atol=1e-5)
+        True
+    """
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)

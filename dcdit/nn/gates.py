@@ -23,7 +23,15 @@ TOKEN_GATE_SHARE = 16
 
 
 class Widths(NamedTuple):
-    """The gates of one block: float32, 1 where it computes and 0 elsewhere."""
+    """The gates of one block: float32, 1 where it computes and 0 elsewhere.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import WidthGates
+        >>> widths = WidthGates(dim=8, depth=2, heads=4, groups=4).eval()(torch.randn(1, 8)).of_blocks()
+        >>> len(widths), widths[0].heads.tolist()  # a new model is complete
+        (2, [[1.0, 1.0, 1.0, 1.0]])
+    """
 
     heads: Tensor
     """(B, H): attention heads."""
@@ -32,7 +40,15 @@ class Widths(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """The gates of all blocks in a forward pass: float32, 0 or 1. In training they have gradients."""
+    """The gates of all blocks in a forward pass: float32, 0 or 1. In training they have gradients.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import Gates
+        >>> gates = Gates(heads=torch.tensor([[[1.0, 0.0, 1.0]]]), groups=torch.tensor([[[1.0, 1.0]]]), tokens=None)
+        >>> gates.counts().heads.tolist(), gates.counts().groups.tolist()  # of one image, one block
+        ([[2]], [[2]])
+    """
 
     heads: Tensor
     """(B, depth, H)"""
@@ -75,6 +91,14 @@ class WidthGates(nn.Module):
         dim: D of the embedding.
         depth: number of blocks.
         heads, groups: H and G of a block, together at least 3.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import WidthGates
+        >>> gates = WidthGates(dim=8, depth=1, heads=4, groups=4).eval()
+        >>> _ = torch.nn.init.constant_(gates.linear.bias, -99.0)
+        >>> gates(torch.randn(1, 8)).heads.tolist()  # the first head has no gate
+        [[[1.0, 0.0, 0.0, 0.0]]]
     """
 
     def __init__(self, dim: int, depth: int, heads: int, groups: int) -> None:
@@ -110,6 +134,13 @@ class TokenGate(nn.Module):
 
     Args:
         dim: D of the tokens.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import TokenGate
+        >>> gate = TokenGate(dim=16).eval()
+        >>> bool((gate(torch.randn(2, 5, 16)) > 0.5).all())  # new: every token is open
+        True
     """
 
     def __init__(self, dim: int) -> None:

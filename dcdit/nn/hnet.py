@@ -23,12 +23,21 @@ from dcdit.ops import TokenSelection, checks
 from dcdit.ops.numerics import PROB_EPS, upcast
 from dcdit.utils.modules import dtype_of
 
+__all__ = ["ChunkLayer", "DeChunkCache", "DeChunkLayer", "RoutingCache", "RoutingModule"]
+
 THRESHOLD = 0.5
 
 
 @dataclass
 class RoutingCache:
-    """What :meth:`RoutingModule.step` remembers of B sequences."""
+    """What :meth:`RoutingModule.step` remembers of B sequences.
+
+    Example:
+        >>> from dcdit.nn import hnet
+        >>> cache = hnet.RoutingModule(8).allocate_inference_cache(batch_size=2)
+        >>> cache.query.shape, cache.started.tolist()
+        (torch.Size([2, 8]), [False, False])
+    """
 
     query: Tensor
     """(B, D): the projected last token."""
@@ -38,7 +47,14 @@ class RoutingCache:
 
 @dataclass
 class DeChunkCache:
-    """What :meth:`DeChunkLayer.step` remembers of B sequences."""
+    """What :meth:`DeChunkLayer.step` remembers of B sequences.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import hnet
+        >>> hnet.DeChunkLayer().allocate_inference_cache(batch_size=2, like=torch.zeros(1, 3)).held.tolist()
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
 
     held: Tensor
     """(B, D) float32 (float64 for float64 tokens): the moving average, 0 before the first chunk."""
@@ -51,6 +67,16 @@ class RoutingModule(CosineProjections):
 
     Args:
         dim: D.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import hnet
+        >>> routing, x = hnet.RoutingModule(2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+        >>> routing(x, torch.tensor([0, 3]).int()).tolist()  # the same token, then the opposite
+        [1.0, 0.0, 1.0]
+        >>> cache = routing.allocate_inference_cache(1)
+        >>> [routing.step(x[i : i + 1], cache).item() for i in range(3)]  # one token at a time
+        [1.0, 0.0, 1.0]
     """
 
     def __init__(self, dim: int) -> None:
@@ -124,7 +150,16 @@ class RoutingModule(CosineProjections):
 
 
 class ChunkLayer(nn.Module):
-    """Packs the tokens that open a chunk: those with p > 0.5."""
+    """Packs the tokens that open a chunk: those with p > 0.5.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import hnet
+        >>> x, p = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1.0, 0.1, 0.9])
+        >>> chunks, sel = hnet.ChunkLayer()(x, p, torch.tensor([0, 3]).int())
+        >>> chunks.tolist(), sel.cu_seqlens.tolist()
+        ([[1.0], [3.0]], [0, 2])
+    """
 
     def forward(self, x: Tensor, p: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, TokenSelection]:
         """(B, L, D), or packed (S, D) with ``cu_seqlens``, and p -> chunks (T, D) and their selection.
@@ -148,6 +183,14 @@ class DeChunkLayer(EMADeChunk):
     """Spreads chunks over their tokens: a moving average weighted by p, held until the next chunk.
 
     It applies the straight-through coefficient of p and adds the residual, too.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import hnet
+        >>> x, p = torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([1.0, 0.1, 0.75])
+        >>> chunks, sel = hnet.ChunkLayer()(x, p, torch.tensor([0, 3]).int())
+        >>> hnet.DeChunkLayer()(chunks, p, sel, residual=torch.zeros(3, 1)).squeeze()  # 4 = 0.75 * 5 + 0.25 * 1
+        tensor([0.9999, 0.9999, 4.0000])
     """
 
     def allocate_inference_cache(self, batch_size: int, like: Tensor) -> DeChunkCache:

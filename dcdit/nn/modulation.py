@@ -6,7 +6,15 @@ from torch import Tensor, nn
 
 
 class Modulation(NamedTuple):
-    """What one block reads from the conditioning: six (B, D) views."""
+    """What one block reads from the conditioning: six (B, D) views.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import Modulation
+        >>> mod = Modulation(*torch.arange(12.0).view(6, 1, 2))
+        >>> mod.attn_shift.tolist(), mod.mlp_gate.tolist()
+        ([[0.0, 1.0]], [[10.0, 11.0]])
+    """
 
     attn_shift: Tensor
     attn_scale: Tensor
@@ -26,6 +34,15 @@ class StackedModulation(nn.Module):
     Args:
         dim: D.
         depth: number of blocks.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import StackedModulation
+        >>> layer = StackedModulation(dim=2, depth=3)
+        >>> cond = torch.randn(1, 2)
+        >>> rows = layer(cond)
+        >>> len(rows), torch.equal(rows[1].attn_shift, layer.linear(cond)[:, 12:14])  # 6 rows of 2 for each block
+        (3, True)
     """
 
     def __init__(self, dim: int, depth: int) -> None:
@@ -44,6 +61,13 @@ class SeparateModulation(nn.Module):
     Args:
         dim: D.
         depth: number of blocks.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import SeparateModulation
+        >>> layer, cond = SeparateModulation(dim=2, depth=3), torch.randn(3, 1, 2)
+        >>> torch.equal(layer(cond)[1].attn_scale, layer.linears[1](cond[1])[:, 2:4])
+        True
     """
 
     def __init__(self, dim: int, depth: int) -> None:

@@ -18,6 +18,14 @@ class PredictabilityRouter(nn.Module):
     Args:
         dim: D, a multiple of 32.
         grid: (H, W).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import PredictabilityRouter
+        >>> router = PredictabilityRouter(32, grid=(2, 3))
+        >>> p = router(torch.randn(1, 6, 32))
+        >>> p[0, 0].item(), p[0, -1].item(), bool(((p > 0) & (p <= 1)).all())  # the first and the last are forced
+        (1.0, 1.0, True)
     """
 
     INITIAL_LOGIT = -1.1
@@ -87,6 +95,13 @@ class Cosine2dRouter(CosineProjections):
     Args:
         dim: D.
         grid: (H, W).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import Cosine2dRouter
+        >>> router = Cosine2dRouter(2, grid=(3, 3))
+        >>> round(router(torch.ones(1, 9, 2))[0, 4].item(), 4)  # the middle of nine equal tokens
+        0.0
     """
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
@@ -111,6 +126,13 @@ class Cosine1dRouter(CosineProjections):
     Args:
         dim: D.
         grid: not used, for a sequence has no width. It is here because all routers are built with the same arguments.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import Cosine1dRouter
+        >>> router = Cosine1dRouter(2, grid=(1, 3))  # its projections start as the identity
+        >>> router(torch.tensor([[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])).tolist()
+        [[1.0, 0.0, 1.0]]
     """
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
@@ -128,3 +150,4 @@ ROUTERS: dict[str, type[nn.Module]] = {
     "cosine2d": Cosine2dRouter,
     "cosine1d": Cosine1dRouter,
 }
+"""Names of ``DCDiTConfig.router`` to the classes."""

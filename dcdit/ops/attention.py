@@ -72,10 +72,15 @@ def varlen_attention(
             only with ``DCDIT_CHECK=1``); an unknown backend, or one that cannot run here.
 
     Example:
-        >>> q, text = torch.randn(10, 4, 8), torch.randn(7, 2, 8)  # two images of 4 and 6 tokens, texts of 5 and 2
-        >>> cu_seqlens, cu_seqlens_k = torch.tensor([0, 4, 10]).int(), torch.tensor([0, 5, 7]).int()
-        >>> ops.varlen_attention(q, text, text, cu_seqlens, 6, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=5).shape
-        torch.Size([10, 4, 8])
+        >>> v = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 8.0]]).view(3, 1, 2)  # an image of one token, one of two
+        >>> q = k = torch.zeros(3, 1, 2)  # all scores are equal, so each token gets the mean of its image
+        >>> ops.varlen_attention(q, k, v, torch.tensor([0, 1, 3]).int(), max_seqlen=2).view(3, 2).tolist()
+        [[1.0, 2.0], [4.0, 6.0], [4.0, 6.0]]
+        >>> text = torch.tensor([[6.0, 6.0], [2.0, 9.0]]).view(2, 1, 2)  # a word for each image
+        >>> starts, starts_k = torch.tensor([0, 1, 3]).int(), torch.tensor([0, 1, 2]).int()
+        >>> cross = ops.varlen_attention(q, text, text, starts, 2, cu_seqlens_k=starts_k, max_seqlen_k=1)
+        >>> cross.view(3, 2).tolist()
+        [[6.0, 6.0], [2.0, 9.0], [2.0, 9.0]]
     """
     if slack is not None:
         warn_renamed("slack=", "padding=")

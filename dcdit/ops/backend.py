@@ -37,6 +37,13 @@ class use_backend:
 
     Raises:
         ValueError: unknown backend name.
+
+    Example:
+        >>> p = torch.tensor([[0.9, 0.2, 0.7]])
+        >>> with ops.use_backend("reference"):
+        ...     kept = ops.select_tokens(p).indices
+        >>> kept.tolist(), ops.select_tokens(p).indices.tolist()
+        ([0, 2], [0, 2])
     """
 
     def __init__(self, name: str) -> None:

@@ -24,6 +24,11 @@ def boundary_prob_cosine(q: Tensor, k: Tensor, cu_seqlens: Tensor | None = None)
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])  # 0, 90 and 180 degrees
+        >>> ops.boundary_prob_cosine(x, x).tolist()
+        [[1.0, 0.0, 0.5, 1.0]]
     """
     checks.check_float(q=q, k=k)
     checks.check_device(q=q, k=k)
@@ -54,6 +59,13 @@ def boundary_prob_cosine2d(q: Tensor, k: Tensor, weight: Tensor, grid: tuple[int
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit.
+
+    Example:
+        >>> x, mean = torch.ones(1, 9, 2), torch.full((2, 3, 3), 1 / 9)  # nine equal positions
+        >>> ops.boundary_prob_cosine2d(x, x, mean, (3, 3)).view(3, 3)
+        tensor([[0.2778, 0.1667, 0.2778],
+                [0.1667, 0.0000, 0.1667],
+                [0.2778, 0.1667, 0.2778]])
     """
     checks.check_float(q=q, k=k, weight=weight)
     if q.dim() != 3:
@@ -95,6 +107,12 @@ def boundary_prob_predictability(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> features, one, zero = torch.zeros(1, 8, 2, 3), torch.ones(8), torch.zeros(8)  # nothing is hard
+        >>> p = ops.boundary_prob_predictability(features, one, zero, one, torch.tensor(0.25).logit())
+        >>> [round(number, 4) for number in p[0].tolist()]
+        [1.0, 0.25, 0.25, 0.25, 0.25, 1.0]
     """
     checks.check_float(
         features=features, norm_weight=norm_weight, norm_bias=norm_bias, out_weight=out_weight, out_bias=out_bias

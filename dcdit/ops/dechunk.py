@@ -55,11 +55,13 @@ def dechunk_spatial(
         ValueError, TypeError: shapes, dtypes, devices, grid or sigma do not fit.
 
     Example:
-        >>> p = torch.rand(2, 16)
-        >>> sel = ops.select_tokens(p, budget=6, extra_tokens=1)
-        >>> h = ops.gather_tokens(torch.randn(2, 17, 8), sel)
-        >>> h.shape, ops.dechunk_spatial(h, p, sel, (4, 4)).shape
-        (torch.Size([12, 8]), torch.Size([2, 17, 8]))
+        >>> p = torch.tensor([[0.9, 0.1, 0.1, 0.1, 0.9]])
+        >>> sel = ops.select_tokens(p)  # positions 0 and 4; the middle is as far from both and takes the first
+        >>> h = torch.tensor([[1.0], [5.0]])
+        >>> ops.dechunk_spatial(h, p, sel, grid=(1, 5)).squeeze().round(decimals=3).tolist()
+        [1.0, 1.0, 1.0, 5.0, 5.0]
+        >>> ops.dechunk_spatial(h, p, sel, grid=(1, 5), sigma=4.0).squeeze()
+        tensor([1.1510, 1.1510, 1.1510, 4.8490, 4.8490])
     """
     if sel.source_cu_seqlens is not None:
         raise ValueError("dechunk_spatial needs a selection over a grid batch (B, L), not over packed sequences")
@@ -103,6 +105,12 @@ def dechunk_ema(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> p = torch.tensor([[1.0, 0.2, 0.75, 0.1]])
+        >>> sel = ops.select_tokens(p)  # positions 0 and 2; 4 = 0.75 * 5 + 0.25 * 1
+        >>> ops.dechunk_ema(torch.tensor([[1.0], [5.0]]), p, sel).squeeze().round(decimals=3).tolist()
+        [1.0, 1.0, 4.0, 4.0]
     """
     _check_common(h, p, sel, gate, residual)
     backend = backend_for(h)

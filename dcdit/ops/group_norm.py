@@ -33,12 +33,12 @@ def group_norm_silu(
         ValueError, TypeError: shapes, dtypes or devices do not fit.
 
     Example:
-        >>> import torch
-        >>> from dcdit import ops
-        >>> x = torch.randn(2, 96, 32, 32).to(memory_format=torch.channels_last)
-        >>> y = ops.group_norm_silu(x, 32, torch.ones(96), torch.zeros(96), shift=torch.randn(2, 96))
-        >>> y.shape, y.is_contiguous(memory_format=torch.channels_last)
-        (torch.Size([2, 96, 32, 32]), True)
+        >>> x = torch.randn(2, 96, 8, 8).to(memory_format=torch.channels_last)
+        >>> weight, bias, shift = torch.rand(96), torch.rand(96), torch.randn(2, 96)
+        >>> y = ops.group_norm_silu(x, 32, weight, bias, shift=shift)
+        >>> plain = torch.nn.functional.group_norm(x + shift[:, :, None, None], 32, weight, bias)
+        >>> torch.allclose(y, torch.nn.functional.silu(plain), atol=1e-5)
+        True
     """
     checks.check_float(x=x, weight=weight, bias=bias, shift=shift)
     if x.dim() not in (3, 4):

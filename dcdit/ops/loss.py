@@ -27,6 +27,13 @@ def ratio_loss(p: Tensor, natural_mask: Tensor, target: float, group_size: int |
 
     Raises:
         ValueError, TypeError: shapes, dtypes, target or group size do not fit.
+
+    Example:
+        >>> p = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> round(ops.ratio_loss(p, p > 0.5, target=4).item(), 6)  # one in four, as wanted
+        1.0
+        >>> round(ops.ratio_loss(torch.ones(1, 4), torch.ones(1, 4).bool(), target=4).item(), 6)  # all
+        4.0
     """
     checks.check_float(p=p)
     checks.check_shape("natural_mask", natural_mask, tuple(p.shape), "the shape of p")

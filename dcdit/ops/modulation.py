@@ -35,6 +35,12 @@ def modulated_layer_norm(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> t = torch.tensor([[1.0, 3.0], [2.0, 6.0], [7.0, 5.0]])  # one token of the first image, two of the second
+        >>> shift, scale = torch.tensor([[0.0, 0.0], [10.0, 10.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        >>> ops.modulated_layer_norm(t, shift, scale, torch.tensor([0, 1, 3])).round(decimals=3).tolist()
+        [[-1.0, 1.0], [8.0, 12.0], [12.0, 8.0]]
     """
     _check_tokens(cu_seqlens, t=t)
     _check_modulation(t, cu_seqlens, shift=shift, scale=scale)
@@ -96,6 +102,11 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> x, y, gate = torch.ones(3, 2), torch.ones(3, 2), torch.tensor([[2.0, 0.0], [5.0, -1.0]])
+        >>> ops.gated_add(x, y, gate, torch.tensor([0, 1, 3])).tolist()
+        [[3.0, 1.0], [6.0, 0.0], [6.0, 0.0]]
     """
     _check_tokens(cu_seqlens, x=x, y=y)
     _check_modulation(x, cu_seqlens, gate=gate)
@@ -120,6 +131,13 @@ def gated_add_modulated_layer_norm(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> x, y, gate = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 4.0]]), torch.tensor([[0.5, 0.5]])
+        >>> shift, scale = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]])
+        >>> added, normed = ops.gated_add_modulated_layer_norm(x, y, gate, shift, scale, torch.tensor([0, 1]))
+        >>> added.tolist(), normed.round(decimals=3).tolist()
+        ([[1.0, 3.0]], [[-1.0, 4.0]])
     """
     _check_tokens(cu_seqlens, x=x, y=y)
     _check_modulation(x, cu_seqlens, gate=gate, shift=shift, scale=scale)

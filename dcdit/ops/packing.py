@@ -41,11 +41,13 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
         ValueError, TypeError: shapes, dtypes or devices do not fit.
 
     Example:
-        >>> sel = ops.select_tokens(torch.rand(2, 16), budget=5)
-        >>> coordinates = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-        >>> rope = torch.randn(1, 16, 2, 8)
-        >>> ops.gather_tokens(coordinates[None], sel).shape, ops.gather_tokens(rope, sel).shape
-        (torch.Size([10, 2]), torch.Size([10, 2, 8]))
+        >>> sel = ops.select_from_mask(torch.tensor([[True, False, True], [False, True, False]]))
+        >>> x = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+        >>> ops.gather_tokens(x, sel).tolist()
+        [[1.0], [3.0], [5.0]]
+        >>> position = torch.tensor([[0.1], [0.2], [0.3]])
+        >>> ops.gather_tokens(x, sel, bias=position).squeeze(1)
+        tensor([1.1000, 3.3000, 5.2000])
     """
     if bias is None:
         checks.check_real(x=x)

@@ -14,11 +14,19 @@ class TokenSelection(NamedTuple):
     """The kept tokens of a batch, packed image after image, in raster order inside an image.
 
     The source is a grid batch (B, L) or packed sequences (S,). A packed buffer of a given capacity ends in padding
-    rows, past ``cu_seqlens[-1]``: their index is -1, and the operations write zeros there. :func:`select_tokens` keeps
-    at least one token of every non-empty image. With :func:`select_from_mask` an image may keep none.
+    rows, past ``cu_seqlens[-1]``: their index is -1, and the operations write zeros there.
+    :func:`dcdit.ops.select_tokens` keeps at least one token of every non-empty image. With
+    :func:`dcdit.ops.select_from_mask` an image may keep none.
 
     With extra tokens, such as a class token or registers, the source is (B, n + L): each image has n tokens outside of
     the grid, which come first and are kept. Then ``natural_mask`` is (B, L), as p is.
+
+    Example:
+        >>> sel = ops.select_tokens(torch.tensor([[0.9, 0.2, 0.7], [0.6, 0.8, 0.9]]))
+        >>> sel.indices.tolist(), sel.cu_seqlens.tolist(), sel.lengths.tolist(), sel.max_seqlen
+        ([0, 2, 3, 4, 5], [0, 2, 5], [2, 3], 3)
+        >>> sel.mask.int().tolist(), sel.packed_rows.tolist()
+        ([[1, 0, 1], [1, 1, 1]], [[0, -1, 1], [2, 3, 4]])
     """
 
     indices: Tensor

@@ -18,7 +18,7 @@ from dcdit.ops.padding import ZeroPaddingOfGradient, zero_padding_
 
 
 def check_packed(t: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bool) -> None:
-    """Check where the sequences of a packed buffer t (T, D) begin and end, as :func:`varlen_attention` does.
+    """Check where the sequences of a packed buffer t (T, D) begin and end, as :func:`dcdit.ops.varlen_attention` does.
 
     Raises:
         ValueError, TypeError: they do not fit the buffer.

@@ -1,10 +1,14 @@
-"""Inputs, and a router that keeps a chosen fraction of them, to time a model with random weights."""
+"""Inputs, and a router or gates that leave a chosen share of the work, to time a model with random weights."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dcdit.models import DCDiT
+from dcdit.models import DCDiT, DyDiT
+from dcdit.nn.embedding import of_first_block
 from dcdit.nn.routers import PredictabilityRouter
 
 
@@ -39,3 +43,34 @@ def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fractio
     logits = torch.logit(routing.prob[:, 1:-1].float(), eps=1e-6)  # the ends are forced
     bias = model.router.out.bias
     bias.copy_(bias - torch.quantile(logits.flatten()[: 2**24], 1 - kept_fraction).to(bias.dtype))
+
+
+@torch.no_grad()
+def calibrate_gates(model: DyDiT | DCDiT, x: Tensor, y: Tensor, share: float, times: Sequence[float]) -> None:
+    """Change the gates of an untrained model of dynamic width so that this share is open, by random weights.
+
+    Each gate of a head or of a group opens at that share of the timesteps, and the MLPs of a DyDiT take that share of
+    the tokens of x at the middle one.
+
+    Args:
+        model: its gates are changed in place.
+        x, y: images and labels of a batch as the model takes it.
+        share: between 0 and 1.
+        times: timesteps, many: those of a sampler, for example.
+    """
+    heads, device = model.config.num_heads, x.device
+    gates: Any = model.width_gates
+    routers = gates.linear
+    nn.init.normal_(routers.weight)
+    time = of_first_block(model.t_embedder(torch.tensor(times, device=device)))
+    logits = (time @ routers.weight.T).float()
+    # The first head and the first group are always open.
+    routers.bias.copy_(-logits.quantile(1 - max(0.0, share * heads - 1) / (heads - 1), dim=0))
+    for gate in getattr(model, "token_gates", ()):
+        nn.init.normal_(gate.fc2.weight)
+        nn.init.zeros_(gate.fc2.bias)
+        seen: list[Tensor] = []
+        hook = gate.register_forward_hook(lambda _module, _inputs, p, seen=seen: seen.append(p))
+        model(x, torch.full(y.shape, times[len(times) // 2], device=device), y)
+        hook.remove()
+        gate.fc2.bias.fill_(-float(seen[0].logit(eps=1e-7).quantile(1 - share)))

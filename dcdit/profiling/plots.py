@@ -1,6 +1,6 @@
 """Pictures of results. Matplotlib is an extra (`pip install 'dcdit[demo]'`) and is imported when a picture is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,33 +24,29 @@ def new_figure(*args: Any, **options: Any) -> tuple[Any, Any]:
 
 
 def plot_profile(result: "Profile", path: Path) -> None:
-    """Time over FLOPs with the line eta = 1 through each static model, both by stage, and eta over the budgets.
+    """How many times faster each budget is than each static model, time and FLOPs by stage, and eta over the budgets.
 
-    Bars show the spread of the times and the intervals of eta. The points of an unreliable profile are hollow.
+    Bars show the intervals of the times and of eta. Everything of an unreliable profile is hollow.
     """
     figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4.2), width_ratios=(5, 6, 4))
     statics = [variant for variant in result.variants if variant.drop_fraction is None]
     dynamic = [variant for variant in result.variants if variant.drop_fraction is not None]
-    edge = 1.1 * max(variant.gflops for variant in result.variants)
     drops = [variant.drop_fraction for variant in dynamic]
-    points = {"capsize": 2, "mfc": None if result.reliable else "white"}
+    faster: dict[str, Any] = {}
+    cheaper: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for number, static in enumerate(statics):
-        color = f"C{number}"
-        line = [0, edge * static.ms / static.gflops]
-        left.plot([0, edge], line, "--", color=color, lw=1, label=f"eta = 1 vs {static.name}")
-        left.errorbar(static.gflops, static.ms, static.ms * static.spread, fmt="s", color=color, **points)
+        fewer = np.array([static.gflops / variant.gflops for variant in dynamic])
         etas = np.array([variant.eta[static.name] for variant in dynamic])
         ends = np.array([variant.eta_interval[static.name] for variant in dynamic]).T
         below_above = np.abs(ends - etas)
-        right.errorbar(drops, etas, below_above, fmt="o-", color=color, label=f"vs {static.name}", **points)
-    gflops, ms = [v.gflops for v in dynamic], [v.ms for v in dynamic]
-    spreads = [v.ms * v.spread for v in dynamic]
-    left.errorbar(gflops, ms, spreads, fmt="o-", color="C3", label=result.model, **points)
-    for variant in dynamic:
-        text, position = f"drop {variant.drop_fraction:g}", (variant.gflops, variant.ms)
-        left.annotate(text, position, textcoords="offset points", xytext=(5, -11), fontsize=7)
-    left.set(xlabel="GFLOPs per image", ylabel=f"ms per forward, batch {result.batch}", xlim=(0, edge), ylim=(0, None))
-    left.legend(fontsize=7)
+        label = f"than {static.name}"
+        faster[label], cheaper[label], intervals[label] = etas * fewer, fewer, below_above * fewer
+        hollow = {"capsize": 2, "mfc": None if result.reliable else "white"}
+        right.errorbar(drops, etas, below_above, fmt="o-", color=f"C{number}", label=f"vs {static.name}", **hollow)
+    names = [f"drop {drop:g}" for drop in drops]
+    plot_times_faster(left, names, faster, cheaper, intervals, filled=result.reliable)
+    left.set(xlabel=f"times faster (batch {result.batch})")
     _plot_stages(middle, dynamic)
     right.axhline(1, color="black", ls=":", lw=1)
     right.set(xlabel="drop fraction", ylabel="conversion eta")
@@ -61,6 +57,52 @@ def plot_profile(result: "Profile", path: Path) -> None:
         title, color = f"UNRELIABLE TIMINGS: {result.warnings[0]}\n{title}", "red"
     figure.suptitle(title, color=color, fontsize=10)
     atomically(path, figure.savefig)
+
+
+def plot_times_faster(
+    axis: Any,
+    names: Sequence[str],
+    faster: Mapping[str, Sequence[float]],
+    cheaper: Mapping[str, Sequence[float]] | None = None,
+    intervals: Mapping[str, Any] | None = None,
+    *,
+    filled: bool = True,
+) -> None:
+    """Horizontal bars from 1, a group for each name and a bar for each comparison, with their numbers beside them.
+
+    Args:
+        axis: to draw on.
+        names: of the groups, from top to bottom.
+        faster: comparison -> times of the others over ours, one for each name; NaN draws nothing.
+        cheaper: the same of FLOPs, drawn as diamonds: where a bar would end if all saved FLOPs became time.
+        intervals: comparison -> (2, names), how far the times may be below and above.
+        filled: whether the bars are; hollow ones are not to be trusted.
+    """
+    thick = 0.8 / len(faster)
+    longest = 1.0
+    for number, (label, values) in enumerate(faster.items()):
+        color, places = f"C{number}", np.arange(len(names)) - 0.4 + thick * (number + 0.5)
+        style = {"color": color} if filled else {"facecolor": "white", "edgecolor": color}
+        axis.barh(places, np.nan_to_num(np.asarray(values) - 1), 0.9 * thick, left=1, label=label, **style)
+        ends = np.asarray(values, dtype=float)
+        if intervals is not None:
+            axis.errorbar(values, places, xerr=intervals[label], fmt="none", ecolor="black", capsize=2, lw=1)
+            ends = ends + intervals[label][1]
+        if cheaper is not None:
+            shown = "times fewer FLOPs" if number == len(faster) - 1 else None
+            axis.plot(cheaper[label], places, "D", color="white", mec="black", ms=5, label=shown)
+            ends = np.fmax(ends, cheaper[label])
+        ends = np.fmax(ends, 1)  # the number of a slower one stands right of the line
+        for value, end, place, flops in zip(values, ends, places, (cheaper or {}).get(label, values), strict=True):
+            text = f"{value:.3g}" if cheaper is None else f"{value:.3g} (FLOPs {flops:.3g})"
+            if value == value:
+                axis.annotate(text, (end, place), (6, 0), textcoords="offset points", fontsize=7, va="center")
+        longest = float(np.nanmax([longest, *ends]))
+    axis.axvline(1, color="black", ls=":", lw=1)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, (1.15 if cheaper is None else 1.4) * longest)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
 def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
@@ -80,6 +122,38 @@ def _plot_stages(axis: Any, dynamic: Sequence["Variant"]) -> None:
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def plot_quality(models: Mapping[str, Sequence[Mapping[str, Any]]], quality: str, path: Path) -> None:
+    """Quality against FLOPs and, where it was timed, against time, with error bars: a line for each model.
+
+    Args:
+        models: name -> points, one for each budget: ``quality`` and ``gflops``, and optionally ``ms``, the spreads
+            ``quality_error`` and ``ms_error``, and ``label``, such as the drop fraction. FLOPs and time are per image,
+            of a forward pass or of a whole run.
+        quality: what it is, for the axis; say whether less is better.
+        path: of the picture.
+    """
+    timed = all("ms" in point for points in models.values() for point in points)
+    costs = {"gflops": "GFLOPs per image", **({"ms": "ms per image"} if timed else {})}
+    figure, axes = new_figure(1, len(costs), figsize=(5.5 * len(costs), 4), squeeze=False, sharey=True)
+    for axis, (cost, name) in zip(axes[0], costs.items(), strict=True):
+        for number, (model, points) in enumerate(models.items()):
+            x, y = ([point[key] for point in points] for key in (cost, "quality"))
+            errors = {
+                side: [point.get(f"{key}_error", 0.0) for point in points]
+                for side, key in (("xerr", cost), ("yerr", "quality"))
+            }
+            axis.errorbar(x, y, **errors, fmt="o-", ms=4, lw=1, capsize=3, color=f"C{number}", label=model)
+            for point in points:
+                place = (point[cost], point["quality"])
+                text = point.get("label", "")
+                axis.annotate(text, place, (5, 4), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=name, xlim=(0, 1.15 * max(axis.get_xlim()[1], 0)))
+        axis.margins(y=0.15)
+    axes[0, 0].set(ylabel=quality)
+    axes[0, 0].legend(fontsize=8)
+    atomically(path, figure.savefig)
+
+
 def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> None:
     """The loss and the compression over the steps.
 
@@ -94,9 +168,22 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     left.set(xlabel="step", ylabel="diffusion loss", yscale="log")
     right.plot(steps, [1 / row["natural"] for row in log], lw=1, label="positions per kept token")
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
-    right.set(xlabel="step", ylabel="compression (before dropping)", ylim=(1, None))
+    # An untrained router keeps hardly anything: on a linear axis its first steps would hide all others.
+    right.set(xlabel="step", ylabel="compression N (before dropping)", yscale="log", ylim=(1, None))
+    for axis in (left, right):
+        plain_ticks(axis)
     right.legend(fontsize=7)
     atomically(path, figure.savefig)
+
+
+def plain_ticks(axis: Any) -> None:
+    """Write the ticks of a logarithmic y axis as 0.3 and 20, not as powers of ten, and none that would crowd others."""
+
+    def text(value: float, position: int) -> str:
+        return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+
+    axis.yaxis.set_major_formatter(text)
+    axis.yaxis.set_minor_formatter(text)
 
 
 def plot_boundary_maps(columns: Sequence[dict[str, Any]], path: Path, image: str = "input") -> None:

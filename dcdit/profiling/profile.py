@@ -1,4 +1,4 @@
-"""Does the compression of a DC-DiT become time? FLOPs and wall-clock against the static DiT.
+"""Do the saved FLOPs of a dynamic model become time? FLOPs and wall-clock against the static DiT.
 
 The conversion eta is (time static / time dynamic) / (FLOPs static / FLOPs dynamic), with all variants timed in the same
 run and with the same dtype. eta = 1 means that every saved FLOP became time. The variants run in turns, and the ratio
@@ -6,7 +6,7 @@ of times is the median of those of the single rounds, so that a machine that get
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from dcdit.graphs import ExactGraphedDenoiser, GraphedDenoiser
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops
+from dcdit.models import DCDiT, DiT, count_flops
 from dcdit.nn import STAGES
 from dcdit.nn.stages import collect_stages
 from dcdit.ops.attention_kernels import attention_backends
 from dcdit.profiling.reliability import NARROW, doubts, is_crowded, is_narrow
 from dcdit.profiling.rounds import WHOLE, Rounds, spread
+from dcdit.profiling.subject import DynamicModel, Subject, static_counterparts
 from dcdit.profiling.timing import Call, time_rounds
 from dcdit.utils.environment import device_name
 from dcdit.utils.files import atomically
 from dcdit.utils.tables import markdown_table
 
-STATIC_PATCHES = (1, 2)
 LEAST_ROUNDS = 9
 """From here on the interval of a median leaves one round out at either end."""
 
@@ -40,7 +40,7 @@ class Variant:
     drop_fraction: float | None
     """None for a static model."""
     kept_fraction: float | None
-    """Of the positions; None for a static model."""
+    """Of the tokens: of a SparseDiT the sparse ones, of a DyDiT those in its MLPs. None for a static model."""
     gflops: float
     """Per image and forward, 2 x multiply-adds."""
     ms: float
@@ -141,20 +141,9 @@ class Profile:
         return markdown_table(head, rows)
 
 
-def static_counterparts(config: DCDiTConfig) -> dict[str, DiTConfig]:
-    """Static DiTs with the same transformer on the same input, at the patch sizes that divide the grid."""
-    shared = {f.name for f in fields(DiTConfig)} & {f.name for f in fields(DCDiTConfig)}
-    common = {name: getattr(config, name) for name in shared}
-    return {
-        f"static DiT, patch {patch}": DiTConfig(**common, patch_size=patch)
-        for patch in STATIC_PATCHES
-        if not any(side % patch for side in config.grid)
-    }
-
-
 @torch.inference_mode()
 def profile(
-    model: DCDiT,
+    model: DynamicModel,
     name: str,
     x: Tensor,
     t: Tensor,
@@ -164,20 +153,23 @@ def profile(
     compiled: bool = False,
     graph: bool = False,
 ) -> Profile:
-    """Time a DC-DiT at several budgets against static DiTs of the same transformer, in one run.
+    """Time a dynamic model against static DiTs of the same transformer, in one run: a DC-DiT at several budgets.
+
+    One of dynamic width runs with its slices (:class:`dcdit.models.SlicedModel`).
 
     Args:
         model: in evaluation mode, on the device and in the dtype to measure.
         name: how to call it.
-        x, t, y: a batch as the model takes it.
-        drop_fractions: budgets to time.
+        x, t, y: a batch as the model takes it. With dynamic width all of t is the same timestep.
+        drop_fractions: budgets to time. A DyDiT and a SparseDiT drop no tokens, so they take only 0.
         seconds: timing budget per variant. Less is used if every eta is certain before. More is used if it is too short
             for ``LEAST_ROUNDS``, unless other work disturbs them anyway.
-        compiled: run the static models and the convolutions of the DC-DiT through ``torch.compile``.
-        graph: time CUDA graphs of all models, of the DC-DiT in exact mode. Only the stages are timed without.
+        compiled: run the static models and the convolutions of a DC-DiT through ``torch.compile``.
+        graph: time CUDA graphs of all models, of a DC-DiT in exact mode. Only the stages are timed without.
 
     Raises:
-        ValueError: graphs are asked for and cannot be (:func:`dcdit.graphs.graph_obstacle`).
+        ValueError: graphs are asked for and cannot be (:func:`dcdit.graphs.graph_obstacle`), several timesteps for
+            dynamic width, or a drop fraction for a model that drops no tokens.
     """
     device, batch = x.device, x.shape[0]
     dtype = model.x_embedder.weight.dtype
@@ -185,18 +177,23 @@ def profile(
         label: DiT(config).to(device=device, dtype=dtype).eval()
         for label, config in static_counterparts(model.config).items()
     }
+    subject = Subject(model, x, t, y)
     if compiled:
-        for part in (*statics.values(), model.encoder, model.router, model.decoder):
+        convolutions = (model.encoder, model.router, model.decoder) if isinstance(model, DCDiT) else ()
+        for part in (*statics.values(), *convolutions):
             part.compile()
     calls: dict[str, Call] = {label: partial(static, x, t, y) for label, static in statics.items()}
     dynamics = {rho: f"{name} at drop {rho:.12g}" for rho in drop_fractions}
     by_stage = {label: f"{label} with its stages timed" for label in dynamics.values()}
     for rho, label in dynamics.items():
-        calls[label] = calls[by_stage[label]] = partial(model, x, t, y, drop_fraction=rho)
+        calls[label] = calls[by_stage[label]] = subject.call(rho)
     if graph:
         calls |= {label: partial(GraphedDenoiser(static, batch), x, t, y) for label, static in statics.items()}
-        exact = ExactGraphedDenoiser(model)
-        calls |= {label: partial(exact, x, t, y, drop_fraction=rho) for rho, label in dynamics.items()}
+        if isinstance(model, DCDiT):
+            exact = ExactGraphedDenoiser(model)
+            calls |= {label: partial(exact, x, t, y, drop_fraction=rho) for rho, label in dynamics.items()}
+        else:
+            calls |= {label: partial(GraphedDenoiser(model, batch), x, t, y) for label in dynamics.values()}
     repeated = {} if graph else by_stage
     pairs = [(static, label) for static in statics for label in dynamics.values()]
     budget = seconds * (len(statics) + len(dynamics))
@@ -230,10 +227,8 @@ def profile(
     baselines = [variant(label, label, count_flops(s.config, batch=batch), None, None) for label, s in statics.items()]
     variants = list(baselines)
     for rho, label in dynamics.items():
-        _, routing = model(x, t, y, drop_fraction=rho, return_routing=True)
-        lengths = routing.selection.lengths.tolist()
-        kept = sum(lengths) / routing.mask.numel()
-        dynamic = variant(name, label, count_flops(model.config, lengths), rho, kept)
+        flops, kept = subject.cost(rho)
+        dynamic = variant(name, label, flops, rho, kept)
         for static in baselines:
             eta = rounds.ratio(static.name, label).scaled(dynamic.gflops / static.gflops)
             dynamic.eta[static.name], dynamic.eta_interval[static.name] = eta.value, (eta.low, eta.high)

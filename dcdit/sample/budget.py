@@ -34,7 +34,14 @@ PILOT_STEPS = 16
 
 @dataclass(frozen=True)
 class CostTable:
-    """Cost per image of a whole sampling run at several drop fractions."""
+    """Cost per image of a whole sampling run at several drop fractions.
+
+    Example:
+        >>> from dcdit.sample import CostTable
+        >>> table = CostTable("TFLOPs", "pilot", drop_fractions=[0.0, 0.5, 0.9], costs=[10.0, 6.0, 2.0])
+        >>> table.choose(8.0)  # the least drop fraction that costs at most 8
+        (0.25, 8.0)
+    """
 
     unit: str
     source: str
@@ -89,6 +96,15 @@ def measure_costs(
         guidance: of that run.
         seed, clip: see :func:`dcdit.diffusion.sample`.
         progress: show a bar over the drop fractions.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import create_model
+        >>> from dcdit.sample import Guidance, measure_costs
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> tflops, seconds = measure_costs(model, torch.tensor([3, 7]), 2, "euler", Guidance(), progress=False)
+        >>> tflops.unit, tflops.drop_fractions, tflops.costs == sorted(tflops.costs, reverse=True)
+        ('TFLOPs', [0.0, 0.3, 0.6, 0.9], True)
     """
     times = call_times(method, num_steps)
     guided = [guidance.at(t) for t in times]

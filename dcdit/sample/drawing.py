@@ -24,8 +24,8 @@ Decoder = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class FirstImage:
-    """How the first image of a set was drawn."""
+class TracedImage:
+    """How one image was drawn."""
 
     maps: list[BoundaryMap]
     """How the router saw it, one entry per model call."""
@@ -41,8 +41,8 @@ class DrawnImages:
     """(N, C, H, W) on the labels' device."""
     calls: list[CallRecord]
     """One entry per model call, averaged over the images."""
-    first_image: FirstImage | None
-    """If it was asked for."""
+    traced: list[TracedImage]
+    """How the first images were drawn, as many as were asked for."""
     maps: list[list[BoundaryMap]]
     """How the router saw each image, one entry per model call, if it was asked for; else empty."""
 
@@ -95,7 +95,7 @@ def draw(
     drop: Fraction | None,
     *,
     first_index: int = 0,
-    trace: bool = False,
+    trace: int = 0,
     maps: bool = False,
     progress: bool = True,
     sampled: Sampled | None = None,
@@ -107,7 +107,7 @@ def draw(
         labels: (N,) integer classes on the model's device.
         drop: drop fraction of the conditional branch; None leaves the option out.
         first_index: number of the first image; the noise of an image depends on its number and the seed.
-        trace: also record how the first image was drawn.
+        trace: also record how so many of the first images were drawn.
         maps: also record how the router saw every image.
         progress: show a bar for each batch.
         sampled: graphs or slices of an earlier call with the same model and options; None makes them.
@@ -121,15 +121,15 @@ def draw(
         options = replace(options, graph=False)
     sampled = ready_to_sample(model, options, scheduler) if sampled is None else sampled
     ours = {"method": options.method, "clip": clips(model, options.method), "graph": sampled.graph}
-    images, records, seen = [], [], []
-    first_image = None
+    images, records, seen, traced = [], [], [], []
     for start in range(0, len(labels), options.batch_size):
         batch = labels[start : start + options.batch_size]
-        calls = ModelCalls(sampled.model, len(batch), maps=len(batch) if maps else int(trace and start == 0))
+        followed = min(max(trace - start, 0), len(batch))
+        calls = ModelCalls(sampled.model, len(batch), maps=len(batch) if maps else followed)
         expected: dict[float, Tensor] = {}
 
-        def note_first(step: Step, expected: dict[float, Tensor] = expected) -> None:
-            expected[step.t] = step.x0[0]
+        def note_expected(step: Step, expected: dict[float, Tensor] = expected, followed: int = followed) -> None:
+            expected[step.t] = step.x0[:followed]
 
         with _router_errors_explained(options):
             drawn = sample(
@@ -144,18 +144,19 @@ def draw(
                 seed=options.seed,
                 first_index=first_index + start,
                 progress=progress,
-                callback=note_first if trace and start == 0 else None,
+                callback=note_expected if followed else None,
                 **(ours if scheduler is None else {"scheduler": scheduler}),
             )
         images.append(drawn)
         records.append((len(batch), calls.records()))
         seen += [calls.maps(image) for image in range(len(batch) if maps else 0)]
-        if trace and start == 0:
-            first_image = FirstImage(calls.maps(), expected)
+        for image in range(followed):
+            of_image = {t: x0[image] for t, x0 in expected.items()}
+            traced.append(TracedImage(calls.maps(image), of_image))
     x = torch.cat(images)
     if not x.isfinite().all():
         raise _not_finite(options)
-    return DrawnImages(x, mean_records(records), first_image, seen)
+    return DrawnImages(x, mean_records(records), traced, seen)
 
 
 def clips(model: Model, method: str) -> bool:

@@ -1,5 +1,6 @@
 """From a checkpoint to pictures, in Python."""
 
+import logging
 import math
 import os
 import warnings
@@ -24,6 +25,7 @@ from dcdit.utils.environment import resolve_device
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
 OUTPUTS = ("pil", "pt", "latent")
 VAE = "vae"
 """Folder of the autoencoder beside the weights, as in a pipeline of diffusers."""
@@ -58,6 +60,18 @@ def load(
         ValueError: a damaged file, weights of something else, an autoencoder that does not fit, or another number of
             names than the model has classes.
         ModuleNotFoundError: an extra is missing; the message names it.
+
+    Example:
+        >>> import torch
+        >>> import dcdit
+        >>> from dcdit.checkpoint import save_model
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=2)
+        >>> save_model("model.safetensors", model, notes={"objective": "flow"})
+        >>> loaded = dcdit.load("model.safetensors", device="cpu", class_names=["cat", "dog"])
+        >>> options = {"num_steps": 2, "output_type": "latent", "progress": False}
+        >>> torch.equal(loaded.generate(["dog"], **options), loaded.generate([1], **options))
+        True
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision is {precision!r}; accepted: fp32, bf16")
@@ -65,6 +79,7 @@ def load(
     path = local_path(source, revision)
     decoder = autoencoder_beside(path) if vae is None else local_path(vae)
     loaded = load_for_sampling(path, where, ema=ema, precision=precision, vae=decoder)
+    logger.info("%s is on %s in %s, and is decoded by %s", source, where, precision, decoder or "nothing")
     return ImageGenerator(loaded, str(source), where, class_names)
 
 
@@ -72,8 +87,8 @@ class ImageGenerator:
     """Draws images with one model. :func:`dcdit.load` makes it.
 
     Attributes:
-        model: the :class:`~dcdit.models.DCDiT`, :class:`~dcdit.models.DiT` or :class:`~dcdit.models.DyDiT`, in eval
-            mode.
+        model: the :class:`~dcdit.models.DCDiT`, :class:`~dcdit.models.DiT`, :class:`~dcdit.models.DyDiT` or
+            :class:`~dcdit.models.SparseDiT`, in eval mode.
         class_names: name of every label; empty where nobody said them.
         device: of the model.
     """
@@ -207,7 +222,7 @@ class ImageGenerator:
                 raise ValueError(f"{name} is for guidance; accepted with a cfg_scale other than 1")
         if not isinstance(self.model, DCDiT):
             for name in (name for name, given in asked.items() if given):
-                kind = "static DiT" if isinstance(self.model, DiT) else "DyDiT"
+                kind = "static DiT" if isinstance(self.model, DiT) else type(self.model).__name__
                 raise ValueError(f"{self._source} holds a {kind}, which drops no tokens; leave {name} out")
             return None
         if options.budget is not None:

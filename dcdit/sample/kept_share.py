@@ -28,8 +28,9 @@ def measure_kept_share(
 ) -> KeptShare:
     """The share of its positions that the router keeps of an image before dropping, and its spread over images.
 
-    From a short run of the sampler on one batch, like the pilot of :func:`measure_costs`: of its calls the one that
-    kept most. With guidance, both branches count. ``model.kept_share`` is where ``capacity="auto"`` looks for it.
+    From a short run of the sampler on one batch, like the pilot of :func:`dcdit.sample.measure_costs`: of its calls the
+    one that kept most. With guidance, both branches count. ``model.kept_share`` is where ``capacity="auto"`` looks for
+    it.
 
     Args:
         labels: (B,) integer, on the model's device. The more, the better the spread is known.
@@ -39,6 +40,16 @@ def measure_kept_share(
 
     Raises:
         ValueError: one image only, or an option that the sampler does not accept.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import create_model
+        >>> from dcdit.sample import measure_kept_share
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> _ = torch.nn.init.constant_(model.router.out.bias, 20.0)  # a router that keeps everything
+        >>> share = measure_kept_share(model, torch.tensor([3, 7]), 2, "euler", progress=False)
+        >>> share.mean, share.std, share.images
+        (1.0, 0.0, 2)
     """
     guidance = guidance or Guidance()
     calls = ModelCalls(model, len(labels))

@@ -10,7 +10,7 @@ from torch import Tensor
 from dcdit.checkpoint import Model
 from dcdit.diffusion import sample
 from dcdit.graphs import ExactGraphedDenoiser
-from dcdit.models import Capacity, DyDiTConfig, SlicedModel, count_flops
+from dcdit.models import Capacity, DyDiTConfig, SlicedModel, SparseDiTConfig, count_flops
 from dcdit.nn import Gates
 from dcdit.nn.gates import GateCounts
 from dcdit.utils.modules import accepts_keyword
@@ -23,7 +23,17 @@ CallRecord = dict[str, float]
 
 
 class BoundaryMap(NamedTuple):
-    """How the router saw one image at one model call."""
+    """How the router saw one image at one model call.
+
+    Example:
+        >>> import torch
+        >>> from PIL import Image
+        >>> from dcdit.sample import BoundaryMap
+        >>> mask = torch.tensor([[True, False]])
+        >>> picture = BoundaryMap(t=500.0, prob=mask.float(), mask=mask).over(Image.new("RGB", (2, 1), (200, 100, 40)))
+        >>> picture.getpixel((0, 0)), picture.getpixel((1, 0))
+        ((200, 100, 40), (50, 25, 10))
+    """
 
     t: float
     """The time that the model was given, from 1000 (noise) to 0."""
@@ -49,6 +59,17 @@ class ModelCalls:
         model: one that routes is called with ``return_routing=True``, a DyDiT with ``return_gates=True``.
         images: rows of a batch that are conditional; further rows are the unconditional branch of guidance.
         maps: also record how the router sees so many of the first images.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.diffusion import sample
+        >>> from dcdit.models import create_model
+        >>> from dcdit.sample import ModelCalls
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> calls = ModelCalls(model, images=2)
+        >>> _ = sample(calls, torch.tensor([3, 7]), num_steps=3, method="euler", budget=4, progress=False)
+        >>> [record["kept"] for record in calls.records()]  # 4 of 16 positions, in each call
+        [0.25, 0.25, 0.25]
     """
 
     def __init__(self, model: Model | ExactGraphedDenoiser | SlicedModel, images: int, maps: int = 0) -> None:
@@ -93,7 +114,7 @@ class ModelCalls:
         that were ``kept``, and ``natural``: before dropping. With guidance also ``kept_null`` and ``natural_null``.
         With a capacity also ``overflow``: tokens per image that were lost to it, both branches together. Of a model of
         dynamic width the fractions of the ``heads`` and MLP ``groups`` that were computed, and of the ``tokens`` that
-        an MLP ran on, over both branches.
+        an MLP ran on, over both branches. Of a SparseDiT the fraction of the tokens that were ``sparse`` ones.
         """
         return [self._record(call) for call in self._calls]
 
@@ -127,8 +148,11 @@ class ModelCalls:
             branch = range(rows)[part]
             if not branch:
                 continue
-            counts = _counts(call, part)
-            flops = count_flops(self.config, lengths, len(branch), counts)["total"] / self.images / 1e9
+            counts, tokens = _counts(call, part), lengths
+            if isinstance(self.config, SparseDiTConfig):
+                tokens = [self.config.sparse_tokens_at(time) for time in call["t"][part].tolist()]
+                record["sparse"] = tokens[0] / self.config.tokens
+            flops = count_flops(self.config, tokens, len(branch), counts)["total"] / self.images / 1e9
             record["gflops"] += flops
             if suffix:
                 record["gflops_null"] = flops
@@ -173,7 +197,13 @@ def mean_records(batches: list[tuple[int, list[CallRecord]]]) -> list[CallRecord
 
 
 def tflops_per_image(records: list[CallRecord]) -> float:
-    """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add."""
+    """TFLOPs per image of the whole run, counted as the papers count "TFLOPs/img": 2 FLOPs per multiply-add.
+
+    Example:
+        >>> from dcdit.sample import tflops_per_image
+        >>> tflops_per_image([{"gflops": 1500.0}, {"gflops": 500.0}])  # two calls
+        2.0
+    """
     return sum(call["gflops"] for call in records) / 1e3
 
 

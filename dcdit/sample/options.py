@@ -16,6 +16,12 @@ class Guidance:
 
     Raises:
         ValueError: an interval that guidance does not accept.
+
+    Example:
+        >>> from dcdit.sample import Guidance
+        >>> guidance = Guidance(scale=1.5, interval=(0.1, 0.7))
+        >>> guidance.at(500.0), guidance.at(900.0)
+        (True, False)
     """
 
     scale: float = 1.0

@@ -22,8 +22,11 @@ from dcdit.utils.outputs import check_own
 
 RECORD, RECORD_KEYS = "samples.json", ("checkpoint", "model", "labels", "runs")
 """What a call of ``dcdit sample`` drew, and the keys by which the file is known as one of this package."""
-REPORT, CURVES, MAPS = "report.md", "sampling.png", "maps_{}.png"
-"""Files of the report; the last is one for each set of images."""
+REPORT, PAGE, CURVES = "report.md", "report.html", "sampling.png"
+MAPS, ANIMATION = "maps_{}.png", "steps_{}.webp"
+"""Files of the report; the last two are one for each set of images."""
+TRACED = 6
+"""Images that the report follows through the run."""
 
 
 def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: bool) -> None:
@@ -31,15 +34,22 @@ def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: 
     suffixes = (".png", ".npz", "") if individual else (".png", ".npz")
     names = [f"{plan.name}{suffix}" for plan in plans for suffix in suffixes]
     if report:
-        names += [REPORT, CURVES, *(MAPS.format(plan.name) for plan in plans)]
+        names += [REPORT, PAGE, CURVES, *(file.format(plan.name) for plan in plans for file in (MAPS, ANIMATION))]
     check_own(folder, RECORD, RECORD_KEYS, names)
 
 
-SHARES = ("kept", "natural", "heads", "groups", "tokens")
+SHARES = ("kept", "natural", "heads", "groups", "tokens", "sparse")
 """Numbers of a model's calls whose means are part of samples.json."""
 
 
-def describe(options: SamplingOptions, model: Model, labels: Tensor, device: torch.device) -> dict[str, Any]:
+def label_names(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
+    """What to write beside images of these classes: the names that the checkpoint holds, or the numbers."""
+    return [class_names[label] if label < len(class_names) else f"class {label}" for label in labels]
+
+
+def describe(
+    options: SamplingOptions, model: Model, labels: Tensor, class_names: Sequence[str], device: torch.device
+) -> dict[str, Any]:
     """The head of samples.json: what all sets of images have in common. ``runs`` is empty."""
     return {
         "checkpoint": options.checkpoint,
@@ -57,6 +67,7 @@ def describe(options: SamplingOptions, model: Model, labels: Tensor, device: tor
         "batch_size": options.batch_size,
         "device": device_name(device),
         "labels": labels.tolist(),
+        "class_names": list(class_names),
         "runs": [],
     }
 
@@ -88,6 +99,7 @@ def write_images(
     labels: Tensor,
     decode: Decoder | None,
     *,
+    class_names: Sequence[str] = (),
     batch_size: int,
     columns: int | None = None,
     individual: bool = False,
@@ -98,12 +110,13 @@ def write_images(
         name: stem of the files.
         x: (N, C, H, W) samples. labels: (N,) classes, on the CPU.
         decode: makes pixels of samples. Without it latents are written, as an ``.npz`` with ``latents`` and ``labels``.
+        class_names: of the model's labels, for the sheet; empty where nobody said them.
         batch_size: images to decode at a time.
-        columns: of the grid; None makes it about square.
+        columns: of the sheet; None makes it about square.
         individual: also write every image as a file of its own.
 
     Returns:
-        The files written, the grid first.
+        The files written, the sheet first.
     """
     if decode is None:
         file = folder / f"{name}.npz"
@@ -117,7 +130,8 @@ def write_images(
 
     pixels = to_pixels(torch.cat([decode(batch) for batch in x.split(batch_size)]))
     files = [folder / f"{name}.png"]
-    atomically(files[0], grid(pixels, columns or math.ceil(len(pixels) ** 0.5)).save)
+    names = label_names(labels.tolist(), class_names)
+    atomically(files[0], grid(pixels, columns or math.ceil(len(pixels) ** 0.5), names).save)
     if individual:
         for index, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
             files.append(folder / name / f"{index:05d}_class{label}.png")

@@ -5,27 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dcdit.profiling.plots import plot_boundary_maps, plot_sampling
-from dcdit.sample.drawing import Decoder, FirstImage
-from dcdit.sample.output import CURVES, MAPS, REPORT
+from dcdit.sample.animation import write_animation
+from dcdit.sample.drawing import Decoder, TracedImage
+from dcdit.sample.frames import Frame, frames
+from dcdit.sample.output import ANIMATION, CURVES, MAPS, PAGE, REPORT, TRACED, label_names
+from dcdit.sample.page import write_page
 from dcdit.utils.files import write_text
 from dcdit.utils.tables import markdown_table
 
 COLUMNS = 6
 """Steps shown as boundary maps."""
 
-Image = np.ndarray[Any, np.dtype[np.float32]]
 
-
-def write_report(out: Path, facts: dict[str, Any], first_images: Sequence[FirstImage], decode: Decoder | None) -> Path:
-    """Write report.md and its pictures.
+def write_report(
+    out: Path, facts: dict[str, Any], traced: Sequence[Sequence[TracedImage]], decode: Decoder | None
+) -> Path:
+    """Write report.md, its pictures, and report.html, which stands alone.
 
     Args:
         out: the folder of the samples.
         facts: what samples.json holds.
-        first_images: one for each run.
+        traced: the first images of each run.
         decode: of the samples; without it the first latent channels are shown.
 
     Returns:
@@ -33,30 +35,31 @@ def write_report(out: Path, facts: dict[str, Any], first_images: Sequence[FirstI
     """
     runs = facts["runs"]
     plot_sampling(runs, out / CURVES)
+    names = label_names(facts["labels"], facts["class_names"])[: len(traced[0])]
+    shown = [frames(images, decode) for images in traced]
     sections = []
-    for run, first_image in zip(runs, first_images, strict=True):
-        picture = MAPS.format(run["name"])
-        plot_boundary_maps(_columns(first_image, decode), out / picture, "expected image")
-        shown = [f"![samples]({Path(name).name})" for name in run["files"][:1] if name.endswith(".png")]
-        sections.append("\n\n".join([f"## {run['name']}", *shown, f"![boundary maps]({picture})"]))
+    for run, of_run in zip(runs, shown, strict=True):
+        animation, maps = ANIMATION.format(run["name"]), MAPS.format(run["name"])
+        write_animation(out / animation, of_run, names, run["name"].replace("_", " "))
+        plot_boundary_maps(_columns(of_run), out / maps, "expected image")
+        samples = [f"![samples]({Path(name).name})" for name in run["files"][:1] if name.endswith(".png")]
+        pictures = [f"![the run, step by step]({animation})", f"![boundary maps]({maps})"]
+        sections.append("\n\n".join([f"## {run['name']}", *samples, *pictures]))
+    write_page(out / PAGE, facts, shown, names, _settings(facts))
     write_text(out / REPORT, _page(facts, sections))
     return out / REPORT
 
 
-def _columns(first_image: FirstImage, decode: Decoder | None) -> list[dict[str, Any]]:
-    """Evenly spaced steps, with the first and the last, as :func:`plot_boundary_maps` takes them."""
-    times = list(first_image.expected)
-    chosen = np.linspace(0, len(times) - 1, min(COLUMNS, len(times))).round().astype(int)
+def _columns(shown: Sequence[Frame]) -> list[dict[str, Any]]:
+    """The first image at evenly spaced steps, with the first and the last, as :func:`plot_boundary_maps` takes them."""
+    chosen = np.linspace(0, len(shown) - 1, min(COLUMNS, len(shown))).round().astype(int)
     columns = []
-    for t in (times[i] for i in chosen):
-        image = _image(first_image.expected[t], decode)
-        # A method with two calls per step reaches some times twice. The later call is at the step's own state.
-        nearest = min(reversed(first_image.maps), key=lambda seen: abs(seen.t - t))
-        prob, mask = nearest.prob.numpy(), nearest.mask.numpy()
+    for frame in (shown[i] for i in chosen):
+        image, prob, mask = frame.images[0] / 255, frame.prob[0], frame.mask[0]
         repeat = np.ones((image.shape[0] // prob.shape[0], image.shape[1] // prob.shape[1]))
         columns.append(
             {
-                "title": f"time {t / 1000:.2f}",
+                "title": f"time {frame.t / 1000:.2f}",
                 "image": image,
                 "prob": np.kron(prob, repeat),
                 "mask": np.kron(mask, repeat).astype(bool),
@@ -65,16 +68,15 @@ def _columns(first_image: FirstImage, decode: Decoder | None) -> list[dict[str, 
     return columns
 
 
-def _image(x: Tensor, decode: Decoder | None) -> Image:
-    """(H, W, 3) in [0, 1]."""
-    if decode is not None:
-        pixels = (decode(x[None])[0].float().clamp(-1, 1) + 1) / 2
-    else:
-        # Fewer than three latent channels repeat the last.
-        channels = x[[min(i, x.shape[0] - 1) for i in range(3)]].float()
-        low, high = channels.amin(), channels.amax()
-        pixels = (channels - low) / (high - low).clamp(min=1e-6)
-    return pixels.permute(1, 2, 0).cpu().numpy()
+def _settings(facts: dict[str, Any]) -> str:
+    """What all runs have in common, in a line."""
+    guidance = f"guidance {facts['cfg_scale']:g}" if facts["cfg_scale"] != 1 else "no guidance"
+    if facts["cfg_interval"] is not None:
+        guidance += " at times {:g} to {:g}".format(*facts["cfg_interval"])
+    return (
+        f"{len(facts['labels'])} images of {facts['checkpoint']}: {facts['steps']} steps of {facts['method']}, "
+        f"{guidance}, seed {facts['seed']}, {facts['precision']} on {facts['device']}."
+    )
 
 
 def _page(facts: dict[str, Any], sections: list[str]) -> str:
@@ -97,9 +99,6 @@ def _page(facts: dict[str, Any], sections: list[str]) -> str:
         f"{run['calls'][-1]['natural']:.1%} at time {run['calls'][-1]['t'] / 1000:.2f}"
         for run in runs
     ]
-    guidance = f"guidance {facts['cfg_scale']:g}" if facts["cfg_scale"] != 1 else "no guidance"
-    if facts["cfg_interval"] is not None:
-        guidance += " at times {:g} to {:g}".format(*facts["cfg_interval"])
     targets = [
         f"The target was {choice['target']:g} {choice['unit']} per image. Expected of drop fraction "
         f"{run['drop_fraction']:.3f}: {choice['expected']:.4g}, from {choice['source']}."
@@ -113,8 +112,8 @@ def _page(facts: dict[str, Any], sections: list[str]) -> str:
     ]
     parts = [
         "# What was kept while sampling",
-        f"{len(facts['labels'])} images of `{facts['checkpoint']}`: {facts['steps']} steps of {facts['method']}, "
-        f"{guidance}, seed {facts['seed']}, {facts['precision']} on {facts['device']}.",
+        _settings(facts),
+        f"[{PAGE}]({PAGE}) has the same with a slider over the steps and one over the budgets.",
         *targets,
         *losses,
         markdown_table(head, rows),
@@ -123,7 +122,8 @@ def _page(facts: dict[str, Any], sections: list[str]) -> str:
         f"![kept fraction and FLOPs over the sampling]({CURVES})",
         "\n".join(["What the router keeps before dropping, at the first and the last model call:", "", *changes]),
         *sections,
-        "The maps are of the first image. The expected image is the model's estimate of the clean data at that step.",
+        f"The animations are of the first {TRACED} images at most, the maps of the first. The expected image is the "
+        "model's estimate of the clean data at that step.",
     ]
     return "\n\n".join(parts) + "\n"
 

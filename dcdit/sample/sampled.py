@@ -7,7 +7,7 @@ from dcdit.diffusion import SamplerGraphs
 from dcdit.diffusion.graphed import WORTHWHILE
 from dcdit.diffusion.schedulers import SchedulerRun
 from dcdit.graphs import ExactGraphedDenoiser, graph_obstacle
-from dcdit.models import DCDiT, DiT, SlicedModel
+from dcdit.models import DCDiT, DyDiT, SlicedModel
 from dcdit.sample.model_calls import call_times
 from dcdit.sample.options import SamplingOptions
 
@@ -29,7 +29,7 @@ def ready_to_sample(model: Model, options: SamplingOptions, scheduler: Any = Non
     Raises:
         ValueError: graphs are asked for and cannot be.
     """
-    if not isinstance(model, DiT) and model.config.gate_shape is not None:
+    if isinstance(model, DCDiT | DyDiT) and model.config.gate_shape is not None:
         if options.graph:
             raise ValueError(
                 f"{options.checkpoint} has another width at each step, which no graph has; leave graph out"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcdit.models import DCDiTConfig, ModelConfig, count_flops
+from dcdit.models import DCDiTConfig, ModelConfig, SparseDiTConfig, count_flops
 
 FORWARD_AND_BACKWARD = 3
 """A backward pass costs two forward passes: one product for the gradient of the inputs, one for that of the weights."""
@@ -28,7 +28,7 @@ class SpentFlops:
     def __init__(self, config: ModelConfig, device: torch.device, spent: int = 0) -> None:
         self.spent = spent
         """FLOPs of all processes, as of the last :meth:`read`."""
-        forward = _forward_by_length(config) if isinstance(config, DCDiTConfig) else [count_flops(config)["total"]]
+        forward = _forward_by_length(config)
         # int64 is exact: between two readings even a large run spends far fewer than 2^63.
         self._per_image = torch.tensor([FORWARD_AND_BACKWARD * flops for flops in forward], device=device)
         self._unread = torch.zeros((), dtype=torch.int64, device=device)
@@ -38,7 +38,7 @@ class SpentFlops:
 
         Args:
             images: number of images of a pass.
-            lengths: (images,) integer, kept tokens of each image; None for a static model.
+            lengths: (images,) integer, kept or sparse tokens of each image; None where all passes cost the same.
             passes: with these images.
             others: further FLOPs per image, e.g. of a teacher's forward pass.
         """
@@ -53,9 +53,15 @@ class SpentFlops:
         return self.spent
 
 
-def _forward_by_length(config: DCDiTConfig) -> list[int]:
-    positions = config.grid[0] * config.grid[1]
-    return [0, *(count_flops(config, length)["total"] for length in range(1, positions + 1))]
+def _forward_by_length(config: ModelConfig) -> list[int]:
+    """FLOPs of an image with 0, 1, 2, ... tokens; a single number where all images cost the same."""
+    if isinstance(config, DCDiTConfig):
+        most = config.grid[0] * config.grid[1]
+    elif isinstance(config, SparseDiTConfig):
+        most = config.most_sparse_tokens
+    else:
+        return [count_flops(config)["total"]]
+    return [0, *(count_flops(config, length)["total"] for length in range(1, most + 1))]
 
 
 def matched_steps(flops: float, records: Sequence[Mapping[str, Any]]) -> int:
@@ -72,6 +78,11 @@ def matched_steps(flops: float, records: Sequence[Mapping[str, Any]]) -> int:
 
     Raises:
         ValueError: no record with ``flops``.
+
+    Example:
+        >>> from dcdit.train import matched_steps
+        >>> matched_steps(1000.0, [{"step": 10, "flops": 100.0}, {"step": 20, "flops": 200.0}])  # 10 FLOPs a step
+        100
     """
     pairs = [(record["step"], record["flops"]) for record in records if "flops" in record]
     if not pairs:

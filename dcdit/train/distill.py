@@ -13,6 +13,7 @@ for 5K steps. It does not say how the two sets of tokens are compared. Here:
   The scale is per image, so the loss of a batch does not depend on how the batch is split.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor
 from dcdit import checkpoint
 from dcdit.checkpoint.pretrained import load_static_dit, read_objective
 from dcdit.config import TrainConfig
-from dcdit.models import DCDiT, DiT, DyDiT, count_flops
+from dcdit.models import DCDiT, DiT, DyDiT, SparseDiT, count_flops
 from dcdit.models.dc_dit import BlockStates
 from dcdit.models.upcycle import freeze_embedders, upcycle
 from dcdit.ops import TokenSelection
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -66,8 +69,8 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     """Make the model of a run an upcycled one, if the configuration names a source.
 
     The embedders of a DC-DiT are frozen. A new run gets the weights of the source. A resumed run has its own weights,
-    and reads the source only if there are distillation steps left. A DyDiT has no distillation: it takes all weights of
-    the source, and starts as the source with every gate open.
+    and reads the source only if there are distillation steps left. A DyDiT and a SparseDiT have no distillation: they
+    take all weights of the source, and a DyDiT starts as the source with every gate open.
 
     Returns:
         The teacher of the distillation steps that are left, or None if none are.
@@ -78,8 +81,10 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     section = config.upcycle
     if section.source is None:
         return None
-    if not isinstance(model, DCDiT | DyDiT):
-        raise ValueError(f"model.name is {config.model.name!r} with upcycle.source; accepted: a DC-DiT or a DyDiT")
+    if not isinstance(model, DCDiT | DyDiT | SparseDiT):
+        raise ValueError(
+            f"model.name is {config.model.name!r} with upcycle.source; accepted: a DC-DiT, a DyDiT or a SparseDiT"
+        )
     distill_steps = section.distill_steps if isinstance(model, DCDiT) else 0
     if isinstance(model, DCDiT):
         freeze_embedders(model)
@@ -94,6 +99,7 @@ def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | 
     source = load_static_dit(section.source, model.config.num_heads).to(model.get_buffer("pos_embed").device)
     if resume is None:
         upcycle(model, source)
+        logger.info("the run starts from the weights of %s", section.source)
     return Teacher(source) if distill_steps else None
 
 

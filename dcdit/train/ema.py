@@ -16,6 +16,20 @@ class EMA:
         model: the model whose weights are averaged. Its buffers are copied once. Where its parameters are divided over
             processes, the averages are too.
         decay: in [0, 1).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.train import EMA
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 1.0)
+        >>> ema = EMA(model, decay=0.9)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> ema.update()
+        >>> with ema.as_weights():
+        ...     print(round(model.weight.item(), 4))  # 0.9 * 1 + 0.1 * 2
+        1.1
+        >>> model.weight.item()
+        2.0
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

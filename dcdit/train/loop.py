@@ -1,6 +1,7 @@
 """The training loop, for DC-DiT and for the static DiT, on one process or many. A resumed run continues exactly."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from dcdit.train.records import (
     summary,
     training_record,
 )
+from dcdit.train.samples import SampleSheets
 from dcdit.train.schedule import learning_rate, trains_complete
 from dcdit.train.sharding import shard, unsynchronised
 from dcdit.train.state import TrainState
@@ -42,10 +44,20 @@ from dcdit.train.trackers import Trackers, check_trackers
 from dcdit.train.validate import Validation
 from dcdit.utils.signals import Signals
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """How a run ended.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dcdit.train import TrainResult
+        >>> result = TrainResult(200, "steps", Path("runs/a/checkpoints/step_00000200"), Path("runs/a/log.jsonl"), True)
+        >>> result.checkpoint.name, result.signal  # no signal stopped it
+        ('step_00000200', 0)
+    """
 
     step: int
     """Steps done, including earlier parts of a resumed run."""
@@ -82,6 +94,15 @@ def train(
             holds something else.
         FolderInUseError: another run is in the folder.
         FloatingPointError: the loss, the gradient norm or the weights are no longer finite. Such weights are not saved.
+
+    Example:
+        >>> from dcdit.config import load_config
+        >>> from dcdit.train import train
+        >>> small = {"grid": [4, 4], "hidden_size": 128, "depth": 1, "num_heads": 2}
+        >>> keys = {"run.out": "runs/a", "optim.steps": 2, "optim.batch_size": 2, "router.group_size": 2}
+        >>> result = train(load_config("photographs-cpu", {**keys, "data.size": 4, "model.overrides": small}))
+        >>> result.step, result.checkpoint.name
+        (2, 'step_00000002')
     """
     config = placed(config, resume)
     accelerator = create_accelerator(config)
@@ -126,6 +147,11 @@ def _train(
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        logger.info(
+            "%s with %s parameters, on %s in %d process(es), from step %d of %d: %s",
+            config.model.name, f"{size:,}", device, processes, start, optim.steps, out,
+        )  # fmt: skip
         write_config(out, config)
         cut_log(log, start)
     first, end = start * optim.accumulate, optim.steps * optim.accumulate
@@ -145,6 +171,14 @@ def _train(
             return bool(stop_check.largest(signals.caught) if sharded else signals.caught)
 
         validation = Validation(model, ema, objective, config, local_batch, device, interrupted)
+
+        sheets = SampleSheets(model, ema, config, dataset.class_names, device)
+
+        def draw_samples() -> None:
+            # A sharded model computes on all processes or none.
+            with state.router_errors_explained(step - 1, means):
+                images = sheets.draw() if main_process or sharded else {}
+            trackers.write_images(images, step)
 
         def validate() -> None:
             # A sharded model computes on all processes or none.
@@ -208,6 +242,9 @@ def _train(
                     validate()
                     interrupt = stop_check.stop(at_record=False, caught=signals.caught)
                     stop = interrupt if interrupt.signal else stop
+                if sheets.due(step) and not stop.signal:
+                    state.check_finite(step, means, accelerator)
+                    draw_samples()
                 if done or stop != NO_STOP or step % run.checkpoint_every == 0:
                     state.check_finite(step, means, accelerator)
                     saved = state.save(step, config, dataset, accelerator)
@@ -230,7 +267,7 @@ def create_accelerator(config: TrainConfig) -> Any:
     except ImportError:
         raise ModuleNotFoundError("training needs accelerate: pip install 'dcdit[train]'") from None
     run = config.run
-    check_trackers(run.trackers)
+    check_trackers(config)
     check_sharding(config)
     cpu = config.optim.device == "cpu"
     return Accelerator(cpu=cpu, mixed_precision="no", log_with=run.trackers, project_dir=run.out)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dcdit.config import OptimSection, TrainConfig, WidthSection
 from dcdit.diffusion import NoisyBatch, Objective
-from dcdit.models import DCDiT, Routing
+from dcdit.models import DCDiT, Routing, SparseDiT
 from dcdit.models.flops import flops_share
 from dcdit.nn import Gates
 from dcdit.ops import ratio_loss
@@ -37,8 +37,8 @@ def training_losses(
         gate_noise: (B, depth, n) for a model of dynamic width.
 
     Returns:
-        Metrics () by name, of which ``loss`` is minimised; and the number of kept tokens of each image (B,) integer, or
-        None for a static model.
+        Metrics () by name, of which ``loss`` is minimised; and the number of kept tokens of each image (B,) integer, of
+        a SparseDiT its sparse ones, or None for a static model.
     """
     model = unwrap_model(net)
     options: dict[str, Any] = {}
@@ -59,6 +59,12 @@ def training_losses(
             "natural": routing.natural_mask.float().mean(),
             "drop_fraction": options["drop_fraction"][0],
         }
+    if isinstance(model, SparseDiT):
+        lengths = torch.tensor([model.config.sparse_tokens_at(time) for time in noisy.time.tolist()], device=y.device)
+    if ran.probs is not None and lengths is not None:
+        ratio = sparse_ratio_loss(ran.probs, lengths)
+        metrics["loss"] = metrics["loss"] + config.router.loss_weight * ratio
+        metrics |= {"ratio_loss": ratio, "natural": (ran.probs > 0.5).float().mean()}
     if ran.distill is not None:
         metrics["loss"] = metrics["loss"] + config.upcycle.distill_weight * ran.distill
         metrics["distill_loss"] = ran.distill
@@ -86,6 +92,8 @@ class _Forward(NamedTuple):
     """Of a model of dynamic width."""
     distill: Tensor | None
     """() the loss of the teacher, if there is one."""
+    probs: Tensor | None = None
+    """(B, modules, L): of the routers of a SparseDiT."""
 
 
 def _forward(
@@ -101,6 +109,9 @@ def _forward(
     gated = model.config.gate_shape is not None
     noise = {"gate_noise": gate_noise} if gated else {}
     with autocast(config.optim, y.device):
+        if isinstance(model, SparseDiT) and model.config.router is not None:
+            out, probs = net(*inputs, return_probs=True)
+            return _Forward(out, None, None, None, probs)
         if not isinstance(model, DCDiT):
             out, gates = net(*inputs, **noise, return_gates=True) if gated else (net(*inputs), None)
             return _Forward(out, None, gates, None)
@@ -108,6 +119,23 @@ def _forward(
         out, routing, *states = net(*inputs, **options, **noise, **asked)
         distill = None if teacher is None else teacher.loss(noisy.x, states[0], routing.selection)
         return _Forward(out, routing, routing.gates, distill)
+
+
+def sparse_ratio_loss(probs: Tensor, counts: Tensor) -> Tensor:
+    """The ratio loss of the routers of a SparseDiT, averaged over them and over the images.
+
+    The target of an image is the compression that its number of sparse tokens is. Each image is a group of its own,
+    for that is what a fixed number of tokens asks of it.
+
+    Args:
+        probs: (B, modules, L) float32.
+        counts: (B,) integer, sparse tokens of each image.
+    """
+    total = probs.new_zeros(())
+    for count in set(counts.tolist()):
+        p = probs[counts == count].flatten(0, 1)
+        total = total + len(p) * ratio_loss(p, p > 0.5, probs.shape[2] / count, group_size=1)
+    return total / (probs.shape[0] * probs.shape[1])
 
 
 def width_loss(width: WidthSection, step: int, share: Tensor, gates: Gates) -> Tensor:

@@ -88,7 +88,7 @@ def training_record(
     """
     record: LogRecord = {"step": step, **means.read(step, accelerator)}
     record["lr"] = learning_rate(config.optim, step - 1)
-    if "ratio_loss" in record:
+    if "ratio_loss" in record and "kept" in record:
         record["target"] = compression_target(config.router, step - 1)
     if "width_loss" in record:
         record["width_target"] = width_target(config.width, step - 1)
@@ -131,6 +131,15 @@ def is_validated(log: Path, step: int) -> bool:
     """Whether the log has the validation of a step."""
     records = map(json.loads, _text(log).split("\n")[:-1]) if log.exists() else ()
     return any(record["step"] == step and "val_loss" in record for record in records)
+
+
+def newest_values(log: Path) -> LogRecord:
+    """The newest value of every metric in a log; what cannot be read of it is left out."""
+    values: LogRecord = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        for line in _text(log).split("\n"):
+            values.update(json.loads(line))
+    return values
 
 
 def cut_log(log: Path, step: int) -> None:

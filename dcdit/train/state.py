@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor
 
 from dcdit import checkpoint as ckpt
+from dcdit.checkpoint.card import TRAINING
 from dcdit.config import TrainConfig, to_dict
 from dcdit.data import Samples, StreamDataset
 from dcdit.train.compute import SpentFlops
 from dcdit.train.divergence import check_tensors, diverged
 from dcdit.train.ema import EMA
+from dcdit.train.facts import training_facts
 from dcdit.train.records import MetricMeans
 from dcdit.train.sharding import divided, gathered
 
+logger = logging.getLogger(__name__)
 STREAM = "stream"
 """Key of a checkpoint under which it keeps where a stream of samples is."""
 
@@ -79,8 +83,13 @@ class TrainState:
         weights, averages, moments = (gathered(part, main_process) for part in parts)
         if main_process:
             trainer = {"step": step, "flops": flops, "config": to_dict(config), **stream}
-            notes = {**data.notes, "class_names": json.dumps(data.class_names)}
+            notes = {
+                **data.notes,
+                "class_names": json.dumps(data.class_names),
+                TRAINING: json.dumps(training_facts(config, step, flops)),
+            }
             ckpt.save_checkpoint(folder, self.model, averages, moments, trainer, notes, weights)
+            logger.info("saved %s", folder)
             ckpt.keep_newest(folder, config.run.keep_checkpoints)
         accelerator.wait_for_everyone()
         return folder

@@ -4,9 +4,12 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcdit.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dcdit.utils.images import Pixels
 
 
 class Trackers:
@@ -32,6 +35,12 @@ class Trackers:
         values = {name: value for name, value in record.items() if name != "step"}
         self.accelerator.log(values, step=record["step"])
 
+    def write_images(self, images: "dict[str, Pixels]", step: int) -> None:
+        """Send pictures (H, W, 3) by their names."""
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: picture[None] for name, picture in images.items()}, step=step, **layout)
+
     def __enter__(self) -> "Trackers":
         return self
 
@@ -41,8 +50,14 @@ class Trackers:
             tracker.finish()
 
 
-def check_trackers(names: list[str] | None) -> None:
-    """Raise ModuleNotFoundError for a tracker that is not installed. accelerate would silently continue without it."""
+def check_trackers(config: TrainConfig) -> None:
+    """Raise ModuleNotFoundError for a tracker that is not installed. accelerate would silently continue without it.
+
+    ValueError for samples that no tracker would get.
+    """
+    names, every = config.run.trackers, config.run.sample_every
+    if every and not names:
+        raise ValueError(f"run.sample_every is {every} and run.trackers names none; accepted: 0, or a tracker")
     for name in names or ():
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"run.trackers names {name}, which is not installed: pip install {name}")

@@ -5,6 +5,7 @@ all of it on a CPU and sees the order of the calls.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 Pool = tuple[int, int]
 
 
@@ -74,7 +76,16 @@ def has_graphs(device: torch.device) -> bool:
 
 
 class CaptureError(RuntimeError):
-    """A graph could not be captured. The error that stopped it is its cause; streams and memory are as before."""
+    """A graph could not be captured. The error that stopped it is its cause; streams and memory are as before.
+
+    Example:
+        >>> from dcdit.graphs import CaptureError
+        >>> try:
+        ...     raise CaptureError("the capture of a graph failed") from RuntimeError("out of memory")
+        ... except CaptureError as error:
+        ...     print(error, "because:", error.__cause__)
+        the capture of a graph failed because: out of memory
+    """
 
 
 class Captured(NamedTuple):
@@ -111,6 +122,7 @@ def capture(
     Raises:
         CaptureError: the capture failed; ``__cause__`` says why.
     """
+    logger.info("%s is captured in a CUDA graph", what)
     with driver.on_device(device):
         side = driver.new_stream(device)
         side.wait_stream(driver.current_stream(device))

@@ -209,11 +209,16 @@ def describe(cls: type) -> str:
     lines = []
     for section in dataclasses.fields(cls):
         kind = typing.get_type_hints(cls)[section.name]
-        lines.append(f"{section.name}: {kind.__doc__}")
+        lines.append(f"{section.name}: {meaning(kind)}")
         for field in dataclasses.fields(kind):
             name = f"{section.name}.{field.name}"
             lines.append(f"  {name:<25} {field.metadata['doc']} ({about(kind, field)})")
     return "\n".join(lines)
+
+
+def meaning(section: type) -> str:
+    """What a section is for: the first line of its docstring."""
+    return (section.__doc__ or "").partition("\n")[0]
 
 
 def about(section: type, field: "dataclasses.Field[Any]") -> str:

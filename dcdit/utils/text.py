@@ -22,6 +22,7 @@ def printable(text: object, longest: int = LONGEST) -> str:
     ends, which forge a second message, and marks of writing direction, which show a name backwards. They become
     ``\x1b``, ``\n``, ``\u202e``.
 
+    >>> from dcdit.utils.text import printable
     >>> printable("a\x1b[31mb\n")
     'a\\x1b[31mb\\n'
     """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks import bench_scaling
 from benchmarks.baselines import apex, mamba, official
 from benchmarks.harness import report, sets, suite
 from benchmarks.harness.equality import NotEqualError, check_equal
+from benchmarks.harness.summary import summarise
 from benchmarks.harness.traffic import least_bytes, least_flops
 from dcdit.models import DCDiT, DCDiTConfig
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
@@ -133,11 +135,26 @@ def run_benchmarks(tmp_path: Path, *arguments: str, **environment: str) -> tuple
     return done, out
 
 
-def test_collected_without_other_flags_and_reported(tmp_path: Path) -> None:
-    done, out = run_benchmarks(tmp_path, "-k", "dechunk_ema-forward-tiny or (inference and (patch or drop))")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess, Path]:
+    """A run that also saved its results as ``before``, beside raw.json."""
+    folder = tmp_path_factory.mktemp("saved")
+    chosen = ("-k", "dechunk_ema-forward-tiny or (inference and (patch or drop))")
+    return run_benchmarks(folder, *chosen, f"--benchmark-storage={folder}", "--benchmark-save=before")
+
+
+def test_collected_without_other_flags_and_reported(
+    saved: tuple[subprocess.CompletedProcess, Path], tmp_path: Path
+) -> None:
+    done, out = saved
     assert done.returncode == 0, done.stdout
     assert "left out: mamba_ssm" in done.stdout
+    assert re.search(r"^\| dechunk_ema forward tiny +\|", done.stdout, re.MULTILINE)
+    head = next(line for line in done.stdout.splitlines() if line.startswith("Name (time in"))
+    assert head.split()[-2:] == ["Median", "IQR"]
+    assert "UNSERIALIZABLE" not in out.read_text()
     raw = json.loads(out.read_text())
+    assert not any(" " in benchmark["fullname"] for benchmark in raw["benchmarks"])
     assert set(raw["dcdit"]["left_out"]) == {"mamba_ssm", "official"}
     rows = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
     ours = next(row for row in rows if row["kind"] == "op" and row["variant"] == "dcdit")
@@ -155,6 +172,50 @@ def test_collected_without_other_flags_and_reported(tmp_path: Path) -> None:
     for picture in page.parent.glob("*.png"):
         assert picture.name in text
     assert len(list(page.parent.glob("*.png"))) == 2
+
+
+def test_two_runs_compare_by_name(saved: tuple[subprocess.CompletedProcess, Path], tmp_path: Path) -> None:
+    """Also where the set comes from the option, and with the columns that were asked for."""
+    compare = ("--benchmark-compare", "--benchmark-compare-fail=min:100000%", f"--benchmark-storage={saved[1].parent}")
+    options = ("-k", "dechunk_ema-forward-tiny", "--benchmark-columns=min,rounds", "--bench-set", "tiny")
+    done, _ = run_benchmarks(tmp_path, *options, *compare, DCDIT_BENCH="full")
+    assert done.returncode == 0, done.stdout
+    for name in ("plain", "dcdit"):
+        for run in ("NOW", "0001_before"):
+            assert re.search(rf"\[dechunk_ema-forward-tiny-{name}\] \({run}\)", done.stdout), done.stdout
+    assert "Median" not in done.stdout
+
+
+def test_names_of_cases_are_unique_and_hold_no_space() -> None:
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--collect-only", "-q", "--bench-set", "full"]
+    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, env=outside)
+    cases = [line for line in done.stdout.splitlines() if line.startswith("benchmarks/")]
+    assert len(cases) > 100
+    assert len(set(cases)) == len(cases)
+    assert not any(" " in case for case in cases)
+
+
+def test_the_summary_says_how_many_times_faster() -> None:
+    op = {"kind": "op", "op": "gather_tokens", "direction": "forward", "label": "S 256px"}
+    model = {"kind": "model", "scale": "S", "size": 256, "batch": 2, "direction": "inference"}
+    rows = [
+        {**op, "variant": "dcdit", "ms": 2.0, "spread": 0.01},
+        {**op, "variant": "plain", "ms": 3.0, "spread": 0.04},
+        {**op, "variant": "compiled", "ms": 1.0, "spread": 0.02},
+        {**op, "op": "scatter_tokens", "variant": "dcdit", "ms": 4.0, "spread": 0.03},
+        {**op, "op": "scatter_tokens", "variant": "plain", "ms": 4.0, "spread": 0.0},
+        {**op, "op": "ratio_loss", "variant": "plain", "ms": 1.0, "spread": 0.0},
+        {**model, "variant": "static patch 2", "kept_fraction": None, "ms": 30.0, "spread": 0.2},
+        {**model, "variant": "drop 0.2", "kept_fraction": 0.2, "ms": 20.0, "spread": 0.1},
+    ]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in summarise(rows).splitlines()]
+    assert ["S 256px batch 2 inference drop 0.2", "20.0", "1.50", "±20%"] in cells
+    assert ["operation", "ms", "plain", "compiled", "spread"] in cells
+    assert ["gather_tokens forward S 256px", "2.000", "1.50", "0.50", "±4%"] in cells
+    assert ["scatter_tokens forward S 256px", "4.000", "1.00", "", "±3%"] in cells
+    assert not any("ratio_loss" in line[0] for line in cells)  # nothing of ours to compare with
+    assert summarise(rows[:1]) == ""
 
 
 def test_what_starts_past_the_deadline_is_skipped(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.studies import cifar10, cifar10_gpu, comparison, selection, start, training
+from benchmarks.studies import cifar10, cifar10_gpu, comparison, composition, selection, start, training
 from dcdit.config import TrainConfig, load_config
 from dcdit.models.starts import STARTS
 from dcdit.ops import select_tokens
@@ -88,7 +88,8 @@ def test_study_trains_measures_and_goes_on(package: Path, tiny: Path) -> None:
     assert runs["dc-dit-0"]["gflops"]["0.6"] < runs["dc-dit-0"]["gflops"]["0.0"]
     assert len(runs["dc-dit-0"]["routing"]["kept_share"]) == len(cifar10.NOISE_LEVELS)
     text = (tiny / "page" / "report.md").read_text()
-    for picture in ("losses.png", "samples.png", "routing.png"):
+    assert all(seconds > 0 for seconds, _ in runs["dc-dit-0"]["seconds"].values())
+    for picture in ("losses.png", "samples.png", "routing.png", "quality.png"):
         assert picture in text
         assert (tiny / "page" / picture).is_file()
 
@@ -104,10 +105,10 @@ def short(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny
 
 
-def page_of(module: ModuleType, package: Path, folder: Path) -> tuple[str, dict[str, Any]]:
+def page_of(module: ModuleType, package: Path, folder: Path, *further: str) -> tuple[str, dict[str, Any]]:
     """What a study prints for one seed, and its runs."""
     options = {"--data": package, "--flops": FLOPS, "--runs": folder / "runs", "--out": folder / "page"}
-    module.main([str(part) for pair in options.items() for part in pair] + ["--seeds", "0", "--jobs", "1"])
+    module.main([str(part) for pair in options.items() for part in pair] + ["--seeds", "0", "--jobs", "1", *further])
     return (folder / "page" / "report.md").read_text(), json.loads((folder / "page" / "study.json").read_text())["runs"]
 
 
@@ -136,6 +137,24 @@ def test_every_choice_of_tokens_is_trained_and_measured(package: Path, short: Pa
         assert runs[f"{name}-0"]["routing"]["kept_share"] == pytest.approx([selection.SHARE] * 2, abs=0.002)
     correlation = {name: run["routing"]["detail_correlation"][0] for name, run in runs.items()}
     assert correlation["oracle-0"] > 0.5 > abs(correlation["random-0"])
+
+
+def test_methods_that_compose_are_trained_measured_and_timed(package: Path, short: Path, monkeypatch) -> None:
+    monkeypatch.setattr(composition, "train_all", train_here)
+    monkeypatch.setattr(composition, "CACHED_STEPS", 4)
+    for name, (preset, overrides) in composition.MODELS.items():
+        layout = {"hidden_size": 128, "depth": 1 if preset.startswith("DC") else 5}
+        layout |= {"sparse_depth": 1} if preset.startswith("Sparse") else {}
+        preset = preset.replace("/2", "/4")
+        monkeypatch.setitem(composition.MODELS, name, (preset, {**overrides, **layout}))
+    text, runs = page_of(composition, package, short, "--rounds", "2", "--flops", "5e9")
+    assert set(runs) == {f"{name}-0" for name in composition.MODELS}
+    for name, run in runs.items():
+        assert run["training_flops"] >= 5e9 and len(run["loss_by_level"]["drawn"]) == 2
+        assert f"| {comparison.way_of(name)} " in text and f"| {comparison.way_of(name)}, noise 0.75 " in text
+    assert runs["sparsedit-0"]["gflops"]["drawn"] < runs["static-0"]["gflops"]["drawn"]
+    assert "TeaCache" in text and "FirstBlockCache" not in text
+    assert (short / "page" / "losses.png").is_file()
 
 
 def test_a_cell_is_what_the_de_chunk_gives_to_its_token() -> None:

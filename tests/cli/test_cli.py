@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,22 @@ def test_train_from_a_file_and_resume(folder, trained, tmp_path, capsys):
     assert all(torch.equal(one.model[name], two.model[name]) for name in one.model)
 
 
+def test_log_messages_show_on_request(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DCDIT_LOG", "info")
+    assert main(train_command(folder, tmp_path / "run", "--steps", 1)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dcdit: info: ")]
+    assert re.fullmatch(r"dcdit: info: DC-DiT-S with [\d,]+ parameters, on cpu in 1 process\(es\), .*", lines[0])
+    assert lines[-1] == f"dcdit: info: saved {tmp_path / 'run' / 'checkpoints' / 'step_00000001'}"
+    monkeypatch.delenv("DCDIT_LOG")
+    assert main(train_command(folder, tmp_path / "silent", "--steps", 1)) == 0
+    assert "dcdit: info" not in capsys.readouterr().err
+
+
+def test_unknown_log_level(fails, monkeypatch):
+    monkeypatch.setenv("DCDIT_LOG", "loud")
+    fails("info", match="DCDIT_LOG is 'loud'; accepted: debug, info, warning, error")
+
+
 def test_sample_writes_pictures_and_kept_fractions(trained, tmp_path, capsys):
     out = tmp_path / "pictures"
     command = ["sample", "--checkpoint", trained, "--drop-fraction", 0, 0.5, "--labels", 1, 0, "--num-per-class", 3]
@@ -100,7 +117,8 @@ def test_sample_writes_pictures_and_kept_fractions(trained, tmp_path, capsys):
     assert capsys.readouterr().out.count("6 images, kept") == 2
     for name in ("drop_0", "drop_0.5"):
         with Image.open(out / f"{name}.png") as grid:
-            assert grid.size == (3 * 10 - 2, 2 * 10 - 2) and grid.mode == "RGB"
+            # 8 pixels are enlarged to 128; a gap of 4 lies between images, and a name of 16 below each.
+            assert grid.size == (3 * 132 - 4, 2 * 148 - 4) and grid.mode == "RGB"
         assert sorted(file.name for file in (out / name).iterdir())[::3] == ["00000_class1.png", "00003_class0.png"]
         with Image.open(out / name / "00001_class1.png") as single:
             assert single.size == (8, 8)
@@ -180,7 +198,7 @@ def test_latents_are_decoded(static_latents, tmp_path):
     command = ["sample", "--checkpoint", str(static_latents), "--steps", "2", "--device", "cpu", "--num", "4"]
     assert main([*command, "--vae", str(tmp_path / "vae"), "--out", str(tmp_path)]) == 0
     with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.size == (2 * 18 - 2,) * 2
+        assert grid.size == (2 * 132 - 4, 2 * 148 - 4)  # 16 pixels are enlarged to 128, with a name below each
 
 
 # --- info, version, help --------------------------------------------------------------------------------------------

@@ -38,11 +38,11 @@ def test_list_of_recipes(capsys):
 
 @pytest.mark.parametrize("name", [None, *recipes()])
 def test_printed_configuration_reads_back(name, tmp_path, capsys):
-    flags = ["--set", "optim.lr=3e-5", "--set", "model.overrides.depth=3", "--set", "router.group_size=null"]
+    flags = ["--set", "optim.lr=3e-5", "--set", "model.overrides.depth=30", "--set", "router.group_size=null"]
     assert main(["train", "--print-config", *flags, *([] if name is None else ["--config", name])]) == 0
     text = capsys.readouterr().out
     (tmp_path / "a.yaml").write_text(text)
-    given = {"optim.lr": 3e-5, "model.overrides.depth": 3, "router.group_size": None}
+    given = {"optim.lr": 3e-5, "model.overrides.depth": 30, "router.group_size": None}
     assert load_config(tmp_path / "a.yaml") == load_config(name, given)
     assert max(map(len, text.splitlines())) <= 120
 

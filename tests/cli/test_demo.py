@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dcdit.cli import demo
 from dcdit.config import load_config
@@ -14,8 +15,8 @@ DOUBT = "threads waited for a processor 70% of the time: other work runs on this
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
-    """The report of a demo on a busy machine, and its demo.json."""
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo on a busy machine."""
     out = tmp_path_factory.mktemp("demo")
     measure = profile_module.profile
 
@@ -35,7 +36,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
         patch.setattr(demo, "TIMED_IMAGES", 2)
         patch.setattr(profile_module, "profile", busy)
         page = demo.demo(out, minutes=1.0)
-    return page.read_text(), json.loads((out / "demo.json").read_text())
+    return page.parent
+
+
+@pytest.fixture(scope="module")
+def report(small_demo: Path) -> tuple[str, dict]:
+    """Its report and demo.json."""
+    return (small_demo / "report.md").read_text(), json.loads((small_demo / "demo.json").read_text())
 
 
 def test_noise_is_said_before_the_tables(report) -> None:
@@ -57,4 +64,14 @@ def test_the_whole_has_its_flops(report) -> None:
 
 def test_every_picture_is_there(report) -> None:
     page, _ = report
-    assert page.count("![") == 3 + len(demo.DROP_FRACTIONS)
+    assert page.count("![") == 4 + len(demo.DROP_FRACTIONS)
+
+
+def test_samples_are_labelled_columns_of_a_class(report, small_demo) -> None:
+    _, facts = report
+    with Image.open(small_demo / facts["samples"]["0.3"]["file"]) as sheet:
+        classes = len(facts["class_names"])
+        assert sheet.width == classes * 128 + (classes - 1) * 4
+        assert sheet.height > 128 and sheet.height < 160  # one image and its name
+    with Image.open(small_demo / "steps.webp") as animation:
+        assert animation.width > classes * 128

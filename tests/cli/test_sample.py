@@ -1,9 +1,12 @@
 """``dcdit sample``: budgets on the command line, what they cost, and the report."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -266,13 +269,60 @@ def test_report(dynamic, draw, tmp_path, flags):
     assert f"wrote {tmp_path / 'report.md'}" in out
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
     assert pictures == ["sampling.png"] + [
-        picture for run in report["runs"] for picture in (f"{run['name']}.png", f"maps_{run['name']}.png")
+        file.format(run["name"]) for run in report["runs"] for file in ("{}.png", "steps_{}.webp", "maps_{}.png")
     ]
     for picture in pictures:
         with Image.open(tmp_path / picture) as image:
             image.verify()
     for run in report["runs"]:
         assert f"{run['tflops_per_image']:.4g}" in page and f"{run['kept']:.1%}" in page
+        with Image.open(tmp_path / f"steps_{run['name']}.webp") as animation:
+            assert animation.n_frames == STEPS
+
+
+def test_the_page_stands_alone_and_shows_what_was_kept(dynamic, draw, tmp_path):
+    """Each step of each run: the images, what the router saw, and what tints the kept tokens and darkens the others."""
+    report, _ = draw(dynamic, "--drop-fraction", 0, 0.5, "--report")
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href)\s*=|@import|url\(|fetch\(", re.sub(r"\.src = ", "", text))
+    data = page_data(tmp_path)
+    assert data["names"] == ["class 0", "class 1", "class 2", "class 0"]
+    for run, shown in zip(report["runs"], data["runs"], strict=True):
+        assert [frame["t"] for frame in shown["frames"]] == [call["t"] / 1000 for call in run["calls"]]
+        for frame, call in zip(shown["frames"], run["calls"], strict=True):
+            image, prob, overlay = (pixels_of(frame[name]) for name in ("images", "prob", "overlay"))
+            assert image.shape == prob.shape == overlay.shape == (8, 9 * IMAGES - 1, 4)  # a gap between images
+            orange = overlay[..., 0] == 255
+            assert orange.sum() == round(64 * sum(frame["kept"]))
+            assert (overlay[orange, 3] == 128).all() and (overlay[~orange & (image[..., 3] > 0), 3] == 191).all()
+            assert sum(frame["kept"]) / IMAGES == pytest.approx(call["kept"], abs=1e-3)
+
+
+def page_data(folder):
+    text = (folder / "report.html").read_text()
+    return json.loads(re.search(r'type="application/json">(.*)</script>', text)[1])
+
+
+def pixels_of(url):
+    assert re.match("data:image/(webp|png);base64,", url)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGBA"))
+
+
+def test_names_of_classes_are_text_in_the_page(draw, tmp_path):
+    names = ["cat & dog", "</script><b>", "a very long name of a class that fits nowhere"]
+    ckpt.save_model(tmp_path / "named.safetensors", small_dc_dit(**GRID), notes={"class_names": json.dumps(names)})
+    report, _ = draw(tmp_path / "named.safetensors", "--report")
+    text = (tmp_path / "report.html").read_text()
+    assert report["class_names"] == names and text.count("</script>") == 2
+    assert page_data(tmp_path)["names"] == [*names, names[0]]
+
+
+def test_a_long_run_is_shown_in_twenty_frames(dynamic, draw, tmp_path):
+    draw(dynamic, "--steps", 70, "--num", 1, "--report")
+    with Image.open(tmp_path / "steps_drop_0.webp") as animation:
+        assert animation.n_frames == 20
+    times = [frame["t"] for frame in page_data(tmp_path)["runs"][0]["frames"]]
+    assert times[0] > 0.98 and times[-1] == 0 and times == sorted(times, reverse=True)
 
 
 def test_report_of_latents(tmp_path, draw):

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from support.killing import dies_before
-from support.small import small_dc_dit, small_dit
+from support.small import small_dc_dit, small_dit, small_sparse_dit
 
 from dcdit.checkpoint import load_model, save_model
 from dcdit.diffusion import sample
 from dcdit.evaluate.generate import SampleSettings, generate, weights_hash
 from dcdit.models import count_flops
 from dcdit.sample import drawing
+from dcdit.sample.model_calls import call_times
 from dcdit.sample.options import SamplingOptions
 from dcdit.utils.images import to_pixels
 
@@ -308,6 +309,15 @@ def test_cost_of_a_static_model_is_that_of_every_call(tmp_path):
     assert calls in (5, 6)  # Heun calls twice per step, once in the last
     assert cost.tflops == pytest.approx(calls * count_flops(model.config)["total"] / 1e12)
     assert cost.kept is None and cost.tflops_null == 0
+
+
+def test_cost_of_sparse_tokens_is_that_of_each_timestep(tmp_path):
+    sizes = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "noisy_grid": (1, 2)}
+    model = small_sparse_dit(**sizes, router="predictability")
+    cost = draw(tmp_path, model, drop=None, steps=6)
+    tokens = [model.config.sparse_tokens_at(t) for t in call_times("ddim", 6)]
+    assert len(set(tokens)) > 2
+    assert cost.tflops == pytest.approx(sum(count_flops(model.config, few)["total"] for few in tokens) / 1e12)
 
 
 def test_weights_hash_is_of_what_load_model_reads(tmp_path):

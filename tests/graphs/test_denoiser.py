@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import capturable_attention, fake_device
 from support.fake_device import FakeDriver
-from support.small import GRID, batch, small_dc_dit, small_dit
+from support.small import GRID, batch, small_dc_dit, small_dit, small_sparse_dit
 
 from dcdit.graphs import CaptureError, ExactGraphedDenoiser, GraphedDenoiser, graph_obstacle
 from dcdit.models import DCDiT
@@ -46,9 +46,14 @@ def test_the_graph_gives_the_bits_of_the_model(fake: FakeDriver, options: dict[s
     assert len(kept) == 4 and len(fake.graphs) == 1 and fake.graphs[0].replays == 4
 
 
+@pytest.mark.parametrize(
+    "make",
+    [small_dit, small_sparse_dit, lambda: small_sparse_dit(router="predictability")],
+    ids=["DiT", "SparseDiT", "routed"],
+)
 @torch.no_grad()
-def test_a_static_model(fake: FakeDriver) -> None:
-    model = small_dit()
+def test_a_static_model(fake: FakeDriver, make) -> None:
+    model = make()
     graphed = GraphedDenoiser(model, IMAGES)
     for seed in range(2):
         args = inputs(model, seed)
@@ -166,6 +171,7 @@ def with_hook() -> DCDiT:
         (small_dc_dit, {}, "the number of kept tokens changes; accepted: a budget or a capacity"),
         (lambda: torch.compile(small_dc_dit(), backend="eager"), {"budget": 9}, "the model is compiled as a whole"),
         (lambda: small_dc_dit, {"budget": 9}, "function is no module"),
+        (lambda: small_sparse_dit(noisy_grid=(2, 2)), {}, "the number of its sparse tokens follows the timestep"),
         (small_dit, {}, None),
         (small_dc_dit, {"budget": 9}, None),
         (small_dc_dit, {"capacity": 99}, None),

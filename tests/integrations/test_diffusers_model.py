@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import doctest
 import inspect
 import json
 
@@ -13,9 +12,8 @@ from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from safetensors import safe_open
 from support.small import batch, small_dc_dit, small_dit
 
-import dcdit.integrations.diffusers as package
 from dcdit import checkpoint as ckpt
-from dcdit.integrations.diffusers import DCDiTTransformer2DModel, StaticDiTTransformer2DModel, tea_cache
+from dcdit.integrations.diffusers import DCDiTTransformer2DModel, StaticDiTTransformer2DModel
 from dcdit.models import DCDiTConfig, DiTConfig, KeptShare
 
 NOTES = {"class_names": json.dumps(["bird", "cat"]), "latent_range": "[[0.5], [2.0]]"}
@@ -238,9 +236,3 @@ def test_pushed_to_the_hub(monkeypatch):
     transformer.push_to_hub("cats")
     for name, tensor in transformer.state_dict().items():
         assert torch.equal(pushed["someone/cats"].state_dict()[name], tensor)
-
-
-@pytest.mark.parametrize("module", [package, tea_cache])
-def test_examples(module):
-    found = doctest.testmod(module)
-    assert found.attempted > 1 and not found.failed

@@ -255,6 +255,8 @@ torch.save(pipe(["cat", 2, "bird"], num_inference_steps=4, latents=latents, outp
 def test_loaded_in_a_fresh_process(tmp_path, pixels):
     """diffusers' own loader, after the one import that the documentation names: the same bits."""
     pixels.save_pretrained(tmp_path / "pipe")
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    assert 'DCDiTPipeline.from_pretrained("PATH")' in card and "bird, cat, dog" in card
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["transformer"] == ["dcdit.integrations.diffusers", "DCDiTTransformer2DModel"]
     torch.save(noise(pixels), tmp_path / "noise.pt")

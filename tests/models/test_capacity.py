@@ -1,6 +1,5 @@
 """Static sizes: rounded up within a wave of tiles, and large enough as often as they say."""
 
-import doctest
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from support.small import batch, small_dc_dit
 
 from dcdit import checkpoint
-from dcdit.models import KeptShare, capacity, create_config, plan_capacity
+from dcdit.models import KeptShare, create_config, plan_capacity
 from dcdit.sample import Guidance, measure_kept_share
 
 XL = create_config("DC-DiT-XL")
@@ -25,10 +24,6 @@ def waves(rows: int, multiprocessors: int, tile: tuple[int, int]) -> list[int]:
     dim, hidden = XL.hidden_size, 4 * XL.hidden_size
     tiles = [math.ceil(rows / tile[0]) * math.ceil(width / tile[1]) for width in (3 * dim, dim, hidden, dim)]
     return [math.ceil(count / multiprocessors) for count in tiles]
-
-
-def test_examples() -> None:
-    assert doctest.testmod(capacity).attempted > 1 and not doctest.testmod(capacity).failed
 
 
 @pytest.mark.parametrize(("needed", "rows"), [(8192, 8448), (8448, 8448), (8449, 9344), (2700, 2816), (3277, 3328)])

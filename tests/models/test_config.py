@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from dcdit.models import PRESETS, DCDiTConfig, DiTConfig, DyDiTConfig, create_config, create_model
+from dcdit.models import PRESETS, DCDiTConfig, DiTConfig, DyDiTConfig, SparseDiTConfig, create_config, create_model
 
 SIZES = {"grid": (8, 8), "hidden_size": 128, "depth": 2, "num_heads": 4}
 
@@ -66,12 +66,13 @@ def test_configs_are_frozen() -> None:
 
 
 def test_presets() -> None:
-    assert len(PRESETS) == 4 + 16 + 16
+    assert len(PRESETS) == 4 + 3 * 16
     for name in PRESETS:
         config = create_config(name)
         assert config.grid == (32, 32)
         assert config.num_classes == 1000
-        assert type(config) is {"DC": DCDiTConfig, "DiT": DiTConfig, "DyDiT": DyDiTConfig}[name.split("-")[0]]
+        kinds = {"DC": DCDiTConfig, "DiT": DiTConfig, "DyDiT": DyDiTConfig, "SparseDiT": SparseDiTConfig}
+        assert type(config) is kinds[name.split("-")[0]]
     assert create_config("DC-DiT-XL").dechunk_sigma == 1.0
     assert create_config("DC-DiT-XL", image_size=512).dechunk_sigma == 2.0
     assert create_config("DC-DiT-XL", image_size=512, dechunk_sigma=1.5).dechunk_sigma == 1.5

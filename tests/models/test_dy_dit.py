@@ -1,11 +1,9 @@
 """DyDiT and DC-DiT with dynamic width: what is skipped equals what is masked, and costs what is counted."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from support.small import SIZES, batch, small_dc_dit, small_dit, small_dy_dit, small_dynamic_dc_dit
-from torch.utils.flop_counter import FlopCounterMode
+from support.stages import counted_stages
 
 from dcdit import ops
 from dcdit.checkpoint import load_model, save_model
@@ -13,7 +11,7 @@ from dcdit.models import DCDiTConfig, DyDiT, DyDiTConfig, SlicedModel, count_flo
 from dcdit.models.convert import to_official
 from dcdit.models.flops import SOFTMAX_FLOPS, flops_share
 from dcdit.models.upcycle import upcycle
-from dcdit.nn import Gates, collect_stages
+from dcdit.nn import Gates
 from dcdit.nn.gates import logistic_noise
 
 TIMES = (0, 3, 250, 500, 999)
@@ -155,20 +153,6 @@ def test_gradient_checkpointing_changes_nothing() -> None:
             gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         for plain, recomputed in zip(*gradients, strict=True):
             torch.testing.assert_close(recomputed, plain)
-
-
-def counted_stages(call) -> dict[str, int]:
-    found: dict[str, int] = {}
-
-    @contextmanager
-    def collector(name: str):
-        with FlopCounterMode(display=False) as counter:
-            yield
-        found[name] = found.get(name, 0) + counter.get_total_flops()
-
-    with collect_stages(collector):
-        call()
-    return found
 
 
 @pytest.mark.parametrize("kind", MODELS)

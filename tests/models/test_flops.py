@@ -1,15 +1,12 @@
 """The analytic FLOPs against the papers, and against PyTorch's counter stage by stage."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from support.stages import counted_stages
 
 from dcdit import ops
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, count_flops, create_config
 from dcdit.models.flops import SOFTMAX_FLOPS
-from dcdit.nn import collect_stages
 
 STEPS = 250
 SMALL = {"grid": (8, 12), "hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -45,20 +42,6 @@ def test_published_budgets_imply_the_target_compression(scale: str, rho: float, 
     assert 4.0 <= 1024 / natural <= 4.4
 
 
-def counted_stages(model, *args, **kwargs) -> dict[str, int]:
-    found: dict[str, int] = {}
-
-    @contextmanager
-    def collector(name: str):
-        with FlopCounterMode(display=False) as counter:
-            yield
-        found[name] = found.get(name, 0) + counter.get_total_flops()
-
-    with collect_stages(collector):
-        model(*args, **kwargs)
-    return found
-
-
 @pytest.mark.parametrize("router", ["predictability", "cosine2d", "cosine1d"])
 def test_dynamic_stages_match_pytorchs_counter(router: str) -> None:
     config = DCDiTConfig(**SMALL, router=router, dechunk="ema")
@@ -66,7 +49,7 @@ def test_dynamic_stages_match_pytorchs_counter(router: str) -> None:
     batch, positions, budget = 3, 96, 17
     inputs = torch.randn(batch, 4, 8, 12), torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3])
     with ops.use_backend("reference"):
-        counted = counted_stages(model, *inputs, budget=budget)
+        counted = counted_stages(lambda: model(*inputs, budget=budget))
     ours = count_flops(config, budget, batch=batch)
     # The papers add 3 FLOPs per attention score for the softmax; PyTorch counts the two products only.
     ours["transformer"] -= config.depth * config.num_heads * batch * budget**2 * SOFTMAX_FLOPS
@@ -83,7 +66,7 @@ def test_static_stages_match_pytorchs_counter() -> None:
     model = DiT(config).eval()
     inputs = torch.randn(3, 4, 8, 12), torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        counted = counted_stages(model, *inputs)
+        counted = counted_stages(lambda: model(*inputs))
     ours = count_flops(config, batch=3)
     ours["transformer"] -= config.depth * config.num_heads * 3 * 24**2 * SOFTMAX_FLOPS
     assert counted == {name: ours[name] for name in counted}

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.multiprocessing
 from support.sharded import check_sharded_model
-from support.small import GRID, SIZES, small_dit
+from support.small import GRID, SIZES, SPARSE, small_dit
 from torch import Tensor, nn
 
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig, SparseDiT, SparseDiTConfig
 from dcdit.models.upcycle import upcycle, upcycled_fields
 from dcdit.nn import ROUTERS, ConvStack, DenseFinalLayer, LabelEmbedder, StackedModulation, TimestepEmbedder, hnet
 
@@ -19,6 +19,8 @@ MODELS = {
     "dit": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, **SIZES)),
     "dynamic width": lambda: DCDiT(DCDiTConfig(grid=GRID, dynamic_width=True, **SIZES)),
     "dydit": lambda: DyDiT(DyDiTConfig(grid=GRID, **SIZES)),
+    "sparsedit": lambda: SparseDiT(SparseDiTConfig(grid=GRID, **{**SIZES, **SPARSE})),
+    "routed": lambda: SparseDiT(SparseDiTConfig(grid=GRID, router="predictability", **{**SIZES, **SPARSE})),
     "separate": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, separate_embedders=True, **SIZES)),
 }
 MODULES = {

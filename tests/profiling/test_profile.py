@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from support import capturable_attention, fake_device
+from support.small import batch as batch_of
+from support.small import small_dy_dit, small_dynamic_dc_dit, small_sparse_dit
 
 from dcdit.cli import main
-from dcdit.models import DCDiT, DCDiTConfig, count_flops
+from dcdit.models import DCDiT, DCDiTConfig, SlicedModel, count_flops, create_model
 from dcdit.nn import STAGES
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling import profile as profile_module
+from dcdit.profiling import subject
 from dcdit.profiling.calibrate import calibrate_router, varied_latents
 from dcdit.profiling.plots import plot_profile
-from dcdit.profiling.profile import Profile, Variant, advice, markdown_table, profile, static_counterparts
+from dcdit.profiling.profile import Profile, Variant, advice, markdown_table, profile
 from dcdit.profiling.rounds import Rounds
+from dcdit.profiling.subject import static_counterparts
+from dcdit.sample.model_calls import ModelCalls
 
 CONFIG = {"grid": (8, 12), "hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
 
@@ -52,6 +57,58 @@ def test_flops_are_per_image_and_counted_once(result: Profile, model: DCDiT) -> 
     assert result.variants[0].gflops == pytest.approx(count_flops(static)["total"] / 1e9)
     dynamic = result.variants[-1]
     assert dynamic.gflops == pytest.approx(sum(dynamic.stage_gflops.values()))
+
+
+DYNAMIC = {
+    "DyDiT": small_dy_dit,
+    "DC-DiT of dynamic width": small_dynamic_dc_dit,
+    "SparseDiT": lambda: small_sparse_dit(router="predictability", noisy_grid=(2, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_every_dynamic_model_is_timed_as_it_draws(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its slices, which is what the counted FLOPs are those of."""
+    dynamic = DYNAMIC[kind]()
+    x, _, y = batch_of(dynamic.config)
+    t = torch.full((3,), 250)
+    drops = (0.0, 0.4) if isinstance(dynamic, DCDiT) else (0.0,)
+    cut = []
+    monkeypatch.setattr(subject, "SlicedModel", lambda *args: cut.append(args[1]) or SlicedModel(*args))
+    found = profile(dynamic, kind, x, t, y, drops, seconds=0.01)
+    assert cut == ([] if kind == "SparseDiT" else [[250]])
+    statics = [variant for variant in found.variants if variant.drop_fraction is None]
+    assert len(statics) == (2 if isinstance(dynamic, DCDiT) else 1)
+    calls = ModelCalls(SlicedModel(dynamic, [250]) if cut else dynamic, 3)
+    for variant, rho in zip(found.variants[len(statics) :], drops, strict=True):
+        calls(x, t, y, **({"drop_fraction": rho} if isinstance(dynamic, DCDiT) else {}))
+        record = calls.records()[-1]
+        assert variant.gflops == pytest.approx(record["gflops"])
+        share = {"DyDiT": "tokens", "SparseDiT": "sparse"}.get(kind, "kept")
+        assert variant.kept_fraction == pytest.approx(record[share])
+        assert variant.stage_ms["transformer"] > 0 and variant.stage_ms["router"] > 0
+    if not isinstance(dynamic, DCDiT):
+        with pytest.raises(ValueError, match=f"drop fraction 0.4 of a {kind}; accepted: 0, it drops none"):
+            profile(dynamic, kind, x, t, y, (0.4,), seconds=0.01)
+    if cut:
+        with pytest.raises(ValueError, match="t holds 3 timesteps; accepted: one"):
+            profile(dynamic, kind, x, torch.arange(3), y, (0.0,), seconds=0.01)
+
+
+@pytest.mark.parametrize("name", ["DyDiT-S/2", "SparseDiT-S/2"])
+def test_the_command_times_presets_of_other_methods(name: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    from dcdit.cli import profile as module
+
+    sizes = {"depth": 5, "num_heads": 4, "hidden_size": 64}
+    if name.startswith("Sparse"):
+        sizes |= {"modules": 1, "sparse_depth": 1}
+    monkeypatch.setattr(module, "create_model", lambda name, size: create_model(name, size, **sizes))
+    arguments = ["profile", "--model", name, "--image-size", "64", "--batch", "2", "--seconds", "0.02", "--keep", "0.5"]
+    files = ["--out", str(tmp_path / "p"), "--trace", str(tmp_path / "t.json")]
+    assert main([*arguments, "--device", "cpu", *files]) == 0
+    (static, dynamic) = json.loads((tmp_path / "p" / "profile.json").read_text())["variants"]
+    assert static["name"] == "static DiT, patch 2"
+    assert 0.2 < dynamic["gflops"] / static["gflops"] < 0.9
 
 
 def test_dropping_halves_the_kept_fraction(result: Profile) -> None:
@@ -368,7 +425,8 @@ def test_command_writes_json_picture_and_trace(tmp_path: Path, capsys, monkeypat
         (["--seconds", "0"], "--seconds is 0.0"),
         (["--drop-fraction", "1.5"], "--drop-fraction is 1.5"),
         (["--model", "DC-DiT-Q"], "unknown preset 'DC-DiT-Q'"),
-        (["--model", "DiT-S/2"], "DiT-S/2 is a static DiT"),
+        (["--model", "DiT-S/2"], "DiT-S/2 is a static DiT; accepted: a DC-DiT, a DyDiT or a SparseDiT"),
+        (["--model", "DyDiT-S/2", "--drop-fraction", "0.3"], "drop fraction 0.3 of a DyDiT; accepted: 0"),
         (["--image-size", "100"], "image_size is 100"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--dtype", "int8"], "int8"),

@@ -33,19 +33,23 @@ def test_draw_is_sample_in_batches(batch_size):
         for i, labels in enumerate(LABELS.split(batch_size))
     ]  # fmt: skip
     assert torch.equal(drawn.x, torch.cat(expected))
-    assert len(drawn.calls) == 3 and drawn.first_image is None
+    assert len(drawn.calls) == 3 and drawn.traced == []
 
 
-def test_a_trace_follows_the_first_image():
+def test_a_trace_follows_the_first_images():
+    """Also where they lie in several batches."""
     model = small_dc_dit(grid=(8, 8))
     options = SamplingOptions(**{**vars(OPTIONS), "batch_size": 2})
-    drawn = draw(model, options, LABELS, 0.3, trace=True, progress=False)
-    alone = draw(model, options, LABELS[:1], 0.3, trace=True, progress=False)
-    assert [seen.t for seen in drawn.first_image.maps] == list(drawn.first_image.expected)
-    for seen, other in zip(drawn.first_image.maps, alone.first_image.maps, strict=True):
-        torch.testing.assert_close(seen.prob, other.prob, rtol=1e-3, atol=1e-4)
-    *_, last = drawn.first_image.expected.values()
-    torch.testing.assert_close(last, drawn.x[0])  # ddim ends on the clean data that it expects
+    drawn = draw(model, options, LABELS, 0.3, trace=3, progress=False)
+    assert len(drawn.traced) == 3
+    for number, traced in enumerate(drawn.traced):
+        assert [seen.t for seen in traced.maps] == list(traced.expected)
+        label = LABELS[number : number + 1]
+        (alone,) = draw(model, options, label, 0.3, first_index=number, trace=1, progress=False).traced
+        for seen, other in zip(traced.maps, alone.maps, strict=True):
+            torch.testing.assert_close(seen.prob, other.prob, rtol=1e-3, atol=1e-4)
+        *_, last = traced.expected.values()
+        torch.testing.assert_close(last, drawn.x[number])  # ddim ends on the clean data that it expects
 
 
 @pytest.mark.parametrize("make", [small_dc_dit, small_dit])

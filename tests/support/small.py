@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcdit.checkpoint import save_model
-from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig
+from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig, DyDiT, DyDiTConfig, ModelConfig, SparseDiT, SparseDiTConfig
 
 GRID = (8, 12)
 SIZES = {"hidden_size": 128, "depth": 2, "num_heads": 4, "num_classes": 10}
@@ -37,6 +37,16 @@ def small_dy_dit(**overrides) -> DyDiT:
     model = DyDiT(DyDiTConfig(**{"grid": GRID, **SIZES, **overrides}))
     randomize_zero_weights(model)
     open_some_gates(model)
+    return model.eval()
+
+
+SPARSE = {"depth": 10, "modules": 2, "sparse_depth": 1, "sparse_grid": (3, 4), "hidden_size": 64}
+
+
+def small_sparse_dit(**overrides) -> SparseDiT:
+    torch.manual_seed(0)
+    model = SparseDiT(SparseDiTConfig(**{"grid": GRID, **SIZES, **SPARSE, **overrides}))
+    randomize_zero_weights(model)
     return model.eval()
 
 
@@ -71,7 +81,7 @@ def save_diverged(path: Path, model: DCDiT | DiT) -> None:
     save_file(weights, path, metadata)
 
 
-def batch(config: DCDiTConfig | DiTConfig | DyDiTConfig, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def batch(config: ModelConfig, size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(size, config.in_channels, *config.grid, generator=rng)
     t = torch.randint(0, 1000, (size,), generator=rng)

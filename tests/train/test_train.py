@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from dcdit.models import count_flops, create_model
 from dcdit.ops import ratio_loss
 from dcdit.train import EMA, train
 from dcdit.train.schedule import NOISE, seed_of
+from dcdit.train.trackers import Trackers
 
 TINY = {"in_channels": 3, "grid": [8, 8], "hidden_size": 128, "depth": 1, "num_heads": 2}
 
@@ -67,6 +69,20 @@ def records(result):
 
 def without_speed(result):
     return [{k: v for k, v in record.items() if k != "images_per_s"} for record in records(result)]
+
+
+def test_the_card_of_a_run_says_how_it_was_trained(config, archive):
+    result = train(config("optim.steps=2", "run.eval_every=2"))
+    card = (result.checkpoint / "README.md").read_text()
+    last, validated = records(result)[-2:]
+    recipe = json.loads(card.split("```json")[1].split("```")[0])
+    assert f"- data: npz of {archive.name}; " in card
+    assert str(archive.parent) not in card
+    assert f"- steps: 2\n- training compute: {last['flops']:.4g} FLOPs" in card
+    assert f"- validation loss, averaged weights: {validated['val_loss_ema']:.4g}" in card
+    assert recipe["optim"] == {"steps": 2, "batch_size": 4, "lr": 1e-3, "ema_decay": 0.9}
+    assert "run" not in recipe
+    assert ckpt.model_card(ckpt.load_model(result.checkpoint), ckpt.read_metadata(result.checkpoint)) == card
 
 
 def test_sizes_that_the_data_tell(config):
@@ -490,6 +506,43 @@ def test_tensorboard_shows_the_records_of_a_resumed_run(config):
     for key in ("loss", "kept", "grad_norm", "val_loss", "flops"):
         found = [(event.step, event.value) for event in shown.Scalars(key)]
         assert found == [(r["step"], pytest.approx(r[key])) for r in records(again) if key in r], key
+
+
+@pytest.mark.parametrize("objective", ["flow", "dit"])
+def test_tensorboard_shows_samples_and_they_change_nothing(config, objective, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    common = (f"diffusion.objective={objective}", "run.eval_every=0", "optim.steps=4", "run.trackers=[tensorboard]")
+    plain = train(override(config(*common), {"run.out": str(tmp_path / "plain")}))
+    drawn = train(override(config(*common, "run.sample_every=2"), {"run.out": str(tmp_path / "drawn")}))
+    assert_same_weights(plain.checkpoint, drawn.checkpoint)
+    shown = EventAccumulator(str(drawn.log.parent / "dcdit"))
+    shown.Reload()
+    for name in ("samples", "kept_tokens"):
+        pictures = shown.Images(name)
+        assert [picture.step for picture in pictures] == [2, 4]
+        assert pictures[0].width == 4 * 128 + 3 * 4 and pictures[0].height > 2 * 128
+        assert pictures[0].encoded_image_string != pictures[1].encoded_image_string
+
+
+def test_each_tracker_gets_images_as_it_takes_them():
+    """TensorBoard wants to know the order of the axes; Weights & Biases makes an image of each entry."""
+    sent = {}
+
+    class Tracker(SimpleNamespace):
+        def log_images(self, values, step, **options):
+            sent[self.name] = ({name: pictures.shape for name, pictures in values.items()}, step, options)
+
+    trackers = Trackers.__new__(Trackers)
+    trackers.accelerator = SimpleNamespace(trackers=[Tracker(name="tensorboard"), Tracker(name="wandb")])
+    trackers.write_images({"samples": np.zeros((5, 6, 3), dtype=np.uint8)}, 7)
+    shapes = {"samples": (1, 5, 6, 3)}
+    assert sent == {"tensorboard": (shapes, 7, {"dataformats": "NHWC"}), "wandb": (shapes, 7, {})}
+
+
+def test_samples_need_a_tracker(config):
+    with pytest.raises(ValueError, match=r"^run.sample_every is 2 and run.trackers names none; accepted: 0, or a tra"):
+        train(config("run.sample_every=2"))
 
 
 def test_trackers_that_are_missing(config, monkeypatch):

@@ -21,9 +21,10 @@ ACCEPTED = (
 class LatentDataset(StoredSamples):
     """Latents from disk, read one by one. What is at ``path`` says the file format:
 
-    :class:`~.shards.ShardStore` of ``dcdit extract`` and LightningDiT, :class:`~.moments.MomentStore` of EDM2 and REPA,
-    :class:`~.pairs.PairStore` of fast-DiT and the official DC-DiT, or :class:`~.arrays.ArrayStore`. Each defines what a
-    model sees of what is stored.
+    :class:`~dcdit.data.latents.shards.ShardStore` of ``dcdit extract`` and LightningDiT,
+    :class:`~dcdit.data.latents.moments.MomentStore` of EDM2 and REPA, :class:`~dcdit.data.latents.pairs.PairStore` of
+    fast-DiT and the official DC-DiT, or :class:`~dcdit.data.latents.arrays.ArrayStore`. Each defines what a model sees
+    of what is stored.
 
     Args:
         path: folder or file.
@@ -38,6 +39,14 @@ class LatentDataset(StoredSamples):
     Raises:
         FileNotFoundError: nothing there.
         ValueError: none of these formats, or a damaged file, which is named.
+
+    Example:
+        >>> import numpy as np
+        >>> from dcdit.data import LatentDataset
+        >>> np.savez("latents.npz", latents=np.full((2, 4, 8, 8), 0.5, np.float32), labels=np.array([3, 3]))
+        >>> x, label = LatentDataset("latents.npz", held_out=0)[0]
+        >>> x.shape, x.unique().tolist(), label
+        (torch.Size([4, 8, 8]), [0.5], 3)
     """
 
     def __init__(

@@ -54,6 +54,22 @@ class StreamDataset(Samples):
     Raises:
         ModuleNotFoundError, FileNotFoundError, ValueError: see :func:`~dcdit.data.stream.shards.open_shards` and
             :func:`~dcdit.data.stream.columns.find_columns`; or too few shards for the split.
+
+    Example:
+        >>> import io
+        >>> import tarfile
+        >>> from PIL import Image
+        >>> from dcdit.data import StreamDataset
+        >>> picture = io.BytesIO()
+        >>> Image.new("L", (8, 8), 255).save(picture, "PNG")
+        >>> with tarfile.open("0000.tar", "w") as tar:
+        ...     for name, content in (("a.png", picture.getvalue()), ("a.cls", b"1")):
+        ...         member = tarfile.TarInfo(name)
+        ...         member.size = len(content)
+        ...         tar.addfile(member, io.BytesIO(content))
+        >>> x, label = StreamDataset("0000.tar", size=4, held_out=0, num_classes=2)[0]
+        >>> x.unique().tolist(), label
+        ([1.0], 1)
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from torch import Tensor, nn
 
 from dcdit.checkpoint import Model
-from dcdit.models import DCDiT, DiT, DyDiT
+from dcdit.models import DCDiT, DiT, DyDiT, SparseDiT
 from dcdit.models.dc_dit import Embedded, Prepared
 from dcdit.nn import stage
 from dcdit.nn.dit_block import modulate
@@ -115,7 +115,7 @@ class OutputLayer(_View):
 
 def chain(model: Model) -> nn.ModuleList:
     """The blocks of a model from grid to grid, in order."""
-    assert not isinstance(model, DyDiT), "there is no model of diffusers for it"
+    assert not isinstance(model, DyDiT | SparseDiT), "there is no model of diffusers for it"
     if isinstance(model, DiT):
         return nn.ModuleList(StaticBlock(model, index) for index in range(len(model.blocks)))
     encoder = [EncoderBlock(model, index) for index in range(len(model.encoder.blocks))]

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dcdit.checkpoint import Model, class_names_in, load_model, model_file, read_metadata
+from dcdit.checkpoint.card import CARD_FILE, model_card
 from dcdit.checkpoint.hub import local_path
 from dcdit.data.autoencoder import load_autoencoder, shift_and_scale
 from dcdit.diffusion import guided, parse_drop_schedule
@@ -34,9 +35,15 @@ from dcdit.integrations.diffusers.transformer import (
 from dcdit.models import DCDiT
 from dcdit.sample.classes import class_numbers
 from dcdit.sample.image_generator import autoencoder_beside
+from dcdit.utils.files import write_text
 from dcdit.utils.modules import evaluating, name_of, unwrap_model
 
 OUTPUTS = ("pil", "np", "pt", "latent")
+USE = """from dcdit.integrations.diffusers import DCDiTPipeline
+
+pipe = DCDiTPipeline.from_pretrained("PATH")  # this folder, or its id on the Hub
+images = pipe([0], guidance_scale=1.0, num_inference_steps=50).images"""
+"""How a saved pipeline is used, for its model card."""
 
 
 class DCDiTPipeline(DiffusionPipeline):
@@ -49,6 +56,19 @@ class DCDiTPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: a transformer of another class, or an autoencoder whose latents have another number of channels.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.integrations.diffusers import DCDiTPipeline
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10).eval()
+        >>> model.objective = "flow"
+        >>> pipe = DCDiTPipeline.from_dcdit(model)
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> options = {"num_inference_steps": 2, "output_type": "latent", "budget": 4}
+        >>> latents = pipe([3], generator=torch.Generator().manual_seed(0), **options).images
+        >>> latents.shape, torch.equal(latents, pipe([3], generator=torch.Generator().manual_seed(0), **options).images)
+        (torch.Size([1, 4, 4, 4]), True)
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -199,6 +219,13 @@ class DCDiTPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self.image_processor.postprocess(self._decode(x), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the pipeline (``DiffusionPipeline.save_pretrained``), and a model card, unless there is a README.md."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        card = Path(save_directory) / CARD_FILE
+        if not card.exists():
+            write_text(card, model_card(self.transformer.to_dcdit(), self.transformer.notes, USE))
 
     @property
     def class_names(self) -> list[str]:

@@ -33,6 +33,15 @@ class TeaCacheConfig:
 
     Raises:
         ValueError: a threshold below 0, or no coefficients.
+
+    Example:
+        >>> from dcdit.integrations.diffusers import TeaCacheConfig
+        >>> TeaCacheConfig(threshold=0.15).coefficients  # takes the change as it is
+        (1.0, 0.0)
+        >>> TeaCacheConfig(threshold=-1.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: threshold is -1.0; accepted: a number from 0
     """
 
     threshold: float = 0.1

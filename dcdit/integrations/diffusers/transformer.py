@@ -176,14 +176,17 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         ValueError: a value that is not accepted.
 
     Example:
-        >>> from dcdit.integrations.diffusers import DCDiTTransformer2DModel
         >>> import torch
+        >>> from dcdit.integrations.diffusers import DCDiTTransformer2DModel
         >>> sizes = {"hidden_size": 128, "depth": 2, "num_heads": 4, "grid": (8, 8), "num_classes": 10}
         >>> transformer = DCDiTTransformer2DModel(**sizes).eval()
-        >>> latents, timestep = torch.randn(2, 4, 8, 8), torch.tensor(500)
+        >>> _ = torch.nn.init.normal_(transformer.model.final_layer.linear.weight)  # a new model says zero
+        >>> latents, timestep, labels = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.tensor([3, 10])
         >>> with torch.no_grad():
-        ...     transformer(latents, timestep, class_labels=torch.tensor([3, 10]), drop_fraction=0.3).sample.shape
-        torch.Size([2, 8, 8, 8])
+        ...     sample = transformer(latents, timestep, class_labels=labels, drop_fraction=0.3).sample
+        ...     same = transformer.to_dcdit()(latents, timestep.expand(2), labels, drop_fraction=0.3)
+        >>> torch.equal(sample, same), sample.std().item() > 0.1
+        (True, True)
     """
 
     _model_class, _config_class = DCDiT, DCDiTConfig
@@ -260,6 +263,15 @@ class StaticDiTTransformer2DModel(Transformer2DModel):
     """A :class:`dcdit.models.DiT`, the static baseline, as a model of diffusers: to compare with.
 
     Args: those of :class:`dcdit.models.DiTConfig`, and ``notes``, as in :class:`DCDiTTransformer2DModel`.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.integrations.diffusers import StaticDiTTransformer2DModel
+        >>> from dcdit.models import create_model
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10).eval()
+        >>> transformer = StaticDiTTransformer2DModel.from_dcdit(model)
+        >>> transformer.to_dcdit() is model, transformer.config.patch_size
+        (True, 2)
     """
 
     _model_class, _config_class = DiT, DiTConfig

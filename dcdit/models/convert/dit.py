@@ -26,11 +26,20 @@ def load_dit(state_dict: StateDict, num_heads: int, **overrides: Any) -> DiT:
     Args:
         state_dict: in either key format; its keys tell which. Every tensor keeps its dtype.
         num_heads: of the attention; the weights do not tell.
-        **overrides: other fields of :class:`DiTConfig` that the weights do not tell. diffusers stores no position
-            table, so its format needs ``grid`` (there ``(sample_size, sample_size)``).
+        **overrides: other fields of :class:`dcdit.models.DiTConfig` that the weights do not tell. diffusers stores no
+            position table, so its format needs ``grid`` (there ``(sample_size, sample_size)``).
 
     Raises:
         ValueError: keys or shapes of another architecture, or a missing grid.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import create_model, load_dit, to_dit
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> weights = to_dit(model)  # or torch.load("DiT-XL-2-256x256.pt", weights_only=True)
+        >>> same = load_dit(weights, num_heads=2)
+        >>> same.config == model.config, all(torch.equal(to_dit(same)[name], weights[name]) for name in weights)
+        (True, True)
     """
     load = load_diffusers if is_diffusers(state_dict) else load_facebook
     return load(state_dict, num_heads, overrides)
@@ -45,6 +54,14 @@ def to_dit(model: DiT, layout: str = "facebook") -> dict[str, Tensor]:
 
     Raises:
         ValueError: unknown layout, or one that cannot hold embedders of every block.
+
+    Example:
+        >>> from dcdit.models import create_model, to_dit
+        >>> model = create_model("DiT-S/2", grid=(4, 4), hidden_size=32, depth=1, num_heads=2, num_classes=10)
+        >>> sorted(name for name in to_dit(model) if name.startswith("blocks.0.attn"))
+        ['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight', 'blocks.0.attn.qkv.bias', 'blocks.0.attn.qkv.weight']
+        >>> [name for name in to_dit(model, "diffusers") if "to_q" in name]
+        ['transformer_blocks.0.attn1.to_q.weight', 'transformer_blocks.0.attn1.to_q.bias']
     """
     if layout not in EXPORTS:
         raise ValueError(f"unknown layout {layout!r}; accepted: {', '.join(EXPORTS)}")

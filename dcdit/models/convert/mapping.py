@@ -140,7 +140,7 @@ def transformer_fields(
     label_rows: int,
     fc1: torch.Size,
 ) -> dict[str, Any]:
-    """The fields that :class:`DCDiTConfig` and :class:`DiTConfig` have in common, and the overrides.
+    """The fields that :class:`DCDiTConfig` and :class:`dcdit.models.DiTConfig` have in common, and the overrides.
 
     Args:
         state_dict: its keys tell the depth.

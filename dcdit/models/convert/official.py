@@ -79,6 +79,17 @@ def load_official(state_dict: StateDict, num_heads: int, dechunk_sigma: float = 
 
     Raises:
         ValueError: keys or shapes of another architecture.
+
+    Example:
+        >>> import torch
+        >>> from dcdit.models import create_model, load_official, to_official
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10)
+        >>> same = load_official(to_official(model), num_heads=2)  # or the entry "ema" of a checkpoint
+        >>> same.config == model.config
+        True
+        >>> weights = same.state_dict()
+        >>> all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+        True
     """
     embed, labels, position, out, fc1, _ = shapes_of(state_dict, SIZING_KEYS, SOURCE)
     common = transformer_fields(
@@ -98,6 +109,12 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a router, a de-chunk, an adaptor or gates that the reference implementation does not have.
+
+    Example:
+        >>> from dcdit.models import create_model, to_official
+        >>> model = create_model("DC-DiT-S", grid=(4, 4), hidden_size=128, depth=1, num_heads=2, num_classes=10)
+        >>> sorted(name for name in to_official(model) if "router" in name or "routing" in name)[:2]
+        ['hnet.routing_module.context_predictor.bias', 'hnet.routing_module.context_predictor.weight']
     """
     config = model.config
     if (config.router, config.dechunk) != ("predictability", "spatial"):
