@@ -1,16 +1,32 @@
 """Tables and the picture of a study that trains one model in several ways: the same losses and routing for each way."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import cifar10
+from dcdit.checkpoint import read_trainer
+from dcdit.config import TrainConfig
 from dcdit.profiling.plots import new_figure, plain_ticks
 from dcdit.utils.tables import markdown_table
 
 Results = Mapping[str, dict[str, Any]]
 """Run name ("<way>-<seed>") -> the losses, the routing and the course of that run."""
+
+
+def measure_runs(
+    planned: Mapping[str, TrainConfig], measure: Callable[[str, TrainConfig], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What is measured of each run, by its name. It is kept beside the run, and only a longer run is measured again."""
+    results = {}
+    for name, config in planned.items():
+        file = Path(config.run.out) / f"measured-{read_trainer(config.run.out)['step']}.json"
+        if not file.is_file():
+            print(f"measuring {name}", flush=True)
+            file.write_text(json.dumps(measure(name, config)))
+        results[name] = json.loads(file.read_text())
+    return results
 
 
 def write_study(results: Results, conditions: Mapping[str, Any], parts: Sequence[str], picture: str, out: Path) -> Path:

@@ -7,7 +7,6 @@ laid over the DC-DiT, which it does not train. A study that was stopped continue
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import caching, cifar10
-from benchmarks.studies.comparison import loss_table, write_study
+from benchmarks.studies.comparison import loss_table, measure_runs, write_study
 from benchmarks.studies.conversion import Side, time_sides
 from benchmarks.studies.training import read_log, train_all
-from dcdit.checkpoint import Model, load_model, read_trainer
+from dcdit.checkpoint import Model, load_model
 from dcdit.config import TrainConfig, override
 from dcdit.diffusion import Objective, create_objective
 from dcdit.integrations.diffusers import DCDiTPipeline
@@ -160,13 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     planned = configs(args.data, args.runs, args.flops, args.seeds)
     train_all(planned, args.jobs)
-    results = {}
-    for name, config in planned.items():
-        file = Path(config.run.out) / f"measured-{read_trainer(config.run.out)['step']}.json"
-        if not file.is_file():
-            print(f"measuring {name}", flush=True)
-            file.write_text(json.dumps(measure(config)))
-        results[name] = json.loads(file.read_text())
+    results = measure_runs(planned, lambda _, config: measure(config))
     torch.set_num_threads(1)
     first = {name: planned[f"{name}-{args.seeds[0]}"] for name in MODELS}
     timed, cached = time_models(first, args.rounds), cache(first[DYNAMIC], max(1, args.rounds // 5))

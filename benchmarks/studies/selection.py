@@ -9,7 +9,6 @@ None of this is a part of the package: this file replaces the parts in its own p
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import Results, loss_table, routing_table, way_of, write_study
+from benchmarks.studies.comparison import Results, loss_table, measure_runs, routing_table, way_of, write_study
 from benchmarks.studies.training import read_log, train_all
 from dcdit import cli
-from dcdit.checkpoint import load_model, read_trainer
+from dcdit.checkpoint import load_model
 from dcdit.config import TrainConfig
 from dcdit.diffusion import objectives
 from dcdit.models import dc_dit
@@ -192,14 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = cifar10.configs(args.data, args.runs, args.flops, args.seeds, models(args.start))
     programs = {run: ("-m", "benchmarks.studies.selection", "--as", way_of(run), "train") for run in planned}
     train_all(planned, args.jobs, programs)
-    results = {}
-    for run, config in planned.items():
-        file = Path(config.run.out) / f"measured-{read_trainer(config.run.out)['step']}.json"
-        if not file.is_file():
-            print(f"measuring {run}", flush=True)
-            with installed(VARIANTS[way_of(run)]):
-                file.write_text(json.dumps(measure(config)))
-        results[run] = json.loads(file.read_text())
+
+    def measured(run: str, config: TrainConfig) -> dict[str, Any]:
+        with installed(VARIANTS[way_of(run)]):
+            return measure(config)
+
+    results = measure_runs(planned, measured)
     conditions = {
         "flops": args.flops,
         "seeds": args.seeds,

@@ -6,7 +6,6 @@ it was.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import by_way, loss_table, routing_table, write_study
+from benchmarks.studies.comparison import by_way, loss_table, measure_runs, routing_table, write_study
 from benchmarks.studies.training import read_log, train_all
-from dcdit.checkpoint import load_model, read_trainer
+from dcdit.checkpoint import load_model
 from dcdit.config import TrainConfig
 from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
@@ -120,13 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     planned = cifar10.configs(args.data, args.runs, args.flops, args.seeds, models(args.starts))
     train_all(planned, args.jobs)
-    results = {}
-    for name, config in planned.items():
-        file = Path(config.run.out) / f"measured-{read_trainer(config.run.out)['step']}.json"
-        if not file.is_file():
-            print(f"measuring {name}", flush=True)
-            file.write_text(json.dumps(measure(config)))
-        results[name] = json.loads(file.read_text())
+    results = measure_runs(planned, lambda _, config: measure(config))
     conditions = {
         "flops": args.flops,
         "seeds": args.seeds,

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from support.small import small_dit
@@ -32,14 +31,6 @@ MODELS = {
     "by-time": {**SMALL, "noisy_grid": [1, 2]},
     "routed": {**SMALL, "noisy_grid": [1, 2], "router": "predictability"},
 }
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, images=rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), labels=np.arange(12) % 3)
-    return path
 
 
 @pytest.fixture

@@ -22,14 +22,6 @@ TINY = {"in_channels": 3, "grid": [8, 8], "hidden_size": 128, "depth": 2, "num_h
 FROZEN = ("t_embedder.", "y_embedder.")
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, images=rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), labels=np.arange(12) % 3)
-    return path
-
-
 def settings(archive, out, model, *overrides):
     data = {
         "model": {"name": model, "num_classes": 3, "overrides": TINY},

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from support.small import save_model, small_dit
@@ -20,14 +19,6 @@ from dcdit.train.schedule import trains_complete, width_target
 
 SMALL = {"grid": [8, 8], "in_channels": 3, "hidden_size": 128, "depth": 2, "num_heads": 4}
 MODELS = {"DyDiT-S/2": SMALL, "DC-DiT-S": {**SMALL, "dynamic_width": True}}
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, images=rng.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), labels=np.arange(12) % 3)
-    return path
 
 
 @pytest.fixture
