@@ -42,8 +42,8 @@ def varlen_attention(
     ``"torch_varlen"``.
 
     ``"sdpa"`` is one batched call where all lengths are equal (``T == B * max_seqlen`` and no padding), as with a
-    budget. There ``"auto"`` prefers it to ``"flash2"`` and ``"torch_varlen"``, which are part of it, so that it may run
-    on cuDNN, too (``torch.nn.attention.sdpa_kernel``). Otherwise it is one call per sequence and reads ``cu_seqlens``
+    budget. There ``"auto"`` prefers it in inference to ``"flash2"`` and ``"torch_varlen"``, which are part of it, so
+    that it may run on cuDNN, too (``torch.nn.attention.sdpa_kernel``). Otherwise it is one call per sequence and reads ``cu_seqlens``
     on the host, which on a GPU is a synchronisation.
 
     Args:
@@ -109,7 +109,8 @@ def attend(
     """:func:`varlen_attention` of checked arguments, outside of autocast."""
     crossed = cu_seqlens_k is not cu_seqlens
     no_key = crossed and known_true(k.shape[0] == 0)
-    dense = not crossed and lengths_are_equal(q, cu_seqlens, max_seqlen, padding)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    dense = not crossed and not wants_gradient and lengths_are_equal(q, cu_seqlens, max_seqlen, padding)
     name = None if no_key else kernel_for(q, cu_seqlens, backend, dense)
     if name is not None:
         checks.check_int32(f"attention backend {name!r}", cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
@@ -144,7 +145,8 @@ def kernel_for(q: Tensor, cu_seqlens: Tensor, backend: str = "auto", dense: bool
         q: (T, ..., heads, d_h).
         cu_seqlens: int32 (B+1,).
         backend: as in :func:`varlen_attention`.
-        dense: all sequences are known to have the same length.
+        dense: all sequences are known to have the same length, and no gradient is wanted. The dense call would copy its
+            result for the backward.
     """
     if _no_sequence(q, cu_seqlens) or backend_name(q) == "reference":
         return None

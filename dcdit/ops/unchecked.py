@@ -58,11 +58,12 @@ def self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, padding: bo
     wanted. Elsewhere nothing writes them, and they may hold anything, NaN too. Padding rows of the gradient are zero.
     """
     with without_autocast(qkv):
-        name = kernel_for(qkv, cu_seqlens, dense=lengths_are_equal(qkv, cu_seqlens, max_seqlen, padding))
+        wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
+        dense = not wants_gradient and lengths_are_equal(qkv, cu_seqlens, max_seqlen, padding)
+        name = kernel_for(qkv, cu_seqlens, dense=dense)
         if name is None:
             q, k, v = qkv.unbind(1)
             return attend(q, k, v, cu_seqlens, max_seqlen, False, "auto", padding, cu_seqlens, max_seqlen)
-        wants_gradient = torch.is_grad_enabled() and qkv.requires_grad
         if padding and wants_gradient:
             # A weight's gradient is a sum over all rows, in which padding rows must count as nothing.
             qkv = apply(ZeroPaddingOfGradient, qkv, cu_seqlens)

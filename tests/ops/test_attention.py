@@ -156,6 +156,36 @@ def test_equal_lengths_run_as_one_call_without_copies(monkeypatch):
     assert len(seen) == 4
 
 
+def test_equal_lengths_are_dense_where_the_kernel_would_be_that_of_pytorch(monkeypatch):
+    """In inference, unless the kernel is asked for by name. Where a gradient is wanted, the dense call would copy."""
+    started = []
+
+    def kernel(name, q, *_):
+        started.append(name)
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(kernels, "run_kernel", kernel)
+    chosen = "torch_varlen"
+    monkeypatch.setattr(kernels, "choose_attention_backend", lambda *_: chosen)
+    qkv, cu, longest = inputs([4, 4, 4], torch.float32)
+    frozen = [x.detach() for x in qkv]
+    expected = reference.varlen_attention(*frozen, cu, longest)
+    torch.testing.assert_close(varlen_attention(*frozen, cu, longest), expected)
+    assert started == []
+    cases = [
+        lambda: varlen_attention(*qkv, cu, longest),
+        lambda: varlen_attention(*frozen, cu, longest, backend="torch_varlen"),
+        lambda: varlen_attention(*frozen, cu, longest, padding=True),
+        lambda: varlen_attention(*frozen, random_cu_seqlens(4, 3, 5), 5),
+    ]
+    for number, case in enumerate(cases, 1):
+        case()
+        assert started == ["torch_varlen"] * number
+    chosen = "flash3"
+    varlen_attention(*frozen, cu, longest)
+    assert started[-1] == "flash3"
+
+
 def test_a_sequence_does_not_depend_on_the_others():
     qkv, cu, longest = inputs([4, 9, 2], torch.float32)
     together = varlen_attention(*qkv, cu, longest)
