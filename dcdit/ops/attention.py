@@ -43,8 +43,8 @@ def varlen_attention(
 
     ``"sdpa"`` is one batched call where all lengths are equal (``T == B * max_seqlen`` and no padding), as with a
     budget. There ``"auto"`` prefers it in inference to ``"flash2"`` and ``"torch_varlen"``, which are part of it, so
-    that it may run on cuDNN, too (``torch.nn.attention.sdpa_kernel``). Otherwise it is one call per sequence and reads ``cu_seqlens``
-    on the host, which on a GPU is a synchronisation.
+    that it may run on cuDNN, too (``torch.nn.attention.sdpa_kernel``). Otherwise it is one call per sequence and reads
+    ``cu_seqlens`` on the host, which on a GPU is a synchronisation.
 
     Args:
         q: (T, heads, d_h) packed tokens.
