@@ -16,6 +16,7 @@ from dcdit.train.loop import TrainResult
 
 PIXELS = {"in_channels": 3, "grid": (8, 8), "num_classes": 3, "hidden_size": 128, "num_heads": 2, "depth": 1}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+pytestmark = pytest.mark.usefixtures("hang_up_ends_programs")
 
 
 @pytest.fixture

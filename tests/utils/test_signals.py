@@ -7,6 +7,8 @@ import pytest
 
 from dcdit.utils.signals import SIGNALS, Signals, Stopped
 
+pytestmark = pytest.mark.usefixtures("hang_up_ends_programs")
+
 
 def test_signals_are_noted_and_a_late_second_ctrl_c_interrupts(monkeypatch):
     """A launcher repeats what its whole group already got, so a repeated signal within two seconds is the same one."""
