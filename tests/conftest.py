@@ -19,7 +19,7 @@ torch.backends.cuda.matmul.allow_tf32 = False
 
 @pytest.fixture
 def hang_up_ends_programs() -> Iterator[None]:
-    """What tests of signals expect, also where the suite runs under ``nohup``, which makes programs ignore a hang-up."""
+    """What tests of signals expect, also where the suite runs under ``nohup``, which has programs ignore one."""
     outer = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, outer)
