@@ -242,10 +242,9 @@ def _predictability_sums_kernel(
     x_ptr,  # (images, C, length) float
     norm_weight_ptr,  # (C,) float
     norm_bias_ptr,  # (C,) float
-    out_weight_ptr,  # (C,) float
     p_ptr,  # (images, length) float32
     stats_ptr,  # (images, 2, GROUPS) float32
-    partial_ptr,  # (images, splits, 3, C) float32: gradients of norm weight, norm bias and out weight
+    partial_ptr,  # (images, splits, 3, C) float32: gradients of norm weight and norm bias / out weight, of out weight
     bias_partial_ptr,  # (images, splits) float32: gradient of the out bias
     length, tiles, image_stride, outer_stride, C: tl.constexpr, GROUPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     DIVISOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -255,7 +254,6 @@ def _predictability_sums_kernel(
     length = length // DIVISOR * DIVISOR
     channel = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     position = split * tiles * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    out_weight = tl.load(out_weight_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
     norm_weight_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     norm_bias_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     out_weight_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
@@ -267,7 +265,7 @@ def _predictability_sums_kernel(
             outer_stride, C, GROUPS, CHANNELS_LAST,
         )  # fmt: skip
         grad_logit = _load_grad_logit(grad_ptr, p_ptr, image, position, length)  # [BLOCK_P]
-        # Without the factor out_weight, which the whole channel has in common and gets at the end.
+        # Without the factor out_weight, which the whole channel has in common: the next kernel multiplies by it.
         grad_y = grad_logit[:, None] * silu_derivative(y)  # [BLOCK_P, BLOCK_C]
         norm_weight_sum += grad_y * x_hat
         norm_bias_sum += grad_y
@@ -276,8 +274,8 @@ def _predictability_sums_kernel(
         position += BLOCK_P
     part = image * tl.num_programs(1) + split
     target = partial_ptr + part * 3 * C + channel
-    tl.store(target, tl.sum(norm_weight_sum, axis=0) * out_weight, mask=channel < C)
-    tl.store(target + C, tl.sum(norm_bias_sum, axis=0) * out_weight, mask=channel < C)
+    tl.store(target, tl.sum(norm_weight_sum, axis=0), mask=channel < C)
+    tl.store(target + C, tl.sum(norm_bias_sum, axis=0), mask=channel < C)
     tl.store(target + 2 * C, tl.sum(out_weight_sum, axis=0), mask=channel < C)
     if tl.program_id(2) == 0:
         tl.store(bias_partial_ptr + part, tl.sum(out_bias_sum, axis=0))
@@ -287,7 +285,8 @@ def _predictability_sums_kernel(
 def _predictability_combine_kernel(
     partial_ptr,  # (images, splits, 3, C) float32
     norm_weight_ptr,  # (C,) float
-    sums_ptr,  # (images, 3, C) float32: sums over the splits
+    out_weight_ptr,  # (C,) float
+    sums_ptr,  # (images, 3, C) float32: gradients of norm weight, norm bias and out weight
     means_ptr,  # (images, 2, GROUPS) float32: mean(grad_hat) and mean(grad_hat x_hat)
     length, splits, C: tl.constexpr, GROUPS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -306,6 +305,9 @@ def _predictability_combine_kernel(
         norm_weight_sum += tl.sum(tl.load(source, mask=mask, other=0.0), axis=0)
         norm_bias_sum += tl.sum(tl.load(source + C, mask=mask, other=0.0), axis=0)
         out_weight_sum += tl.sum(tl.load(source + 2 * C, mask=mask, other=0.0), axis=0)
+    out_weight = tl.load(out_weight_ptr + channel, mask=col < WIDTH, other=0.0).to(tl.float32)
+    norm_weight_sum *= out_weight
+    norm_bias_sum *= out_weight
     target = sums_ptr + image * 3 * C + channel
     tl.store(target, norm_weight_sum, mask=col < WIDTH)
     tl.store(target + C, norm_bias_sum, mask=col < WIDTH)
@@ -408,13 +410,13 @@ def predictability_bwd(
     bias_partial = launch.empty((images, splits), torch.float32, x.device)
     launch.launch(
         _predictability_sums_kernel, (images, splits, blocks),
-        grad, x, norm_weight, norm_bias, out_weight, p, stats, partial, bias_partial,
+        grad, x, norm_weight, norm_bias, p, stats, partial, bias_partial,
         length, tiles, memory.image_stride, memory.outer_stride, **shape, **config,
     )  # fmt: skip
     sums = launch.empty((images, 3, channels), torch.float32, x.device)
     means = launch.empty((images, 2, groups), torch.float32, x.device)
     launch.launch(
-        _predictability_combine_kernel, (images, groups), partial, norm_weight, sums, means, length, splits,
+        _predictability_combine_kernel, (images, groups), partial, norm_weight, out_weight, sums, means, length, splits,
         C=channels, GROUPS=groups, BLOCK_S=16, BLOCK_C=next_power_of_2(channels // groups), num_warps=4,
     )  # fmt: skip
     if need_features:

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import dcdit
 
@@ -90,6 +93,19 @@ def test_kernels_import_from_any_directory(kind: str, source: Path, tmp_path: Pa
 def test_kernels_folder_is_no_package() -> None:
     """A regular package of that name (Hugging Face's) must win over the folder in the checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_ci_compiles_with_the_oldest_and_tests_with_an_accepted_triton() -> None:
+    def pinned(file: str) -> Version:
+        (version,) = re.findall(r"^triton==([\w.]+)", Path(ROOT, file).read_text(), re.MULTILINE)
+        return Version(version)
+
+    project = tomllib.loads(Path(ROOT, "pyproject.toml").read_text())["project"]
+    (accepted,) = [r.specifier for r in map(Requirement, project["dependencies"]) if r.name == "triton"]
+    (lowest,) = [Version(bound.version) for bound in accepted if bound.operator == ">="]
+    assert pinned(".ci/oldest-triton.txt") == lowest
+    assert pinned("constraints.txt") in accepted
+    assert pinned(".ci/requirements.txt") == pinned("constraints.txt")
 
 
 def test_a_build_warns_of_nothing(built: tuple[Path, str]) -> None:
