@@ -48,7 +48,7 @@ launch.set_default_configs(
     "smooth_bf16",
     D={
         32: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 32, "num_warps": 4},
-        256: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 128, "num_warps": 8},
+        256: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 128, "num_warps": 8, "maxnreg": 96},
         1024: {**_GRID_BLOCK, "BM": 32, "LINES": 32, "BJ": 32, "BLOCK_D": 256, "num_warps": 8},
     },
 )
