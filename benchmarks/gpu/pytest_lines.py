@@ -12,6 +12,8 @@ from benchmarks.gpu.lines import DONE, FAILED, LEFT_OUT, Lines
 FOLDER, DEVICE, SKIPPED_TESTS = "DCDIT_REPORT_FOLDER", "DCDIT_REPORT_DEVICE", "DCDIT_REPORT_TESTS"
 """Environment variables: the folder of the report, its device, a file with tests that passed or are to run last."""
 LONGEST_MESSAGE = 2000
+ROOT = Path(__file__).resolve().parents[2]
+"""Left out of messages: where a checkout lies says nothing to others."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _message(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     where = f"{crash.path}:{crash.lineno}: {crash.message}" if crash else ""
-    text = where or str(report.longrepr)
+    text = (where or str(report.longrepr)).replace(f"{ROOT}/", "")
     return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
 
 

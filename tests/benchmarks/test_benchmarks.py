@@ -13,7 +13,7 @@ import torch
 from benchmarks import bench_scaling
 from benchmarks.baselines import apex, mamba, official
 from benchmarks.harness import report, sets, suite
-from benchmarks.harness.equality import NotEqualError, check_equal
+from benchmarks.harness.equality import NotEqualError, check_accurate, check_equal, check_kept
 from benchmarks.harness.summary import summarise
 from benchmarks.harness.traffic import least_bytes, least_flops
 from dcdit.models import DCDiT, DCDiTConfig
@@ -47,6 +47,33 @@ def test_unequal_results_are_an_error(wrong: list[torch.Tensor]) -> None:
         wrong[-1] += 1
     with pytest.raises(NotEqualError, match="variant"):
         check_equal("variant", wrong, right, 1e-4)
+
+
+def test_a_result_may_be_off_by_twice_what_plain_pytorch_is() -> None:
+    exact, plain = [torch.ones(4, dtype=torch.float64)], [torch.full((4,), 1.1)]
+    check_accurate("same", [torch.full((4,), 1.19)], plain, exact, 1e-4)
+    check_accurate("same", [torch.full((4,), 1.00009)], exact, exact, 1e-4)
+    with pytest.raises(NotEqualError, match="variant, result 0"):
+        check_accurate("variant", [torch.full((4,), 1.21)], plain, exact, 1e-4)
+    with pytest.raises(NotEqualError, match="variant"):
+        check_accurate("variant", [torch.full((4,), 1.001)], exact, exact, 1e-4)
+    with pytest.raises(NotEqualError, match="2 results, expected 1"):
+        check_accurate("variant", [torch.ones(4), torch.ones(4)], exact, exact, 1e-4)
+
+
+def test_only_tokens_at_the_cut_may_be_kept_by_one_side_alone() -> None:
+    right = torch.tensor([[0.9, 0.5001, 0.1], [0.9, 0.8, 0.1]])
+    prob = right - torch.tensor([[0.0, 0.0002, 0.0], [0.0, 0.0, 0.0]])
+    same = check_kept("masks", prob, prob > 0.5, right, right > 0.5, 1e-3)
+    assert same.tolist() == [False, True]
+    with pytest.raises(NotEqualError, match=r"off by 2.0e-04, allowed 1e-04"):
+        check_kept("masks", prob, prob > 0.5, right, right > 0.5, 1e-4)
+    away = right > 0.5
+    away[1, 0] = False
+    with pytest.raises(NotEqualError, match="1 tokens away from the cut"):
+        check_kept("masks", prob, away, right, right > 0.5, 1e-3)
+    with pytest.raises(NotEqualError, match="no image keeps the same tokens, of 1"):
+        check_kept("masks", prob[:1], prob[:1] > 0.5, right[:1], right[:1] > 0.5, 1e-3)
 
 
 def test_least_bytes_of_a_gather_are_the_kept_rows() -> None:
