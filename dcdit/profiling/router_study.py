@@ -1,7 +1,7 @@
 """What a trained router looks at: kept tokens against local detail and against noise, as measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,21 @@ class RouterStudy:
     kept_share_detailed: list[float]
     """Kept fraction of the third of the images with the most detail."""
     images: int
+    kept_share_inside: list[float] = field(default_factory=list)
+    """Kept fraction of the positions that are known to hold detail. Empty where nothing is known."""
+    kept_share_outside: list[float] = field(default_factory=list)
+    """Kept fraction of all other positions."""
 
 
 @torch.inference_mode()
 def study_router(
-    model: DCDiT, x0: Tensor, y: Tensor, objective: Objective, levels: Sequence[float], seed: int = 0
+    model: DCDiT,
+    x0: Tensor,
+    y: Tensor,
+    objective: Objective,
+    levels: Sequence[float],
+    seed: int = 0,
+    detailed: Tensor | None = None,
 ) -> RouterStudy:
     """Route clean images at several noise levels.
 
@@ -41,6 +51,7 @@ def study_router(
         objective: that the model was trained for; it puts the noise on the images.
         levels: noise levels from 0 (data) to 1 (noise).
         seed: of the noise, which is the same at every level.
+        detailed: (B, H, W) bool, the positions that are known to hold detail: the router is compared with them.
 
     Raises:
         ValueError: fewer than three images, or a level outside 0 to 1.
@@ -62,6 +73,10 @@ def study_router(
         study.kept_share.append(float(kept.mean()))
         study.kept_share_smooth.append(float(kept[order[:third]].mean()))
         study.kept_share_detailed.append(float(kept[order[-third:]].mean()))
+        if detailed is not None:
+            inside = detailed.flatten(1).to(kept.device)
+            study.kept_share_inside.append(float(routing.natural_mask[inside].float().mean()))
+            study.kept_share_outside.append(float(routing.natural_mask[~inside].float().mean()))
         study.detail_correlation.append(_correlation(routing.prob, detail.flatten(1)))
     return study
 
