@@ -1,4 +1,4 @@
-"""A training step of DC-DiT and of the static DiT as the recipe runs it, at several drop fractions."""
+"""A training step of DC-DiT and of the static DiT as the recipe runs it, and in graphs, at several drop fractions."""
 
 import argparse
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from dcdit.models import count_flops
 from dcdit.profiling.timing import time_rounds
 
 STATIC, DYNAMIC = "static, compiled", "DC-DiT"
-PARTS = {STATIC: "static, forward and backward", DYNAMIC: "DC-DiT, forward and backward"}
+GRAPHED = {STATIC: "static, compiled, graph", DYNAMIC: "DC-DiT, graphs"}
 CHECKED_IMAGES = 2
 PASSES = 3
 """A backward pass costs two forward passes."""
@@ -40,6 +40,13 @@ class TrainingCases:
         choose_sdpa(static.config, size, self.device, torch.bfloat16)
         self.dynamic = RecipeStep(dynamic, x, y, self.precision)
         self.static = RecipeStep(static, x, y, self.precision, CompiledDiT(static, setting.compiler))
+        # In a rehearsal nothing can be captured.
+        self.graphed = {
+            side: step if setting.rehearsal else step.graphed()
+            for side, step in ((STATIC, self.static), (DYNAMIC, self.dynamic))
+        }
+        for step in (self.static, self.dynamic):
+            step(0.0)  # makes the moments of the optimiser
         self.static_flops = PASSES * count_flops(static.config, batch=size)["total"]
 
     def run(self, case: str) -> Mapping[str, Any]:
@@ -51,8 +58,8 @@ class TrainingCases:
         calls = {
             STATIC: partial(self.static, 0.0),
             DYNAMIC: partial(self.dynamic, rho),
-            PARTS[STATIC]: partial(self._passes, self.static, 0.0),
-            PARTS[DYNAMIC]: partial(self._passes, self.dynamic, rho),
+            GRAPHED[STATIC]: partial(self.graphed[STATIC], 0.0),
+            GRAPHED[DYNAMIC]: partial(self.graphed[DYNAMIC], rho),
         }
         rounds = time_rounds(calls, self.device, 2 * self.setting.seconds)
         flops = PASSES * count_flops(self.dynamic.model.config, lengths.tolist())["total"]
@@ -61,20 +68,15 @@ class TrainingCases:
             "ms": times(rounds),
             "eta": {
                 STATIC: interval(rounds.ratio(STATIC, DYNAMIC).scaled(factor)),
-                PARTS[STATIC]: interval(rounds.ratio(PARTS[STATIC], PARTS[DYNAMIC]).scaled(factor)),
+                GRAPHED[STATIC]: interval(rounds.ratio(GRAPHED[STATIC], GRAPHED[DYNAMIC]).scaled(factor)),
             },
             "flops": flops,
             "static_flops": self.static_flops,
             "images": len(self.batch[0]),
             "kept": float(metrics["kept"]),
-            "peak_gib": {STATIC: self._peak(calls[STATIC]), DYNAMIC: self._peak(calls[DYNAMIC])},
-            "warnings": warnings(rounds, [(STATIC, DYNAMIC)]),
+            "peak_gib": {side: self._peak(calls[side]) for side in (STATIC, DYNAMIC)},
+            "warnings": warnings(rounds, [(STATIC, DYNAMIC), (GRAPHED[STATIC], GRAPHED[DYNAMIC])]),
         }
-
-    @staticmethod
-    def _passes(step: RecipeStep, drop: float) -> None:
-        step.backward(drop)
-        step.optimizer.zero_grad(set_to_none=True)
 
     def _peak(self, call: Any) -> float | None:
         """GiB that are in use at most during a step, weights and moments of both models included."""
@@ -99,7 +101,25 @@ class TrainingCases:
             forms.append(_loss_and_gradients(self.static, x, y, static, None))
             self.static.net = kept
         check_equal("loss and gradients of the static DiT", forms[1], forms[0], tolerance)
-        return {"compared": ["DC-DiT: kernels and plain PyTorch", "static DiT: compiled and not"]}
+        pairs = ["DC-DiT: kernels and plain PyTorch", "static DiT: compiled and not"]
+        if not self.setting.rehearsal:
+            for side, step in ((STATIC, self.static), (DYNAMIC, self.dynamic)):
+                self._check_graph(side, step, tolerance)
+                pairs.append(f"{side}: in graphs and not")
+        return {"compared": pairs}
+
+    def _check_graph(self, side: str, step: RecipeStep, tolerance: float) -> None:
+        """Loss and gradient norm of the whole batch, at two drop fractions."""
+        for rho in (0.2, 0.6):
+            metrics = step.backward(rho)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in step.model.parameters() if p.grad is not None])
+            expected = [metrics.pop("loss").detach(), norm]
+            metrics.clear()
+            step.optimizer.zero_grad(set_to_none=True)
+            found, _ = self.graphed[side](rho)
+            check_equal(
+                f"loss and gradient norm in graphs, {side}", [found["loss"], found["grad_norm"]], expected, tolerance
+            )
 
 
 def _loss_and_gradients(step: RecipeStep, x: Tensor, y: Tensor, model: nn.Module, backend: str | None) -> list[Tensor]:
