@@ -255,7 +255,7 @@ def _training(found: Found, group: Group) -> list[str]:
     head = ["drop", "kept", *(f"{name}, ms" for name in names), *(f"eta against {name}" for name in against)]
     head += ["peak GiB", "predicted ms", "predicted eta"]
     rows = []
-    for case, line in sorted(compared.items(), key=lambda item: float(item[0].split()[-1])):
+    for case, line in sorted(compared.items(), key=lambda item: (item[0].endswith("graphs"), item[0])):
         expected = found.prediction(group.name, case)
         rows.append(
             [
