@@ -160,6 +160,7 @@ def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
     log = read_log(config)
     spent = {record["step"]: record["flops"] for record in log if "flops" in record}
     found = {name: facts[name] for name in ("steps", "images", "training_flops")}
+    found["goal"] = config.optim.flops
     found["machine"] = (
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()}, torch {torch.__version__}"
     )
@@ -201,7 +202,9 @@ def draw(config: TrainConfig, model: Model, clean: bool, device: torch.device) -
 
     labels, shape = torch.arange(SHOWN_SAMPLES, device=device) % 10, (3, *model.config.grid)
     null_class = model.config.num_classes
-    drawn = sample(velocity, labels, SAMPLING_STEPS, "euler", shape=shape, null_class=null_class, progress=False)
+    drawn = sample(
+        velocity, labels, SAMPLING_STEPS, "euler", shape=shape, null_class=null_class, progress=False, graph=False
+    )
     return base64.b64encode(to_pixels(drawn).tobytes()).decode()
 
 
@@ -221,15 +224,14 @@ def train_runs(args: argparse.Namespace) -> None:
     if not sources["digits"].is_file():
         write_canvases(args.digits or scans_of_scikit_learn(), sources["digits"], IMAGES, held_out)
     settings = parse_overrides(args.set)
-    jobs = plan(args.goals)
-    if args.only:
-        jobs = [(run, flops) for run, flops in jobs if way_of(run).partition("-")[2] in args.only]
-    configs = {f"{run}-{flops:g}": config_of(run, flops, sources, args.runs, settings) for run, flops in jobs}
     me = ("-m", "benchmarks.studies.equal_compute")
-    programs = {
-        job: (*me, "run", run, str(config.run.out), str(until), str(lines), str(args.held_out))
-        for (job, config), (run, _) in zip(configs.items(), jobs, strict=True)
-    }
+    configs, programs = {}, {}
+    for run, flops in plan(args.goals):
+        if args.only and way_of(run).partition("-")[2] not in args.only:
+            continue
+        config = config_of(run, flops, sources, args.runs, settings)
+        configs[f"{run} to {flops:g}"] = config
+        programs[f"{run} to {flops:g}"] = (*me, "run", run, config.run.out, str(until), str(lines), str(args.held_out))
     train_all(configs, args.jobs, programs, until - SPARED)
 
 
@@ -258,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb == "train":
         train_runs(args)
     else:
-        print(f"wrote {write_page(read_lines(args.lines), args.out)}")
+        command = "python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER"
+        print(f"wrote {write_page(read_lines(args.lines), command, args.out)}")
     return 0
 
 

@@ -78,18 +78,21 @@ def read_log(config: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _start(config: TrainConfig, program: Sequence[str]) -> subprocess.Popen[bytes]:
+def run_arguments(config: TrainConfig) -> list[str]:
+    """What ``dcdit train`` is called with to begin a run, or to go on with it."""
     folder = Path(config.run.out)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *program]
     if list_checkpoints(folder):
         # The run keeps its own configuration except for its length, so a larger budget continues a smaller one.
-        command += ["--resume", str(folder), "--set", f"optim.flops={json.dumps(config.optim.flops)}"]
-        command += ["--set", f"optim.steps={config.optim.steps}"]
-    else:
-        file = folder.with_suffix(".yaml")
-        file.write_text(dump_yaml(config), encoding="utf-8")
-        command += ["--config", str(file)]
+        length = [f"optim.flops={json.dumps(config.optim.flops)}", f"optim.steps={config.optim.steps}"]
+        return ["--resume", str(folder), *(part for value in length for part in ("--set", value))]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.with_suffix(".yaml")
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    return ["--config", str(file)]
+
+
+def _start(config: TrainConfig, program: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *program, *run_arguments(config)]
     with _output(config).open("ab") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)

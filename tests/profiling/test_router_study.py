@@ -43,6 +43,18 @@ def test_noise_hides_the_detail() -> None:
     assert study.detail_correlation[0] > study.detail_correlation[1] > study.detail_correlation[2]
 
 
+def test_a_router_is_compared_with_the_truth() -> None:
+    x0, right = images(), torch.zeros(6, 16, 16, dtype=torch.bool)
+    right[..., 8:] = True
+    arguments = (x0, torch.zeros(6).long(), FlowMatchingObjective(), [0.0])
+    study = study_router(by_detail, *arguments, detailed=right)
+    prob = by_detail(x0, x0, x0, True)[1].prob.view(6, 16, 16)
+    assert study.kept_share_inside == [float((prob[right] > 0.5).float().mean())]
+    assert study.kept_share_outside == [float((prob[~right] > 0.5).float().mean())]
+    assert study.kept_share_inside > study.kept_share_outside
+    assert study_router(by_detail, *arguments).kept_share_inside == []
+
+
 def test_detail_is_local_and_flat_where_nothing_happens() -> None:
     detail = local_detail(images())
     assert detail.shape == (6, 16, 16)
