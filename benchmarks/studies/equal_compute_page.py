@@ -131,14 +131,14 @@ def mean_loss(curves: Iterable[Curve], flops: float) -> float | None:
     return float(np.mean(losses))
 
 
-def crossings(ours: Sequence[Curve], theirs: Sequence[Curve]) -> list[float]:
-    """FLOPs at which the order of two models changes, on the grid of our records."""
+def crossings(ours: Sequence[Curve], theirs: Sequence[Curve]) -> list[float] | None:
+    """FLOPs at which the order of two models changes, on the grid of our records. None if none can be compared."""
     signs = []
     for flops in ours[0][0]:
         losses = mean_loss(ours, flops), mean_loss(theirs, flops)
-        if None not in losses:
-            signs.append((flops, losses[0] < losses[1]))  # type: ignore[operator]
-    return [after[0] for before, after in pairwise(signs) if before[1] != after[1]]
+        if losses[0] is not None and losses[1] is not None:
+            signs.append((float(flops), losses[0] < losses[1]))
+    return [after[0] for before, after in pairwise(signs) if before[1] != after[1]] if signs else None
 
 
 def _lines_by_way(runs: Runs) -> dict[str, list[list[dict[str, Any]]]]:
@@ -167,12 +167,10 @@ def _percent(ours: float | None, theirs: float | None) -> str:
 
 
 def _crossings(curves: Mapping[str, Sequence[Curve]]) -> list[str]:
-    if OURS not in curves:
-        return []
     found = []
     for way in STATIC:
-        if way in curves:
-            at = crossings(curves[OURS], curves[way])
+        at = crossings(curves[OURS], curves[way]) if OURS in curves and way in curves else None
+        if at is not None:
             places = f"change their order at {', '.join(f'{flops:.1e}' for flops in at)} FLOPs" if at else "never cross"
             found.append(f"The curves of {OURS} and {way} {places}.")
     return found

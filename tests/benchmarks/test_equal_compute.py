@@ -111,36 +111,34 @@ def test_the_study_trains_measures_and_writes_its_page(
     small = {**cifar10.COMMON, "hidden_size": 128, "depth": 1}
     models = {"dc-dit": ("DC-DiT-S", small), "static-flops": ("DiT-S/4", small)}
     settings = {"MODELS": models, "IMAGES": 40, "SEEDS": (0,), "SAMPLING_STEPS": 2, "train_all": run_here}
-    for name, value in settings.items():
+    for name, value in {**settings, "DATA": ("digits",)}.items():
         monkeypatch.setattr(equal_compute, name, value)
     monkeypatch.setattr(cifar10, "NOISE_LEVELS", (0.2, 0.8))
     monkeypatch.setattr(cifar10, "DROPS", (0.0, 0.6))
-    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-    np.savez(tmp_path / "cifar10.npz", images=images, labels=np.arange(40) % 10)
-    out, runs = tmp_path / "lines", tmp_path / "runs"
-    keys = ["optim.batch_size=4", "router.group_size=4", "optim.precision=fp32", "optim.device=cpu"]
-    keys += ["data.held_out=0.2", "run.log_every=1", "run.eval_every=1", "run.eval_images=4"]
-    options: dict[str, Any] = {"--data": tmp_path / "cifar10.npz", "--digits": scans, "--runs": runs, "--out": out}
+    out = tmp_path / "lines"
+    keys = ["optim.batch_size=2", "router.group_size=2", "optim.precision=fp32", "optim.device=cpu"]
+    keys += ["data.held_out=0.2", "run.log_every=1", "run.eval_every=1", "run.eval_images=2"]
+    options: dict[str, Any] = {"--data": "unread.npz", "--digits": scans, "--runs": tmp_path / "runs", "--out": out}
     options |= {"--held-out": 4, "--minutes": 5}
     arguments = [str(part) for pair in options.items() for part in pair]
     arguments += [part for key in keys for part in ("--set", key)]
-    ways = ("dc-dit", "static-flops", "oracle", "dc-dit+clean")
-    equal_compute.main(["train", *arguments, "--goals", "6e9", "1.2e10", "--only", *ways])
+    ways = ("dc-dit", "static-flops", "oracle")
+    equal_compute.main(["train", *arguments, "--goals", "3e9", "6e9", "--only", *ways])
     lines = [json.loads(text) for text in (out / "lines.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 2 * len(ways)
-    assert all(line["training_flops"] >= line["goal"] for line in lines)
-    dynamic = [line for line in lines if "static" not in line["run"]]
-    assert all(set(line["loss"]) == {"0.0", "0.6"} for line in dynamic)
-    assert all(bool(line["routing"]["kept_share_inside"]) == ("digits" in line["run"]) for line in dynamic)
-    assert all((line["samples"] is None) == ("oracle" in line["run"]) for line in lines)
+    assert [line["run"] for line in lines].count("digits-dc-dit-0") == 2 and len(lines) == 2 * len(ways)
+    for line in lines:
+        assert line["training_flops"] >= line["goal"]
+        assert (line["samples"] is None) == ("oracle" in line["run"])
+        assert ("routing" in line) == ("static" not in line["run"])
+    assert all(set(line["loss"]) == {"0.0", "0.6"} for line in lines if "routing" in line)
+    assert all(len(line["routing"]["kept_share_inside"]) == 2 for line in lines if "routing" in line)
 
     page = tmp_path / "page"
     equal_compute.main(["page", "--lines", str(out / "lines.jsonl"), "--out", str(page)])
     text = (page / "report.md").read_text()
-    assert all(text.count(f"| {way} ") >= 4 for way in ways)
-    assert "dc-dit against static-flops" in text and "| oracle, ink" in text
+    assert all(f"| {way} " in text for way in ways) and "| oracle, ink" in text
+    assert "dc-dit against static-flops" in text
     for name in ("loss", "routing", "masks", "samples"):
-        for data in ("cifar", "digits"):
-            assert f"{data}-{name}.png" in text and (page / f"{data}-{name}.png").is_file()
+        assert f"digits-{name}.png" in text and (page / f"digits-{name}.png").is_file()
     kept = json.loads((page / "study.json").read_text())["runs"]["digits-oracle-0"]
-    assert [line["goal"] for line in kept] == [6e9, 1.2e10] and "samples" not in kept[0]
+    assert [line["goal"] for line in kept] == [3e9, 6e9] and "samples" not in kept[0]
