@@ -67,16 +67,16 @@ class Way(NamedTuple):
 
 MAIN = {name: Way(name) for name in MODELS}
 CHOICES = {
-    "uniform": Way(variant=VARIANTS["uniform"]),
-    "oracle": Way(variant=VARIANTS["oracle"]),
     "dc-dit+clean": Way(variant=Variant(clean=True)),
     "static-flops+clean": Way("static-flops", Variant(clean=True)),
+    "static-parameters+clean": Way("static-parameters", Variant(clean=True)),
+    "uniform": Way(variant=VARIANTS["uniform"]),
+    "oracle": Way(variant=VARIANTS["oracle"]),
     "no-dropping": Way(settings={"router.drop_fractions": [0.0]}),
     "learned+cell": Way(variant=VARIANTS["learned+cell"]),
     "random": Way(variant=VARIANTS["random"]),
     "official-start": Way(start="official"),
     "uniform+cell": Way(variant=VARIANTS["uniform+cell"]),
-    "static-parameters+clean": Way("static-parameters", Variant(clean=True)),
 }
 FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MODELS}
 EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MODELS}
