@@ -51,7 +51,7 @@ JOBS = {"cuda": 12, "cpu": 2}
 COMPILED = "static, compiled"
 BATCH = 256
 """Images of a pass whose loss is measured."""
-GPU_IMAGES, GPU_COPIES, GPU_ROUNDS, GPU_SECONDS = 1000, 4, 5, 20
+GPU_IMAGES, GPU_COPIES, GPU_ROUNDS, GPU_SECONDS = 1000, 2, 5, 20
 
 
 def configs(data: Path, runs: Path, flops: float, seeds: Sequence[int], device: str) -> dict[str, TrainConfig]:
