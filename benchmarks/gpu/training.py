@@ -50,8 +50,6 @@ class TrainingCases:
         sides = {STATIC: self.static, DYNAMIC: self.dynamic}
         if self.setting.rehearsal:
             return dict(sides)
-        for step in sides.values():
-            step(0.0)  # makes the moments of the optimiser
         return {side: step.graphed() for side, step in sides.items()}
 
     def run(self, case: str) -> Mapping[str, Any]:

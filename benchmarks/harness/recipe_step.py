@@ -11,7 +11,7 @@ from dcdit.models import DCDiTConfig, DiTConfig
 from dcdit.nn.embedding import drop_labels
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
-from dcdit.train.graphed import GraphedStep
+from dcdit.train.graphed import EAGER_STEPS, GraphedStep
 from dcdit.train.losses import training_losses
 from dcdit.train.optimizer import clipped_step, create_optimizer
 
@@ -83,6 +83,9 @@ class RecipeStep:
         self.update()
 
     def graphed(self) -> Callable[[float], object]:
-        """The whole step in CUDA graphs, after eager steps have made the moments of the optimiser."""
+        """The whole step in CUDA graphs, after the first plain ones."""
         step = GraphedStep(self.config, self.net, self.objective, self.optimizer, self.ema)
+        for _ in range(EAGER_STEPS):
+            self(0.0)
+            step(0, *self.inputs(0.0))
         return lambda drop: step(0, *self.inputs(drop))

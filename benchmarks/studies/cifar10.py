@@ -50,7 +50,12 @@ BATCH = 32
 
 
 def configs(
-    data: Path, runs: Path, flops: float, seeds: Sequence[int], models: Mapping[str, Any] | None = None
+    data: Path,
+    runs: Path,
+    flops: float,
+    seeds: Sequence[int],
+    models: Mapping[str, Any] | None = None,
+    base: Path | None = None,
 ) -> dict[str, TrainConfig]:
     """Name of a run -> its configuration."""
     made = {}
@@ -65,7 +70,7 @@ def configs(
                 "optim.flops": flops,
                 "optim.seed": seed,
             }
-            made[f"{name}-{seed}"] = load_config(BASE, values)
+            made[f"{name}-{seed}"] = load_config(base or BASE, values)
     return made
 
 

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import Results, loss_table, measure_runs, routing_table, way_of, write_study
+from benchmarks.studies.comparison import (
+    Results,
+    loss_table,
+    measure_runs,
+    plot_courses,
+    routing_table,
+    way_of,
+    write_study,
+)
 from benchmarks.studies.training import read_log, train_all
 from dcdit import cli
 from dcdit.checkpoint import load_model
@@ -198,7 +206,8 @@ def write_page(results: Results, conditions: dict[str, Any], out: Path) -> Path:
         "## Kept fraction, and its correlation with local detail, by noise level",
         routing_table(results),
     ]
-    return write_study(results, conditions, parts, "selection.png", out)
+    plot_courses(results, out / "selection.png")
+    return write_study(results, conditions, parts, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,9 +73,9 @@ def finished(config: TrainConfig) -> bool:
 
 
 def read_log(config: TrainConfig) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl."""
-    lines = (Path(config.run.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """The records of a run's log.jsonl; none if the run stopped before the first."""
+    file = Path(config.run.out) / "log.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def run_arguments(config: TrainConfig) -> list[str]:

@@ -7,6 +7,7 @@ A step of a static model is one graph.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,13 +28,16 @@ from dcdit.train.schedule import drop_fraction
 from dcdit.utils import cuda
 from dcdit.utils.modules import unwrap_model
 
+logger = logging.getLogger(__name__)
+Taken = tuple[dict[str, Tensor], Tensor | None]
+"""Metrics and kept lengths."""
 EAGER_STEPS = 2
 """First steps of a process. They make the moments of the optimiser and load the kernels of the update."""
 MAX_GRAPHS = 32
 """Sizes of the packed buffer to keep; the one that was not used for longest goes first."""
 
 
-def step_obstacle(config: TrainConfig, net: Any, processes: int) -> str | None:
+def step_obstacle(config: TrainConfig, net: Any, processes: int = 1) -> str | None:
     """Why the training steps of a model cannot be captured; None if they can."""
     model, optim = unwrap_model(net), config.optim
     device = next(model.parameters()).device
@@ -58,7 +62,7 @@ class GraphedStep:
     """Takes training steps. A size that comes up for the first time is captured, so that step takes longer.
 
     The random numbers of a step are drawn outside. What the graphs read and write stays in place: weights, averages and
-    moments may be changed, but not replaced. At a call the weights have no gradients, and no result of an eager step
+    moments may be changed, but not replaced. At a call the weights have no gradients, and no result of a plain step
     that still knows its gradients is alive: autograd would take its stream into the capture.
 
     Args:
@@ -67,22 +71,29 @@ class GraphedStep:
         objective: of the run.
         optimizer: over all parameters of the model.
         ema: their averages.
+        optional: a capture that fails is logged, and steps are to be plain ones from then on.
 
     Raises:
         ValueError: such steps cannot be captured (:func:`step_obstacle`).
     """
 
     def __init__(
-        self, config: TrainConfig, net: Any, objective: Objective, optimizer: torch.optim.AdamW, ema: EMA
+        self,
+        config: TrainConfig,
+        net: Any,
+        objective: Objective,
+        optimizer: torch.optim.AdamW,
+        ema: EMA,
+        optional: bool = False,
     ) -> None:
-        if obstacle := step_obstacle(config, net, processes=1):
+        if obstacle := step_obstacle(config, net):
             raise ValueError(f"the training step cannot be captured: {obstacle}")
         self._config, self._net, self._model = config, net, unwrap_model(net)
         self._objective, self._optimizer, self._ema = objective, optimizer, ema
         self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self._device = self._weights[0].device
         self._lr = torch.zeros((), device=self._device)
-        self._eager_steps = EAGER_STEPS
+        self._eager_steps, self._optional, self._failed = EAGER_STEPS, optional, False
         self._inputs: _Inputs | None = None
         self._before: _Before | None = None
         self._graphs: dict[tuple[int, int], cuda.Captured] = {}
@@ -91,12 +102,7 @@ class GraphedStep:
         # A backward pass runs on the streams of its forward pass, so all is captured on one.
         self._stream = cuda.driver.new_stream(self._device)
 
-    def takes(self, step: int) -> bool:
-        """Whether the step can be taken so: not the first ones of a process, nor while the ratio loss changes."""
-        self._eager_steps -= 1
-        return self._eager_steps < 0 and step >= self._config.router.target_warmup_steps
-
-    def __call__(self, step: int, noisy: NoisyBatch, y: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    def __call__(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken | None:
         """Take a step.
 
         Args:
@@ -106,8 +112,27 @@ class GraphedStep:
 
         Returns:
             The metrics () and the kept lengths of :func:`dcdit.train.losses.training_losses`, with ``grad_norm``. The
-            next step overwrites the lengths.
+            next step overwrites the lengths. None if nothing was done and the step is to be a plain one: the first ones
+            of a process, those in which the target of the ratio loss changes, and all after a capture that failed.
+
+        Raises:
+            CaptureError: a capture failed, and it is not optional.
         """
+        self._eager_steps -= 1
+        if self._eager_steps >= 0 or step < self._config.router.target_warmup_steps or self._failed:
+            return None
+        try:
+            return self._take(step, noisy, y)
+        except cuda.CaptureError as error:
+            if not self._optional:
+                raise
+            logger.warning("training goes on without CUDA graphs: %s", error)
+            self._failed = True
+            self._before, self._inputs = None, None
+            self._graphs.clear()
+            return None
+
+    def _take(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken:
         rho = drop_fraction(self._config.router, self._config.optim.seed, step)
         if self._inputs is None:
             drop = torch.zeros(y.shape, device=self._device)

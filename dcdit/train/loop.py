@@ -145,11 +145,12 @@ def _train(
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume), dataset, optim.batch_size)
     net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
+    obstacle = step_obstacle(config, net, processes)
+    if optim.graph and obstacle:
+        raise ValueError(f"optim.graph is true but steps cannot be captured: {obstacle}")
     graphed = None
-    if optim.graph:
-        if obstacle := step_obstacle(config, net, processes):
-            raise ValueError(f"optim.graph is true but the step cannot be captured: {obstacle}")
-        graphed = GraphedStep(config, net, objective, optimizer, ema)
+    if optim.graph is not False and obstacle is None:
+        graphed = GraphedStep(config, net, objective, optimizer, ema, optional=optim.graph is None)
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
@@ -207,14 +208,14 @@ def _train(
             dropout, gates = model.config.class_dropout_prob, model.config.gate_shape
             complete = gates is not None and trains_complete(config.width, step)
             draws = draw_step(objective, shape, dropout, optim.seed, step, device, gates)
-            capture = graphed if graphed is not None and teacher is None and graphed.takes(step) else None
             passes: list[dict[str, Tensor]] = []
             for number in range(optim.accumulate):
                 x, y = (tensor.to(device, non_blocking=True) for tensor in next(data))
                 t, noise, dropped, gate_noise = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
-                if capture is None:
+                taken = None if graphed is None or teacher is not None else graphed(step, noisy, y)
+                if taken is None:
                     last = number == optim.accumulate - 1
                     with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
                         with state.router_errors_explained(step, means):
@@ -223,12 +224,12 @@ def _train(
                             )
                         accelerator.backward(metrics["loss"] / optim.accumulate)
                 else:
-                    metrics, lengths = capture(step, noisy, y)
+                    metrics, lengths = taken
                 flops.add(local_batch, lengths, 1 + complete, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
                 del metrics  # a capture must not meet the streams of its gradients
             step_means = {name: torch.stack([metrics[name] for metrics in passes]).mean() for name in passes[0]}
-            if capture is None:
+            if taken is None:
                 step_means["grad_norm"] = clipped_step(optimizer, optim.grad_clip)
                 optimizer.zero_grad(set_to_none=True)
                 ema.update()
