@@ -123,7 +123,7 @@ def config_of(
         **settings,
     }
     if way.variant.replaces_parts:  # with code that no CUDA graph can hold
-        values.pop("optim.graph", None)
+        values["optim.graph"] = False
     with installed(way.variant):
         return load_config(BASE, values)
 

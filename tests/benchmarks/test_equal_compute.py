@@ -76,6 +76,15 @@ def test_the_most_important_runs_come_first_and_none_twice() -> None:
     assert all(flops == FLOPS[0] for _, flops in plan[:12])
 
 
+def test_only_parts_of_the_package_are_captured(tmp_path: Path) -> None:
+    sources = dict.fromkeys(equal_compute.DATA, tmp_path / "data.npz")
+    configs = {
+        way: equal_compute.config_of(f"cifar-{way}-0", 1e15, sources, tmp_path, {"optim.graph": True})
+        for way in ("dc-dit", "dc-dit+clean", "oracle", "learned+cell")
+    }
+    assert [config.optim.graph for config in configs.values()] == [True, True, False, False]
+
+
 def test_a_folder_waits_and_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     script = f"import sys,time; f=open({str(log)!r},'a'); f.write('+');f.flush(); time.sleep(.3); f.write('-')"
