@@ -18,7 +18,14 @@ from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
 from dcdit.nn.memory_format import channels_last
-from dcdit.train.checks import check_fit, check_same_classes, check_sharding, local_batch_size, model_arguments
+from dcdit.train.checks import (
+    check_fit,
+    check_router,
+    check_same_classes,
+    check_sharding,
+    local_batch_size,
+    model_arguments,
+)
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
@@ -132,6 +139,7 @@ def _train(
     model.y_embedder.dropout_prob = 0.0
     model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
+    check_router(config, model.config)
     local_batch = local_batch_size(config, processes, model.config)
     check_fit(dataset, model)
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
