@@ -180,7 +180,9 @@ def plain_ticks(axis: Any) -> None:
     """Write the ticks of a logarithmic y axis as 0.3 and 20, not as powers of ten, and none that would crowd others."""
 
     def text(value: float, position: int) -> str:
-        return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+        lowest, highest = axis.get_ylim()
+        digits = "1234568" if highest < 10 * lowest else "1235"
+        return f"{value:g}" if f"{value:e}"[0] in digits else ""
 
     axis.yaxis.set_major_formatter(text)
     axis.yaxis.set_minor_formatter(text)

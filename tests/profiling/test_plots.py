@@ -1,12 +1,13 @@
 """Pictures: what they say can be read, and labels do not cover one another."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from PIL import Image
 
 from benchmarks.harness import pictures
-from dcdit.profiling.plots import new_figure, plot_quality, plot_times_faster, plot_training
+from dcdit.profiling.plots import new_figure, plain_ticks, plot_quality, plot_times_faster, plot_training
 
 
 def overlapping(axis) -> list[tuple[str, str]]:
@@ -38,6 +39,21 @@ def test_a_slower_side_is_left_of_the_line() -> None:
     slow, fast = axis.patches
     assert sorted((slow.get_x(), slow.get_x() + slow.get_width())) == [0.5, 1]
     assert (fast.get_x(), fast.get_x() + fast.get_width()) == (1, 2)
+
+
+@pytest.mark.parametrize("losses", [(0.14, 0.45), (0.23, 1.1), (0.05, 80.0)])
+def test_a_loss_has_plain_ticks_that_do_not_touch(losses) -> None:
+    figure, axis = new_figure(1, 1, figsize=(5, 4))
+    axis.plot(losses)
+    axis.set(yscale="log")
+    plain_ticks(axis)
+    figure.draw_without_rendering()
+    lowest, highest = axis.get_ylim()
+    labels = {label.get_text(): label.get_window_extent() for label in axis.get_yticklabels(which="both")}
+    values = sorted(float(text) for text in labels if text)
+    shown = [labels[f"{value:g}"] for value in values if lowest <= value <= highest]
+    assert len(shown) >= 3
+    assert all(below.y1 < above.y0 for below, above in pairwise(shown))
 
 
 def test_compression_is_on_a_log_axis(tmp_path, monkeypatch) -> None:
