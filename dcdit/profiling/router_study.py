@@ -25,6 +25,10 @@ class RouterStudy:
     """Kept fraction of the third of the images with the least detail."""
     kept_share_detailed: list[float]
     """Kept fraction of the third of the images with the most detail."""
+    kept_share_flat: list[float]
+    """Kept fraction of the third of all positions with the least local detail (more than a third where many tie)."""
+    kept_share_edges: list[float]
+    """Kept fraction of the third of all positions with the most local detail."""
     images: int
 
 
@@ -53,8 +57,9 @@ def study_router(
     detail = local_detail(x0)
     order = detail.flatten(1).mean(1).argsort()
     third = len(order) // 3
+    flat, edges = detail.flatten(1) <= detail.quantile(1 / 3), detail.flatten(1) >= detail.quantile(2 / 3)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    study = RouterStudy(list(levels), [], [], [], [], len(x0))
+    study = RouterStudy(list(levels), [], [], [], [], [], [], len(x0))
     for level in levels:
         noisy = objective.noise(x0, objective.t_at(level, x0), noise)
         _, routing = model(noisy.x, noisy.time, y, return_routing=True)
@@ -62,6 +67,8 @@ def study_router(
         study.kept_share.append(float(kept.mean()))
         study.kept_share_smooth.append(float(kept[order[:third]].mean()))
         study.kept_share_detailed.append(float(kept[order[-third:]].mean()))
+        study.kept_share_flat.append(float(routing.natural_mask[flat].float().mean()))
+        study.kept_share_edges.append(float(routing.natural_mask[edges].float().mean()))
         study.detail_correlation.append(_correlation(routing.prob, detail.flatten(1)))
     return study
 

@@ -59,7 +59,8 @@ def test_a_loss_has_plain_ticks_that_do_not_touch(losses) -> None:
 def test_compression_is_on_a_log_axis(tmp_path, monkeypatch) -> None:
     axes = []
     monkeypatch.setattr("dcdit.profiling.plots.new_figure", lambda *args, **options: kept(axes, *args, **options))
-    log = [{"step": n, "loss": 1 / (n + 1), "natural": 0.25 if n else 0.002} for n in range(20)]
+    natural = [0.0, 0.002, *[0.25] * 18]  # a cosine router may keep nothing at first
+    log = [{"step": n, "loss": 1 / (n + 1), "natural": kept} for n, kept in enumerate(natural)]
     plot_training(log, 4.0, tmp_path / "training.png")
     assert axes[0][1].get_yscale() == "log" and axes[0][1].get_ylim()[0] == 1
 
