@@ -251,20 +251,19 @@ def _training(found: Found, group: Group) -> list[str]:
     if not compared:
         return []
     names = list(next(iter(compared.values()))["ms"])
-    head = ["drop", "kept", *(f"{name}, ms" for name in names), "eta", "eta without the optimizer", "peak GiB"]
-    head += ["predicted ms", "predicted eta"]
+    against = list(next(iter(compared.values()))["eta"])
+    head = ["drop", "kept", *(f"{name}, ms" for name in names), *(f"eta against {name}" for name in against)]
+    head += ["peak GiB", "predicted ms", "predicted eta"]
     rows = []
-    for case, line in sorted(compared.items(), key=lambda item: float(item[0].split()[-1])):
-        step, passes = line["eta"]
+    for case, line in sorted(compared.items(), key=lambda item: (item[0].endswith("graphs"), item[0])):
         expected = found.prediction(group.name, case)
         rows.append(
             [
                 case.removeprefix("drop "),
                 f"{line['kept']:.1%}",
                 *(_figure(line["ms"][name], ".2f") for name in names),
-                _eta(line, step),
-                _eta(line, passes),
-                _number(line["peak_gib"]["DC-DiT"], ".1f"),
+                *(_eta(line, name) for name in against),
+                _number(line["peak_gib"].get("DC-DiT"), ".1f"),
                 _number(expected.get("ms"), ".1f"),
                 _number(expected.get("eta"), ".2f"),
             ]

@@ -1,7 +1,8 @@
-"""A training step of DC-DiT and of the static DiT as the recipe runs it, at several drop fractions."""
+"""A training step of DC-DiT and of the static DiT as the recipe runs it, and in graphs, at several drop fractions."""
 
 import argparse
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ from dcdit.models import count_flops
 from dcdit.profiling.timing import time_rounds
 
 STATIC, DYNAMIC = "static, compiled", "DC-DiT"
-PARTS = {STATIC: "static, forward and backward", DYNAMIC: "DC-DiT, forward and backward"}
 CHECKED_IMAGES = 2
+Step = Callable[[float], object]
+"""A whole step at a drop fraction."""
 PASSES = 3
 """A backward pass costs two forward passes."""
 
@@ -42,39 +44,37 @@ class TrainingCases:
         self.static = RecipeStep(static, x, y, self.precision, CompiledDiT(static, setting.compiler))
         self.static_flops = PASSES * count_flops(static.config, batch=size)["total"]
 
+    @functools.cached_property
+    def graphed(self) -> dict[str, Step]:
+        """Both sides in graphs, which a rehearsal cannot capture."""
+        sides = {STATIC: self.static, DYNAMIC: self.dynamic}
+        if self.setting.rehearsal:
+            return dict(sides)
+        return {side: step.graphed() for side, step in sides.items()}
+
     def run(self, case: str) -> Mapping[str, Any]:
         if case == "equal":
             return self._equal()
-        rho = float(case.removeprefix("drop "))
+        if case == "equal, graphs":
+            return self._graphs_equal()
+        rho = float(case.removeprefix("drop ").removesuffix(", graphs"))
+        steps = self.graphed if case.endswith(", graphs") else {STATIC: self.static, DYNAMIC: self.dynamic}
         with torch.no_grad():
             metrics, lengths = self.dynamic.losses(rho)
-        calls = {
-            STATIC: partial(self.static, 0.0),
-            DYNAMIC: partial(self.dynamic, rho),
-            PARTS[STATIC]: partial(self._passes, self.static, 0.0),
-            PARTS[DYNAMIC]: partial(self._passes, self.dynamic, rho),
-        }
-        rounds = time_rounds(calls, self.device, 2 * self.setting.seconds)
+        calls = {STATIC: partial(steps[STATIC], 0.0), DYNAMIC: partial(steps[DYNAMIC], rho)}
+        rounds = time_rounds(calls, self.device, self.setting.seconds)
         flops = PASSES * count_flops(self.dynamic.model.config, lengths.tolist())["total"]
         factor = flops / self.static_flops
         return {
             "ms": times(rounds),
-            "eta": {
-                STATIC: interval(rounds.ratio(STATIC, DYNAMIC).scaled(factor)),
-                PARTS[STATIC]: interval(rounds.ratio(PARTS[STATIC], PARTS[DYNAMIC]).scaled(factor)),
-            },
+            "eta": {STATIC: interval(rounds.ratio(STATIC, DYNAMIC).scaled(factor))},
             "flops": flops,
             "static_flops": self.static_flops,
             "images": len(self.batch[0]),
             "kept": float(metrics["kept"]),
-            "peak_gib": {STATIC: self._peak(calls[STATIC]), DYNAMIC: self._peak(calls[DYNAMIC])},
+            "peak_gib": {side: self._peak(call) for side, call in calls.items()},
             "warnings": warnings(rounds, [(STATIC, DYNAMIC)]),
         }
-
-    @staticmethod
-    def _passes(step: RecipeStep, drop: float) -> None:
-        step.backward(drop)
-        step.optimizer.zero_grad(set_to_none=True)
 
     def _peak(self, call: Any) -> float | None:
         """GiB that are in use at most during a step, weights and moments of both models included."""
@@ -100,6 +100,21 @@ class TrainingCases:
             self.static.net = kept
         check_equal("loss and gradients of the static DiT", forms[1], forms[0], tolerance)
         return {"compared": ["DC-DiT: kernels and plain PyTorch", "static DiT: compiled and not"]}
+
+    def _graphs_equal(self) -> Mapping[str, Any]:
+        """The loss and the gradient norm of the whole batch, in graphs and not."""
+        for side, step in ((STATIC, self.static), (DYNAMIC, self.dynamic)):
+            for rho in (0.2, 0.6):
+                metrics = step.backward(rho)
+                gradients = [p.grad for p in step.model.parameters() if p.grad is not None]
+                expected = [metrics.pop("loss").detach(), torch.nn.utils.get_total_norm(gradients)]
+                del metrics, gradients  # a capture must not meet the streams of their gradients
+                step.optimizer.zero_grad(set_to_none=True)
+                result = self.graphed[side](rho)
+                if isinstance(result, tuple):
+                    found = [result[0]["loss"], result[0]["grad_norm"]]
+                    check_equal(f"loss and gradient norm in graphs, {side}", found, expected, TOLERANCE[torch.bfloat16])
+        return {"compared": [STATIC, DYNAMIC]}
 
 
 def _loss_and_gradients(step: RecipeStep, x: Tensor, y: Tensor, model: nn.Module, backend: str | None) -> list[Tensor]:

@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dcdit.config import RECIPES, TrainConfig, load_config
-from dcdit.diffusion import create_objective
+from dcdit.diffusion import NoisyBatch, create_objective
 from dcdit.models import DCDiTConfig, DiTConfig
 from dcdit.nn.embedding import drop_labels
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
+from dcdit.train.graphed import EAGER_STEPS, GraphedStep
 from dcdit.train.losses import training_losses
 from dcdit.train.optimizer import clipped_step, create_optimizer
 
@@ -52,14 +53,17 @@ class RecipeStep:
         self.optimizer = create_optimizer(model, optim.lr, optim.weight_decay, x.device)
         self.ema = EMA(model, optim.ema_decay)
 
-    def losses(self, drop: float) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What :func:`dcdit.train.losses.training_losses` returns, at the random numbers of step 0."""
-        config, device = self.config, self.x.device
-        config.router.drop_fractions = [drop]
-        draws = draw_step(self.objective, self.x.shape, self.model_config.class_dropout_prob, 0, 0, device)
+    def inputs(self, drop: float) -> tuple[NoisyBatch, Tensor]:
+        """Noisy images and labels, with the random numbers of step 0."""
+        self.config.router.drop_fractions = [drop]
+        draws = draw_step(self.objective, self.x.shape, self.model_config.class_dropout_prob, 0, 0, self.x.device)
         y = drop_labels(self.y, draws.dropped, self.model_config.num_classes)
-        noisy = self.objective.noise(self.x, draws.t, draws.noise)
-        return training_losses(config, 0, self.net, self.objective, noisy, y, None)
+        return self.objective.noise(self.x, draws.t, draws.noise), y
+
+    def losses(self, drop: float) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What :func:`dcdit.train.losses.training_losses` returns."""
+        noisy, y = self.inputs(drop)
+        return training_losses(self.config, 0, self.net, self.objective, noisy, y, None)
 
     def backward(self, drop: float) -> dict[str, Tensor]:
         """The forward and the backward pass."""
@@ -77,3 +81,11 @@ class RecipeStep:
         """The whole step."""
         self.backward(drop)
         self.update()
+
+    def graphed(self) -> Callable[[float], object]:
+        """The whole step in CUDA graphs, after the first plain ones."""
+        step = GraphedStep(self.config, self.net, self.objective, self.optimizer, self.ema)
+        for _ in range(EAGER_STEPS):
+            self(0.0)
+            step(0, *self.inputs(0.0))
+        return lambda drop: step(0, *self.inputs(drop))

@@ -32,12 +32,12 @@ class CompiledDiT:
     """
 
     def __init__(self, model: DiT, backend: str = "inductor") -> None:
-        self.model, self.config = model, model.config
+        self.module, self.config = model, model.config
         options: dict[str, Any] = {"backend": backend, "dynamic": False, "fullgraph": True}
         self._begin, self._block, self._end = (torch.compile(piece, **options) for piece in (_begin, _block, _end))
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        model = self.model
+        model = self.module
         tokens, cond = self._begin(model, x, t, y)
         branch = gate = None
         for block, mod in zip(model.blocks, model.modulation(cond), strict=True):

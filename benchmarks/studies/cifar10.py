@@ -50,7 +50,12 @@ BATCH = 32
 
 
 def configs(
-    data: Path, runs: Path, flops: float, seeds: Sequence[int], models: Mapping[str, Any] | None = None
+    data: Path,
+    runs: Path,
+    flops: float,
+    seeds: Sequence[int],
+    models: Mapping[str, Any] | None = None,
+    base: Path | None = None,
 ) -> dict[str, TrainConfig]:
     """Name of a run -> its configuration."""
     made = {}
@@ -65,7 +70,7 @@ def configs(
                 "optim.flops": flops,
                 "optim.seed": seed,
             }
-            made[f"{name}-{seed}"] = load_config(BASE, values)
+            made[f"{name}-{seed}"] = load_config(base or BASE, values)
     return made
 
 
@@ -95,10 +100,20 @@ def run_facts(config: TrainConfig) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure_losses(config: TrainConfig, model: Model) -> dict[str, Any]:
-    """Losses, cost and routing of a trained model on the images of ``config.data`` that none has seen."""
+def measure_losses(
+    config: TrainConfig, model: Model, count: int | None = None, detailed: Tensor | None = None
+) -> dict[str, Any]:
+    """Losses, cost and routing of a trained model on images of ``config.data`` that none has seen, where the model is.
+
+    Args:
+        config: of the run that trained it.
+        model: in evaluation mode.
+        count: number of images; None takes HELD_OUT.
+        detailed: that of :func:`study_router`, for these images.
+    """
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
-    x0, y = held_out(config, HELD_OUT)
+    device = next(model.parameters()).device
+    x0, y = (tensor.to(device) for tensor in held_out(config, count or HELD_OUT))
     drops = DROPS if isinstance(model, DCDiT) else (None,)
     by_drop = {rho: _losses(model, objective, x0, y, rho) for rho in drops}
     found: dict[str, Any] = {
@@ -109,7 +124,10 @@ def measure_losses(config: TrainConfig, model: Model) -> dict[str, Any]:
         "seconds": {str(rho): [median(times), spread(times) * median(times)] for rho, (*_, times) in by_drop.items()},
     }
     if isinstance(model, DCDiT):
-        found["routing"] = asdict(study_router(model, x0[:256], y[:256], objective, NOISE_LEVELS))
+        routed = slice(256)
+        known = None if detailed is None else detailed[routed]
+        study = study_router(model, x0[routed], y[routed], objective, NOISE_LEVELS, detailed=known)
+        found["routing"] = asdict(study)
     return found
 
 
@@ -124,7 +142,7 @@ def _losses(
     model: Model, objective: Objective, x0: Tensor, y: Tensor, rho: float | None
 ) -> tuple[list[float], float, list[float]]:
     """Mean loss at each noise level, mean FLOPs of a forward pass, seconds per image. A static DiT has no rho."""
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
     kept: list[int] = []
     losses, seconds = [], []
     for level in NOISE_LEVELS:

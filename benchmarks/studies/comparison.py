@@ -29,10 +29,9 @@ def measure_runs(
     return results
 
 
-def write_study(results: Results, conditions: Mapping[str, Any], parts: Sequence[str], picture: str, out: Path) -> Path:
-    """Write report.md from its parts, the picture of the courses, and study.json with the numbers behind them."""
+def write_study(results: Results, conditions: Mapping[str, Any], parts: Sequence[str], out: Path) -> Path:
+    """Write report.md from its parts, and study.json with the numbers behind them."""
     out.mkdir(parents=True, exist_ok=True)
-    plot_courses(results, out / picture)
     runs = {name: {key: value for key, value in result.items() if key != "log"} for name, result in results.items()}
     (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
     page = out / "report.md"
@@ -57,7 +56,7 @@ def loss_table(results: Results) -> str:
             way,
             f"{sum(run['steps'] for run in runs) / len(runs):.0f}",
             f"{sum(first(run['gflops']) for run in runs) / len(runs):.2f}",
-            _spread([first(run["loss"]) for run in runs]),
+            spread_text([first(run["loss"]) for run in runs]),
             *_means([first(run["loss_by_level"]) for run in runs], "{:.3f}"),
         ]
         for way, runs in by_way(results).items()
@@ -76,7 +75,8 @@ def routing_table(results: Results) -> str:
 
 
 def plot_courses(results: Results, path: Path) -> None:
-    """Held-out loss and kept fraction while training."""
+    """Held-out loss and kept fraction while training. Makes the folder of the picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure, (left, right) = new_figure(1, 2, figsize=(11, 4))
     for number, (way, runs) in enumerate(by_way(results).items()):
         for run, label in zip(runs, [way] + [None] * len(runs), strict=False):
@@ -104,6 +104,7 @@ def _means(rows: Sequence[Sequence[float]], form: str) -> list[str]:
     return [form.format(sum(column) / len(column)) for column in zip(*rows, strict=True)]
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread_text(values: Sequence[float]) -> str:
+    """The mean over the seeds, and half their range."""
     mean = f"{sum(values) / len(values):.4f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.4f}"

@@ -1,13 +1,13 @@
-"""Do saved FLOPs become time? Forward passes of several models, timed in turns on a CPU, and their eta.
+"""Do saved FLOPs become time? Forward passes of several models, timed in turns, and their eta.
 
 Beside the time on the clock stands the processor time of the thread, which does not grow when other work takes its
 turn.
 """
 
 import time
-from collections.abc import Mapping
-from statistics import median
-from typing import Any
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +22,98 @@ HEAD = ["", "GFLOPs/image", "least ms", "processor ms", "spread", "eta, processo
 
 
 class Side:
-    """Forward passes of a model at one timestep. ``seconds`` holds the processor time of each."""
+    """Forward passes of a model on the same images. ``seconds`` holds the processor time of each call.
 
-    def __init__(self, model: Any, x: Tensor, y: Tensor, t: float) -> None:
+    Args:
+        model: a model, or what is called like one.
+        y: (B,) labels.
+        passes: (x, t) of each pass of a call, all images at one timestep.
+        gflops: per image and pass. None counts them; what is left out in drawing is left out, also where it is masked.
+    """
+
+    def __init__(
+        self, model: Any, y: Tensor, passes: Sequence[tuple[Tensor, float]], gflops: float | None = None
+    ) -> None:
         self.seconds: list[float] = []
-        self._model, self._inputs = model, (x, torch.full(y.shape, t), y)
-        calls = ModelCalls(model, len(y))
-        calls(*self._inputs)
-        self.gflops = calls.records()[0]["gflops"]
-        """Per image. What is left out in drawing is left out, also where the model masks it."""
+        self._model = model
+        self._passes = [(x, torch.full(y.shape, t, device=y.device), y) for x, t in passes]
+        self.gflops = self._count(len(y)) if gflops is None else gflops
 
     def __call__(self) -> None:
         began = time.process_time()
-        self._model(*self._inputs)
+        for inputs in self._passes:
+            self._model(*inputs)
         self.seconds.append(time.process_time() - began)
+
+    def _count(self, images: int) -> float:
+        calls = ModelCalls(self._model, images)
+        for inputs in self._passes:
+            calls(*inputs)
+        return fmean(record["gflops"] for record in calls.records())
+
+
+class SideTime(NamedTuple):
+    """What was measured of a side. eta compares with the first side, which has eta 1."""
+
+    gflops: float
+    """Per image and pass."""
+    least_ms: float
+    """Of a call, on the clock."""
+    processor_ms: float
+    """Of a call, the median."""
+    spread: float
+    """Of the processor time (:func:`dcdit.profiling.rounds.spread`)."""
+    eta: float
+    """By processor time, the median of the rounds."""
+    clock_eta: tuple[float, float, float]
+    """By the clock: the median of the rounds and the ends of its interval."""
+
+
+class SideTimes(NamedTuple):
+    sides: dict[str, SideTime]
+    conditions: str
+    """A sentence."""
+
+
+def measure_sides(
+    sides: Mapping[str, Side], rounds: int, device: torch.device | None = None, seconds: float = 0
+) -> SideTimes:
+    """Time all sides in turns, ``rounds`` times at least and so many seconds."""
+    measured = time_rounds(sides, device or torch.device("cpu"), seconds, warmup=1, least=rounds)
+    waited = "an unknown part" if measured.waited is None else f"{measured.waited:.0%}"
+    sentence = f"{len(measured)} rounds in turns. Threads waited for a processor {waited} of the time."
+    return SideTimes({label: _side_time(label, sides, measured) for label in sides}, sentence)
 
 
 def time_sides(sides: Mapping[str, Side], rounds: int) -> str:
     """Time all sides in turns. Returns a table, in which eta compares with the first side, and its conditions."""
-    measured = time_rounds(sides, torch.device("cpu"), 0, warmup=1, least=rounds)
-    table = markdown_table(HEAD, [_row(label, sides, measured) for label in sides])
-    waited = "an unknown part" if measured.waited is None else f"{measured.waited:.0%}"
-    return f"{table}\n\n{len(measured)} rounds in turns. Threads waited for a processor {waited} of the time."
+    return side_table(measure_sides(sides, rounds))
 
 
-def _row(label: str, sides: Mapping[str, Side], measured: Rounds) -> list[str]:
+def side_table(found: SideTimes) -> str:
+    """What :func:`time_sides` returns."""
+    rows = [_row(label, side, first=not number) for number, (label, side) in enumerate(found.sides.items())]
+    return f"{markdown_table(HEAD, rows)}\n\n{found.conditions}"
+
+
+def _side_time(label: str, sides: Mapping[str, Side], measured: Rounds) -> SideTime:
     baseline = next(iter(sides))
     side, first = sides[label], sides[baseline]
     # The first call of each is a warm-up.
     own, theirs = side.seconds[1:], first.seconds[1:]
-    cells = [label, f"{side.gflops:.2f}", f"{min(measured.times(label)):.0f}", f"{1e3 * median(own):.0f}"]
-    cells.append(f"±{spread(own):.1%}")
-    if side is first:
+    share = side.gflops / first.gflops
+    clock = measured.ratio(baseline, label).scaled(share)
+    eta = median(a / b for a, b in zip(theirs, own, strict=True)) * share
+    times = min(measured.times(label)), 1e3 * median(own), spread(own)
+    return SideTime(side.gflops, *times, eta, (clock.value, clock.low, clock.high))
+
+
+def _row(label: str, side: SideTime, first: bool) -> list[str]:
+    cells = [label, f"{side.gflops:.2f}", f"{side.least_ms:.0f}", f"{side.processor_ms:.0f}", f"±{side.spread:.1%}"]
+    if first:
         return [*cells, "", ""]
-    saved = side.gflops / first.gflops
-    clock = measured.ratio(baseline, label).scaled(saved)
-    processor = median(a / b for a, b in zip(theirs, own, strict=True)) * saved
-    return [*cells, f"{processor:.2f}", f"{clock.value:.2f} ({clock.low:.2f} to {clock.high:.2f})"]
+    middle, low, high = side.clock_eta
+    return [*cells, f"{side.eta:.2f}", f"{middle:.2f} ({low:.2f} to {high:.2f})"]
 
 
 def difference(one: Any, other: Any, x: Tensor, t: float, y: Tensor) -> float:

@@ -52,7 +52,7 @@ def study(name: str, baseline: str, batch: int, rounds: int, steps: int) -> str:
     if routes:
         channels_last(fixed)
         calibrate_router(fixed, x, torch.full((batch,), TIMES[0]), y, 0.25)
-    sides = {FIXED: Side(fixed, x, y, TIMES[0])}
+    sides = {FIXED: Side(fixed, y, [(x, TIMES[0])])}
     notes = []
     for share in SHARES:
         model: Any = create_model(name, **({"dynamic_width": True} if routes else {})).eval()
@@ -69,8 +69,8 @@ def study(name: str, baseline: str, batch: int, rounds: int, steps: int) -> str:
             f"slices for {steps} steps take {sliced.nbytes / 2**20:.0f} MiB beside {own / 2**20:.0f} MiB of weights."
         )
         # A masked pass takes as long at every timestep.
-        sides[f"{share:.0%} open, masked"] = Side(model, x, y, TIMES[0])
-        sides |= {f"{share:.0%} open, sliced, t = {t}": Side(sliced, x, y, t) for t in TIMES}
+        sides[f"{share:.0%} open, masked"] = Side(model, y, [(x, TIMES[0])])
+        sides |= {f"{share:.0%} open, sliced, t = {t}": Side(sliced, y, [(x, t)]) for t in TIMES}
     title = f"## {name} against {baseline} of fixed width, batch {batch}"
     return "\n\n".join([title, time_sides(sides, rounds), "\n".join(notes)])
 

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import Results, loss_table, measure_runs, routing_table, way_of, write_study
+from benchmarks.studies.comparison import (
+    Results,
+    loss_table,
+    measure_runs,
+    plot_courses,
+    routing_table,
+    way_of,
+    write_study,
+)
 from benchmarks.studies.training import read_log, train_all
 from dcdit import cli
 from dcdit.checkpoint import load_model
@@ -38,8 +46,11 @@ from dcdit.profiling.router_study import local_detail
 
 SHARE = 0.25
 """Of the positions that a fixed choice keeps."""
-KEPT, DROPPED = 0.9, 0.1
-"""Probabilities that a fixed choice gives. The de-chunk reads them, too."""
+KEPT, DROPPED = (0.95, 0.85), 0.1
+"""Probabilities that a fixed choice gives: from its best to its last position, and of the others. The de-chunk reads
+them, and dropping takes the lowest first."""
+LEAST_TIME = 0.05
+"""Below it, a clean image that is predicted weighs no more in the loss."""
 
 
 class Variant(NamedTuple):
@@ -48,6 +59,13 @@ class Variant(NamedTuple):
     router: str = "predictability"
     cell: bool = False
     """Whether a kept token also reads the mean of its cell."""
+    clean: bool = False
+    """Whether the model predicts the clean image, and the velocity is computed from it and the noisy one."""
+
+    @property
+    def replaces_parts(self) -> bool:
+        """Whether the model has other parts than the package's."""
+        return self.cell or self.router in FIXED
 
 
 VARIANTS = {
@@ -73,20 +91,21 @@ class FixedRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         score = self.score(x)
         best = score.topk(round(SHARE * score.shape[1]), dim=1).indices
-        return torch.full_like(score, DROPPED).scatter(1, best, KEPT)
+        kept = torch.linspace(*KEPT, best.shape[1], device=score.device)
+        return torch.full_like(score, DROPPED).scatter(1, best, kept.expand_as(best))
 
 
 class RandomRouter(FixedRouter):
     def score(self, x: Tensor) -> Tensor:
-        return torch.rand(x.shape[:2])
+        return torch.rand(x.shape[:2], device=x.device)
 
 
 class UniformRouter(FixedRouter):
-    """Every second position of every second row."""
+    """Every second position of every second row. Which of these are dropped first is chance."""
 
     def score(self, x: Tensor) -> Tensor:
-        rows, cols = (torch.arange(side) % 2 == 0 for side in self.grid)
-        return (rows[:, None] & cols).float().flatten().expand(len(x), -1)
+        rows, cols = (torch.arange(side, device=x.device) % 2 == 0 for side in self.grid)
+        return (rows[:, None] & cols).float().flatten() + torch.rand(x.shape[:2], device=x.device)
 
 
 class OracleRouter(FixedRouter):
@@ -106,6 +125,22 @@ class NotingObjective(objectives.FlowMatchingObjective):
         return super().noise(x0, *args)
 
 
+FIXED = {"random": RandomRouter, "uniform": UniformRouter, "oracle": OracleRouter}
+
+
+class CleanImageObjective(NotingObjective):
+    """The first C channels of the output are the clean image; the loss is that of the velocity which follows from it.
+
+    The velocity holds each pixel's own noise. Here the model need not carry it: it is what the image leaves of x_t.
+    """
+
+    def loss(self, out: Tensor, noisy: objectives.NoisyBatch) -> dict[str, Tensor]:
+        x0 = noisy.x0
+        time = (noisy.time / 1000).clamp(min=LEAST_TIME).view(-1, 1, 1, 1)
+        mse = ((out[:, : x0.shape[1]].to(x0.dtype) - x0) / time).square().flatten(1).mean(1)
+        return {"loss": mse, "mse": mse, "t": noisy.time}
+
+
 class CellChunk(ChunkLayer):
     """Adds to each kept token what a linear layer makes of the mean over its cell."""
 
@@ -123,7 +158,7 @@ def cell_means(x: Tensor, sel: TokenSelection) -> Tensor:
     side = math.isqrt(length)
     nearest = nearest_kept(sel.mask.view(images, side, side)).flatten(1)
     rows = sel.packed_rows.gather(1, nearest).flatten().long()
-    sums = x.new_zeros(len(sel.indices), dim).index_add(0, rows, x.flatten(0, 1))
+    sums = x.new_zeros(len(sel.indices), dim, dtype=torch.float32).index_add(0, rows, x.flatten(0, 1).float())
     return sums / rows.bincount(minlength=len(sums))[:, None]
 
 
@@ -132,9 +167,10 @@ def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
     dim = cifar10.MODELS["dc-dit"][1]["hidden_size"]
     chunk = partial(CellChunk, dim) if variant.cell else ChunkLayer
+    objective = CleanImageObjective if variant.clean else NotingObjective
     with (
-        patch.dict(ROUTERS, random=RandomRouter, uniform=UniformRouter, oracle=OracleRouter),
-        patch.object(objectives, "FlowMatchingObjective", NotingObjective),
+        patch.dict(ROUTERS, FIXED),
+        patch.object(objectives, "FlowMatchingObjective", objective),
         patch.object(dc_dit, "ChunkLayer", chunk),
     ):
         yield
@@ -170,7 +206,8 @@ def write_page(results: Results, conditions: dict[str, Any], out: Path) -> Path:
         "## Kept fraction, and its correlation with local detail, by noise level",
         routing_table(results),
     ]
-    return write_study(results, conditions, parts, "selection.png", out)
+    plot_courses(results, out / "selection.png")
+    return write_study(results, conditions, parts, out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

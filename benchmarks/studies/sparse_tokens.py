@@ -57,7 +57,7 @@ def study(scale: str, batch: int, rounds: int) -> str:
     static = create_model(f"DiT-{scale}/2").eval()
     fill_zero_weights(static)
     x, y = varied_latents(batch, 4, static.config.grid), torch.arange(batch)
-    sides, notes = {"static DiT": Side(static, x, y, TIMES[0])}, []
+    sides, notes = {"static DiT": Side(static, y, [(x, TIMES[0])])}, []
     for name, overrides in MODELS.items():
         model: Any = create_model(f"SparseDiT-{scale}/2", **overrides).eval()
         fill_zero_weights(model)
@@ -66,9 +66,9 @@ def study(scale: str, batch: int, rounds: int) -> str:
         notes.append(f"- {name}: ours and the plain formulation differ by at most {worst:.1e} of the largest number.")
         for t in TIMES if model.config.noisy_grid else TIMES[:1]:
             tokens = f"{model.config.sparse_tokens_at(t)} tokens"
-            sides[f"{name}: {tokens}"] = Side(model, x, y, t)
+            sides[f"{name}: {tokens}"] = Side(model, y, [(x, t)])
         if not model.config.noisy_grid:
-            sides[f"{name}: {tokens}, plain"] = Side(plain, x, y, TIMES[0])
+            sides[f"{name}: {tokens}, plain"] = Side(plain, y, [(x, TIMES[0])])
     title = f"## SparseDiT-{scale}/2 against DiT-{scale}/2, batch {batch}"
     return "\n\n".join([title, time_sides(sides, rounds), "\n".join(notes)])
 

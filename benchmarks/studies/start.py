@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
-from benchmarks.studies.comparison import by_way, loss_table, measure_runs, routing_table, write_study
+from benchmarks.studies.comparison import by_way, loss_table, measure_runs, plot_courses, routing_table, write_study
 from benchmarks.studies.training import read_log, train_all
 from dcdit.checkpoint import load_model
 from dcdit.config import TrainConfig
@@ -95,7 +95,8 @@ def write_page(results: Mapping[str, dict[str, Any]], conditions: Mapping[str, A
             ],
         ),
     ]
-    return write_study(results, conditions, parts, "start.png", out)
+    plot_courses(results, out / "start.png")
+    return write_study(results, conditions, parts, out)
 
 
 def _cells(start: Start) -> list[str]:

@@ -254,6 +254,9 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
             raise ValueError(
                 f"{source}: {key} has shape {list(tensor.shape)}; accepted: {shape}, that of its parameter"
             )
+        if tensor.shape and tensor.stride() != parameters[name].stride():
+            # Fused kernels read weights and moments in the order of their memory; weights may be channels-last.
+            tensor = torch.empty_like(parameters[name], dtype=tensor.dtype).copy_(tensor)
         state[index_of[name]][entry] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})

@@ -111,7 +111,7 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
     from dcdit.data import create_dataset
     from dcdit.profiling.plots import plot_boundary_maps, plot_profile, plot_training
     from dcdit.profiling.profile import profile
-    from dcdit.profiling.router_study import study_router
+    from dcdit.profiling.router_study import local_detail, study_router
     from dcdit.sample.options import SamplingOptions
     from dcdit.train import train
 
@@ -142,7 +142,8 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
     print(f"3/4 where the router looks, on held-out {DATA[data].images}", flush=True)
     x0, y = _stack([held_out[n] for n in range(STUDY_IMAGES)])
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
-    study = study_router(model, x0, y, objective, NOISE_LEVELS)
+    detail = local_detail(x0)
+    study = study_router(model, x0, y, objective, NOISE_LEVELS, detailed=detail >= detail.quantile(2 / 3))
     plot_boundary_maps(_boundary_maps(model, x0[:1], y[:1], objective), out / "boundary_maps.png")
 
     print("4/4 timing against the static DiT", flush=True)
@@ -243,18 +244,18 @@ def _report(facts: dict[str, Any], timings: str) -> str:
 
     study, log, data = facts["router"], facts["training_log"], DATA[facts["data"]]
     rows = [
-        [f"{level:g}", f"{kept:.1%}", f"{flat:.1%}", f"{edges:.1%}", f"{correlation:+.2f}"]
-        for level, kept, flat, edges, correlation in zip(
+        [f"{level:g}", f"{kept:.1%}", f"{detailed:.1%}", f"{others:.1%}", f"{correlation:+.2f}"]
+        for level, kept, detailed, others, correlation in zip(
             study["levels"],
             study["kept_share"],
-            study["kept_share_flat"],
-            study["kept_share_edges"],
+            study["kept_share_inside"],
+            study["kept_share_outside"],
             study["detail_correlation"],
             strict=True,
         )
     ]
     router = markdown_table(
-        ["noise level", "kept", "of the flattest third", "of the most detailed third", "correlation with detail"], rows
+        ["noise level", "kept", "of the most detailed third", "of the others", "correlation with detail"], rows
     )
     grids = "\n\n".join(
         f"**drop fraction {s['drop_fraction']:g}** ({s['images']} images, {SAMPLING_STEPS} Euler steps, "
@@ -262,7 +263,7 @@ def _report(facts: dict[str, Any], timings: str) -> str:
         for s in facts["samples"].values()
     )
     more, less = study["kept_share"][0], study["kept_share"][-1]
-    flat, edges = study["kept_share_flat"][0], study["kept_share_edges"][0]
+    detailed, others = study["kept_share_inside"][0], study["kept_share_outside"][0]
     optim, timed = facts["config"]["optim"], facts["profile"]
     target, size = facts["config"]["router"]["target"], facts["config"]["data"]["size"]
     return f"""# DC-DiT demo
@@ -294,9 +295,9 @@ What the model expects, what the router sees and what it keeps, step by step, at
 ## Where the router looks
 
 {study["images"]} held-out images, no dropping. Detail is the log variance in a 5x5 window. The correlation is that of
-detail and the router's probability over all positions, and the thirds are of all positions. Training asks for none of
+detail and the router's probability over all positions, and the third is of all positions. Training asks for none of
 this: a token is kept where that lowered the loss of this model, which need not be where a person sees detail.
-At the lowest noise level, {flat:.1%} of the flattest third are kept and {edges:.1%} of the most detailed one. The kept
+At the lowest noise level, {detailed:.1%} of the most detailed third are kept and {others:.1%} of the others. The kept
 fraction goes from {more:.1%} there to {less:.1%} at the highest level.
 
 {router}

@@ -151,6 +151,11 @@ class OptimSection:
     ema_decay: float = option(0.9999, "decay per step of the averaged weights", at_least=0, below=1)
     precision: str = option("fp32", "fp32, or bf16 (autocast; weights stay float32)", choices=("fp32", "bf16"))
     compile: bool = option(False, "train through torch.compile")
+    graph: bool | None = option(
+        None,
+        "take steps in CUDA graphs; null: where that is possible (a DC-DiT or DiT on one GPU with accumulate 1, a "
+        "DC-DiT in bf16 without compile); true: or stop with the reason",
+    )
     shard: bool = option(False, "divide weights, averages and optimiser state over the processes (FSDP2)")
     seed: int = option(0, "fixes initial weights, data order, noise and drop fractions", at_least=0, below=1 << 63)
     device: str = option("auto", "auto (a GPU if there is one) or cpu", choices=("auto", "cpu"))

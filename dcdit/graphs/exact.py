@@ -89,8 +89,7 @@ class _Batch:
     def __init__(self, model: Any, images: int, pool: cuda.Pool) -> None:
         config, weight = model.config, next(model.parameters())
         self._model, self._pool, self._device = model, pool, weight.device
-        self._positions = config.grid[0] * config.grid[1]
-        self._rows = images * self._positions
+        self._rows = images * config.grid[0] * config.grid[1]
         self._x = torch.zeros(images, config.in_channels, *config.grid, dtype=weight.dtype, device=weight.device)
         self._t = torch.zeros(images, dtype=torch.float32, device=weight.device)
         self._y = torch.zeros(images, dtype=torch.int64, device=weight.device)
@@ -138,10 +137,7 @@ class _Batch:
         self, total: int, longest: int, routed: _Routed, prepared: Prepared, max_graphs: int
     ) -> cuda.Captured:
         """The graph of the smallest size that holds so many rows, and images of that length."""
-        rows = min(self._rows, size_of(total, self._model.config, self._device))
-        bound = self._positions
-        while bound % 2 == 0 and bound // 2 >= longest:
-            bound //= 2
+        rows, bound = sizes_of(total, longest, self._rows, self._model.config, self._device)
         graph = self._decoded.pop((rows, bound), None)
         if graph is None:
             sel = routed.sel._replace(indices=routed.sel.indices[:rows], max_seqlen=bound)
@@ -155,6 +151,20 @@ class _Batch:
         while len(self._decoded) > max_graphs:
             del self._decoded[next(iter(self._decoded))]
         return graph
+
+
+def sizes_of(total: int, longest: int, most: int, config: DCDiTConfig, device: torch.device) -> tuple[int, int]:
+    """Rows of the packed buffer, and a bound on the tokens of one image: the sizes for which a graph is captured.
+
+    Args:
+        total: kept tokens of the batch.
+        longest: of one image.
+        most: positions of the batch.
+    """
+    bound = config.grid[0] * config.grid[1]
+    while bound % 2 == 0 and bound // 2 >= longest:
+        bound //= 2
+    return min(most, size_of(total, config, device)), bound
 
 
 def size_of(total: int, config: DCDiTConfig, device: torch.device) -> int:

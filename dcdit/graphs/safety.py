@@ -58,11 +58,16 @@ def graph_obstacle(
     return None
 
 
-def waits_in_attention(model: DCDiT) -> bool:
-    """Whether attention over images of different lengths reads their lengths on the host."""
+def waits_in_attention(model: DCDiT, dtype: torch.dtype | None = None) -> bool:
+    """Whether attention over images of different lengths reads their lengths on the host.
+
+    Args:
+        dtype: of queries and keys; None: that of the weights.
+    """
     weight = next(model.parameters())
     head_dim = model.config.hidden_size // model.config.num_heads
-    return weight.is_cuda and choose_attention_backend("auto", weight.device, weight.dtype, head_dim, False) == "sdpa"
+    dtype = weight.dtype if dtype is None else dtype
+    return weight.is_cuda and choose_attention_backend("auto", weight.device, dtype, head_dim, False) == "sdpa"
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What a trained router looks at: kept tokens against local detail and against noise, as measured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +25,22 @@ class RouterStudy:
     """Kept fraction of the third of the images with the least detail."""
     kept_share_detailed: list[float]
     """Kept fraction of the third of the images with the most detail."""
-    kept_share_flat: list[float]
-    """Kept fraction of the third of all positions with the least local detail (more than a third where many tie)."""
-    kept_share_edges: list[float]
-    """Kept fraction of the third of all positions with the most local detail."""
     images: int
+    kept_share_inside: list[float] = field(default_factory=list)
+    """Kept fraction of the positions that are known to hold detail. Empty where nothing is known."""
+    kept_share_outside: list[float] = field(default_factory=list)
+    """Kept fraction of all other positions."""
 
 
 @torch.inference_mode()
 def study_router(
-    model: DCDiT, x0: Tensor, y: Tensor, objective: Objective, levels: Sequence[float], seed: int = 0
+    model: DCDiT,
+    x0: Tensor,
+    y: Tensor,
+    objective: Objective,
+    levels: Sequence[float],
+    seed: int = 0,
+    detailed: Tensor | None = None,
 ) -> RouterStudy:
     """Route clean images at several noise levels.
 
@@ -45,6 +51,7 @@ def study_router(
         objective: that the model was trained for; it puts the noise on the images.
         levels: noise levels from 0 (data) to 1 (noise).
         seed: of the noise, which is the same at every level.
+        detailed: (B, H, W) bool, the positions that are known to hold detail: the router is compared with them.
 
     Raises:
         ValueError: fewer than three images, or a level outside 0 to 1.
@@ -57,9 +64,8 @@ def study_router(
     detail = local_detail(x0)
     order = detail.flatten(1).mean(1).argsort()
     third = len(order) // 3
-    flat, edges = detail.flatten(1) <= detail.quantile(1 / 3), detail.flatten(1) >= detail.quantile(2 / 3)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    study = RouterStudy(list(levels), [], [], [], [], [], [], len(x0))
+    study = RouterStudy(list(levels), [], [], [], [], len(x0))
     for level in levels:
         noisy = objective.noise(x0, objective.t_at(level, x0), noise)
         _, routing = model(noisy.x, noisy.time, y, return_routing=True)
@@ -67,8 +73,10 @@ def study_router(
         study.kept_share.append(float(kept.mean()))
         study.kept_share_smooth.append(float(kept[order[:third]].mean()))
         study.kept_share_detailed.append(float(kept[order[-third:]].mean()))
-        study.kept_share_flat.append(float(routing.natural_mask[flat].float().mean()))
-        study.kept_share_edges.append(float(routing.natural_mask[edges].float().mean()))
+        if detailed is not None:
+            inside = detailed.flatten(1).to(kept.device)
+            study.kept_share_inside.append(float(routing.natural_mask[inside].float().mean()))
+            study.kept_share_outside.append(float(routing.natural_mask[~inside].float().mean()))
         study.detail_correlation.append(_correlation(routing.prob, detail.flatten(1)))
     return study
 

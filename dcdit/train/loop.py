@@ -24,6 +24,7 @@ from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
 from dcdit.train.folder import LOG_FILE, claim_run, placed, write_config
+from dcdit.train.graphed import GraphedStep, step_obstacle
 from dcdit.train.losses import training_losses
 from dcdit.train.optimizer import clipped_step, create_optimizer
 from dcdit.train.records import (
@@ -144,6 +145,12 @@ def _train(
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume), dataset, optim.batch_size)
     net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
+    obstacle = step_obstacle(config, net, processes)
+    if optim.graph and obstacle:
+        raise ValueError(f"optim.graph is true but steps cannot be captured: {obstacle}")
+    graphed = None
+    if optim.graph is not False and obstacle is None:
+        graphed = GraphedStep(config, net, objective, optimizer, ema, optional=optim.graph is None)
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
@@ -192,7 +199,7 @@ def _train(
             validate()
         stop = stop_check.stop(start % run.log_every == 0, signals.caught)
         while step < optim.steps and stop == NO_STOP:
-            # One step: forward and backward passes, then weights and averages.
+            # One step: forward and backward passes, then weights and averages, which a graph includes.
             if step >= config.upcycle.distill_steps:
                 teacher = None
             for group in optimizer.param_groups:
@@ -207,18 +214,26 @@ def _train(
                 t, noise, dropped, gate_noise = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
-                last = number == optim.accumulate - 1
-                with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
-                    with state.router_errors_explained(step, means):
-                        metrics, lengths = training_losses(config, step, net, objective, noisy, y, teacher, gate_noise)
-                    accelerator.backward(metrics["loss"] / optim.accumulate)
+                taken = None if graphed is None or teacher is not None else graphed(step, noisy, y)
+                if taken is None:
+                    last = number == optim.accumulate - 1
+                    with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
+                        with state.router_errors_explained(step, means):
+                            metrics, lengths = training_losses(
+                                config, step, net, objective, noisy, y, teacher, gate_noise
+                            )
+                        accelerator.backward(metrics["loss"] / optim.accumulate)
+                else:
+                    metrics, lengths = taken
                 flops.add(local_batch, lengths, 1 + complete, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
-            grad_norm = clipped_step(optimizer, optim.grad_clip)
-            optimizer.zero_grad(set_to_none=True)
-            ema.update()
+                del metrics  # a capture must not meet the streams of its gradients
             step_means = {name: torch.stack([metrics[name] for metrics in passes]).mean() for name in passes[0]}
-            means.add({**step_means, "grad_norm": grad_norm}, optim.batch_size)
+            if taken is None:
+                step_means["grad_norm"] = clipped_step(optimizer, optim.grad_clip)
+                optimizer.zero_grad(set_to_none=True)
+                ema.update()
+            means.add(step_means, optim.batch_size)
             step += 1
             bar.update()
 

@@ -40,12 +40,37 @@ def training_losses(
         Metrics () by name, of which ``loss`` is minimised; and the number of kept tokens of each image (B,) integer, of
         a SparseDiT its sparse ones, or None for a static model.
     """
-    model = unwrap_model(net)
-    options: dict[str, Any] = {}
-    if isinstance(model, DCDiT):
-        rho = drop_fraction(config.router, config.optim.seed, step)
-        options["drop_fraction"] = torch.full(y.shape, rho, device=y.device)
-    ran = _forward(config, net, noisy, y, teacher, gate_noise, options)
+    ran = _forward(config, step, net, noisy, y, teacher, gate_noise)
+    metrics, lengths = losses_of(config, step, unwrap_model(net), objective, noisy, ran)
+    if ran.gates is not None and trains_complete(config.width, step):
+        with autocast(config.optim, y.device):
+            out = net(noisy.x, noisy.time, y, **ran.options, complete=True)
+        complete = objective.loss(out.float(), noisy)["loss"].mean()
+        metrics["loss"] = metrics["loss"] + complete
+        metrics["complete_loss"] = complete
+    return metrics, lengths
+
+
+class Ran(NamedTuple):
+    """What a forward pass of training returns."""
+
+    out: Tensor
+    options: dict[str, Any]
+    """Of a DC-DiT, with which it was called: the drop fraction of each image (B,)."""
+    routing: Routing | None = None
+    """Of a DC-DiT."""
+    gates: Gates | None = None
+    """Of a model of dynamic width."""
+    distill: Tensor | None = None
+    """() the loss of the teacher, if there is one."""
+    probs: Tensor | None = None
+    """(B, modules, L): of the routers of a SparseDiT."""
+
+
+def losses_of(
+    config: TrainConfig, step: int, model: Any, objective: Objective, noisy: NoisyBatch, ran: Ran
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What :func:`training_losses` returns, from a forward pass that is done. No pass of the complete model."""
     diffusion = objective.loss(ran.out.float(), noisy)["loss"].mean()
     metrics = {"loss": diffusion, "diffusion_loss": diffusion}
     lengths: Tensor | None = None
@@ -57,10 +82,11 @@ def training_losses(
             "ratio_loss": ratio,
             "kept": routing.mask.float().mean(),
             "natural": routing.natural_mask.float().mean(),
-            "drop_fraction": options["drop_fraction"][0],
+            "drop_fraction": ran.options["drop_fraction"][0],
         }
     if isinstance(model, SparseDiT):
-        lengths = torch.tensor([model.config.sparse_tokens_at(time) for time in noisy.time.tolist()], device=y.device)
+        times = noisy.time.tolist()
+        lengths = torch.tensor([model.config.sparse_tokens_at(time) for time in times], device=noisy.x.device)
     if ran.probs is not None and lengths is not None:
         ratio = sparse_ratio_loss(ran.probs, lengths)
         metrics["loss"] = metrics["loss"] + config.router.loss_weight * ratio
@@ -73,52 +99,34 @@ def training_losses(
         width = width_loss(config.width, step, share, ran.gates)
         metrics["loss"] = metrics["loss"] + config.width.loss_weight * width
         metrics |= {"width_loss": width, "flops_share": share.mean()}
-        if trains_complete(config.width, step):
-            with autocast(config.optim, y.device):
-                out = net(noisy.x, noisy.time, y, **options, complete=True)
-            complete = objective.loss(out.float(), noisy)["loss"].mean()
-            metrics["loss"] = metrics["loss"] + complete
-            metrics["complete_loss"] = complete
     return metrics, lengths
-
-
-class _Forward(NamedTuple):
-    """What a forward pass of training returns."""
-
-    out: Tensor
-    routing: Routing | None
-    """Of a DC-DiT."""
-    gates: Gates | None
-    """Of a model of dynamic width."""
-    distill: Tensor | None
-    """() the loss of the teacher, if there is one."""
-    probs: Tensor | None = None
-    """(B, modules, L): of the routers of a SparseDiT."""
 
 
 def _forward(
     config: TrainConfig,
+    step: int,
     net: Any,
     noisy: NoisyBatch,
     y: Tensor,
     teacher: Teacher | None,
     gate_noise: Tensor | None,
-    options: dict[str, Any],
-) -> _Forward:
+) -> Ran:
     model, inputs = unwrap_model(net), (noisy.x, noisy.time, y)
     gated = model.config.gate_shape is not None
     noise = {"gate_noise": gate_noise} if gated else {}
     with autocast(config.optim, y.device):
         if isinstance(model, SparseDiT) and model.config.router is not None:
             out, probs = net(*inputs, return_probs=True)
-            return _Forward(out, None, None, None, probs)
+            return Ran(out, {}, probs=probs)
         if not isinstance(model, DCDiT):
             out, gates = net(*inputs, **noise, return_gates=True) if gated else (net(*inputs), None)
-            return _Forward(out, None, gates, None)
+            return Ran(out, {}, gates=gates)
+        rho = drop_fraction(config.router, config.optim.seed, step)
+        options = {"drop_fraction": torch.full(y.shape, rho, device=y.device)}
         asked = {"return_routing": True, "return_states": teacher is not None}
         out, routing, *states = net(*inputs, **options, **noise, **asked)
         distill = None if teacher is None else teacher.loss(noisy.x, states[0], routing.selection)
-        return _Forward(out, routing, routing.gates, distill)
+        return Ran(out, options, routing, routing.gates, distill)
 
 
 def sparse_ratio_loss(probs: Tensor, counts: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.train.sharding import whole
+from dcdit.utils.cuda import has_graphs
 
 
 def create_optimizer(model: nn.Module, lr: float, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
     """AdamW over all parameters; on a GPU PyTorch's fused kernels, one pass over weights, gradients and moments."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type == "cuda")
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=has_graphs(device))
 
 
 def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:

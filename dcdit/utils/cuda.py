@@ -106,6 +106,8 @@ def capture(
     what: str,
     warmup: int = 3,
     undo: Callable[[], object] = lambda: None,
+    rehearsal: Callable[[], object] | None = None,
+    stream: Any = None,
 ) -> Captured:
     """Capture what a function starts on a device, without running it. Its tensors stay where they are at replay.
 
@@ -118,17 +120,19 @@ def capture(
         what: the function in words, for the message.
         warmup: calls before the capture. They compile kernels and fill caches.
         undo: called after each of them, to take back what it changed.
+        rehearsal: called before the capture in place of the function.
+        stream: to capture on; None makes one. A backward pass must be captured on the stream of its forward pass.
 
     Raises:
         CaptureError: the capture failed; ``__cause__`` says why.
     """
     logger.info("%s is captured in a CUDA graph", what)
     with driver.on_device(device):
-        side = driver.new_stream(device)
+        side = driver.new_stream(device) if stream is None else stream
         side.wait_stream(driver.current_stream(device))
         with driver.on_stream(side):
             for _ in range(warmup):
-                function()
+                (rehearsal or function)()
                 undo()
         driver.current_stream(device).wait_stream(side)
         driver.synchronize(device)

@@ -213,9 +213,10 @@ def test_training_steps() -> None:
     torch.manual_seed(0)  # which of so few positions are kept depends on the weights
     cases = training.TrainingCases(replace(SETTING, batches=(2, 1)))
     assert cases.run("equal")["compared"]
-    found = cases.run("drop 0.2")
-    assert found["eta"].keys() == {"static, compiled", "static, forward and backward"}
-    assert found["kept"] < 0.3
+    for case in ("drop 0.2", "drop 0.2, graphs"):
+        found = cases.run(case)
+        assert found["eta"].keys() == {"static, compiled"} and found["ms"].keys() == {"static, compiled", "DC-DiT"}
+        assert found["kept"] < 0.3
 
 
 def test_the_step_of_the_recipe_clips_averages_and_keeps_the_weights() -> None:

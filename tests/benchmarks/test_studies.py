@@ -1,6 +1,8 @@
 """The CIFAR-10 study end to end: fabricated strips, tiny models, a tiny extractor."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.studies import cifar10, cifar10_gpu, comparison, composition, selection, start, training
+from benchmarks.harness.static import CompiledDiT
+from benchmarks.studies import (
+    cifar10,
+    cifar10_gpu,
+    comparison,
+    composition,
+    composition_page,
+    selection,
+    start,
+    training,
+)
 from dcdit.config import TrainConfig, load_config
 from dcdit.models.starts import STARTS
 from dcdit.ops import select_tokens
@@ -139,22 +151,65 @@ def test_every_choice_of_tokens_is_trained_and_measured(package: Path, short: Pa
     assert correlation["oracle-0"] > 0.5 > abs(correlation["random-0"])
 
 
-def test_methods_that_compose_are_trained_measured_and_timed(package: Path, short: Path, monkeypatch) -> None:
-    monkeypatch.setattr(composition, "train_all", train_here)
-    monkeypatch.setattr(composition, "CACHED_STEPS", 4)
+@pytest.fixture
+def composed(package: Path, short: Path, monkeypatch) -> tuple[Path, Path]:
+    """The data and the results of tiny models, all of which were trained."""
     for name, (preset, overrides) in composition.MODELS.items():
-        layout = {"hidden_size": 128, "depth": 1 if preset.startswith("DC") else 5}
+        layout = {"depth": 1 if preset.startswith("DC") else 5}
         layout |= {"sparse_depth": 1} if preset.startswith("Sparse") else {}
-        preset = preset.replace("/2", "/4")
-        monkeypatch.setitem(composition.MODELS, name, (preset, {**overrides, **layout}))
-    text, runs = page_of(composition, package, short, "--rounds", "2", "--flops", "5e9")
-    assert set(runs) == {f"{name}-0" for name in composition.MODELS}
-    for name, run in runs.items():
+        monkeypatch.setitem(composition.MODELS, name, (preset.replace("/2", "/4"), {**overrides, **layout}))
+    base, often = short / "composition.yaml", "log_every: 1, eval_every: 1, eval_images: 2"
+    base.write_text(composition.BASE.read_text().replace("log_every: 20, eval_every: 100, eval_images: 256", often))
+    assert often in base.read_text()
+    settings = {"BASE": base, "BATCH": 2, "GPU_IMAGES": 3, "GPU_COPIES": 2, "GPU_ROUNDS": 2, "GPU_SECONDS": 0}
+    for name, value in {**settings, "train_all": train_here}.items():
+        monkeypatch.setattr(composition, name, value)
+    monkeypatch.setattr(cifar10, "HELD_OUT", 3)
+    monkeypatch.setattr(cifar10_gpu, "IMAGES", 40)
+    data, out = short / "data.npz", short / "trained"
+    cifar10_gpu.main(["data", "--package", str(package), "--out", str(data)])
+    arguments = ["--data", str(data), "--runs", str(short / "runs"), "--out", str(out), "--flops", "5e9"]
+    composition.main([*arguments, "--device", "cpu", "--seeds", "0"])
+    return data, out
+
+
+def test_methods_that_compose_are_trained_measured_and_timed(composed: tuple[Path, Path], monkeypatch) -> None:
+    data, out = composed
+    trained = json.loads((out / "trained.json").read_text())
+    assert set(trained["runs"]) == {f"{name}-0" for name in composition.MODELS}
+    for run in trained["runs"].values():
         assert run["training_flops"] >= 5e9 and len(run["loss_by_level"]["drawn"]) == 2
-        assert f"| {comparison.way_of(name)} " in text and f"| {comparison.way_of(name)}, noise 0.75 " in text
-    assert runs["sparsedit-0"]["gflops"]["drawn"] < runs["static-0"]["gflops"]["drawn"]
-    assert "TeaCache" in text and "FirstBlockCache" not in text
-    assert (short / "page" / "losses.png").is_file()
+    gflops = {name: run["gflops"]["drawn"] for name, run in trained["runs"].items()}
+    assert gflops["sparsedit-0"] < gflops["static-0"]
+
+    # What is timed on a GPU.
+    monkeypatch.setattr(composition, "CompiledDiT", partial(CompiledDiT, backend="eager"))
+    planned = composition.configs(data, out.parent / "runs", 5e9, [0], "cpu")
+    found = composition.time_on_gpu({name: planned[f"{name}-0"] for name in composition.MODELS})
+    assert list(found["sides"]) == [composition.COMPILED, *composition.MODELS] and found["images"] == 6
+    assert found["sides"]["static"]["gflops"] == pytest.approx(gflops["static-0"])
+    (out / "trained.json").write_text(json.dumps({**trained, "gpu": found}))
+
+    for name, value in {"CPU_IMAGES": 2, "CACHED_STEPS": 4}.items():
+        monkeypatch.setattr(composition_page, name, value)
+    page = out.parent / "page"
+    composition_page.main(["--data", str(data), "--trained", str(out), "--rounds", "2", "--out", str(page)])
+    text = (page / "report.md").read_text()
+    for name in composition.MODELS:
+        assert text.count(f"| {name} ") == 4  # the summary, the losses, the times of both devices
+    assert "threshold 0.05" in text and "Time on a GPU" in text
+    assert (page / "losses.png").is_file() and (page / "study.json").is_file()
+
+    # A run that failed is named, and the others are measured.
+    def fail(configs: dict[str, TrainConfig], jobs: int) -> None:
+        raise training.RunFailedError("training failed: static-0")
+
+    monkeypatch.setattr(composition, "train_all", fail)
+    shutil.rmtree(out.parent / "runs" / "static-0")
+    arguments = ["--data", str(data), "--runs", str(out.parent / "runs"), "--out", str(out / "again")]
+    with pytest.raises(SystemExit, match="static-0"):
+        composition.main([*arguments, "--device", "cpu", "--seeds", "0"])
+    assert set(json.loads((out / "again" / "trained.json").read_text())["runs"]) == set(trained["runs"]) - {"static-0"}
 
 
 def test_a_cell_is_what_the_de_chunk_gives_to_its_token() -> None:

@@ -35,24 +35,24 @@ def test_a_router_that_follows_detail() -> None:
     assert study.detail_correlation[0] > 0.9
     assert study.kept_share_detailed[0] > study.kept_share_smooth[0]
     assert study.kept_share_smooth[0] <= study.kept_share[0] <= study.kept_share_detailed[0]
-    assert study.kept_share_flat[0] < study.kept_share[0] < study.kept_share_edges[0]
     assert (study.images, study.levels) == (6, [0.0])
-
-
-def test_positions_are_sorted_by_their_own_detail() -> None:
-    """The right half of every image is noise, so it holds the most detailed third of all positions."""
-
-    def right_columns(x: Tensor, t: Tensor, y: Tensor, return_routing: bool) -> tuple[None, Routed]:
-        mask = (torch.arange(16) >= 6).repeat(16).expand(len(x), -1)
-        return None, Routed(torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)), mask)
-
-    study = study_router(right_columns, images(), torch.zeros(6).long(), FlowMatchingObjective(), [0.0])
-    assert study.kept_share_edges == [1.0] and study.kept_share_flat == [0.0]
 
 
 def test_noise_hides_the_detail() -> None:
     study = study_router(by_detail, images(), torch.zeros(6).long(), FlowMatchingObjective(), [0.0, 0.5, 0.99])
     assert study.detail_correlation[0] > study.detail_correlation[1] > study.detail_correlation[2]
+
+
+def test_a_router_is_compared_with_the_truth() -> None:
+    x0, right = images(), torch.zeros(6, 16, 16, dtype=torch.bool)
+    right[..., 8:] = True
+    arguments = (x0, torch.zeros(6).long(), FlowMatchingObjective(), [0.0])
+    study = study_router(by_detail, *arguments, detailed=right)
+    prob = by_detail(x0, x0, x0, True)[1].prob.view(6, 16, 16)
+    assert study.kept_share_inside == [float((prob[right] > 0.5).float().mean())]
+    assert study.kept_share_outside == [float((prob[~right] > 0.5).float().mean())]
+    assert study.kept_share_inside > study.kept_share_outside
+    assert study_router(by_detail, *arguments).kept_share_inside == []
 
 
 def test_detail_is_local_and_flat_where_nothing_happens() -> None:

@@ -235,12 +235,13 @@ class _Tape(TorchDispatchMode):
     @torch.no_grad()
     def undo(self) -> None:
         """A capture runs nothing: outside of the graph all is as before, and inside there is no value yet."""
+        # Through .data: to autograd nothing has changed, as on a device.
         for tensor, before in self._before.values():
-            tensor.copy_(before)
+            tensor.data.copy_(before)
         for *_, outputs, view in self.entries:
             for tensor in outputs:
                 if isinstance(tensor, Tensor) and not view and _storage(tensor) in self._made:
-                    tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+                    tensor.data.fill_(torch.nan if tensor.is_floating_point() else 0)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -249,7 +250,7 @@ class _Tape(TorchDispatchMode):
                 continue
             for kept, new in zip(outputs, tree_flatten(func(*args, **kwargs))[0], strict=True):
                 if isinstance(kept, Tensor) and _storage(kept) != _storage(new) and "empty" not in str(func):
-                    kept.copy_(new)
+                    kept.data.copy_(new)
 
 
 class _Recorder(TorchDispatchMode):

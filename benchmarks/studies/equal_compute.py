@@ -1,0 +1,269 @@
+"""Does a DC-DiT beat static DiTs at equal training compute, and if it does not, why? Many small runs on one GPU.
+
+    python3 -m benchmarks.studies.cifar10_gpu data --package DIR --out cifar10.npz
+    python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER
+    python3 -m benchmarks.studies.equal_compute page --lines FOLDER/lines.jsonl --out PAGE
+
+`train` needs a GPU and no network. It trains the runs of :func:`plan` side by side, each to a number of training FLOPs,
+on two sets of images: CIFAR-10, and digits on empty canvases, where it is known which positions hold detail. A run that
+has ended is measured, and its line is appended to lines.jsonl. When the minutes are over, what still runs is stopped
+and measured as it is. The order is that of :func:`plan`: what a small budget loses is what matters least. `page` runs
+on a CPU. Some runs replace parts of the model in their own process (`benchmarks/studies/selection.py`).
+"""
+
+import argparse
+import base64
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.machine import cpu_name
+from benchmarks.studies import cifar10
+from benchmarks.studies.comparison import way_of
+from benchmarks.studies.digit_canvases import held_out_ink, scans_of_scikit_learn, write_canvases
+from benchmarks.studies.equal_compute_page import read_lines, write_page
+from benchmarks.studies.selection import VARIANTS, Variant, installed
+from benchmarks.studies.training import read_log, train_all
+from dcdit import cli
+from dcdit.checkpoint import Model, load_model
+from dcdit.config import TrainConfig, load_config, parse_overrides
+from dcdit.diffusion import create_objective, sample
+from dcdit.models import DCDiT
+from dcdit.train.losses import autocast
+from dcdit.utils.images import to_pixels
+
+BASE = Path(__file__).with_suffix(".yaml")
+MODELS = {
+    "dc-dit": ("DC-DiT-S", {**cifar10.COMMON, "hidden_size": 128, "depth": 8}),
+    "static-flops": ("DiT-S/2", {**cifar10.COMMON, "hidden_size": 140, "depth": 9}),
+    "static-parameters": ("DiT-S/2", {**cifar10.COMMON, "hidden_size": 132, "depth": 8}),
+}
+"""As many FLOPs per forward pass as the DC-DiT at a quarter of its tokens; as many parameters."""
+DATA = ("cifar", "digits")
+IMAGES = 12_000
+GOALS = (3e14, 1e15)
+SEEDS = (0, 1)
+SHOWN_SAMPLES, SAMPLING_STEPS, SHOWN_MASKS = 8, 30, 4
+MASK_LEVELS = (0.2, 0.5, 0.8)
+SPARED = 45.0
+"""Seconds before the end from which on nothing new is started: it would not come far."""
+NEEDED = (("train", "data"), ("train", "out"), ("page", "lines"), ("page", "out"))
+
+
+class Way(NamedTuple):
+    """One way to train."""
+
+    model: str = "dc-dit"
+    variant: Variant = Variant()
+    start: str = "paper"
+    settings: Mapping[str, Any] = {}
+
+
+MAIN = {name: Way(name) for name in MODELS}
+CHOICES = {
+    "dc-dit+clean": Way(variant=Variant(clean=True)),
+    "static-flops+clean": Way("static-flops", Variant(clean=True)),
+    "static-parameters+clean": Way("static-parameters", Variant(clean=True)),
+    "uniform": Way(variant=VARIANTS["uniform"]),
+    "oracle": Way(variant=VARIANTS["oracle"]),
+    "no-dropping": Way(settings={"router.drop_fractions": [0.0]}),
+    "learned+cell": Way(variant=VARIANTS["learned+cell"]),
+    "random": Way(variant=VARIANTS["random"]),
+    "official-start": Way(start="official"),
+    "uniform+cell": Way(variant=VARIANTS["uniform+cell"]),
+}
+FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MODELS}
+EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MODELS}
+SLOWER = {f"{name}+lr5e-4": Way(name, settings={"optim.lr": 5e-4}) for name in MODELS}
+WAYS = {**MAIN, **CHOICES, **FASTER, **EPSILON, **SLOWER}
+
+
+def plan(goals: Sequence[float]) -> list[tuple[str, float]]:
+    """Runs ("<data>-<way>-<seed>") and the FLOPs to which they are trained, the most important first."""
+    first, last = goals[0], goals[-1]
+    parts = (
+        (MAIN, SEEDS, first),
+        (CHOICES, SEEDS[:1], first),
+        (MAIN, SEEDS, last),
+        (FASTER | EPSILON | SLOWER, SEEDS[:1], first),
+        (CHOICES, SEEDS[:1], last),
+    )
+    return [(f"{data}-{way}-{seed}", flops) for ways, seeds, flops in parts
+            for seed in seeds for way in ways for data in DATA]  # fmt: skip
+
+
+def way_in(run: str) -> Way:
+    """The way of a run: ``"cifar-no-dropping-0"`` -> that of ``"no-dropping"``."""
+    return WAYS[way_of(run).partition("-")[2]]
+
+
+def config_of(
+    run: str, flops: float, sources: Mapping[str, Path], runs: Path, settings: Mapping[str, Any]
+) -> TrainConfig:
+    """The configuration of one run."""
+    data, way = run.partition("-")[0], way_in(run)
+    preset, overrides = MODELS[way.model]
+    dynamic = {"start": way.start, "router": way.variant.router} if way.model == "dc-dit" else {}
+    values = {
+        "model.name": preset,
+        "model.num_classes": 10,
+        "model.overrides": {**overrides, **dynamic},
+        "data.path": str(sources[data]),
+        "data.flip": data != "digits",
+        "run.out": str(runs / run),
+        "optim.flops": flops,
+        "optim.seed": int(run.rpartition("-")[2]),
+        **way.settings,
+        **settings,
+    }
+    if way.variant.replaces_parts:  # with code that no CUDA graph can hold
+        values["optim.graph"] = False
+    with installed(way.variant):
+        return load_config(BASE, values)
+
+
+def train_and_measure(
+    run: str, folder: Path, until: float, lines: Path, held_out: int, arguments: Sequence[str]
+) -> int:
+    """One process of ``train``: train as ``dcdit train`` does, not past ``until``, then append a line to ``lines``."""
+    variant = way_in(run).variant
+    with installed(variant):
+        minutes = max((until - time.time()) / 60, 1e-3)
+        code = cli.main(["train", *arguments, "--set", f"run.minutes={minutes}"])
+        if not code:
+            found = measure(load_config(folder / "config.yaml"), variant.clean, held_out)
+            write_line(lines, {"run": run, **found})
+    return code
+
+
+@torch.inference_mode()
+def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
+    """What the page shows of a run, measured with its averaged weights in the precision and where it was trained.
+
+    Args:
+        config: of the run.
+        clean: whether the model predicts the clean image.
+        held_out: number of images.
+    """
+    device = torch.device("cuda" if config.optim.device == "auto" and torch.cuda.is_available() else "cpu")
+    model = load_model(config.run.out).to(device)
+    ink = None
+    if Path(config.data.path or "").stem == "digits":
+        ink = held_out_ink(Path(config.data.path or ""), held_out, config.data.held_out)
+    facts = cifar10.run_facts(config)
+    log = read_log(config)
+    spent = {record["step"]: record["flops"] for record in log if "flops" in record}
+    found = {name: facts[name] for name in ("steps", "images", "training_flops")}
+    found["goal"] = config.optim.flops
+    found["machine"] = (
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()}, torch {torch.__version__}"
+    )
+    found["course"] = [(spent[r["step"]], r["val_loss_ema"]) for r in log if "val_loss_ema" in r and r["step"] in spent]
+    found["kept"] = [(record["flops"], round(record["natural"], 4)) for record in log if "natural" in record]
+    with autocast(config.optim, device):
+        found |= cifar10.measure_losses(config, model, held_out, ink)
+        del found["seconds"]  # other runs had the GPU as well
+        if isinstance(model, DCDiT):
+            found["masks"] = masks(config, model, device)
+        found["samples"] = draw(config, model, clean, device)
+    return found
+
+
+def masks(config: TrainConfig, model: DCDiT, device: torch.device) -> dict[str, list[str]]:
+    """Noise level -> what the router keeps of the first held-out images, a 0 or 1 for each position."""
+    objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
+    x0, y = (tensor.to(device) for tensor in cifar10.held_out(config, SHOWN_MASKS))
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    found = {}
+    for level in MASK_LEVELS:
+        noisy = objective.noise(x0, objective.t_at(level, x0), noise)
+        _, routing = model(noisy.x, noisy.time, y, return_routing=True)
+        found[str(level)] = ["".join(map(str, kept)) for kept in routing.natural_mask.int().tolist()]
+    return found
+
+
+def draw(config: TrainConfig, model: Model, clean: bool, device: torch.device) -> str | None:
+    """Euler samples without guidance, all models from the same noise: uint8 (SHOWN_SAMPLES, H, W, 3) in base64.
+
+    None of a model that this sampler does not fit, and none where the clean image, which samples lack, chooses tokens.
+    """
+    if config.diffusion.objective != "flow" or config.model.overrides.get("router") == "oracle":
+        return None
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out = model(x, t, y)
+        return (x - out) / (t / 1000).view(-1, 1, 1, 1) if clean else out
+
+    labels, shape = torch.arange(SHOWN_SAMPLES, device=device) % 10, (3, *model.config.grid)
+    null_class = model.config.num_classes
+    drawn = sample(
+        velocity, labels, SAMPLING_STEPS, "euler", shape=shape, null_class=null_class, progress=False, graph=False
+    )
+    return base64.b64encode(to_pixels(drawn).tobytes()).decode()
+
+
+def write_line(lines: Path, values: Mapping[str, Any]) -> None:
+    """Append one line in one write, so that the lines of other processes stay whole."""
+    with lines.open("ab", buffering=0) as file:
+        file.write((json.dumps(values) + "\n").encode())
+
+
+def train_runs(args: argparse.Namespace) -> None:
+    """All of ``train``: the data, the processes, the lines."""
+    until = time.time() + 60 * args.minutes
+    args.runs.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines, sources = args.out / "lines.jsonl", {"cifar": args.data, "digits": args.runs / "digits.npz"}
+    held_out = load_config(BASE).data.held_out
+    if not sources["digits"].is_file():
+        write_canvases(args.digits or scans_of_scikit_learn(), sources["digits"], IMAGES, held_out)
+    settings = parse_overrides(args.set)
+    me = ("-m", "benchmarks.studies.equal_compute")
+    configs, programs = {}, {}
+    for run, flops in plan(args.goals):
+        if args.only and way_of(run).partition("-")[2] not in args.only:
+            continue
+        config = config_of(run, flops, sources, args.runs, settings)
+        configs[f"{run} to {flops:g}"] = config
+        programs[f"{run} to {flops:g}"] = (*me, "run", run, config.run.out, str(until), str(lines), str(args.held_out))
+    train_all(configs, args.jobs, programs, until - SPARED)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:
+        run, folder, until, lines, held_out = arguments[1:6]
+        return train_and_measure(run, Path(folder), float(until), Path(lines), int(held_out), arguments[6:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("train", "page"))
+    parser.add_argument("--data", type=Path, help="train: the file that `cifar10_gpu data` wrote")
+    parser.add_argument("--digits", type=Path, help="train: digits.csv.gz of scikit-learn, where that is not installed")
+    parser.add_argument("--runs", type=Path, default=Path("out/equal-compute"), help="train: folder of the runs")
+    parser.add_argument("--out", type=Path, help="train: folder of lines.jsonl; page: of the page")
+    parser.add_argument("--minutes", type=float, default=8.5, help="train: after which all is stopped (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=12, help="train: runs at a time (default: %(default)s)")
+    parser.add_argument("--goals", type=float, nargs=2, default=GOALS, help="train: FLOPs, first and last (3e14 1e15)")
+    parser.add_argument("--only", nargs="+", choices=WAYS, help="train: these ways; default: all")
+    parser.add_argument("--held-out", type=int, default=cifar10.HELD_OUT, help="train: images to measure (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: of every run")
+    parser.add_argument("--lines", type=Path, nargs="+", help="page: what `train` wrote")
+    args = parser.parse_args(arguments)
+    for verb, option in NEEDED:
+        if args.verb == verb and getattr(args, option) is None:
+            parser.error(f"{verb} needs --{option}")
+    if args.verb == "train":
+        train_runs(args)
+    else:
+        command = "python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER"
+        print(f"wrote {write_page(read_lines(args.lines), command, args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,269 @@
+"""The page of the study of equal compute: curves, crossings, what chooses tokens, where they go."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.studies import cifar10
+from benchmarks.studies.comparison import Results, by_way, first, loss_table, routing_table, way_of
+from dcdit.profiling.plots import new_figure, plain_ticks
+from dcdit.utils.images import grid
+from dcdit.utils.tables import markdown_table
+
+DATA = {"cifar": "CIFAR-10", "digits": "Digits on empty canvases"}
+OURS, STATIC = "dc-dit", ("static-flops", "static-parameters")
+MARKS = (3e13, 1e14, 3e14, 1e15, 3e15)
+"""Training FLOPs at which the curves are compared."""
+COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC))}
+SIDE = 32
+
+Runs = dict[str, list[dict[str, Any]]]
+"""Run -> its lines, from the shortest to the longest."""
+Curve = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+def read_lines(files: Sequence[Path]) -> Runs:
+    """The lines of all calls. A run that several calls began anew keeps its line for each number of FLOPs reached."""
+    runs: Runs = {}
+    for line in (json.loads(text) for file in files for text in file.read_text().splitlines()):
+        runs.setdefault(line.pop("run"), []).append(line)
+    return {run: sorted(lines, key=lambda line: line["training_flops"]) for run, lines in runs.items()}
+
+
+def write_page(runs: Runs, command: str, out: Path) -> Path:
+    """Write report.md, its pictures, and study.json with the numbers behind them."""
+    out.mkdir(parents=True, exist_ok=True)
+    goals = sorted({line["goal"] for lines in runs.values() for line in lines})
+    machines = dict.fromkeys(line["machine"] for lines in runs.values() for line in lines)
+    parts = [
+        "# DC-DiT and static DiTs at equal training compute",
+        f"Small models on two sets of images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
+        "training FLOPs (three forwards a step, counted from the tokens that were kept). Losses are of held-out images "
+        f"at {len(cifar10.NOISE_LEVELS)} noise levels, the same noise for all, averaged weights; `±` is half the range "
+        "over the seeds. Runs shared one GPU, so nothing here is a time.",
+        f"Machine: {'; '.join(machines)}. Command: `{command}`.",
+    ]
+    for data, title in DATA.items():
+        mine = {run.partition("-")[2]: lines for run, lines in runs.items() if run.startswith(f"{data}-")}
+        if mine:
+            parts += [f"# {title}", *_parts(mine, data, goals, out)]
+    page = out / "report.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    shown = {run: [_numbers(line) for line in lines] for run, lines in runs.items()}
+    (out / "study.json").write_text(json.dumps({"command": command, "runs": shown}, indent=1) + "\n")
+    return page
+
+
+def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str]:
+    """The sections of one set of images."""
+    main = {run: lines for run, lines in runs.items() if way_of(run) in COLORS}
+    curves = {way: [curve_of(lines) for lines in of_way] for way, of_way in _lines_by_way(main).items()}
+    _plot_curves(main, curves, goals, out / f"{data}-loss.png")
+    parts = [
+        "## Equal training FLOPs",
+        "Loss while training (256 held-out images), mean over the seeds, and how far the DC-DiT is from each static "
+        "model: below zero it is ahead.",
+        _curve_table(curves),
+        *(f"- {sentence}" for sentence in _crossings(curves)),
+        f"![loss over training FLOPs, and by noise level]({data}-loss.png)",
+    ]
+    for goal in goals:
+        reached = at_goal(runs, goal)
+        if reached:
+            parts += [f"## Every run at {goal:.0e} training FLOPs", loss_table(reached), _cost_table(reached)]
+    last = {run: lines[-1] for run, lines in runs.items()}
+    routed = {run: line for run, line in last.items() if "routing" in line}
+    if routed:
+        parts += [
+            "## Where the tokens go",
+            "At the end of each run, without dropping, by noise level (0 is data, 1 is noise). The correlation is that "
+            "of the router's probability with the local detail of the clean image.",
+            routing_table(routed),
+            *_ink_parts(routed),
+        ]
+        _plot_routing(routed, out / f"{data}-routing.png")
+        parts.append(f"![kept fraction by noise level]({data}-routing.png)")
+        shown = {way_of(run): line["masks"] for run, line in routed.items() if run.endswith("-0")}
+        _draw_masks(shown, out / f"{data}-masks.png")
+        levels = ", ".join(next(iter(shown.values())))
+        parts += [
+            f"What the routers keep (white) of four held-out images at noise levels {levels}:",
+            f"![kept tokens]({data}-masks.png)",
+            "## Budgets",
+            "The same weights with tokens dropped:",
+            _budget_table(routed),
+        ]
+    sheets = {run: line["samples"] for run, line in last.items() if line.get("samples") and run.endswith("-0")}
+    if sheets:
+        pixels = [
+            np.frombuffer(base64.b64decode(sheet), np.uint8).reshape(-1, SIDE, SIDE, 3) for sheet in sheets.values()
+        ]
+        names = [way_of(run) for run in sheets]
+        grid(np.concatenate(pixels), len(pixels[0]), row_names=names).save(out / f"{data}-samples.png")
+        parts += ["## Samples", f"From the same noise, 30 Euler steps, no guidance:\n\n![samples]({data}-samples.png)"]
+    return parts
+
+
+def at_goal(runs: Runs, goal: float) -> dict[str, dict[str, Any]]:
+    """Run -> its line at a goal, of the runs that reached it."""
+    lines = {run: [line for line in of_run if line["goal"] == goal] for run, of_run in runs.items()}
+    return {run: of_run[-1] for run, of_run in lines.items() if of_run and of_run[-1]["training_flops"] >= goal}
+
+
+def curve_of(lines: Sequence[Mapping[str, Any]]) -> Curve:
+    """FLOPs and losses of a run, from its longest line."""
+    flops, losses = np.array(lines[-1]["course"], dtype=float).reshape(-1, 2).T
+    return flops, losses
+
+
+def mean_loss(curves: Iterable[Curve], flops: float) -> float | None:
+    """The mean over the seeds at so many FLOPs, between two records; None where a seed did not come that far."""
+    losses = []
+    for spent, loss in curves:
+        if not len(spent) or not spent[0] <= flops <= spent[-1]:
+            return None
+        losses.append(float(np.interp(np.log(flops), np.log(spent), loss)))
+    return float(np.mean(losses))
+
+
+def crossings(ours: Sequence[Curve], theirs: Sequence[Curve]) -> list[float] | None:
+    """FLOPs at which the order of two models changes, on the grid of our records. None if none can be compared."""
+    signs = []
+    for flops in ours[0][0]:
+        losses = mean_loss(ours, flops), mean_loss(theirs, flops)
+        if losses[0] is not None and losses[1] is not None:
+            signs.append((float(flops), losses[0] < losses[1]))
+    return [after[0] for before, after in pairwise(signs) if before[1] != after[1]] if signs else None
+
+
+def _lines_by_way(runs: Runs) -> dict[str, list[list[dict[str, Any]]]]:
+    return {way: [lines for run, lines in runs.items() if way_of(run) == way] for way in map(way_of, runs)}
+
+
+def _curve_table(curves: Mapping[str, Sequence[Curve]]) -> str:
+    ways = [way for way in COLORS if way in curves]
+    head = ["training FLOPs", *ways, *(f"{OURS} against {way}" for way in ways[1:])]
+    rows = []
+    for mark in MARKS:
+        losses = {way: mean_loss(curves[way], mark) for way in ways}
+        if any(loss is not None for loss in losses.values()):
+            ours = losses.get(OURS)
+            rows.append([f"{mark:.0e}", *(_number(loss) for loss in losses.values())])
+            rows[-1] += [_percent(ours, losses[way]) for way in ways[1:]]
+    return markdown_table(head, rows)
+
+
+def _number(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _percent(ours: float | None, theirs: float | None) -> str:
+    return "" if ours is None or theirs is None else f"{ours / theirs - 1:+.1%}"
+
+
+def _crossings(curves: Mapping[str, Sequence[Curve]]) -> list[str]:
+    found = []
+    for way in STATIC:
+        at = crossings(curves[OURS], curves[way]) if OURS in curves and way in curves else None
+        if at is not None:
+            places = f"change their order at {', '.join(f'{flops:.1e}' for flops in at)} FLOPs" if at else "never cross"
+            found.append(f"The curves of {OURS} and {way} {places}.")
+    return found
+
+
+def _cost_table(reached: Results) -> str:
+    rows = []
+    for way, runs in by_way(reached).items():
+        parameters, images = runs[0]["parameters"], np.mean([run["images"] for run in runs])
+        rows.append([way, str(len(runs)), f"{parameters:,}", f"{images:,.0f}", f"{first(runs[0]['gflops']):.3f}"])
+    return markdown_table(["", "seeds", "parameters", "images seen", "GFLOPs/forward"], rows)
+
+
+def _ink_parts(routed: Results) -> list[str]:
+    rows = []
+    for way, runs in by_way(routed).items():
+        for name, key in (("ink", "kept_share_inside"), ("background", "kept_share_outside")):
+            shares = np.array([run["routing"][key] for run in runs])
+            if shares.size:
+                rows.append([f"{way}, {name}", *(f"{share:.1%}" for share in shares.mean(0))])
+    if not rows:
+        return []
+    table = markdown_table(["kept of the", *(f"{level:g}" for level in cifar10.NOISE_LEVELS)], rows)
+    return ["Against the truth: the kept fraction of the ink and that of the empty background.", table]
+
+
+def _budget_table(routed: Results) -> str:
+    drops = list(next(iter(routed.values()))["loss"])
+    rows = [
+        [run, *(f"{line['loss'][rho]:.4f} at {line['gflops'][rho]:.2f} GFLOPs" for rho in drops)]
+        for run, line in routed.items()
+    ]
+    return markdown_table(["run", *(f"drop {rho}" for rho in drops)], rows)
+
+
+def _plot_curves(runs: Runs, curves: Mapping[str, Sequence[Curve]], goals: Sequence[float], path: Path) -> None:
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4))
+    for way, of_way in curves.items():
+        for number, (flops, losses) in enumerate(of_way):
+            left.plot(flops, losses, color=COLORS[way], lw=1, label=None if number else way)
+    left.set(xlabel="training FLOPs", ylabel="held-out loss", xscale="log", yscale="log")
+    plain_ticks(left)
+    left.legend(fontsize=8)
+    for goal, style in zip(goals, ("--", "-", ":"), strict=False):
+        means = {
+            way: np.mean([first(run["loss_by_level"]) for run in of_way], axis=0)
+            for way, of_way in by_way(at_goal(runs, goal)).items()
+        }
+        for way in STATIC:
+            if OURS in means and way in means:
+                share = 100 * (means[OURS] / means[way] - 1)
+                right.plot(
+                    cifar10.NOISE_LEVELS, share, style, marker="o", ms=3, color=COLORS[way], label=f"{way}, {goal:.0e}"
+                )
+    right.axhline(0, color="black", lw=0.5)
+    right.set(xlabel="noise level", ylabel=f"loss of {OURS} against it, %")
+    if right.lines[1:]:
+        right.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _plot_routing(routed: Results, path: Path) -> None:
+    known = any(run["routing"]["kept_share_inside"] for run in routed.values())
+    figure, axes = new_figure(1, 3 if known else 2, figsize=(14 if known else 10, 4))
+    for number, (way, runs) in enumerate(by_way(routed).items()):
+        look: dict[str, Any] = {"marker": "o", "ms": 3, "lw": 1, "color": f"C{number % 10}"}
+        look["ls"] = "-" if number < 10 else "--"
+        studies = [run["routing"] for run in runs]
+
+        def mean(key: str, studies: Sequence[Mapping[str, Any]] = studies) -> Any:
+            return np.mean([study[key] for study in studies], axis=0)
+
+        axes[0].plot(cifar10.NOISE_LEVELS, mean("kept_share"), label=way, **look)
+        axes[1].plot(cifar10.NOISE_LEVELS, mean("detail_correlation"), **look)
+        if known:
+            axes[2].plot(cifar10.NOISE_LEVELS, mean("kept_share_inside"), **look)
+    axes[0].set(xlabel="noise level", ylabel="kept fraction")
+    axes[0].legend(fontsize=7)
+    axes[1].set(xlabel="noise level", ylabel="correlation with local detail")
+    axes[1].axhline(0, color="black", lw=0.5)
+    if known:
+        axes[2].set(xlabel="noise level", ylabel="kept fraction of the ink", ylim=(-0.02, 1.02))
+    figure.savefig(path)
+
+
+def _draw_masks(masks: Mapping[str, Mapping[str, Sequence[str]]], path: Path) -> None:
+    """A row for each way: the masks of the first images at one noise level after the other."""
+    rows = [[bits for of_level in levels.values() for bits in of_level] for levels in masks.values()]
+    pixels = np.array([[[int(bit) for bit in bits] for bits in row] for row in rows], dtype=np.uint8)
+    sheet = 255 * np.repeat(pixels.reshape(-1, SIDE, SIDE, 1), 3, axis=3)
+    grid(sheet, len(rows[0]), row_names=list(masks)).save(path)
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What study.json keeps of a line: all but pictures and courses."""
+    return {name: value for name, value in line.items() if name not in ("samples", "masks", "course", "kept")}

@@ -1,0 +1,153 @@
+"""The study of equal compute: its canvases, its order, its deadline, and all of it once with tiny models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.studies import cifar10, equal_compute, selection, training
+from benchmarks.studies.digit_canvases import INK, held_out_ink, write_canvases
+from benchmarks.studies.equal_compute_page import crossings, mean_loss
+from dcdit.config import TrainConfig, load_config
+from dcdit.data import NpzDataset
+from dcdit.diffusion import FlowMatchingObjective
+
+HELD_OUT = 0.25
+FLOPS = (4e9, 8e9)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty scans, each of one brightness of its own."""
+    file = tmp_path_factory.mktemp("scans") / "digits.csv"
+    rows = np.stack([np.full(64, 6 + 10 * n / 39) for n in range(40)])
+    np.savetxt(file, np.column_stack([rows, np.arange(40) % 10]), delimiter=",")
+    return file
+
+
+def test_canvases_know_their_ink_and_hold_out_digits(scans: Path, tmp_path: Path) -> None:
+    path = tmp_path / "digits.npz"
+    write_canvases(scans, path, 200, HELD_OUT)
+    seen: dict[str, set[float]] = {}
+    for split in ("train", "held_out"):
+        images = NpzDataset(path, split, HELD_OUT, flip=False)
+        seen[split] = {float(images[n][0].max()) for n in range(len(images.split))}
+    assert len(seen["held_out"]) > 5 and not seen["train"] & seen["held_out"]
+    ink = held_out_ink(path, 20, HELD_OUT)
+    images = NpzDataset(path, "held_out", HELD_OUT, flip=False)
+    x0 = torch.stack([images[n][0] for n in range(20)])
+    assert torch.equal(ink, (x0[:, 0] + 1) / 2 > INK) and ink.sum((1, 2)).eq(16 * 16).all()
+
+
+def test_a_clean_image_that_is_predicted_has_the_loss_of_its_velocity() -> None:
+    x0, noise, out = torch.randn(3, 2, 3, 8, 8).unbind()
+    t = torch.tensor([0.05, 0.7])
+    clean, flow = selection.CleanImageObjective(), FlowMatchingObjective()
+    noisy = clean.noise(x0, t, noise)
+    velocity = (noisy.x_t - out) / t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(clean.loss(out, noisy)["loss"], flow.loss(velocity, flow.noise(x0, t, noise))["loss"])
+    early = clean.noise(x0, torch.tensor([0.001, 0.05]), noise)
+    losses = clean.loss(early.x0 + 1, early)["loss"]
+    torch.testing.assert_close(losses, torch.full((2,), 1 / selection.LEAST_TIME**2))
+
+
+def test_a_fixed_choice_drops_its_worst_positions_first() -> None:
+    selection.OracleRouter.clean = torch.rand(2, 3, 8, 8)
+    p = selection.OracleRouter(4, (8, 8))(torch.zeros(2, 64, 4))
+    detail = selection.local_detail(selection.OracleRouter.clean).flatten(1)
+    kept = p > 0.5
+    assert kept.sum(1).tolist() == [16, 16]
+    for image in range(2):
+        order = detail[image][kept[image]].argsort()
+        assert p[image][kept[image]][order].diff().gt(0).all()
+        assert detail[image][kept[image]].min() >= detail[image][~kept[image]].max()
+
+
+def test_the_most_important_runs_come_first_and_none_twice() -> None:
+    plan = equal_compute.plan(FLOPS)
+    assert len(set(plan)) == len(plan)
+    models = {
+        f"{data}-{model}-{seed}" for data in ("cifar", "digits") for model in equal_compute.MODELS for seed in "01"
+    }
+    assert {run for run, _ in plan[:12]} == models
+    assert all(flops == FLOPS[0] for _, flops in plan[:12])
+
+
+def test_only_parts_of_the_package_are_captured(tmp_path: Path) -> None:
+    sources = dict.fromkeys(equal_compute.DATA, tmp_path / "data.npz")
+    configs = {
+        way: equal_compute.config_of(f"cifar-{way}-0", 1e15, sources, tmp_path, {"optim.graph": True})
+        for way in ("dc-dit", "dc-dit+clean", "oracle", "learned+cell")
+    }
+    assert [config.optim.graph for config in configs.values()] == [True, True, False, False]
+
+
+def test_a_folder_waits_and_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    script = f"import sys,time; f=open({str(log)!r},'a'); f.write('+');f.flush(); time.sleep(.3); f.write('-')"
+    configs = {
+        name: load_config(None, {"run.out": str(tmp_path / "run"), "optim.flops": flops})
+        for name, flops in (("short", 1e9), ("long", 2e9))
+    }
+    programs = dict.fromkeys(configs, ("-c", script))
+    training.train_all(configs, 2, programs)
+    assert log.read_text() == "+-+-"
+    training.train_all(configs, 2, programs, until=0.0)
+    assert log.read_text() == "+-+-"
+
+
+def test_curves_are_compared_at_equal_flops() -> None:
+    falls = np.array([1.0, 10.0, 100.0]), np.array([3.0, 2.0, 1.0])
+    flat = np.array([1.0, 100.0]), np.array([1.5, 1.5])
+    assert mean_loss([falls, flat], 10.0) == pytest.approx(1.75)
+    assert mean_loss([falls], 200.0) is None
+    assert crossings([falls], [flat]) == [100.0]
+
+
+def run_here(configs: dict[str, TrainConfig], jobs: int, programs: dict[str, Any], until: float) -> None:
+    """The processes of the study in this one."""
+    for job, config in configs.items():
+        assert programs[job][:2] == ("-m", "benchmarks.studies.equal_compute")
+        assert equal_compute.main([*programs[job][2:], *training.run_arguments(config)]) == 0
+
+
+def test_the_study_trains_measures_and_writes_its_page(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {**cifar10.COMMON, "hidden_size": 128, "depth": 1}
+    models = {"dc-dit": ("DC-DiT-S", small), "static-flops": ("DiT-S/4", small)}
+    settings = {"MODELS": models, "IMAGES": 40, "SEEDS": (0,), "SAMPLING_STEPS": 2, "train_all": run_here}
+    for name, value in {**settings, "DATA": ("digits",)}.items():
+        monkeypatch.setattr(equal_compute, name, value)
+    monkeypatch.setattr(cifar10, "NOISE_LEVELS", (0.2, 0.8))
+    monkeypatch.setattr(cifar10, "DROPS", (0.0, 0.6))
+    out = tmp_path / "lines"
+    keys = ["optim.batch_size=2", "router.group_size=2", "optim.precision=fp32", "optim.device=cpu"]
+    keys += ["data.held_out=0.2", "run.log_every=1", "run.eval_every=1", "run.eval_images=2"]
+    options: dict[str, Any] = {"--data": "unread.npz", "--digits": scans, "--runs": tmp_path / "runs", "--out": out}
+    options |= {"--held-out": 4, "--minutes": 5}
+    arguments = [str(part) for pair in options.items() for part in pair]
+    arguments += [part for key in keys for part in ("--set", key)]
+    ways = ("dc-dit", "static-flops", "oracle")
+    equal_compute.main(["train", *arguments, "--goals", "3e9", "6e9", "--only", *ways])
+    lines = [json.loads(text) for text in (out / "lines.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in lines].count("digits-dc-dit-0") == 2 and len(lines) == 2 * len(ways)
+    for line in lines:
+        assert line["training_flops"] >= line["goal"]
+        assert (line["samples"] is None) == ("oracle" in line["run"])
+        assert ("routing" in line) == ("static" not in line["run"])
+    assert all(set(line["loss"]) == {"0.0", "0.6"} for line in lines if "routing" in line)
+    assert all(len(line["routing"]["kept_share_inside"]) == 2 for line in lines if "routing" in line)
+
+    page = tmp_path / "page"
+    equal_compute.main(["page", "--lines", str(out / "lines.jsonl"), "--out", str(page)])
+    text = (page / "report.md").read_text()
+    assert all(f"| {way} " in text for way in ways) and "| oracle, ink" in text
+    assert "dc-dit against static-flops" in text
+    for name in ("loss", "routing", "masks", "samples"):
+        assert f"digits-{name}.png" in text and (page / f"digits-{name}.png").is_file()
+    kept = json.loads((page / "study.json").read_text())["runs"]["digits-oracle-0"]
+    assert [line["goal"] for line in kept] == [3e9, 6e9] and "samples" not in kept[0]

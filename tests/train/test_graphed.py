@@ -1,0 +1,148 @@
+"""A training step in graphs, on a stand-in for the CUDA driver: bits, sizes, and what cannot be captured."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import capturable_attention, fake_device
+from support.fake_device import FakeDriver
+
+from dcdit.checkpoint import load_checkpoint
+from dcdit.config import load_config
+from dcdit.graphs import CaptureError
+from dcdit.train import graphed as graphed_steps
+from dcdit.train import train
+from dcdit.train.graphed import EAGER_STEPS
+
+SIDE = 8
+CLIP = 1.0
+SMALL = {"grid": [SIDE, SIDE], "in_channels": 3, "hidden_size": 128, "depth": 2, "num_heads": 2}
+
+
+SPARSE = {**SMALL, "modules": 1, "sparse_depth": 1, "depth": 5, "pooled": 1, "sparse_grid": [2, 2]}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    capturable_attention.install(monkeypatch, SIDE**2)
+    monkeypatch.setattr("dcdit.graphs.exact.size_of", lambda total, *_: total)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield fake_device.install(monkeypatch)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(archive: Path, tmp_path: Path) -> Any:
+    """Trains and returns the records and the weights."""
+
+    def start(out: str, resume: str | None = None, **keys: Any) -> tuple[list[dict[str, Any]], Any]:
+        values = {
+            "model.name": "DC-DiT-S",
+            "model.overrides": SMALL,
+            "data.kind": "npz",
+            "data.path": str(archive),
+            "data.size": SIDE,
+            "run.out": str(tmp_path / out),
+            "run.log_every": 1,
+            "run.eval_every": 0,
+            "optim.steps": 12,
+            "optim.batch_size": 4,
+            # Exact in float32, as the graph holds it.
+            "optim.lr": 2.0**-9,
+            "optim.device": "cpu",
+            "router.group_size": 4,
+            "router.drop_warmup_steps": 4,
+            **keys,
+        }
+        result = train(load_config(None, values), resume=None if resume is None else tmp_path / resume)
+        lines = [json.loads(line) for line in result.log.read_text().splitlines()]
+        return lines, load_checkpoint(result.checkpoint)
+
+    return start
+
+
+def assert_equal_runs(mine: Any, other: Any) -> None:
+    for a, b in zip(mine[0], other[0], strict=True):
+        assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
+    for part in ("model", "ema", "optimizer"):
+        theirs = getattr(other[1], part)
+        for name, tensor in getattr(mine[1], part).items():
+            assert tensor.equal(theirs[name]), name
+
+
+@pytest.mark.parametrize("name", ["DC-DiT-S", "DiT-S/2"])
+def test_graphs_give_the_bits_of_plain_steps(run: Any, fake: FakeDriver, name: str) -> None:
+    """Gradients are clipped in some of these steps, and two weights of a DC-DiT share one gradient."""
+    keys = {"model.name": name}
+    plain = run("plain", **keys, **{"optim.graph": False})
+    norms = [record["grad_norm"] for record in plain[0]]
+    assert min(norms) < CLIP < max(norms[EAGER_STEPS:])
+    assert not fake.graphs
+    graphed = run("graphed", **keys)
+    assert len(fake.graphs) > 4 if name == "DC-DiT-S" else len(fake.graphs) == 1
+    steps = 12 - EAGER_STEPS
+    assert sum(graph.replays for graph in fake.graphs) == (3 * steps if name == "DC-DiT-S" else steps)
+    assert_equal_runs(graphed, plain)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_run_on_a_gpu_is_resumed(run: Any, fake: FakeDriver, graph: bool) -> None:
+    """The optimiser is fused there: it must find weights and moments in the same memory format."""
+    whole = run("whole", **{"optim.graph": graph})
+    run("parts", **{"optim.graph": graph, "optim.steps": 6})
+    assert_equal_runs(run("parts", resume="parts", **{"optim.graph": graph}), whole)
+
+
+def test_steps_are_plain_while_the_target_changes(run: Any, fake: FakeDriver) -> None:
+    keys = {"router.target_start": 2.0, "router.target_warmup_steps": 9}
+    plain = run("plain", **keys, **{"optim.graph": False})
+    graphed = run("graphed", **keys, **{"optim.graph": True})
+    assert fake.graphs[0].replays == 12 - 9
+    assert_equal_runs(graphed, plain)
+
+
+def test_old_sizes_go(run: Any, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed_steps, "MAX_GRAPHS", 1)
+    captured = len({record["kept"] for record in run("a", **{"optim.graph": True})[0][EAGER_STEPS:]})
+    assert len(fake.graphs) >= 2 + captured > 4
+
+
+def test_training_goes_on_where_a_capture_fails(run: Any, fake: FakeDriver, caplog: pytest.LogCaptureFixture) -> None:
+    plain = run("plain", **{"optim.graph": False})
+    fake.fail_at = {"capture_begin"}
+    assert_equal_runs(run("a"), plain)
+    assert caplog.text.count("training goes on without CUDA graphs") == 1
+    with pytest.raises(CaptureError, match="encoder and router in training cannot be captured: Inj"):
+        run("b", **{"optim.graph": True})
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"optim.accumulate": 2, "router.group_size": 2}, "optim.accumulate is 2; accepted: 1"),
+        ({"model.overrides": {**SMALL, "dynamic_width": True}, "width.group_size": 4}, "its width is dynamic"),
+        ({"optim.compile": True}, "optim.compile is true, and a DC-DiT in graphs runs part by part"),
+        ({"model.name": "SparseDiT-S/2", "model.overrides": SPARSE}, "a SparseDiT reads on the host"),
+    ],
+    ids=["accumulate", "width", "compile", "sparse"],
+)
+def test_what_cannot_be_captured(run: Any, fake: FakeDriver, keys: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"optim.graph is true but steps cannot be captured: {reason}"):
+        run("a", **keys, **{"optim.graph": True})
+
+
+def test_a_cpu_has_no_graphs(run: Any) -> None:
+    with pytest.raises(ValueError, match="the model is on cpu; CUDA graphs need a CUDA device"):
+        run("a", **{"optim.graph": True})
+
+
+def test_attention_that_reads_lengths(run: Any, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(graphed_steps, "waits_in_attention", lambda model, dtype: bool(seen.append(dtype)) or True)
+    with pytest.raises(ValueError, match="attention in fp32 reads lengths on the host"):
+        run("a", **{"optim.graph": True})
+    assert seen == [torch.float32]
