@@ -56,9 +56,9 @@ class DataSection:
 
     kind: str = option(
         "folder",
-        "folder (of images), photographs (those inside scikit-image), cifar10, npz (images or latents), latents, or "
-        "stream (shards of images or latents, also over a network)",
-        choices=("folder", "photographs", "npz", "cifar10", "latents", "stream"),
+        "folder (of images), digits (those inside scikit-learn), photographs (those inside scikit-image), cifar10, npz "
+        "(images or latents), latents, or stream (shards of images or latents, also over a network)",
+        choices=("folder", "digits", "photographs", "npz", "cifar10", "latents", "stream"),
     )
     path: str | None = option(
         None,
