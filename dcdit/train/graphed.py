@@ -142,15 +142,10 @@ class GraphedStep:
         try:
             return self._run(step, noisy, y)
         except cuda.CaptureError as error:
-            if self._config.optim.graph:
-                raise
-            logger.warning("training goes on without CUDA graphs: %s", error)
-            self._failed = True
+            self._give_up(error)
             self._forget_gradients()
             if self._gradients is not None:
                 self._gradients.give_back()
-            self._before, self._inputs = None, None
-            self._graphs.clear()
             return None
 
     def update(self) -> Tensor:
@@ -159,10 +154,14 @@ class GraphedStep:
             return self._norm.clone()
         self._gradients.average()
         self._lr.fill_(self._optimizer.param_groups[0]["lr"])
-        if self._update_graph is None:
-            with _capturable(self._optimizer, self._lr):
-                self._update_graph = self._capture(self._update, "the update of the weights", lambda: None)
-        self._update_graph.replay()
+        try:
+            if self._update_graph is None:
+                with _capturable(self._optimizer, self._lr):
+                    self._update_graph = self._capture(self._update, "the update of the weights", lambda: None)
+            self._update_graph.replay()
+        except cuda.CaptureError as error:
+            self._give_up(error)
+            self._update()
         return self._norm.clone()
 
     def average_plain(self) -> None:
@@ -172,6 +171,15 @@ class GraphedStep:
             self._gradients.add()
             self._gradients.average()
             self._gradients.give_back()
+
+    def _give_up(self, error: cuda.CaptureError) -> None:
+        """Take plain steps from now on, unless ``optim.graph: true`` asked for graphs."""
+        if self._config.optim.graph:
+            raise error
+        logger.warning("training goes on without CUDA graphs: %s", error)
+        self._failed = True
+        self._before, self._inputs = None, None
+        self._graphs.clear()
 
     def _run(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken:
         rho = drop_fraction(self._config.router, self._config.optim.seed, step)
