@@ -263,7 +263,7 @@ def _training(found: Found, group: Group) -> list[str]:
                 f"{line['kept']:.1%}",
                 *(_figure(line["ms"][name], ".2f") for name in names),
                 *(_eta(line, name) for name in against),
-                _number(line["peak_gib"]["DC-DiT"], ".1f"),
+                _number(line["peak_gib"].get("DC-DiT"), ".1f"),
                 _number(expected.get("ms"), ".1f"),
                 _number(expected.get("eta"), ".2f"),
             ]
