@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dcdit.checkpoint import load_model
 from dcdit.config import TrainConfig
 from dcdit.integrations.diffusers import DCDiTPipeline
 from dcdit.models import DCDiT, DyDiT, SlicedModel
-from dcdit.sample.model_calls import call_times
+from dcdit.sample.model_calls import ModelCalls, call_times
 
 CPU_IMAGES = 8
 CACHED_IMAGES, CACHED_STEPS, SCALE = 2, 24, 2.0
@@ -65,16 +66,23 @@ def _cache(weights: Path, rounds: int) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def _slices(planned: dict[str, TrainConfig], trained: Path) -> dict[str, Any]:
-    """Of the models of dynamic width: how far sliced outputs are from masked ones, and bytes of slices and weights."""
+    """Of the models of dynamic width: how far sliced outputs are from masked ones, what is open, and bytes."""
     found = {}
     for name, config in planned.items():
         model = load_model(trained / f"{name}.safetensors")
         if not isinstance(model, DCDiT | DyDiT) or model.config.gate_shape is None:
             continue
         passes = Passes(model, config, *held_out(config, CPU_IMAGES))
-        calls = [(noisy.x, float(noisy.time[0])) for noisy in passes.noisy]
+        calls = ModelCalls(passes.model, CPU_IMAGES)
+        for noisy in passes.noisy:
+            calls(noisy.x, noisy.time, passes.y)
+        records = calls.records()
+        inputs = [(noisy.x, float(noisy.time[0])) for noisy in passes.noisy]
         found[name] = {
-            "difference": max(difference(passes.model, model, x, t, passes.y) for x, t in calls),
+            "open": {
+                part: fmean(r[part] for r in records) for part in ("heads", "groups", "tokens") if part in records[0]
+            },
+            "difference": max(difference(passes.model, model, x, t, passes.y) for x, t in inputs),
             "bytes": SlicedModel(model, call_times("euler", SLICED_STEPS)).nbytes,
             "weights": sum(weight.nbytes for weight in model.parameters()),
         }

@@ -69,7 +69,7 @@ def equal_compute_table(results: Results, goal: float) -> str:
 
 
 def _against(losses: Sequence[float], static: Sequence[float], way: str) -> str:
-    return "" if way == STATIC or not static else f"{fmean(losses) / fmean(static) - 1:+.1%}"
+    return "" if way == STATIC or not static else f"{round(fmean(losses) / fmean(static) - 1, 3) + 0.0:+.1%}"
 
 
 def summary(results: Results, cpu: SideTimes, gpu: Mapping[str, Any] | None) -> str:
@@ -150,11 +150,11 @@ def check_sentence(results: Results, losses: Mapping[str, Sequence[float]]) -> s
     )
 
 
-def slices_sentences(slices: Mapping[str, Mapping[str, float]]) -> str:
+def slices_sentences(slices: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(
-        f"- {name}: sliced and masked outputs differ by at most {found['difference']:.1e} of the largest number. The "
-        f"slices for {SLICED_STEPS} steps take {found['bytes'] / 2**20:.1f} MiB beside "
-        f"{found['weights'] / 2**20:.1f} MiB of weights."
+        f"- {name}: {', '.join(f'{share:.0%} of the {part}' for part, share in found['open'].items())} are computed. "
+        f"Sliced and masked outputs differ by at most {found['difference']:.1e} of the largest number. The slices for "
+        f"{SLICED_STEPS} steps take {found['bytes'] / 2**20:.1f} MiB beside {found['weights'] / 2**20:.1f} of weights."
         for name, found in slices.items()
     )
 
@@ -178,7 +178,8 @@ def write_page(trained: Mapping[str, Any], measured: Mapping[str, Any], out: Pat
         "## Loss at equal training FLOPs",
         "On 256 held-out images, each at its own random time, the same for all; of the weights of that moment, "
         "interpolated between validations (averaged weights would still remember the first ones, the more so the fewer "
-        "steps a model took for its FLOPs). Empty: a run had stopped before.",
+        "steps a model took for its FLOPs). A validation may be a percent or two off, as the curves show. Empty: a run "
+        "had stopped before. Dotted in the picture: the first two of these numbers of FLOPs.",
         equal_compute_table(results, goal),
         "![loss over training FLOPs; at equal training FLOPs over the FLOPs of drawing and its time](losses.png)",
         "## What a forward pass costs",
