@@ -1,13 +1,13 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
-MINUTES ?= 3.5
+MINUTES ?= 4
 PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-full lint format bench gpu-report aot oldest-triton ptx-test ptx-report soak gpu-test kernel-package docs package locked clean
 
-demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on real photographs -> out/demo/report.md
+demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on scanned digits -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
 
 test: $(VENV)/.installed ## the test suite

@@ -31,10 +31,7 @@ def write_page(results: Results, conditions: Mapping[str, Any], out: Path) -> Pa
     plot_quality(quality_points(results), "held-out loss (less is better)", out / "quality.png")
     sheets = np.array([result["sheet"][:SHOWN] for result in results.values()], dtype=np.uint8)
     grid(sheets.reshape(-1, *sheets.shape[2:]), sheets.shape[1], row_names=list(results)).save(out / "samples.png")
-    runs = {
-        name: {key: value for key, value in result.items() if key not in ("sheet", "log")}
-        for name, result in results.items()
-    }
+    runs = {name: {key: value for key, value in result.items() if key != "sheet"} for name, result in results.items()}
     (out / "study.json").write_text(json.dumps({"conditions": dict(conditions), "runs": runs}, indent=1) + "\n")
     page = out / "report.md"
     page.write_text(_page(results, conditions))

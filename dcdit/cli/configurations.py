@@ -8,6 +8,7 @@ import json
 import textwrap
 import typing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from dcdit.config import TrainConfig
 from dcdit.data import create_dataset
 from dcdit.models import PRESETS, DCDiTConfig, count_flops, create_config, create_model
 from dcdit.models.presets import config_class
-from dcdit.train.checks import check_fit, local_batch_size, model_arguments
+from dcdit.train.checks import check_fit, check_router, local_batch_size, model_arguments
 from dcdit.train.compute import FORWARD_AND_BACKWARD
 from dcdit.train.folder import check_folder, placed
 from dcdit.utils import schema
@@ -45,8 +46,7 @@ def annotated(settings: TrainConfig) -> str:
         lines.append(f"{section.name}: # {schema.meaning(type(values))}")
         for field in dataclasses.fields(values):
             lines += _comment(f"{field.metadata['doc']} ({schema.about(type(values), field)})")
-            # JSON is YAML, and on one line.
-            lines.append(f"  {field.name}: {json.dumps(getattr(values, field.name))}")
+            lines.append(_value(field.name, getattr(values, field.name)))
             if (section.name, field.name) == ("model", "overrides"):
                 lines += _model_fields(settings)
         lines.append("")
@@ -65,6 +65,7 @@ def dry_run(settings: TrainConfig, resume: str | None = None) -> str:
     with torch.device("meta"):
         model = create_model(**model_arguments(settings.model, data))
     check_fit(data, model)
+    check_router(settings, model.config)
     local_batch_size(settings, 1, model.config)
     optim = settings.optim
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -95,6 +96,14 @@ def _first_sentence(path: Path) -> str:
 
 def _comment(text: str, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+
+
+def _value(name: str, value: Any) -> str:
+    """A key and its value. JSON is YAML; a mapping that is too long for one line takes one for each of its keys."""
+    line = f"  {name}: {json.dumps(value)}"
+    if len(line) <= WIDTH or not isinstance(value, dict):
+        return line
+    return f"  {name}: {json.dumps(value, indent=2)}".replace("\n", "\n  ")
 
 
 def _model_fields(settings: TrainConfig) -> list[str]:

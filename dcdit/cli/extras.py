@@ -7,7 +7,7 @@ EXTRAS = {
     "train": TRAIN,
     "stream": ("datasets", "pyarrow"),
     "eval": ("torchmetrics", "accelerate", "tqdm", "PIL"),
-    "demo": (*TRAIN, "skimage", "matplotlib"),
+    "demo": (*TRAIN, "skimage", "sklearn", "matplotlib"),
 }
 """Extra to the import names of what it installs."""
 OF_COMMAND = {"evaluate": "eval", "demo": "demo"}

@@ -24,6 +24,7 @@ PACKAGES = (
     "accelerate",
     "diffusers",
     "scikit-image",
+    "scikit-learn",
 )
 HEAD_DIM = 64
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "sample": ("dcdit.cli.sample", "draw images from a checkpoint, at any drop fraction"),
     "evaluate": ("dcdit.cli.evaluate", "FID, IS, KID, precision and recall of a checkpoint's samples or of any images"),
     "profile": ("dcdit.cli.profile", "where the time goes, dynamic against static"),
-    "demo": ("dcdit.cli.demo", "train, sample, look into and time a small DC-DiT on real photographs"),
+    "demo": ("dcdit.cli.demo", "train, sample, look into and time a small DC-DiT on digits or photographs"),
     "tune": ("dcdit.cli.tune", "find launch configurations for this GPU"),
     "info": ("dcdit.cli.info", "versions, devices, and the kernels that run here"),
 }

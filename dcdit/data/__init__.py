@@ -6,6 +6,7 @@ on, checkpoints keep.
 
 from dcdit.data.cifar10 import Cifar10
 from dcdit.data.create import DatasetOptions, create_dataset
+from dcdit.data.digits import Digits
 from dcdit.data.folder import ImageFolder
 from dcdit.data.latents import LatentDataset
 from dcdit.data.loader import batches
@@ -17,6 +18,7 @@ from dcdit.data.stream import StreamDataset
 __all__ = [
     "Cifar10",
     "DatasetOptions",
+    "Digits",
     "ImageFolder",
     "LatentDataset",
     "NpzDataset",

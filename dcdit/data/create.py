@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from dcdit.data.cifar10 import Cifar10
+from dcdit.data.digits import Digits
 from dcdit.data.folder import ImageFolder
 from dcdit.data.latents import LatentDataset
 from dcdit.data.npz import NpzDataset
@@ -60,6 +61,8 @@ def create_dataset(
     """
     if section.kind == "photographs":
         return Photographs(section.size, section.downscale, split, section.held_out, section.flip, seed)
+    if section.kind == "digits":
+        return Digits(section.size, split, section.held_out, seed)
     if section.path is None:
         raise ValueError(f"data.path is null; data.kind={section.kind!r} needs one")
     if section.kind == "cifar10":

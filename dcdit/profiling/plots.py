@@ -1,5 +1,6 @@
 """Pictures of results. Matplotlib is an extra (`pip install 'dcdit[demo]'`) and is imported when a picture is drawn."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def plot_training(log: Sequence[dict[str, Any]], target: float, path: Path) -> N
     steps = [row["step"] for row in log]
     left.plot(steps, [row["loss"] for row in log], lw=1)
     left.set(xlabel="step", ylabel="diffusion loss", yscale="log")
-    right.plot(steps, [1 / row["natural"] for row in log], lw=1, label="positions per kept token")
+    compression = [1 / row["natural"] if row["natural"] else math.nan for row in log]  # untrained: no p above one half
+    right.plot(steps, compression, lw=1, label="positions per kept token")
     right.axhline(target, color="black", ls=":", lw=1, label=f"target N = {target:g}")
     # An untrained router keeps hardly anything: on a linear axis its first steps would hide all others.
     right.set(xlabel="step", ylabel="compression N (before dropping)", yscale="log", ylim=(1, None))
@@ -180,7 +182,9 @@ def plain_ticks(axis: Any) -> None:
     """Write the ticks of a logarithmic y axis as 0.3 and 20, not as powers of ten, and none that would crowd others."""
 
     def text(value: float, position: int) -> str:
-        return f"{value:g}" if f"{value:e}"[0] in "1235" else ""
+        lowest, highest = axis.get_ylim()
+        digits = "1234568" if highest < 10 * lowest else "1235"
+        return f"{value:g}" if f"{value:e}"[0] in digits else ""
 
     axis.yaxis.set_major_formatter(text)
     axis.yaxis.set_minor_formatter(text)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,25 @@ def test_a_wrong_variant_is_an_error_and_no_row(tmp_path: Path, monkeypatch: pyt
     made.timed["dcdit"] = lambda: (torch.zeros_like(made.timed["plain"]()[0]),)
     with pytest.raises(NotEqualError, match="scatter_tokens on dcdit: result 0 is off"):
         bench_ops.check_variant("scatter_tokens", "dcdit", made, torch.float32)
+    bench_ops.comparison_of.cache_clear()
+
+
+def test_a_16_bit_variant_may_be_off_by_twice_what_plain_pytorch_is() -> None:
+    from benchmarks import bench_ops
+
+    shape = sets.tiny_shape()._replace(dtype=torch.bfloat16)
+    made = bench_ops.comparison_of("gated_add_modulated_layer_norm", shape, "forward+backward")
+    exact = made.exact
+    assert exact is not None and {result.dtype for result in exact} == {torch.float64}
+    assert [result.dtype for result in made.expected] == [torch.bfloat16] * len(exact)
+    for variant in ("dcdit", "plain"):
+        bench_ops.check_variant("gated_add_modulated_layer_norm", variant, made, shape.dtype)
+
+    coarse = made._replace(expected=tuple(1.1 * result for result in exact))  # plain PyTorch is off by a tenth
+    for error, accepted in ((0.19, True), (0.21, False)):
+        made.timed["dcdit"] = lambda error=error: tuple((1 + error) * result for result in exact)
+        with nullcontext() if accepted else pytest.raises(NotEqualError, match=r"is off by 2\.1e-01, allowed 2e-01"):
+            bench_ops.check_variant("gated_add_modulated_layer_norm", "dcdit", coarse, shape.dtype)
     bench_ops.comparison_of.cache_clear()
 
 

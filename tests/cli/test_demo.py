@@ -20,10 +20,10 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     measure = profile_module.profile
 
-    def config(folder: Path, minutes: float, seed: int = 0):
+    def config(data: str, folder: Path, minutes: float, seed: int = 0):
         small = {"model.overrides.depth": 1, "router.group_size": None}
         run = {"run.out": str(folder), "run.log_every": 1, "run.eval_every": 0, "optim.steps": 2, "optim.batch_size": 2}
-        return load_config(demo.CONFIG, {**small, **run})
+        return load_config(f"{data}-cpu", {**small, **run})
 
     def busy(*args, **options):
         return replace(measure(*args, **options, seconds=0.01), reliable=False, waited=0.7, warnings=[DOUBT])
@@ -35,7 +35,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(demo, "STUDY_IMAGES", 3)
         patch.setattr(demo, "TIMED_IMAGES", 2)
         patch.setattr(profile_module, "profile", busy)
-        page = demo.demo(out, minutes=1.0)
+        page = demo.demo("digits", out, minutes=1.0)
     return page.parent
 
 

@@ -16,7 +16,7 @@ from dcdit.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 """Where the name of the package is not that of the module."""
 THROUGH_OTHERS = {"huggingface_hub": "diffusers", "pyarrow": "datasets"}
 """Installed by a package of the extra."""
@@ -97,7 +97,8 @@ def test_profile_prints_its_tables_without_matplotlib(without, tmp_path, monkeyp
     ("command", "package", "extra"),
     [
         ("demo --out demo", "matplotlib", "demo"),
-        ("demo --out demo", "skimage", "demo"),
+        ("demo --out demo", "sklearn", "demo"),
+        ("demo --data photographs --out demo", "skimage", "demo"),
         ("evaluate --images images.npz --extractor net.pt", "torchmetrics", "eval"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dcdit.config import DataSection
-from dcdit.data import ImageFolder, NpzDataset, Photographs, batches, create_dataset
+from dcdit.data import Digits, ImageFolder, NpzDataset, Photographs, batches, create_dataset
 from dcdit.data.folder import read_centre
 from dcdit.data.photographs import FILES, split_box
 
@@ -125,6 +125,35 @@ def test_folder_truncated_image_is_named(folder):
 def test_unknown_split(folder):
     with pytest.raises(ValueError, match="split is 'test'; accepted: train, held_out"):
         ImageFolder(folder, split="test")
+
+
+# --- digits ---------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_grey_scans_with_a_dark_margin():
+    data = Digits(size=20)
+    for n in range(20):
+        x, label = data[n]
+        check_sample(x, label, (3, 20, 20), 10)
+        assert torch.equal(x[0], x[1]) and torch.equal(x[0], x[2])
+        assert x.max() > 0.5 and x[:, [0, -1]].max() == x[..., [0, -1]].max() == -1
+    assert data.class_names == tuple("0123456789")
+    assert same(Digits(size=20)[17], data[17]) and not same(Digits(size=20, seed=5)[17], data[17])
+
+
+def test_a_scan_is_in_one_split_of_the_digits():
+    splits = {split: Digits(size=10, split=split, held_out=0.1) for split in ("train", "held_out")}
+    scans = {split: [data[n][0] for n in range(len(data.split))] for split, data in splits.items()}
+    assert (len(scans["train"]), len(scans["held_out"])) == (1617, 180)
+    known = {x.numpy().tobytes() for x in scans["train"]}
+    assert not known & {x.numpy().tobytes() for x in scans["held_out"]}
+    other = Digits(size=10, split="held_out", held_out=0.1, seed=7)
+    assert all(same(other[n], splits["held_out"][n]) for n in range(20))
+
+
+def test_digits_have_a_size():
+    with pytest.raises(ValueError, match="size is 0; accepted: a whole number of at least 1"):
+        Digits(size=0)
 
 
 # --- photographs --------------------------------------------------------------------------------------------------
@@ -259,6 +288,7 @@ def test_npz_missing(tmp_path):
 def test_create_dataset(folder):
     section = DataSection(path=str(folder), size=8)
     assert isinstance(create_dataset(section), ImageFolder)
+    assert isinstance(create_dataset(DataSection(kind="digits", size=20)), Digits)
     assert isinstance(create_dataset(DataSection(kind="photographs", size=32)), Photographs)
     with pytest.raises(ValueError, match=r"data\.path is null"):
         create_dataset(DataSection())

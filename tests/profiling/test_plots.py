@@ -1,12 +1,13 @@
 """Pictures: what they say can be read, and labels do not cover one another."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from PIL import Image
 
 from benchmarks.harness import pictures
-from dcdit.profiling.plots import new_figure, plot_quality, plot_times_faster, plot_training
+from dcdit.profiling.plots import new_figure, plain_ticks, plot_quality, plot_times_faster, plot_training
 
 
 def overlapping(axis) -> list[tuple[str, str]]:
@@ -40,10 +41,26 @@ def test_a_slower_side_is_left_of_the_line() -> None:
     assert (fast.get_x(), fast.get_x() + fast.get_width()) == (1, 2)
 
 
+@pytest.mark.parametrize("losses", [(0.14, 0.45), (0.23, 1.1), (0.05, 80.0)])
+def test_a_loss_has_plain_ticks_that_do_not_touch(losses) -> None:
+    figure, axis = new_figure(1, 1, figsize=(5, 4))
+    axis.plot(losses)
+    axis.set(yscale="log")
+    plain_ticks(axis)
+    figure.draw_without_rendering()
+    lowest, highest = axis.get_ylim()
+    labels = {label.get_text(): label.get_window_extent() for label in axis.get_yticklabels(which="both")}
+    values = sorted(float(text) for text in labels if text)
+    shown = [labels[f"{value:g}"] for value in values if lowest <= value <= highest]
+    assert len(shown) >= 3
+    assert all(below.y1 < above.y0 for below, above in pairwise(shown))
+
+
 def test_compression_is_on_a_log_axis(tmp_path, monkeypatch) -> None:
     axes = []
     monkeypatch.setattr("dcdit.profiling.plots.new_figure", lambda *args, **options: kept(axes, *args, **options))
-    log = [{"step": n, "loss": 1 / (n + 1), "natural": 0.25 if n else 0.002} for n in range(20)]
+    natural = [0.0, 0.002, *[0.25] * 18]  # a cosine router may keep nothing at first
+    log = [{"step": n, "loss": 1 / (n + 1), "natural": kept} for n, kept in enumerate(natural)]
     plot_training(log, 4.0, tmp_path / "training.png")
     assert axes[0][1].get_yscale() == "log" and axes[0][1].get_ylim()[0] == 1
 
