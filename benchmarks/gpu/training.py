@@ -110,9 +110,9 @@ class TrainingCases:
                 expected = [metrics.pop("loss").detach(), torch.nn.utils.get_total_norm(gradients)]
                 del metrics, gradients  # a capture must not meet the streams of their gradients
                 step.optimizer.zero_grad(set_to_none=True)
-                result = self.graphed[side](rho)
-                if isinstance(result, tuple):
-                    found = [result[0]["loss"], result[0]["grad_norm"]]
+                found = self.graphed[side](rho)
+                if isinstance(found, dict):
+                    found = [found["loss"], found["grad_norm"]]
                     check_equal(f"loss and gradient norm in graphs, {side}", found, expected, TOLERANCE[torch.bfloat16])
         return {"compared": [STATIC, DYNAMIC]}
 

@@ -11,7 +11,7 @@ from dcdit.models import DCDiTConfig, DiTConfig
 from dcdit.nn.embedding import drop_labels
 from dcdit.train.draws import draw_step
 from dcdit.train.ema import EMA
-from dcdit.train.graphed import EAGER_STEPS, GraphedStep
+from dcdit.train.graphed import GraphedStep
 from dcdit.train.losses import training_losses
 from dcdit.train.optimizer import clipped_step, create_optimizer
 
@@ -82,10 +82,15 @@ class RecipeStep:
         self.backward(drop)
         self.update()
 
-    def graphed(self) -> Callable[[float], object]:
+    def graphed(self) -> Callable[[float], dict[str, Tensor]]:
         """The whole step in CUDA graphs, after the first plain ones."""
-        step = GraphedStep(self.config, self.net, self.objective, self.optimizer, self.ema)
-        for _ in range(EAGER_STEPS):
+        graphed = GraphedStep(self.config, self.net, self.objective, self.optimizer, self.ema)
+        while not graphed.takes(0):
             self(0.0)
-            step(0, *self.inputs(0.0))
-        return lambda drop: step(0, *self.inputs(drop))
+
+        def step(drop: float) -> dict[str, Tensor]:
+            taken = graphed.run(0, *self.inputs(drop))
+            assert taken is not None, "a capture failed"
+            return {**taken[0], "grad_norm": graphed.update()}
+
+        return step

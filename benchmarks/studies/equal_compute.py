@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.studies.cifar10_gpu data --package DIR --out cifar10.npz
     python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER
-    python3 -m benchmarks.studies.equal_compute page --lines FOLDER/lines.jsonl --out PAGE
+    python3 -m benchmarks.studies.equal_compute page --lines FOLDER/lines.jsonl --out PAGE  # and --minutes, --jobs
 
 `train` needs a GPU and no network. It trains the runs of :func:`plan` side by side, each to a number of training FLOPs,
 on two sets of images: CIFAR-10, and digits on empty canvases, where it is known which positions hold detail. A run that
@@ -77,6 +77,8 @@ CHOICES = {
     "random": Way(variant=VARIANTS["random"]),
     "official-start": Way(start="official"),
     "uniform+cell": Way(variant=VARIANTS["uniform+cell"]),
+    "uniform+ordered": Way(variant=VARIANTS["uniform+ordered"]),
+    "uniform+smoothed": Way(variant=VARIANTS["uniform+smoothed"]),
 }
 FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MODELS}
 EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MODELS}
@@ -246,8 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--digits", type=Path, help="train: digits.csv.gz of scikit-learn, where that is not installed")
     parser.add_argument("--runs", type=Path, default=Path("out/equal-compute"), help="train: folder of the runs")
     parser.add_argument("--out", type=Path, help="train: folder of lines.jsonl; page: of the page")
-    parser.add_argument("--minutes", type=float, default=8.5, help="train: after which all is stopped (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=12, help="train: runs at a time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which all is stopped (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=12, help="runs at a time (default: %(default)s)")
     parser.add_argument("--goals", type=float, nargs=2, default=GOALS, help="train: FLOPs, first and last (3e14 1e15)")
     parser.add_argument("--only", nargs="+", choices=WAYS, help="train: these ways; default: all")
     parser.add_argument("--held-out", type=int, default=cifar10.HELD_OUT, help="train: images to measure (%(default)s)")
@@ -261,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_runs(args)
     else:
         command = "python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER"
+        command += f" --minutes {args.minutes:g} --jobs {args.jobs}"
         print(f"wrote {write_page(read_lines(args.lines), command, args.out)}")
     return 0
 

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,19 @@ from dcdit.utils.tables import markdown_table
 
 DATA = {"cifar": "CIFAR-10", "digits": "Digits on empty canvases"}
 OURS, STATIC = "dc-dit", ("static-flops", "static-parameters")
-MARKS = (3e13, 1e14, 3e14, 1e15, 3e15)
+MARKS = (3e13, 1e14, 1.5e14, 2e14, 2.4e14, 2.8e14, 4e14, 5.3e14, 1e15, 3e15)
 """Training FLOPs at which the curves are compared."""
+SETTLED = 1.5e14
+"""FLOPs from which on the averaged weights have forgotten the start: 500 steps, at half a percent a step."""
 COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC))}
-SIDE = 32
+SIDE, COLORS_OF_SHEET = 32, 256
 
 Runs = dict[str, list[dict[str, Any]]]
 """Run -> its lines, from the shortest to the longest."""
 Curve = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""FLOPs and losses."""
+Curves = Mapping[str, Curve]
+"""Seed -> the curve of one way."""
 
 
 def read_lines(files: Sequence[Path]) -> Runs:
@@ -45,7 +50,7 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
         f"Small models on two sets of images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
         "training FLOPs (three forwards a step, counted from the tokens that were kept). Losses are of held-out images "
         f"at {len(cifar10.NOISE_LEVELS)} noise levels, the same noise for all, averaged weights; `±` is half the range "
-        "over the seeds. Runs shared one GPU, so nothing here is a time.",
+        "over the seeds. Runs shared one GPU, so nothing here is a time. What the numbers say: [README.md](README.md).",
         f"Machine: {'; '.join(machines)}. Command: `{command}`.",
     ]
     for data, title in DATA.items():
@@ -55,19 +60,20 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
     page = out / "report.md"
     page.write_text("\n\n".join(parts) + "\n")
     shown = {run: [_numbers(line) for line in lines] for run, lines in runs.items()}
-    (out / "study.json").write_text(json.dumps({"command": command, "runs": shown}, indent=1) + "\n")
+    (out / "study.json").write_text(json.dumps({"command": command, "runs": shown}) + "\n")
     return page
 
 
 def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str]:
     """The sections of one set of images."""
     main = {run: lines for run, lines in runs.items() if way_of(run) in COLORS}
-    curves = {way: [curve_of(lines) for lines in of_way] for way, of_way in _lines_by_way(main).items()}
+    curves = curves_by_way(main)
     _plot_curves(main, curves, goals, out / f"{data}-loss.png")
     parts = [
         "## Equal training FLOPs",
-        "Loss while training (256 held-out images), mean over the seeds, and how far the DC-DiT is from each static "
-        "model: below zero it is ahead.",
+        "Loss while training (256 held-out images), mean over the seeds that came so far, and how far the DC-DiT is "
+        "from each static model in the seeds that both have: below zero it is ahead. The averaged weights keep half a "
+        f"percent less of the start with each step: below {SETTLED:.1e} FLOPs (500 steps) the curves show little else.",
         _curve_table(curves),
         *(f"- {sentence}" for sentence in _crossings(curves)),
         f"![loss over training FLOPs, and by noise level]({data}-loss.png)",
@@ -75,22 +81,39 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
     for goal in goals:
         reached = at_goal(runs, goal)
         if reached:
-            parts += [f"## Every run at {goal:.0e} training FLOPs", loss_table(reached), _cost_table(reached)]
-    last = {run: lines[-1] for run, lines in runs.items()}
-    routed = {run: line for run, line in last.items() if "routing" in line}
+            _plot_variants(reached, out / f"{data}-variants.png")
+            parts += [
+                f"## Every run at {goal:.0e} training FLOPs",
+                loss_table(reached),
+                _cost_table(reached),
+                f"![loss of each way against dc-dit, by noise level]({data}-variants.png)",
+            ]
+    stopped = {run: lines[-1] for run, lines in runs.items() if lines[-1]["training_flops"] < lines[-1]["goal"]}
+    if stopped:
+        parts += [
+            "## Runs that were stopped before their goal",
+            "Their loss at their last record, and that of the runs with the same seed at as many FLOPs, both from the "
+            "curves. Those of models that predict the clean image (`+clean`) count noise levels below 0.05 for less, "
+            "here only.",
+            _stopped_table(stopped, runs),
+        ]
+    shown = at_first_goal(runs, goals[0])
+    routed = {run: line for run, line in shown.items() if "routing" in line}
     if routed:
         parts += [
             "## Where the tokens go",
-            "At the end of each run, without dropping, by noise level (0 is data, 1 is noise). The correlation is that "
-            "of the router's probability with the local detail of the clean image.",
+            f"At {goals[0]:.0e} training FLOPs, or where the name says, without dropping, by noise level (0 is data, 1 "
+            "is noise), mean over the seeds. The correlation is that of the router's probability with the local detail "
+            "of the clean image.",
+            _seed_table(routed),
             routing_table(routed),
             *_ink_parts(routed),
         ]
         _plot_routing(routed, out / f"{data}-routing.png")
         parts.append(f"![kept fraction by noise level]({data}-routing.png)")
-        shown = {way_of(run): line["masks"] for run, line in routed.items() if run.endswith("-0")}
-        _draw_masks(shown, out / f"{data}-masks.png")
-        levels = ", ".join(next(iter(shown.values())))
+        masks = {way_of(run): line["masks"] for run, line in routed.items() if run.endswith("-0")}
+        _draw_masks(masks, out / f"{data}-masks.png")
+        levels = ", ".join(next(iter(masks.values())))
         parts += [
             f"What the routers keep (white) of four held-out images at noise levels {levels}:",
             f"![kept tokens]({data}-masks.png)",
@@ -98,14 +121,20 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
             "The same weights with tokens dropped:",
             _budget_table(routed),
         ]
-    sheets = {run: line["samples"] for run, line in last.items() if line.get("samples") and run.endswith("-0")}
+    drawn = {run: line for run, line in shown.items() if run in runs and run.endswith("-0")}
+    sheets = {run: line["samples"] for run, line in drawn.items() if line.get("samples")}
     if sheets:
         pixels = [
             np.frombuffer(base64.b64decode(sheet), np.uint8).reshape(-1, SIDE, SIDE, 3) for sheet in sheets.values()
         ]
         names = [way_of(run) for run in sheets]
-        grid(np.concatenate(pixels), len(pixels[0]), row_names=names).save(out / f"{data}-samples.png")
-        parts += ["## Samples", f"From the same noise, 30 Euler steps, no guidance:\n\n![samples]({data}-samples.png)"]
+        sheet = grid(np.concatenate(pixels), len(pixels[0]), row_names=names)
+        sheet.quantize(COLORS_OF_SHEET).save(out / f"{data}-samples.png", optimize=True)
+        parts += [
+            "## Samples",
+            f"At {goals[0]:.0e} training FLOPs, from the same noise, 30 Euler steps, no guidance:",
+            f"![samples]({data}-samples.png)",
+        ]
     return parts
 
 
@@ -115,58 +144,102 @@ def at_goal(runs: Runs, goal: float) -> dict[str, dict[str, Any]]:
     return {run: of_run[-1] for run, of_run in lines.items() if of_run and of_run[-1]["training_flops"] >= goal}
 
 
+def at_first_goal(runs: Runs, goal: float) -> dict[str, dict[str, Any]]:
+    """Run -> its line at the first goal. What stopped before or went on is also there, with its FLOPs in the name."""
+    reached = at_goal(runs, goal)
+    others = {}
+    for run, lines in runs.items():
+        if run not in reached or lines[-1] is not reached[run]:
+            way, _, seed = run.rpartition("-")
+            others[f"{way} to {lines[-1]['training_flops']:.1e}-{seed}"] = lines[-1]
+    return reached | others
+
+
+def curves_by_way(runs: Runs) -> dict[str, dict[str, Curve]]:
+    """Way -> seed -> its curve."""
+    curves: dict[str, dict[str, Curve]] = {}
+    for run, lines in runs.items():
+        curves.setdefault(way_of(run), {})[run.rpartition("-")[2]] = curve_of(lines)
+    return curves
+
+
 def curve_of(lines: Sequence[Mapping[str, Any]]) -> Curve:
     """FLOPs and losses of a run, from its longest line."""
     flops, losses = np.array(lines[-1]["course"], dtype=float).reshape(-1, 2).T
     return flops, losses
 
 
-def mean_loss(curves: Iterable[Curve], flops: float) -> float | None:
-    """The mean over the seeds at so many FLOPs, between two records; None where a seed did not come that far."""
-    losses = []
-    for spent, loss in curves:
-        if not len(spent) or not spent[0] <= flops <= spent[-1]:
-            return None
-        losses.append(float(np.interp(np.log(flops), np.log(spent), loss)))
-    return float(np.mean(losses))
+def loss_at(curve: Curve, flops: float) -> float | None:
+    """The loss at so many FLOPs, between two records; None where the run did not come that far."""
+    spent, loss = curve
+    if not len(spent) or not spent[0] <= flops <= spent[-1]:
+        return None
+    return float(np.interp(np.log(flops), np.log(spent), loss))
 
 
-def crossings(ours: Sequence[Curve], theirs: Sequence[Curve]) -> list[float] | None:
+def losses_at(curves: Curves, flops: float) -> dict[str, float]:
+    """Seed -> its loss, of the seeds that came that far."""
+    losses = {seed: loss_at(curve, flops) for seed, curve in curves.items()}
+    return {seed: loss for seed, loss in losses.items() if loss is not None}
+
+
+def lead(ours: Curves, theirs: Curves, flops: float) -> float | None:
+    """How far our mean loss is from theirs, over the seeds that both have at so many FLOPs: below zero it is lower."""
+    mine, other = losses_at(ours, flops), losses_at(theirs, flops)
+    both = mine.keys() & other.keys()
+    return sum(mine[seed] for seed in both) / sum(other[seed] for seed in both) - 1 if both else None
+
+
+def crossings(ours: Curves, theirs: Curves) -> list[float] | None:
     """FLOPs at which the order of two models changes, on the grid of our records. None if none can be compared."""
-    signs = []
-    for flops in ours[0][0]:
-        losses = mean_loss(ours, flops), mean_loss(theirs, flops)
-        if losses[0] is not None and losses[1] is not None:
-            signs.append((float(flops), losses[0] < losses[1]))
+    leads = [(float(flops), lead(ours, theirs, flops)) for flops in next(iter(ours.values()))[0]]
+    signs = [(flops, ahead < 0) for flops, ahead in leads if ahead is not None]
     return [after[0] for before, after in pairwise(signs) if before[1] != after[1]] if signs else None
 
 
-def _lines_by_way(runs: Runs) -> dict[str, list[list[dict[str, Any]]]]:
-    return {way: [lines for run, lines in runs.items() if way_of(run) == way] for way in map(way_of, runs)}
-
-
-def _curve_table(curves: Mapping[str, Sequence[Curve]]) -> str:
+def _curve_table(curves: Mapping[str, Curves]) -> str:
     ways = [way for way in COLORS if way in curves]
-    head = ["training FLOPs", *ways, *(f"{OURS} against {way}" for way in ways[1:])]
+    head = ["training FLOPs", *ways, *(f"{OURS} against {way}" for way in ways if way != OURS)]
     rows = []
     for mark in MARKS:
-        losses = {way: mean_loss(curves[way], mark) for way in ways}
-        if any(loss is not None for loss in losses.values()):
-            ours = losses.get(OURS)
-            rows.append([f"{mark:.0e}", *(_number(loss) for loss in losses.values())])
-            rows[-1] += [_percent(ours, losses[way]) for way in ways[1:]]
+        losses = {way: list(losses_at(curves[way], mark).values()) for way in ways}
+        if any(losses.values()):
+            leads = [lead(curves[OURS], curves[way], mark) for way in ways if way != OURS] if OURS in ways else []
+            cells = [_mean_cell(losses[way], len(curves[way])) for way in ways]
+            rows.append([f"{mark:.1e}", *cells, *("" if ahead is None else f"{ahead:+.1%}" for ahead in leads)])
     return markdown_table(head, rows)
+
+
+def _mean_cell(losses: Sequence[float], seeds: int) -> str:
+    if not losses:
+        return ""
+    return _number(float(np.mean(losses))) + ("" if len(losses) == seeds else f" ({len(losses)} of {seeds} seeds)")
+
+
+def _stopped_table(stopped: Results, runs: Runs) -> str:
+    """What a stopped run had while training, beside the others with its seed at as many FLOPs."""
+    others = list(dict.fromkeys(way_of(run) for run in runs))
+    rows = []
+    for run in stopped:
+        flops, seed = float(curve_of(runs[run])[0][-1]), run.rpartition("-")[2]
+        curves = [curve_of(runs.get(f"{way}-{seed}", [{"course": []}])) for way in others]
+        rows.append([run, f"{flops:.2e}", *(_number(loss_at(curve, flops)) for curve in curves)])
+    return markdown_table(["run", "FLOPs at its last record", *others], rows)
+
+
+def _seed_table(routed: Results) -> str:
+    rows = []
+    for run, line in routed.items():
+        if way_of(run) == OURS or way_of(run).startswith(f"{OURS} to"):
+            rows.append([f"{run}, kept", *(f"{share:.1%}" for share in line["routing"]["kept_share"])])
+    return markdown_table(["each seed", *(f"{level:g}" for level in cifar10.NOISE_LEVELS)], rows)
 
 
 def _number(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
-def _percent(ours: float | None, theirs: float | None) -> str:
-    return "" if ours is None or theirs is None else f"{ours / theirs - 1:+.1%}"
-
-
-def _crossings(curves: Mapping[str, Sequence[Curve]]) -> list[str]:
+def _crossings(curves: Mapping[str, Curves]) -> list[str]:
     found = []
     for way in STATIC:
         at = crossings(curves[OURS], curves[way]) if OURS in curves and way in curves else None
@@ -206,13 +279,23 @@ def _budget_table(routed: Results) -> str:
     return markdown_table(["run", *(f"drop {rho}" for rho in drops)], rows)
 
 
-def _plot_curves(runs: Runs, curves: Mapping[str, Sequence[Curve]], goals: Sequence[float], path: Path) -> None:
-    figure, (left, right) = new_figure(1, 2, figsize=(11, 4))
-    for way, of_way in curves.items():
-        for number, (flops, losses) in enumerate(of_way):
-            left.plot(flops, losses, color=COLORS[way], lw=1, label=None if number else way)
-    left.set(xlabel="training FLOPs", ylabel="held-out loss", xscale="log", yscale="log")
-    plain_ticks(left)
+def _plot_curves(runs: Runs, curves: Mapping[str, Curves], goals: Sequence[float], path: Path) -> None:
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4))
+    furthest = max(flops[-1] for of_way in curves.values() for flops, _ in of_way.values())
+    for axis, least in ((left, 0.0), (middle, SETTLED if furthest > 1.2 * SETTLED else 0.0)):
+        for way, of_way in curves.items():
+            for number, (flops, losses) in enumerate(of_way.values()):
+                late = flops >= least
+                look: dict[str, Any] = {"color": COLORS[way], "lw": 1, "label": None if number else way}
+                axis.plot(flops[late], losses[late], **look)
+        axis.set(xlabel="training FLOPs", ylabel="held-out loss", xscale="log", yscale="log")
+        axis.xaxis.set_minor_formatter("")
+        marks = [mark for mark in (2e13, 5e13, 1e14, 1.5e14, 2e14, 3e14, 5e14, 1e15) if mark >= least]
+        low, high = axis.get_xlim()
+        axis.set_xticks(marks, [f"{mark:.1e}".replace("e+", "e") for mark in marks])
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_xlim(low, high)
+        plain_ticks(axis)
     left.legend(fontsize=8)
     for goal, style in zip(goals, ("--", "-", ":"), strict=False):
         means = {
@@ -229,6 +312,23 @@ def _plot_curves(runs: Runs, curves: Mapping[str, Sequence[Curve]], goals: Seque
     right.set(xlabel="noise level", ylabel=f"loss of {OURS} against it, %")
     if right.lines[1:]:
         right.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def _plot_variants(reached: Results, path: Path) -> None:
+    """The loss of each way against that of the mean DC-DiT, by noise level; what is far off leaves the picture."""
+    means = {
+        way: np.mean([first(run["loss_by_level"]) for run in runs], axis=0) for way, runs in by_way(reached).items()
+    }
+    if OURS not in means:
+        return
+    figure, axis = new_figure(figsize=(8, 4.5))
+    for number, (way, losses) in enumerate(means.items()):
+        style = "-" if number < 10 else "--"
+        share = 100 * (losses / means[OURS] - 1)
+        axis.plot(cifar10.NOISE_LEVELS, share, style, marker="o", ms=3, lw=1, color=f"C{number % 10}", label=way)
+    axis.set(xlabel="noise level", ylabel=f"loss against {OURS}, %", ylim=(-20, 20))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
@@ -265,5 +365,7 @@ def _draw_masks(masks: Mapping[str, Mapping[str, Sequence[str]]], path: Path) ->
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What study.json keeps of a line: all but pictures and courses."""
-    return {name: value for name, value in line.items() if name not in ("samples", "masks", "course", "kept")}
+    """What study.json keeps of a line: all but the pictures and what was kept at each step."""
+    course = [(round(flops), round(loss, 5)) for flops, loss in line["course"]]
+    kept = {name: value for name, value in line.items() if name not in ("samples", "masks", "kept")}
+    return {**kept, "course": course}

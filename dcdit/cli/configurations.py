@@ -17,7 +17,7 @@ from dcdit.config import TrainConfig
 from dcdit.data import create_dataset
 from dcdit.models import PRESETS, DCDiTConfig, count_flops, create_config, create_model
 from dcdit.models.presets import config_class
-from dcdit.train.checks import check_fit, local_batch_size, model_arguments
+from dcdit.train.checks import check_fit, check_router, local_batch_size, model_arguments
 from dcdit.train.compute import FORWARD_AND_BACKWARD
 from dcdit.train.folder import check_folder, placed
 from dcdit.utils import schema
@@ -65,6 +65,7 @@ def dry_run(settings: TrainConfig, resume: str | None = None) -> str:
     with torch.device("meta"):
         model = create_model(**model_arguments(settings.model, data))
     check_fit(data, model)
+    check_router(settings, model.config)
     local_batch_size(settings, 1, model.config)
     optim = settings.optim
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -153,8 +153,8 @@ class OptimSection:
     compile: bool = option(False, "train through torch.compile")
     graph: bool | None = option(
         None,
-        "take steps in CUDA graphs; null: where that is possible (a DC-DiT or DiT on one GPU with accumulate 1, a "
-        "DC-DiT in bf16 without compile); true: or stop with the reason",
+        "take steps in CUDA graphs; null: where that is possible (a DC-DiT or DiT on one GPU, a DC-DiT in bf16 without "
+        "compile); true: on several GPUs too, and stop with the reason where it is not",
     )
     shard: bool = option(False, "divide weights, averages and optimiser state over the processes (FSDP2)")
     seed: int = option(0, "fixes initial weights, data order, noise and drop fractions", at_least=0, below=1 << 63)

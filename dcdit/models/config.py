@@ -136,7 +136,7 @@ class DCDiTConfig(_TransformerConfig):
     """
 
     router: str = "predictability"
-    """``"predictability"``, ``"cosine2d"`` or ``"cosine1d"``."""
+    """``"predictability"``, ``"cosine2d"``, ``"cosine1d"``, or ``"uniform"``: a regular quarter of the positions."""
     dechunk: str = "spatial"
     """``"spatial"`` or ``"ema"``."""
     dechunk_sigma: float = 1.0
@@ -278,7 +278,8 @@ class SparseDiTConfig(PatchConfig):
     """(h, w) of the sparse tokens from timestep 750 to 1000 (noise). Below, each side grows linearly, up to that of
     ``sparse_grid`` at 0. null: they are as many at all timesteps."""
     router: str | None = None
-    """``"predictability"``, ``"cosine2d"`` or ``"cosine1d"``: what chooses the sparse tokens. null: they are pooled."""
+    """``"predictability"``, ``"cosine2d"``, ``"cosine1d"`` or ``"uniform"``: what chooses the sparse tokens. null: they
+    are pooled."""
     dechunk_sigma: float = 1.0
     """With a router, standard deviation of the smoothing that brings all tokens back, in tokens."""
 

@@ -188,6 +188,8 @@ def _block_parts(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def _router(config: DCDiTConfig | SparseDiTConfig, length: int) -> int:
     dim, narrow = config.hidden_size, config.hidden_size // 4
+    if config.router == "uniform":
+        return 0
     if config.router == "predictability":
         return _linear(length, dim, narrow) + 2 * _conv(length, narrow, narrow, 3) + _linear(length, narrow, 1)
     depthwise = dim * _conv(length, 1, 1, 3) if config.router == "cosine2d" else 0

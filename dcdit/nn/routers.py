@@ -1,4 +1,7 @@
-"""Routers: the probability that a token is hard to predict from its neighbours, (B, L, D) -> (B, L) float32."""
+"""Routers: the probability that a token is hard to predict from its neighbours, (B, L, D) -> (B, L) float32.
+
+One of them keeps a regular grid instead and reads nothing.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -145,9 +148,56 @@ class Cosine1dRouter(CosineProjections):
             return ops.boundary_prob_cosine(q, k)
 
 
+class UniformRouter(nn.Module):
+    """A regular quarter of the positions, whatever the image: a baseline that a learned router should beat.
+
+    It keeps every second position of every second row. Dropping thins that out evenly, and a budget above a quarter
+    fills it up evenly (an ordered dither, Bayer 1973): for every power of two of the positions the grid is regular. It
+    has no weights, and the ratio loss, which is then a constant, cannot move it from a quarter.
+
+    Args:
+        dim: not used. It is here because all routers are built with the same arguments.
+        grid: (H, W).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import UniformRouter
+        >>> p = UniformRouter(32, grid=(4, 4))(torch.randn(1, 16, 32))
+        >>> (p > 0.5).int().view(4, 4).tolist()
+        [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+        >>> p.topk(2).indices.tolist()  # at half of that: (0, 0) and (2, 2)
+        [[0, 10]]
+    """
+
+    SHARE = 0.25
+    KEPT = (0.95, 0.85)
+    """The first and about the last probability of the kept positions: the de-chunk smooths them little."""
+
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, column = (torch.arange(side, device=x.device) for side in self.grid)
+        order = dither_order(row[:, None], column, max(self.grid)).flatten()
+        order = order.to(torch.promote_types(x.dtype, torch.float32))
+        first, last = self.KEPT
+        kept = first - (first - last) * order / self.SHARE
+        return torch.where(order < self.SHARE, kept, (1 - order) / 2).repeat(len(x), 1)
+
+
+def dither_order(row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Place of each position in a Bayer matrix of at least ``side`` squared entries, float32 in [0, 1)."""
+    order, bits = torch.zeros_like(row + column), (side - 1).bit_length()
+    for bit in range(bits):  # the lowest bits, which tell neighbours apart, weigh most
+        order = 4 * order + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
+    return order.float() / 4**bits
+
+
 ROUTERS: dict[str, type[nn.Module]] = {
     "predictability": PredictabilityRouter,
     "cosine2d": Cosine2dRouter,
     "cosine1d": Cosine1dRouter,
+    "uniform": UniformRouter,
 }
 """Names of ``DCDiTConfig.router`` to the classes."""

@@ -11,6 +11,7 @@ from dcdit.config import ModelSection, TrainConfig
 from dcdit.data import Samples
 from dcdit.models import DCDiTConfig, ModelConfig
 from dcdit.models.presets import LATENT_STRIDE
+from dcdit.nn import UniformRouter
 
 
 def local_batch_size(config: TrainConfig, processes: int, model: ModelConfig) -> int:
@@ -38,6 +39,16 @@ def local_batch_size(config: TrainConfig, processes: int, model: ModelConfig) ->
                 f"{local_batch} images per forward pass{'' if split else ', or null'}"
             )
     return local_batch
+
+
+def check_router(config: TrainConfig, model: ModelConfig) -> None:
+    """Raise ValueError where the ratio loss asks for a share of the tokens that this router cannot learn to keep."""
+    kept = round(1 / UniformRouter.SHARE)
+    if isinstance(model, DCDiTConfig) and model.router == "uniform" and config.router.target != kept:
+        raise ValueError(
+            f"router.target is {config.router.target:g}; accepted with the uniform router: {kept}, for it keeps one "
+            f"position in {kept} whatever the ratio loss asks"
+        )
 
 
 def check_sharding(config: TrainConfig) -> None:

@@ -1,14 +1,17 @@
 """A training step as CUDA graphs: the forward and backward pass, clipping, the optimiser and the averages.
 
-A step of a DC-DiT is three graphs, as a call of :class:`dcdit.graphs.ExactGraphedDenoiser` is: encoder, router and
+A pass of a DC-DiT is three graphs, as a call of :class:`dcdit.graphs.ExactGraphedDenoiser` is: encoder, router and
 selection; what needs no selection, while the number of kept tokens is on its way to the host; and all the rest, with
 the packed buffer rounded up to the next of a few sizes. The backward pass through the first two is a part of the third.
-A step of a static model is one graph.
+A pass of a static model is one graph.
+
+The last graph includes the update of the weights where a step is one pass of one process. Else it adds the gradients to
+a buffer, which is averaged over the processes, and the update is a graph of its own.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,22 +34,22 @@ from dcdit.utils.modules import unwrap_model
 logger = logging.getLogger(__name__)
 Taken = tuple[dict[str, Tensor], Tensor | None]
 """Metrics and kept lengths."""
-EAGER_STEPS = 2
+PLAIN_STEPS = 2
 """First steps of a process. They make the moments of the optimiser and load the kernels of the update."""
 MAX_GRAPHS = 32
 """Sizes of the packed buffer to keep; the one that was not used for longest goes first."""
 
 
-def step_obstacle(config: TrainConfig, net: Any, processes: int = 1) -> str | None:
+def step_obstacle(config: TrainConfig, net: Any, processes: int) -> str | None:
     """Why the training steps of a model cannot be captured; None if they can."""
     model, optim = unwrap_model(net), config.optim
     device = next(model.parameters()).device
     if not cuda.has_graphs(device):
         return f"the model is on {device}; CUDA graphs need a CUDA device"
-    if processes > 1:
-        return f"there are {processes} processes, whose gradients are averaged in between; accepted: one"
-    if optim.accumulate > 1:
-        return f"optim.accumulate is {optim.accumulate}; accepted: 1, for the update is a part of the graph"
+    if optim.shard and processes > 1:
+        return "the weights are sharded, and gathering them is no part of a graph"
+    if processes > 1 and optim.graph is None:
+        return f"nobody has tried it with GPUs of {processes} processes; optim.graph=true does"
     if not isinstance(model, DCDiT | DiT):
         return f"a {type(model).__name__} reads on the host how many tokens it keeps; accepted: a DC-DiT or a DiT"
     if model.config.gate_shape is not None:
@@ -71,7 +74,7 @@ class GraphedStep:
         objective: of the run.
         optimizer: over all parameters of the model.
         ema: their averages.
-        optional: a capture that fails is logged, and steps are to be plain ones from then on.
+        processes: how many train together, each with the same weights.
 
     Raises:
         ValueError: such steps cannot be captured (:func:`step_obstacle`).
@@ -84,26 +87,44 @@ class GraphedStep:
         objective: Objective,
         optimizer: torch.optim.AdamW,
         ema: EMA,
-        optional: bool = False,
+        processes: int = 1,
     ) -> None:
-        if obstacle := step_obstacle(config, net):
+        if obstacle := step_obstacle(config, net, processes):
             raise ValueError(f"the training step cannot be captured: {obstacle}")
         self._config, self._net, self._model = config, net, unwrap_model(net)
         self._objective, self._optimizer, self._ema = objective, optimizer, ema
         self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self._device = self._weights[0].device
+        self._gradients: GradientBuffer | None = None
+        if processes > 1 or config.optim.accumulate > 1:
+            self._gradients = GradientBuffer(self._weights, processes)
         self._lr = torch.zeros((), device=self._device)
-        self._eager_steps, self._optional, self._failed = EAGER_STEPS, optional, False
+        self._plain_steps, self._failed = PLAIN_STEPS, False
         self._inputs: _Inputs | None = None
         self._before: _Before | None = None
         self._graphs: dict[tuple[int, int], cuda.Captured] = {}
+        self._update_graph: cuda.Captured | None = None
         self._names: list[str] = []
+        self._norm = torch.zeros((), device=self._device)
         self._pool = cuda.driver.new_pool()
         # A backward pass runs on the streams of its forward pass, so all is captured on one.
         self._stream = cuda.driver.new_stream(self._device)
 
-    def __call__(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken | None:
-        """Take a step.
+    def takes(self, step: int) -> bool:
+        """Begin a step, and say whether it is taken in graphs, or to be a plain one.
+
+        Plain are the first ones of a process, those in which the target of the ratio loss changes, and all after a
+        capture that failed.
+        """
+        self._plain_steps -= 1
+        if self._plain_steps >= 0 or step < self._config.router.target_warmup_steps or self._failed:
+            return False
+        if self._gradients is not None:
+            self._gradients.clear()
+        return True
+
+    def run(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken | None:
+        """A forward and a backward pass of a step.
 
         Args:
             step: steps done before this one.
@@ -111,28 +132,56 @@ class GraphedStep:
             y: (B,) labels, some of them dropped.
 
         Returns:
-            The metrics () and the kept lengths of :func:`dcdit.train.losses.training_losses`, with ``grad_norm``. The
-            next step overwrites the lengths. None if nothing was done and the step is to be a plain one: the first ones
-            of a process, those in which the target of the ratio loss changes, and all after a capture that failed.
+            The metrics () and the kept lengths of :func:`dcdit.train.losses.training_losses`. The next pass overwrites
+            the lengths. None if a capture failed without ``optim.graph: true``: then nothing was done, and the
+            gradients of the passes before are those of the weights, so this pass and the update are to be plain ones.
 
         Raises:
-            CaptureError: a capture failed, and it is not optional.
+            CaptureError: a capture failed, with ``optim.graph: true``.
         """
-        self._eager_steps -= 1
-        if self._eager_steps >= 0 or step < self._config.router.target_warmup_steps or self._failed:
-            return None
         try:
-            return self._take(step, noisy, y)
+            return self._run(step, noisy, y)
         except cuda.CaptureError as error:
-            if not self._optional:
-                raise
-            logger.warning("training goes on without CUDA graphs: %s", error)
-            self._failed = True
-            self._before, self._inputs = None, None
-            self._graphs.clear()
+            self._give_up(error)
+            self._forget_gradients()
+            if self._gradients is not None:
+                self._gradients.give_back()
             return None
 
-    def _take(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken:
+    def update(self) -> Tensor:
+        """What ends a step: clipping, the optimiser, the averages. Returns the norm () of all gradients."""
+        if self._gradients is None:  # it was a part of the pass
+            return self._norm.clone()
+        self._gradients.average()
+        self._lr.fill_(self._optimizer.param_groups[0]["lr"])
+        try:
+            if self._update_graph is None:
+                with _capturable(self._optimizer, self._lr):
+                    self._update_graph = self._capture(self._update, "the update of the weights", lambda: None)
+            self._update_graph.replay()
+        except cuda.CaptureError as error:
+            self._give_up(error)
+            self._update()
+        return self._norm.clone()
+
+    def average_plain(self) -> None:
+        """Average the gradients of plain passes over the processes, which no wrapper of the model does."""
+        if self._gradients is not None:
+            self._gradients.clear()
+            self._gradients.add()
+            self._gradients.average()
+            self._gradients.give_back()
+
+    def _give_up(self, error: cuda.CaptureError) -> None:
+        """Take plain steps from now on, unless ``optim.graph: true`` asked for graphs."""
+        if self._config.optim.graph:
+            raise error
+        logger.warning("training goes on without CUDA graphs: %s", error)
+        self._failed = True
+        self._before, self._inputs = None, None
+        self._graphs.clear()
+
+    def _run(self, step: int, noisy: NoisyBatch, y: Tensor) -> Taken:
         rho = drop_fraction(self._config.router, self._config.optim.seed, step)
         if self._inputs is None:
             drop = torch.zeros(y.shape, device=self._device)
@@ -141,10 +190,18 @@ class GraphedStep:
             mine.copy_(given)
         self._inputs.drop.fill_(rho)
         self._lr.fill_(self._optimizer.param_groups[0]["lr"])
-        metrics, lengths = self._step_of_dc_dit() if isinstance(self._model, DCDiT) else (self._step_of_dit(), None)
+        metrics, lengths = self._pass_of_dc_dit() if isinstance(self._model, DCDiT) else (self._pass_of_dit(), None)
         return dict(zip(self._names, metrics.clone().unbind(), strict=True)), lengths
 
-    def _step_of_dit(self) -> Tensor:
+    def _update(self) -> None:
+        """With the gradients of the buffer, or those that the weights have."""
+        if self._gradients is not None:
+            self._gradients.give_back()
+        self._norm.copy_(clipped_step(self._optimizer, self._config.optim.grad_clip))
+        self._forget_gradients()
+        self._ema.update()
+
+    def _pass_of_dit(self) -> Tensor:
         def passes() -> dict[str, Tensor]:
             assert self._inputs is not None
             metrics, _ = training_losses(
@@ -152,12 +209,12 @@ class GraphedStep:
             )
             return self._backward(metrics, retain=False)
 
-        graph = self._graph((0, 0), passes, "a training step")
+        graph = self._graph((0, 0), passes, "a training pass")
         graph.replay()
         out: Tensor = graph.outputs
         return out
 
-    def _step_of_dc_dit(self) -> tuple[Tensor, Tensor]:
+    def _pass_of_dc_dit(self) -> tuple[Tensor, Tensor]:
         inputs = self._inputs
         assert inputs is not None
         before = self._before
@@ -178,7 +235,7 @@ class GraphedStep:
             metrics = self._losses(inputs, routed_now.encoded, before.prepared.outputs, sel)
             return self._backward(metrics, retain=True)
 
-        graph = self._graph((rows, bound), passes, f"the training step on {rows} rows")
+        graph = self._graph((rows, bound), passes, f"the training pass on {rows} rows")
         graph.replay()
         return graph.outputs, routed_now.sel.lengths
 
@@ -207,7 +264,7 @@ class GraphedStep:
 
     def _backward(self, metrics: dict[str, Tensor], retain: bool) -> dict[str, Tensor]:
         """Gradients for all weights. ``retain``: other sizes go back through the same encoder."""
-        metrics["loss"].backward(retain_graph=retain)
+        (metrics["loss"] / self._config.optim.accumulate).backward(retain_graph=retain)
         return {name: value.detach() for name, value in metrics.items()}
 
     def _graph(self, size: tuple[int, int], passes: Callable[[], dict[str, Tensor]], what: str) -> cuda.Captured:
@@ -216,9 +273,11 @@ class GraphedStep:
 
             def take() -> Tensor:
                 metrics = passes()
-                metrics["grad_norm"] = clipped_step(self._optimizer, self._config.optim.grad_clip)
-                self._forget_gradients()
-                self._ema.update()
+                if self._gradients is None:
+                    self._update()
+                else:
+                    self._gradients.add()
+                    self._forget_gradients()
                 self._names = list(metrics)
                 return torch.stack([value.float() for value in metrics.values()])
 
@@ -234,7 +293,7 @@ class GraphedStep:
         return graph
 
     def _forget_gradients(self) -> None:
-        """Their memory is for the next size."""
+        """Their memory is for the next capture."""
         for weight in self._weights:
             weight.grad = None
 
@@ -244,6 +303,42 @@ class GraphedStep:
         return cuda.capture(
             function, self._device, self._pool, what, warmup=1, rehearsal=rehearsal, stream=self._stream
         )
+
+
+class GradientBuffer:
+    """The gradients of some weights in one piece of memory, in which they are added up over passes and processes."""
+
+    def __init__(self, weights: Sequence[Tensor], processes: int) -> None:
+        self._weights, self._processes = weights, processes
+        starts = [0]
+        for weight in weights:  # each begins where vector loads may begin
+            starts.append(-(-(starts[-1] + weight.numel()) // 64) * 64)
+        self._flat = torch.zeros(starts.pop(), device=weights[0].device)
+        # In the memory format of the weights, which fused kernels ask for.
+        self._parts = [
+            self._flat.as_strided(weight.shape, weight.stride(), start)
+            for weight, start in zip(weights, starts, strict=True)
+        ]
+
+    def clear(self) -> None:
+        self._flat.zero_()
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add the gradients that the weights have now."""
+        pairs = [(part, w.grad) for part, w in zip(self._parts, self._weights, strict=True) if w.grad is not None]
+        torch._foreach_add_([part for part, _ in pairs], [gradient for _, gradient in pairs])
+
+    def average(self) -> None:
+        """Over the processes. Every process has to call this."""
+        if self._processes > 1:
+            torch.distributed.all_reduce(self._flat)
+            self._flat.div_(self._processes)
+
+    def give_back(self) -> None:
+        """Let the weights have the sums as their gradients."""
+        for weight, part in zip(self._weights, self._parts, strict=True):
+            weight.grad = part
 
 
 class _Inputs(NamedTuple):

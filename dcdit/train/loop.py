@@ -18,7 +18,14 @@ from dcdit.diffusion import create_objective
 from dcdit.models import DCDiT, create_model
 from dcdit.nn.embedding import drop_labels
 from dcdit.nn.memory_format import channels_last
-from dcdit.train.checks import check_fit, check_same_classes, check_sharding, local_batch_size, model_arguments
+from dcdit.train.checks import (
+    check_fit,
+    check_router,
+    check_same_classes,
+    check_sharding,
+    local_batch_size,
+    model_arguments,
+)
 from dcdit.train.compute import SpentFlops
 from dcdit.train.distill import begin_upcycling
 from dcdit.train.draws import draw_step
@@ -132,6 +139,7 @@ def _train(
     model.y_embedder.dropout_prob = 0.0
     model.objective = config.diffusion.objective
     teacher = begin_upcycling(config, model, resume)
+    check_router(config, model.config)
     local_batch = local_batch_size(config, processes, model.config)
     check_fit(dataset, model)
     objective = create_objective(config.diffusion.objective, model.config.learn_sigma)
@@ -144,13 +152,15 @@ def _train(
     ema, flops = EMA(model, optim.ema_decay), SpentFlops(model.config, device)
     state = TrainState(model, ema, optimizer, flops)
     start = 0 if resume is None else state.restore(ckpt.load_checkpoint(resume), dataset, optim.batch_size)
-    net = model if sharded else accelerator.prepare(torch.compile(model) if optim.compile else model)
+    net = torch.compile(model) if optim.compile and not sharded else model
     obstacle = step_obstacle(config, net, processes)
     if optim.graph and obstacle:
         raise ValueError(f"optim.graph is true but steps cannot be captured: {obstacle}")
     graphed = None
     if optim.graph is not False and obstacle is None:
-        graphed = GraphedStep(config, net, objective, optimizer, ema, optional=optim.graph is None)
+        graphed = GraphedStep(config, net, objective, optimizer, ema, processes)
+    elif not sharded:
+        net = accelerator.prepare(net)
 
     # The folder of the run, and what the steps below read and write.
     if main_process:
@@ -208,14 +218,18 @@ def _train(
             dropout, gates = model.config.class_dropout_prob, model.config.gate_shape
             complete = gates is not None and trains_complete(config.width, step)
             draws = draw_step(objective, shape, dropout, optim.seed, step, device, gates)
+            in_graphs = graphed is not None and teacher is None and graphed.takes(step)
             passes: list[dict[str, Tensor]] = []
             for number in range(optim.accumulate):
                 x, y = (tensor.to(device, non_blocking=True) for tensor in next(data))
                 t, noise, dropped, gate_noise = draws.rows((number * processes + rank) * local_batch, local_batch)
                 y = drop_labels(y, dropped, model.config.num_classes)
                 noisy = objective.noise(x, t, noise)
-                taken = None if graphed is None or teacher is not None else graphed(step, noisy, y)
-                if taken is None:
+                taken = graphed.run(step, noisy, y) if graphed is not None and in_graphs else None
+                in_graphs = taken is not None
+                if taken is not None:
+                    metrics, lengths = taken
+                else:
                     last = number == optim.accumulate - 1
                     with contextlib.nullcontext() if last else unsynchronised(net, accelerator):
                         with state.router_errors_explained(step, means):
@@ -223,13 +237,15 @@ def _train(
                                 config, step, net, objective, noisy, y, teacher, gate_noise
                             )
                         accelerator.backward(metrics["loss"] / optim.accumulate)
-                else:
-                    metrics, lengths = taken
                 flops.add(local_batch, lengths, 1 + complete, teacher.flops if teacher else 0)
                 passes.append({name: value.detach() for name, value in metrics.items()})
                 del metrics  # a capture must not meet the streams of its gradients
             step_means = {name: torch.stack([metrics[name] for metrics in passes]).mean() for name in passes[0]}
-            if taken is None:
+            if graphed is not None and in_graphs:
+                step_means["grad_norm"] = graphed.update()
+            else:
+                if graphed is not None and processes > 1:
+                    graphed.average_plain()
                 step_means["grad_norm"] = clipped_step(optimizer, optim.grad_clip)
                 optimizer.zero_grad(set_to_none=True)
                 ema.update()

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.studies import cifar10, equal_compute, selection, training
 from benchmarks.studies.digit_canvases import INK, held_out_ink, write_canvases
-from benchmarks.studies.equal_compute_page import crossings, mean_loss
+from benchmarks.studies.equal_compute_page import at_first_goal, crossings, lead, losses_at
 from dcdit.config import TrainConfig, load_config
 from dcdit.data import NpzDataset
 from dcdit.diffusion import FlowMatchingObjective
@@ -99,12 +99,25 @@ def test_a_folder_waits_and_nothing_starts_after_the_deadline(tmp_path: Path) ->
     assert log.read_text() == "+-+-"
 
 
-def test_curves_are_compared_at_equal_flops() -> None:
+def test_curves_are_compared_at_equal_flops_in_the_seeds_that_both_have() -> None:
     falls = np.array([1.0, 10.0, 100.0]), np.array([3.0, 2.0, 1.0])
-    flat = np.array([1.0, 100.0]), np.array([1.5, 1.5])
-    assert mean_loss([falls, flat], 10.0) == pytest.approx(1.75)
-    assert mean_loss([falls], 200.0) is None
-    assert crossings([falls], [flat]) == [100.0]
+    flat, short = (np.array([1.0, 100.0]), np.array([1.5, 1.5])), (np.array([1.0, 10.0]), np.array([9.0, 9.0]))
+    assert losses_at({"0": falls, "1": flat}, 10.0) == pytest.approx({"0": 2.0, "1": 1.5})
+    assert losses_at({"0": falls, "1": short}, 50.0).keys() == {"0"}
+    assert lead({"0": falls, "1": short}, {"0": flat, "1": flat}, 100.0) == pytest.approx(1 / 1.5 - 1)
+    assert lead({"0": falls}, {"1": flat}, 10.0) is None
+    assert crossings({"0": falls}, {"0": flat}) == [100.0]
+    assert crossings({"0": falls}, {"1": flat}) is None
+
+
+def test_a_run_that_was_stopped_is_compared_where_it_stopped() -> None:
+    def line(goal: float, flops: float, course: list[tuple[float, float]]) -> dict[str, Any]:
+        return {"goal": goal, "training_flops": flops, "course": course}
+
+    whole, further = line(4.0, 4.5, [(1.0, 2.0), (4.0, 1.0)]), line(8.0, 6.0, [(1.0, 2.0), (6.0, 0.5)])
+    runs = {"one-0": [whole, further], "two-0": [line(4.0, 3.0, [(1.0, 4.0), (2.0, 3.0)])], "one-1": [whole]}
+    shown = at_first_goal(runs, 4.0)
+    assert shown == {"one-0": whole, "one-1": whole, "one to 6.0e+00-0": further, "two to 3.0e+00-0": runs["two-0"][0]}
 
 
 def run_here(configs: dict[str, TrainConfig], jobs: int, programs: dict[str, Any], until: float) -> None:

@@ -2,7 +2,17 @@
 
 import dataclasses
 
-from benchmarks.studies.upcycling import DISTILLED, PLAIN, SCRATCH, configs, source_config, write_page
+from benchmarks.studies.upcycling import (
+    DISTILLED,
+    OFFICIAL,
+    PLAIN,
+    SCRATCH,
+    SHORT,
+    WEAK,
+    configs,
+    source_config,
+    write_page,
+)
 
 
 def log(*losses, distill=()):
@@ -17,18 +27,19 @@ def log(*losses, distill=()):
 
 
 def test_runs_differ_in_nothing_but_their_weights(tmp_path):
-    runs = configs(tmp_path, tmp_path / "runs", 20, 5, seed=3)
-    assert list(runs) == [SCRATCH, PLAIN, DISTILLED]
-    assert len({run.run.out for run in runs.values()}) == 3
+    runs = configs(tmp_path, tmp_path / "runs", 20, 6, seed=3)
+    assert list(runs) == [SCRATCH, PLAIN, DISTILLED, WEAK, SHORT, OFFICIAL]
+    assert len({run.run.out for run in runs.values()}) == 6
     plain = dataclasses.asdict(runs[SCRATCH])
     for kind, run in runs.items():
         other = dataclasses.asdict(run)
         assert other["model"]["overrides"].pop("adapt_conditioning", False) is (kind != SCRATCH)
+        assert other["model"]["overrides"].pop("start", None) == ("official" if kind == OFFICIAL else None)
         for section in ("data", "diffusion", "optim", "router", "model"):
             assert other[section] == plain[section], section
     assert runs[DISTILLED].upcycle.source == source_config(tmp_path, tmp_path / "runs", 9).run.out
     warm_ups = [(run.upcycle.distill_steps, run.upcycle.distill_weight) for run in list(runs.values())[1:]]
-    assert warm_ups == [(0, 1.0), (5, 1.0)]
+    assert warm_ups == [(0, 1.0), (6, 1.0), (6, 0.1), (2, 1.0), (0, 1.0)]
 
 
 def test_page(tmp_path):

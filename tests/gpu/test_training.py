@@ -12,7 +12,7 @@ from dcdit.config import load_config
 from dcdit.diffusion import NoisyBatch, create_objective
 from dcdit.models import DCDiT, DCDiTConfig, DiT, DiTConfig
 from dcdit.train.ema import EMA
-from dcdit.train.graphed import EAGER_STEPS, GraphedStep
+from dcdit.train.graphed import PLAIN_STEPS, GraphedStep
 from dcdit.train.losses import training_losses
 from dcdit.train.optimizer import clipped_step, create_optimizer
 
@@ -61,10 +61,11 @@ class Run:
         return {name: float(value.detach()) for name, value in {**metrics, "grad_norm": norm}.items()}
 
     def in_graphs(self, step: int) -> dict[str, float]:
-        taken = self.graphed(step, *self.inputs(step))
-        if taken is None:
+        if not self.graphed.takes(step):
             return self.plain(step)
-        return {name: float(value) for name, value in taken[0].items()}
+        taken = self.graphed.run(step, *self.inputs(step))
+        assert taken is not None
+        return {name: float(value) for name, value in {**taken[0], "grad_norm": self.graphed.update()}.items()}
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -88,12 +89,13 @@ def test_steps_in_graphs_train_like_plain_ones(kind: str) -> None:
 
 def test_a_step_in_graphs_syncs_for_one_event_only() -> None:
     run = Run(model_of("dynamic"))
-    for _ in range(EAGER_STEPS + 2):
+    for _ in range(PLAIN_STEPS + 2):
         run.in_graphs(5)
     noisy, y = run.inputs(5)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.graphed(5, noisy, y)
+        run.graphed.run(5, noisy, y)
+        run.graphed.update()
     finally:
         torch.cuda.set_sync_debug_mode("default")

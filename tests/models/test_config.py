@@ -38,7 +38,11 @@ def test_dict_round_trip_through_json(config) -> None:
         (DCDiTConfig, {"hidden_size": 192}, "hidden_size is 192; accepted: a multiple of 128"),
         (DCDiTConfig, {"mlp_ratio": 0}, "mlp_ratio is 0"),
         (DCDiTConfig, {"class_dropout_prob": 1.0}, r"class_dropout_prob is 1.0; accepted: a number in \[0, 1\)"),
-        (DCDiTConfig, {"router": "random"}, "router is 'random'; accepted: predictability, cosine2d, cosine1d"),
+        (
+            DCDiTConfig,
+            {"router": "random"},
+            "router is 'random'; accepted: predictability, cosine2d, cosine1d, uniform",
+        ),
         (DCDiTConfig, {"dechunk": "nearest"}, "dechunk is 'nearest'; accepted: spatial, ema"),
         (DCDiTConfig, {"dechunk_sigma": 0.0}, r"dechunk_sigma is 0.0; accepted: a number in \(0, 16\]"),
         (DiTConfig, {"patch_size": 3}, r"patch_size is 3; accepted: a positive divisor of both sides of \(8, 8\)"),

@@ -42,7 +42,7 @@ def test_published_budgets_imply_the_target_compression(scale: str, rho: float, 
     assert 4.0 <= 1024 / natural <= 4.4
 
 
-@pytest.mark.parametrize("router", ["predictability", "cosine2d", "cosine1d"])
+@pytest.mark.parametrize("router", ["predictability", "cosine2d", "cosine1d", "uniform"])
 def test_dynamic_stages_match_pytorchs_counter(router: str) -> None:
     config = DCDiTConfig(**SMALL, router=router, dechunk="ema")
     model = DCDiT(config).eval()
@@ -53,7 +53,7 @@ def test_dynamic_stages_match_pytorchs_counter(router: str) -> None:
     ours = count_flops(config, budget, batch=batch)
     # The papers add 3 FLOPs per attention score for the softmax; PyTorch counts the two products only.
     ours["transformer"] -= config.depth * config.num_heads * batch * budget**2 * SOFTMAX_FLOPS
-    if router != "predictability":
+    if router.startswith("cosine"):
         # The dot product of q and k is elementwise work to PyTorch, and so is the 3x3 filter of each channel.
         taps = 1 + 9 * (router == "cosine2d")
         ours["router"] -= taps * 2 * batch * positions * config.hidden_size

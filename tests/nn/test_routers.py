@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.nn import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter
+from dcdit.nn import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter, UniformRouter
 
 GRID = (5, 7)
 DIM = 64
@@ -82,7 +82,7 @@ def test_cosine_is_computed_in_float32_under_autocast(name: str) -> None:
     assert torch.equal(rounded, router(x))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "uniform"])
 def test_every_parameter_learns(name: str) -> None:
     torch.manual_seed(0)
     router = ROUTERS[name](DIM, GRID)
@@ -90,3 +90,21 @@ def test_every_parameter_learns(name: str) -> None:
     (router(tokens()) * weights).sum().backward()
     for key, parameter in router.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, key
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (5, 7), (1, 6), (16, 4)], ids=str)
+def test_the_uniform_router_keeps_every_second_position_of_every_second_row(grid: tuple[int, int]) -> None:
+    p = UniformRouter(DIM, grid)(torch.randn(2, grid[0] * grid[1], DIM)).unflatten(1, grid)
+    regular = torch.zeros(2, *grid, dtype=torch.bool)
+    regular[:, ::2, ::2] = True
+    assert torch.equal(p > 0.5, regular)
+    assert len(p[0].unique()) == p[0].numel()  # no order is left to chance
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 32, 64])
+def test_any_budget_of_the_uniform_router_is_spread_evenly(count: int) -> None:
+    p = UniformRouter(DIM, (8, 8))(torch.zeros(1, 64, DIM))
+    kept = torch.zeros(64).index_fill(0, p.topk(count).indices[0], 1).view(8, 8)
+    side = {1: 8, 4: 4, 16: 2, 32: 2, 64: 1}[count]  # of cells that have equally many each
+    cells = kept.unfold(0, side, side).unfold(1, side, side).sum((2, 3))
+    assert cells.min() == cells.max() == count // cells.numel()

@@ -203,8 +203,9 @@ def test_validation_leaves_training_alone(config):
         ["optim.accumulate=2", "data.workers=1"],
         ["diffusion.objective=flow", "model.overrides.learn_sigma=false"],
         ["router.group_size=null", "model.overrides.router=cosine1d", "model.overrides.dechunk=ema"],
+        ["router.target=4", "model.overrides.router=uniform"],
     ],
-    ids=["bf16", "accumulate", "flow", "h-net"],
+    ids=["bf16", "accumulate", "flow", "h-net", "uniform"],
 )
 def test_variants_train(config, overrides):
     result = train(config("optim.steps=2", "run.eval_every=2", *overrides))
@@ -653,6 +654,10 @@ def test_a_run_goes_on_where_no_label_changes(config, pictures, archive, tmp_pat
         (
             ["router.group_size=null", "optim.accumulate=2"],
             r"router\.group_size is null; accepted: a divisor of the 2 ",
+        ),
+        (
+            ["model.overrides.router=uniform"],
+            r"router\.target is 2; accepted with the uniform router: 4, for it keeps one position in 4 whatever",
         ),
         (["optim.accumulate=3"], r"optim\.batch_size is 4; accepted: a multiple of .* = 3"),
         (["optim.accumulate=8"], r"optim\.batch_size is 4; accepted: a multiple of .* = 8"),
