@@ -308,7 +308,7 @@ One held-out image at five noise levels:
 
 ## Time against the static DiT
 
-Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} threads,
+Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} thread(s),
 {timed["dtype"]}, all models timed in one run.
 eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
 At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.
