@@ -132,7 +132,8 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
         sheet.quantize(COLORS_OF_SHEET).save(out / f"{data}-samples.png", optimize=True)
         parts += [
             "## Samples",
-            f"At {goals[0]:.0e} training FLOPs, from the same noise, 30 Euler steps, no guidance:",
+            f"At {goals[0]:.0e} training FLOPs, from the same noise, 30 Euler steps, no guidance, shown in "
+            f"{COLORS_OF_SHEET} colours:",
             f"![samples]({data}-samples.png)",
         ]
     return parts
@@ -288,14 +289,15 @@ def _plot_curves(runs: Runs, curves: Mapping[str, Curves], goals: Sequence[float
                 late = flops >= least
                 look: dict[str, Any] = {"color": COLORS[way], "lw": 1, "label": None if number else way}
                 axis.plot(flops[late], losses[late], **look)
-        axis.set(xlabel="training FLOPs", ylabel="held-out loss", xscale="log", yscale="log")
+        axis.set(xlabel="training FLOPs", ylabel="held-out loss", xscale="log")
         axis.xaxis.set_minor_formatter("")
         marks = [mark for mark in (2e13, 5e13, 1e14, 1.5e14, 2e14, 3e14, 5e14, 1e15) if mark >= least]
         low, high = axis.get_xlim()
         axis.set_xticks(marks, [f"{mark:.1e}".replace("e+", "e") for mark in marks])
         axis.tick_params(axis="x", labelsize=7)
         axis.set_xlim(low, high)
-        plain_ticks(axis)
+    left.set_yscale("log")
+    plain_ticks(left)
     left.legend(fontsize=8)
     for goal, style in zip(goals, ("--", "-", ":"), strict=False):
         means = {
