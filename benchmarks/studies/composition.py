@@ -164,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # losses are those of float32
     found = {
         "flops": args.flops or FLOPS[args.device],
+        "minutes": args.minutes,
         "seeds": args.seeds,
         "batch": next(iter(planned.values())).optim.batch_size,
         "precision": next(iter(planned.values())).optim.precision,

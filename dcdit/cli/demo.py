@@ -38,7 +38,7 @@ SAMPLING_STEPS = 40
 GUIDANCE = 2.0
 ANIMATED = 0.3
 """Drop fraction of the run that the animation shows."""
-RECORD, REPORT, PAGE, SAMPLES = "demo.json", "report.md", "report.html", "samples-drop-{:g}.png"
+RECORD, REPORT, PAGE, SAMPLES = "demo.json", "report.md", "steps.html", "samples-drop-{:g}.png"
 PICTURES = ("steps.webp", "training.png", "boundary_maps.png", "profile.png")
 FILES = (REPORT, PAGE, *PICTURES, *map(SAMPLES.format, DROP_FRACTIONS))
 """Files beside the record, which is written before them."""
@@ -176,7 +176,7 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
 
 
 def _draw_samples(model: DCDiT, options: "SamplingOptions", out: Path, class_names: Sequence[str]) -> dict[float, Any]:
-    """Sheets at all budgets, the animation and report.html; what each budget took, as samples.json says it."""
+    """Sheets at all budgets, the animation and steps.html; what each budget took, as samples.json says it."""
     from dcdit.data.autoencoder import create_decoder
     from dcdit.sample.animation import write_animation
     from dcdit.sample.drawing import draw
@@ -308,7 +308,7 @@ One held-out image at five noise levels:
 
 ## Time against the static DiT
 
-Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} threads,
+Same transformer, random weights for the static models, batch {timed["batch"]}, {timed["threads"]} thread(s),
 {timed["dtype"]}, all models timed in one run.
 eta = (time static / time dynamic) / (FLOPs static / FLOPs dynamic); 1 means that every saved FLOP became time.
 At this size overheads weigh more than in the published models; `dcdit profile --model DC-DiT-S` times those.

@@ -11,6 +11,7 @@ import torch
 from dcdit.checkpoint import load_model, model_file
 from dcdit.cli.extras import is_installed, missing
 from dcdit.cli.options import add_device_option, check_counts, check_number
+from dcdit.config import load_config
 from dcdit.models import DCDiT, DiT, DyDiT, create_model
 from dcdit.nn.memory_format import channels_last
 from dcdit.profiling.calibrate import calibrate_gates, calibrate_router, varied_latents
@@ -30,8 +31,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="DC-DiT-S", help="preset with random weights (default: %(default)s)")
-    add("--checkpoint", help="profile a trained checkpoint instead of a preset")
+    subject = parser.add_mutually_exclusive_group()
+    subject.add_argument("--model", default="DC-DiT-S", help="preset with random weights (default: %(default)s)")
+    subject.add_argument("--config", help="the model of a recipe (dcdit train --list-configs) with random weights")
+    subject.add_argument("--checkpoint", help="a trained model")
     add("--image-size", type=int, default=256, help="pixels; presets work on a grid of an eighth of it")
     add("--batch", type=int, default=4, help="images per forward (default: %(default)s)")
     add("--drop-fraction", type=float, nargs="+", help="budgets of a DC-DiT to time (default: 0 0.3 0.6)")
@@ -39,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=float,
         default=0.25,
-        help="share of the tokens that a preset of a DC-DiT keeps, or of its gates that a DyDiT opens (default 0.25)",
+        help="with random weights, share of the tokens that a DC-DiT keeps, and of the gates of dynamic width that are "
+        "open (default 0.25)",
     )
     add_device_option(add)
     add("--dtype", choices=DTYPES, default="float32", help="of weights and tokens")
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     y = torch.arange(args.batch, device=device) % config.num_classes
     if not args.checkpoint and isinstance(model, DCDiT):
         calibrate_router(model, x, t, y, args.keep)
-    if not args.checkpoint and isinstance(model, DyDiT):
+    if not args.checkpoint and isinstance(model, DCDiT | DyDiT) and config.gate_shape is not None:
         calibrate_gates(model, x, y, args.keep, range(0, 1000, 20))
     result = profile(model, name, x, t, y, drops, args.seconds, args.compile, args.graph)
     write_text(out / RECORD, json.dumps(asdict(result), indent=2) + "\n")
@@ -102,6 +106,10 @@ def _model(args: argparse.Namespace) -> tuple[DynamicModel, str]:
     if args.checkpoint:
         model: Any = load_model(args.checkpoint)
         name = Path(args.checkpoint).stem
+    elif args.config:
+        section = load_config(args.config).model
+        sizes = {"image_size": section.image_size or args.image_size, "num_classes": section.num_classes or 1000}
+        model, name = create_model(section.name, **{**sizes, **section.overrides}), Path(args.config).stem
     else:
         model, name = create_model(args.model, args.image_size), args.model
     if isinstance(model, DiT):

@@ -18,6 +18,7 @@ from benchmarks.studies import (
     cifar10_gpu,
     comparison,
     composition,
+    composition_cpu,
     composition_page,
     selection,
     start,
@@ -190,13 +191,13 @@ def test_methods_that_compose_are_trained_measured_and_timed(composed: tuple[Pat
     assert found["sides"]["static"]["gflops"] == pytest.approx(gflops["static-0"])
     (out / "trained.json").write_text(json.dumps({**trained, "gpu": found}))
 
-    for name, value in {"CPU_IMAGES": 2, "CACHED_STEPS": 4}.items():
-        monkeypatch.setattr(composition_page, name, value)
+    for name, value in {"CPU_IMAGES": 2, "CACHED_STEPS": 4, "SLICED_STEPS": 3}.items():
+        monkeypatch.setattr(composition_cpu, name, value)
     page = out.parent / "page"
     composition_page.main(["--data", str(data), "--trained", str(out), "--rounds", "2", "--out", str(page)])
     text = (page / "report.md").read_text()
     for name in composition.MODELS:
-        assert text.count(f"| {name} ") == 4  # the summary, the losses, the times of both devices
+        assert text.count(f"| {name} ") == 5  # losses at equal FLOPs and at the end, the summary, times of both devices
     assert "threshold 0.05" in text and "Time on a GPU" in text
     assert (page / "losses.png").is_file() and (page / "study.json").is_file()
 
