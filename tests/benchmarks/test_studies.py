@@ -16,7 +16,6 @@ from benchmarks.harness.static import CompiledDiT
 from benchmarks.studies import (
     cifar10,
     cifar10_gpu,
-    comparison,
     composition,
     composition_cpu,
     composition_page,
@@ -134,22 +133,6 @@ def test_every_start_is_trained_and_its_branches_are_measured(package: Path, sho
         assert (residual == 0) == (STARTS[name.removesuffix("-0")].residual == "zero")
         assert run["scales"]["start"] != run["scales"]["end"]
         assert f"| {name.removesuffix('-0')} " in text
-
-
-def test_every_choice_of_tokens_is_trained_and_measured(package: Path, short: Path, monkeypatch) -> None:
-    def train_all(configs: dict[str, TrainConfig], jobs: int, programs: dict[str, tuple[str, ...]]) -> None:
-        for run, config in configs.items():
-            assert programs[run][-2:] == (comparison.way_of(run), "train")
-            with selection.installed(selection.VARIANTS[comparison.way_of(run)]):
-                train_here({run: config}, jobs)
-
-    monkeypatch.setattr(selection, "train_all", train_all)
-    _, runs = page_of(selection, package, short)
-    assert set(runs) == {f"{name}-0" for name in selection.VARIANTS}
-    for name in ("random", "uniform", "oracle", "uniform+cell"):
-        assert runs[f"{name}-0"]["routing"]["kept_share"] == pytest.approx([selection.SHARE] * 2, abs=0.002)
-    correlation = {name: run["routing"]["detail_correlation"][0] for name, run in runs.items()}
-    assert correlation["oracle-0"] > 0.5 > abs(correlation["random-0"])
 
 
 @pytest.fixture
