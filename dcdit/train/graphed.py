@@ -56,7 +56,7 @@ def step_obstacle(config: TrainConfig, net: Any, processes: int) -> str | None:
         return "its width is dynamic, and its loss changes from step to step; accepted: a fixed width"
     if isinstance(model, DCDiT) and net is not model:
         return "optim.compile is true, and a DC-DiT in graphs runs part by part; accepted: one of the two"
-    if isinstance(model, DCDiT) and waits_in_attention(model, dtype_of(optim.precision)):
+    if isinstance(model, DCDiT) and waits_in_attention(model, compute_dtype(optim.precision)):
         return f"attention in {optim.precision} reads lengths on the host; accepted: optim.precision bf16"
     return None
 
@@ -367,7 +367,7 @@ class _Before(NamedTuple):
     prepared: cuda.Captured
 
 
-def dtype_of(precision: str) -> torch.dtype:
+def compute_dtype(precision: str) -> torch.dtype:
     """Of the activations."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
