@@ -73,7 +73,7 @@ class ExactGraphedDenoiser:
         return batch.run(x, t, y, drop_fraction, return_routing, self._max_graphs)
 
 
-class _Routed(NamedTuple):
+class Routed(NamedTuple):
     """What the first graph leaves behind."""
 
     encoded: Encoded
@@ -81,6 +81,20 @@ class _Routed(NamedTuple):
     """With as many rows as there are positions."""
     sizes: Tensor
     """(2,) int32: kept tokens of the batch, and of its longest image."""
+
+
+def route(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, drop: Tensor) -> Routed:
+    """What the first graph holds: encoder, router and selection, whose number of tokens nobody waits for."""
+    encoded = model.encode(x, t, y)
+    sel = model.chunk.start(encoded.prob, drop, capacity=encoded.prob.numel()).wait()
+    return Routed(encoded, sel, torch.stack([sel.cu_seqlens[-1], sel.lengths.max()]))
+
+
+def decode(model: DCDiT, routed: Routed, prepared: Prepared, rows: int, bound: int) -> Tensor:
+    """What the last graph holds: the rest of the forward pass, on so many rows and images of at most that length."""
+    sel = routed.sel._replace(indices=routed.sel.indices[:rows], max_seqlen=bound)
+    packed = model.chunk.pack(routed.encoded.tokens, sel, model.pos_embed)
+    return model.decode(routed.encoded, prepared, packed, sel, padding=True)
 
 
 class _Batch:
@@ -106,9 +120,14 @@ class _Batch:
         self._y.copy_(y)
         self._drop.copy_(drop) if isinstance(drop, Tensor) else self._drop.fill_(drop)
         if self._routed is None:
-            self._routed = cuda.capture(self._route, self._device, self._pool, "encoder and router")
+            self._routed = cuda.capture(
+                lambda: route(self._model, self._x, self._t, self._y, self._drop),
+                self._device,
+                self._pool,
+                "encoder and router",
+            )
         self._routed.replay()
-        routed: _Routed = self._routed.outputs
+        routed: Routed = self._routed.outputs
         pending = cuda.PendingRead(routed.sizes)
         if self._prepared is None:
             self._prepared = cuda.capture(
@@ -128,25 +147,19 @@ class _Batch:
         sel = sel._replace(indices=sel.indices[:total], max_seqlen=longest)
         return out, Routing(routed.encoded.prob.clone(), sel.mask, sel.natural_mask, sel)
 
-    def _route(self) -> _Routed:
-        encoded = self._model.encode(self._x, self._t, self._y)
-        sel = self._model.chunk.start(encoded.prob, self._drop, capacity=self._rows).wait()
-        return _Routed(encoded, sel, torch.stack([sel.cu_seqlens[-1], sel.lengths.max()]))
-
     def _graph_for(
-        self, total: int, longest: int, routed: _Routed, prepared: Prepared, max_graphs: int
+        self, total: int, longest: int, routed: Routed, prepared: Prepared, max_graphs: int
     ) -> cuda.Captured:
         """The graph of the smallest size that holds so many rows, and images of that length."""
         rows, bound = sizes_of(total, longest, self._rows, self._model.config, self._device)
         graph = self._decoded.pop((rows, bound), None)
         if graph is None:
-            sel = routed.sel._replace(indices=routed.sel.indices[:rows], max_seqlen=bound)
-
-            def decode() -> Tensor:
-                packed = self._model.chunk.pack(routed.encoded.tokens, sel, self._model.pos_embed)
-                return self._model.decode(routed.encoded, prepared, packed, sel, padding=True)
-
-            graph = cuda.capture(decode, self._device, self._pool, f"the transformer on {rows} rows")
+            graph = cuda.capture(
+                lambda: decode(self._model, routed, prepared, rows, bound),
+                self._device,
+                self._pool,
+                f"the transformer on {rows} rows",
+            )
         self._decoded[rows, bound] = graph
         while len(self._decoded) > max_graphs:
             del self._decoded[next(iter(self._decoded))]

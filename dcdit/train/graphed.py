@@ -19,11 +19,10 @@ from torch import Tensor
 
 from dcdit.config import TrainConfig
 from dcdit.diffusion import NoisyBatch, Objective
-from dcdit.graphs.exact import sizes_of
+from dcdit.graphs.exact import Routed, decode, route, sizes_of
 from dcdit.graphs.safety import waits_in_attention
 from dcdit.models import DCDiT, DiT, Routing
-from dcdit.models.dc_dit import Encoded, Prepared
-from dcdit.ops import TokenSelection
+from dcdit.models.dc_dit import Prepared
 from dcdit.train.ema import EMA
 from dcdit.train.losses import Ran, autocast, losses_of, training_losses
 from dcdit.train.optimizer import clipped_step
@@ -119,6 +118,7 @@ class GraphedStep:
         self._plain_steps -= 1
         if self._plain_steps >= 0 or step < self._config.router.target_warmup_steps or self._failed:
             return False
+        self._lr.fill_(self._optimizer.param_groups[0]["lr"])
         if self._gradients is not None:
             self._gradients.clear()
         return True
@@ -153,7 +153,6 @@ class GraphedStep:
         if self._gradients is None:  # it was a part of the pass
             return self._norm.clone()
         self._gradients.average()
-        self._lr.fill_(self._optimizer.param_groups[0]["lr"])
         try:
             if self._update_graph is None:
                 with _capturable(self._optimizer, self._lr):
@@ -189,7 +188,6 @@ class GraphedStep:
         for mine, given in zip((*self._inputs.noisy, self._inputs.y), (*noisy, y), strict=True):
             mine.copy_(given)
         self._inputs.drop.fill_(rho)
-        self._lr.fill_(self._optimizer.param_groups[0]["lr"])
         metrics, lengths = self._pass_of_dc_dit() if isinstance(self._model, DCDiT) else (self._pass_of_dit(), None)
         return dict(zip(self._names, metrics.clone().unbind(), strict=True)), lengths
 
@@ -223,40 +221,37 @@ class GraphedStep:
             prepared = self._capture(lambda: self._prepare(routed.outputs), "the modulation in training")
             before = self._before = _Before(routed, prepared)
         before.routed.replay()
-        routed_now: _Routed = before.routed.outputs
+        routed_now: Routed = before.routed.outputs
         pending = cuda.PendingRead(routed_now.sizes)
         before.prepared.replay()
         total, longest = pending.wait()
         positions = routed_now.sel.mask.numel()
         rows, bound = sizes_of(total, longest, positions, self._model.config, self._device)
-        sel = routed_now.sel._replace(indices=routed_now.sel.indices[:rows], max_seqlen=bound)
 
         def passes() -> dict[str, Tensor]:
-            metrics = self._losses(inputs, routed_now.encoded, before.prepared.outputs, sel)
+            metrics = self._losses(inputs, routed_now, before.prepared.outputs, rows, bound)
             return self._backward(metrics, retain=True)
 
         graph = self._graph((rows, bound), passes, f"the training pass on {rows} rows")
         graph.replay()
         return graph.outputs, routed_now.sel.lengths
 
-    def _route(self, inputs: "_Inputs") -> "_Routed":
+    def _route(self, inputs: "_Inputs") -> Routed:
         with autocast(self._config.optim, self._device), _unversioned():
-            encoded = self._model.encode(inputs.noisy.x, inputs.noisy.time, inputs.y)
-            sel = self._model.chunk.start(encoded.prob, inputs.drop, capacity=encoded.prob.numel()).wait()
-        return _Routed(encoded, sel, torch.stack([sel.cu_seqlens[-1], sel.lengths.max()]))
+            return route(self._model, inputs.noisy.x, inputs.noisy.time, inputs.y, inputs.drop)
 
-    def _prepare(self, routed: "_Routed") -> Prepared:
+    def _prepare(self, routed: Routed) -> Prepared:
         with autocast(self._config.optim, self._device), _unversioned():
             prepared: Prepared = self._model.prepare(routed.encoded)
             return prepared
 
     def _losses(
-        self, inputs: "_Inputs", encoded: Encoded, prepared: Prepared, sel: TokenSelection
+        self, inputs: "_Inputs", routed: Routed, prepared: Prepared, rows: int, bound: int
     ) -> dict[str, Tensor]:
         with autocast(self._config.optim, self._device):
-            packed = self._model.chunk.pack(encoded.tokens, sel, self._model.pos_embed)
-            out = self._model.decode(encoded, prepared, packed, sel, padding=True)
-        routing = Routing(encoded.prob, sel.mask, sel.natural_mask, sel)
+            out = decode(self._model, routed, prepared, rows, bound)
+        sel = routed.sel
+        routing = Routing(routed.encoded.prob, sel.mask, sel.natural_mask, sel)
         ran = Ran(out, {"drop_fraction": inputs.drop}, routing)
         # The step only decides on the target of the ratio loss, which no longer changes.
         step = self._config.router.target_warmup_steps
@@ -348,16 +343,6 @@ class _Inputs(NamedTuple):
     y: Tensor
     drop: Tensor
     """(B,) float32."""
-
-
-class _Routed(NamedTuple):
-    """What the first graph leaves behind."""
-
-    encoded: Encoded
-    sel: TokenSelection
-    """With as many rows as there are positions."""
-    sizes: Tensor
-    """(2,) int32: kept tokens of the batch, and of its longest image."""
 
 
 class _Before(NamedTuple):
