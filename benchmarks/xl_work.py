@@ -28,6 +28,7 @@ from torch.nn.utils import clip_grad
 from benchmarks.harness.counting import CountedWork, count_work
 from benchmarks.harness.recipe_step import RecipeStep
 from dcdit import ops
+from dcdit.diffusion import objectives
 from dcdit.kernels import launch
 from dcdit.models import create_model
 from dcdit.nn import linear_gelu
@@ -209,6 +210,7 @@ def _without_memory(dtype: torch.dtype) -> Iterator[_PartedWork]:
         stack.enter_context(patch.object(clip_grad, "_has_foreach_support", lambda tensors, device: True))
         work = _PartedWork()
         stack.enter_context(patch.object(FakeTensor, "tolist", lambda tensor: work.sizes(tensor)))
+        stack.callback(objectives._schedule_on.cache_clear)  # it may have been made here, without memory
         torch.set_default_dtype(dtype)
         stack.callback(torch.set_default_dtype, outer)
         yield work

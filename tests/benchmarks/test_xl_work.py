@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import xl_work
+from dcdit.diffusion import objectives
 from dcdit.nn.dit_block import PackedDiTBlock
 
 KEPT = json.loads(xl_work.PATH.read_text())
@@ -17,6 +18,14 @@ def test_work_is_what_it_was(name: str) -> None:
     now = xl_work.CASES[name](xl_work.COUNTED_DEPTH)
     changed = "\n".join(xl_work.differences(now, KEPT[name]))
     assert not changed, f"{name}: if this was meant, run python -m benchmarks.xl_work --write\n{changed}"
+
+
+def test_nothing_without_memory_is_left_behind() -> None:
+    """The noise schedule is made once in a process."""
+    objectives._schedule_on.cache_clear()
+    xl_work.count_training_step("budget", 1)
+    objective, x = objectives.create_objective("dit", learn_sigma=False), torch.ones(1, 1, 2, 2)
+    assert objective.noise(x, torch.tensor([0]), x).x.sum().item() > 4
 
 
 def test_an_added_pass_over_the_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
