@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.studies.training import losses_by_flops
 from dcdit.profiling.plots import new_figure, plain_ticks, plot_quality
 from dcdit.utils.images import grid
 from dcdit.utils.tables import markdown_table
@@ -167,13 +168,7 @@ def _plot_losses(results: Results, levels: Sequence[float], path: Path) -> None:
     models = list(dict.fromkeys(map(_model, results)))
     for name, result in results.items():
         number, label = models.index(_model(name)), _model(name) if name.endswith("-0") else None
-        flops = {record["step"]: record["flops"] for record in result["log"] if "flops" in record}
-        curve = [
-            (flops[record["step"]], record["val_loss_ema"])
-            for record in result["log"]
-            if record["step"] in flops and "val_loss_ema" in record
-        ]
-        left.plot(*zip(*curve, strict=True), color=f"C{number}", lw=1, label=label)
+        left.plot(*zip(*losses_by_flops(result["log"]), strict=True), color=f"C{number}", lw=1, label=label)
         losses = next(iter(result["loss_by_level"].values()))
         right.plot(levels, losses, "o-", ms=3, lw=1, color=f"C{number}", label=label)
     left.set(xlabel="training FLOPs", ylabel="held-out loss (while training, 128 images)", yscale="log")

@@ -29,6 +29,7 @@ from benchmarks.studies.composition_cpu import (
     measure_on_cpu,
 )
 from benchmarks.studies.conversion import SideTime, SideTimes, side_table
+from benchmarks.studies.training import losses_by_flops
 from dcdit.profiling.plots import new_figure, plain_ticks
 from dcdit.utils.tables import markdown_table
 
@@ -40,9 +41,7 @@ Curve = Sequence[Sequence[float]]
 
 
 def curve_of(run: Mapping[str, Any]) -> Curve:
-    spent = {record["step"]: record["flops"] for record in run["course"] if "flops" in record}
-    validated = [record for record in run["course"] if "val_loss" in record and record["step"] in spent]
-    return [(spent[record["step"]], record["val_loss"]) for record in validated]
+    return losses_by_flops(run["course"], "val_loss")
 
 
 def loss_at(curve: Curve, flops: float) -> float | None:

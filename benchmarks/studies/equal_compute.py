@@ -29,7 +29,7 @@ from benchmarks.studies.comparison import way_of
 from benchmarks.studies.digit_canvases import held_out_ink, scans_of_scikit_learn, write_canvases
 from benchmarks.studies.equal_compute_page import read_lines, write_page
 from benchmarks.studies.selection import VARIANTS, Variant, installed
-from benchmarks.studies.training import read_log, train_all
+from benchmarks.studies.training import losses_by_flops, read_log, train_all
 from dcdit import cli
 from dcdit.checkpoint import Model, load_model
 from dcdit.config import TrainConfig, load_config, parse_overrides
@@ -160,13 +160,12 @@ def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
         ink = held_out_ink(Path(config.data.path or ""), held_out, config.data.held_out)
     facts = cifar10.run_facts(config)
     log = read_log(config)
-    spent = {record["step"]: record["flops"] for record in log if "flops" in record}
     found = {name: facts[name] for name in ("steps", "images", "training_flops")}
     found["goal"] = config.optim.flops
     found["machine"] = (
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()}, torch {torch.__version__}"
     )
-    found["course"] = [(spent[r["step"]], r["val_loss_ema"]) for r in log if "val_loss_ema" in r and r["step"] in spent]
+    found["course"] = losses_by_flops(log)
     found["kept"] = [(record["flops"], round(record["natural"], 4)) for record in log if "natural" in record]
     with autocast(config.optim, device):
         found |= cifar10.measure_losses(config, model, held_out, ink)

@@ -78,6 +78,12 @@ def read_log(config: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
+def losses_by_flops(records: Sequence[Mapping[str, Any]], key: str = "val_loss_ema") -> list[tuple[float, float]]:
+    """Training FLOPs and held-out loss at each validation of a log whose step has a record of FLOPs too."""
+    spent = {record["step"]: record["flops"] for record in records if "flops" in record}
+    return [(spent[r["step"]], r[key]) for r in records if key in r and r["step"] in spent]
+
+
 def run_arguments(config: TrainConfig) -> list[str]:
     """What ``dcdit train`` is called with to begin a run, or to go on with it."""
     folder = Path(config.run.out)

@@ -1,14 +1,13 @@
 """``dcdit extract`` on the command line: from images to a trained model, and errors in one line."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.autoencoder import SIZE, flip_last_bit, save_autoencoder, write_images
+from support.programs import environment
 
 from dcdit.checkpoint import read_metadata
 from dcdit.cli import main
@@ -60,9 +59,7 @@ def test_from_images_to_a_trained_model(images, vae, tmp_path, capsys):
 def test_two_processes_make_the_files_of_one(images, vae, tmp_path):
     options = ["--vae", vae, "--size", SIZE, "--shard-size", 3, "--batch-size", 2, "--workers", 0, "--device", "cpu"]
     words = [sys.executable, "-m", "support.ranks", "2", "extract", "--images", images, *options, "--out", tmp_path]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment())
     assert done.stdout.splitlines()[-1] == "[0, 0]", done.stderr
     assert done.stdout.count("7 latents (4, 8, 8) in 3 shards") == 1
     alone = tmp_path.with_name("alone")

@@ -1,7 +1,6 @@
 """A training step in graphs, on a stand-in for the CUDA driver: bits, sizes, and what cannot be captured."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 import torch
 from support import capturable_attention, fake_device
 from support.fake_device import FakeDriver
+from support.programs import environment
 
 from dcdit.checkpoint import load_checkpoint
 from dcdit.config import dump_yaml, load_config, override
@@ -20,13 +20,9 @@ from dcdit.train import graphed as graphed_steps
 from dcdit.train import train
 from dcdit.train.graphed import PLAIN_STEPS
 
-TESTS = Path(__file__).parents[1]
 SIDE = 8
 CLIP = 1.0
-TESTS_ON_PATH = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))), "OMP_NUM_THREADS": "1"}
 SMALL = {"grid": [SIDE, SIDE], "in_channels": 3, "hidden_size": 128, "depth": 2, "num_heads": 2}
-
-
 SPARSE = {**SMALL, "modules": 1, "sparse_depth": 1, "depth": 5, "pooled": 1, "sparse_grid": [2, 2]}
 
 
@@ -141,7 +137,7 @@ def test_two_processes_train_like_one(run: Any, tmp_path: Path) -> None:
     one = run("one", **{"optim.batch_size": 8, "optim.lr": 2.0**-12, "optim.steps": 6})
     (tmp_path / "two.yaml").write_text(dump_yaml(override(one[2], {"optim.graph": True})))
     command = [sys.executable, str(Path(__file__).with_name("graphed_runs.py")), str(tmp_path / "two.yaml")]
-    done = subprocess.run([*command, str(tmp_path / "two")], env=TESTS_ON_PATH, capture_output=True, text=True)
+    done = subprocess.run([*command, str(tmp_path / "two")], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").open()]
     for ours, theirs in zip(log, one[0], strict=True):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.programs import environment
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dcdit import checkpoint as ckpt
@@ -118,12 +119,6 @@ def assert_same_weights(a, b):
 def stop_at(step):
     """A callback that presses Ctrl-C when this step's record is written."""
     return lambda record: os.kill(os.getpid(), signal.SIGINT) if record["step"] == step else None
-
-
-def environment():
-    """Of a program in this folder: one thread, and the modules that this process finds."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
 # --- what a step does ---------------------------------------------------------------------------------------------
