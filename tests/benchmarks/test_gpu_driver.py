@@ -1,5 +1,6 @@
 """A report loses at most the case in flight, whatever stops it, and a second call goes on where the first stopped."""
 
+import contextlib
 import json
 import os
 import random
@@ -141,13 +142,20 @@ def test_killed_at_any_moment_and_called_again(tmp_path: Path) -> None:
 
 
 def _end_orphans(folder: Path) -> None:
-    """The fake worker does not watch its parent, as the real one does."""
-    for process in {line["process"] for line in Lines(folder).read() if "process" in line}:
-        try:
+    """The fake worker does not watch its parent, as the real one does. It may not have written a line yet."""
+    orphans = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _names(entry, folder)]
+    for process in orphans:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    _wait_for_end([line["process"] for line in Lines(folder).read() if "process" in line])
+    _wait_for_end(orphans)
+
+
+def _names(process: Path, folder: Path) -> bool:
+    """Whether the command line of a process has this folder."""
+    try:
+        return str(folder).encode() in (process / "cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
 
 
 def _wait_for_end(processes: list[int]) -> None:
