@@ -1,14 +1,15 @@
-"""Does a DC-DiT beat static DiTs at equal training compute, and if it does not, why? Many small runs on one GPU.
+"""Does a DC-DiT beat static DiTs at equal training compute, and if it does not, why? Many small runs on one machine.
 
     python3 -m benchmarks.studies.cifar10_gpu data --package DIR --out cifar10.npz
     python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER
-    python3 -m benchmarks.studies.equal_compute page --lines FOLDER/lines.jsonl --out PAGE  # and --minutes, --jobs
+    python3 -m benchmarks.studies.equal_compute page --lines FOLDER/lines.jsonl --out PAGE
 
-`train` needs a GPU and no network. It trains the runs of :func:`plan` side by side, each to a number of training FLOPs,
-on two sets of images: CIFAR-10, and digits on empty canvases, where it is known which positions hold detail. A run that
-has ended is measured, and its line is appended to lines.jsonl. When the minutes are over, what still runs is stopped
-and measured as it is. The order is that of :func:`plan`: what a small budget loses is what matters least. `page` runs
-on a CPU. Some runs replace parts of the model in their own process (`benchmarks/studies/selection.py`).
+`train` needs no network, and a GPU or `--scale cpu` (smaller models and batches). It trains the runs of :func:`plan`
+side by side, each to a number of training FLOPs, on two sets of images: CIFAR-10, and digits on empty canvases, where
+it is known which positions hold detail. A run that has ended is measured, and its line is appended to lines.jsonl. When
+the minutes are over, what still runs is stopped and measured as it is. The order is that of :func:`plan`: what a small
+budget loses is what matters least. `page` runs on a CPU. Some runs replace parts of the model in their own process
+(`benchmarks/studies/selection.py`).
 """
 
 import argparse
@@ -39,12 +40,30 @@ from dcdit.train.losses import autocast
 from dcdit.utils.images import to_pixels
 
 BASE = Path(__file__).with_suffix(".yaml")
-MODELS = {
+GPU_MODELS = {
     "dc-dit": ("DC-DiT-S", {**cifar10.COMMON, "hidden_size": 128, "depth": 8}),
     "static-flops": ("DiT-S/2", {**cifar10.COMMON, "hidden_size": 140, "depth": 9}),
     "static-parameters": ("DiT-S/2", {**cifar10.COMMON, "hidden_size": 132, "depth": 8}),
 }
 """As many FLOPs per forward pass as the DC-DiT at a quarter of its tokens; as many parameters."""
+SCALES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "gpu": (GPU_MODELS, {}),
+    "cpu": (
+        cifar10.MODELS,
+        {
+            "optim.device": "cpu",
+            "optim.precision": "fp32",
+            "optim.batch_size": 16,
+            "optim.warmup_steps": 50,
+            "optim.ema_decay": 0.99,
+            "router.drop_warmup_steps": 200,
+            "run.log_every": 10,
+            "run.eval_every": 50,
+            "run.eval_images": 128,
+        },
+    ),
+}
+"""The models, and the keys in which the runs differ from BASE."""
 DATA = ("cifar", "digits")
 IMAGES = 12_000
 GOALS = (3e14, 1e15)
@@ -53,6 +72,7 @@ SHOWN_SAMPLES, SAMPLING_STEPS, SHOWN_MASKS = 8, 30, 4
 MASK_LEVELS = (0.2, 0.5, 0.8)
 SPARED = 45.0
 """Seconds before the end from which on nothing new is started: it would not come far."""
+COMMAND = "python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER"
 NEEDED = (("train", "data"), ("train", "out"), ("page", "lines"), ("page", "out"))
 
 
@@ -65,7 +85,7 @@ class Way(NamedTuple):
     settings: Mapping[str, Any] = {}
 
 
-MAIN = {name: Way(name) for name in MODELS}
+MAIN = {name: Way(name) for name in GPU_MODELS}
 CHOICES = {
     "dc-dit+clean": Way(variant=Variant(clean=True)),
     "static-flops+clean": Way("static-flops", Variant(clean=True)),
@@ -79,11 +99,21 @@ CHOICES = {
     "uniform+cell": Way(variant=VARIANTS["uniform+cell"]),
     "uniform+ordered": Way(variant=VARIANTS["uniform+ordered"]),
     "uniform+smoothed": Way(variant=VARIANTS["uniform+smoothed"]),
+    "learned+grid": Way(variant=VARIANTS["learned+grid"]),
+    "one-per-cell": Way(variant=VARIANTS["one-per-cell"]),
 }
-FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MODELS}
-EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MODELS}
-SLOWER = {f"{name}+lr5e-4": Way(name, settings={"optim.lr": 5e-4}) for name in MODELS}
-WAYS = {**MAIN, **CHOICES, **FASTER, **EPSILON, **SLOWER}
+FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MAIN}
+EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MAIN}
+SLOWER = {f"{name}+lr5e-4": Way(name, settings={"optim.lr": 5e-4}) for name in MAIN}
+SHARES = {
+    "groups-of-one": Way(settings={"router.group_size": 1}),
+    "ratio-weight-x10": Way(settings={"router.loss_weight": 0.3}),
+    "target-from-1.5": Way(settings={"router.target_start": 1.5, "router.target_warmup_steps": 400}),
+    "target-from-16": Way(settings={"router.target_start": 16.0, "router.target_warmup_steps": 400}),
+    "logit-normal": Way(variant=Variant(time="logit_normal")),
+}
+"""What might decide how many tokens the router keeps at which noise level."""
+WAYS = {**MAIN, **CHOICES, **FASTER, **EPSILON, **SLOWER, **SHARES}
 
 
 def plan(goals: Sequence[float]) -> list[tuple[str, float]]:
@@ -94,10 +124,13 @@ def plan(goals: Sequence[float]) -> list[tuple[str, float]]:
         (CHOICES, SEEDS[:1], first),
         (MAIN, SEEDS, last),
         (FASTER | EPSILON | SLOWER, SEEDS[:1], first),
+        (SHARES, SEEDS, first),
+        (CHOICES, SEEDS[1:], first),
         (CHOICES, SEEDS[:1], last),
     )
-    return [(f"{data}-{way}-{seed}", flops) for ways, seeds, flops in parts
+    runs = [(f"{data}-{way}-{seed}", flops) for ways, seeds, flops in parts
             for seed in seeds for way in ways for data in DATA]  # fmt: skip
+    return list(dict.fromkeys(runs))
 
 
 def way_in(run: str) -> Way:
@@ -106,11 +139,12 @@ def way_in(run: str) -> Way:
 
 
 def config_of(
-    run: str, flops: float, sources: Mapping[str, Path], runs: Path, settings: Mapping[str, Any]
+    run: str, flops: float, scale: str, sources: Mapping[str, Path], runs: Path, settings: Mapping[str, Any]
 ) -> TrainConfig:
     """The configuration of one run."""
     data, way = run.partition("-")[0], way_in(run)
-    preset, overrides = MODELS[way.model]
+    models, changed = SCALES[scale]
+    preset, overrides = models[way.model]
     dynamic = {"start": way.start, "router": way.variant.router} if way.model == "dc-dit" else {}
     values = {
         "model.name": preset,
@@ -121,6 +155,7 @@ def config_of(
         "run.out": str(runs / run),
         "optim.flops": flops,
         "optim.seed": int(run.rpartition("-")[2]),
+        **changed,
         **way.settings,
         **settings,
     }
@@ -162,6 +197,7 @@ def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
     log = read_log(config)
     found = {name: facts[name] for name in ("steps", "images", "training_flops")}
     found["goal"] = config.optim.flops
+    found["ema_decay"], found["eval_images"] = config.optim.ema_decay, config.run.eval_images
     found["machine"] = (
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()}, torch {torch.__version__}"
     )
@@ -228,9 +264,10 @@ def train_runs(args: argparse.Namespace) -> None:
     me = ("-m", "benchmarks.studies.equal_compute")
     configs, programs = {}, {}
     for run, flops in plan(args.goals):
-        if args.only and way_of(run).partition("-")[2] not in args.only:
+        data, _, way = way_of(run).partition("-")
+        if data not in args.images or way not in args.only:
             continue
-        config = config_of(run, flops, sources, args.runs, settings)
+        config = config_of(run, flops, args.scale, sources, args.runs, settings)
         configs[f"{run} to {flops:g}"] = config
         programs[f"{run} to {flops:g}"] = (*me, "run", run, config.run.out, str(until), str(lines), str(args.held_out))
     train_all(configs, args.jobs, programs, until - SPARED)
@@ -248,12 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("out/equal-compute"), help="train: folder of the runs")
     parser.add_argument("--out", type=Path, help="train: folder of lines.jsonl; page: of the page")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which all is stopped (%(default)s)")
+    parser.add_argument("--scale", choices=SCALES, default="gpu", help="train: size of models (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=12, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--goals", type=float, nargs=2, default=GOALS, help="train: FLOPs, first and last (3e14 1e15)")
-    parser.add_argument("--only", nargs="+", choices=WAYS, help="train: these ways; default: all")
+    parser.add_argument(
+        "--goals", type=float, nargs="+", default=GOALS, help="train: FLOPs, first and last (3e14 1e15)"
+    )
+    parser.add_argument("--images", nargs="+", choices=DATA, default=DATA, help="train: on these; default: both")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=[*WAYS], help="train: these ways; default: all")
     parser.add_argument("--held-out", type=int, default=cifar10.HELD_OUT, help="train: images to measure (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: of every run")
     parser.add_argument("--lines", type=Path, nargs="+", help="page: what `train` wrote")
+    parser.add_argument("--command", default=COMMAND, help="page: how `train` was called, to be told there")
     args = parser.parse_args(arguments)
     for verb, option in NEEDED:
         if args.verb == verb and getattr(args, option) is None:
@@ -261,9 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb == "train":
         train_runs(args)
     else:
-        command = "python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER"
-        command += f" --minutes {args.minutes:g} --jobs {args.jobs}"
-        print(f"wrote {write_page(read_lines(args.lines), command, args.out)}")
+        print(f"wrote {write_page(read_lines(args.lines), args.command, args.out)}")
     return 0
 
 

@@ -17,10 +17,10 @@ from dcdit.utils.tables import markdown_table
 
 DATA = {"cifar": "CIFAR-10", "digits": "Digits on empty canvases"}
 OURS, STATIC = "dc-dit", ("static-flops", "static-parameters")
-MARKS = (3e13, 1e14, 1.5e14, 2e14, 2.4e14, 2.8e14, 4e14, 5.3e14, 1e15, 3e15)
+MARKS = (1e13, 2e13, 3e13, 6e13, 1e14, 1.5e14, 2e14, 2.4e14, 2.8e14, 4e14, 5.3e14, 1e15, 3e15)
 """Training FLOPs at which the curves are compared."""
-SETTLED = 1.5e14
-"""FLOPs from which on the averaged weights have forgotten the start: 500 steps, at half a percent a step."""
+FORGOTTEN = 2.5
+"""Averaged weights have forgotten the start after this many times 1 / (1 - ema_decay) steps: they hold 8 % of it."""
 COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC))}
 SIDE, COLORS_OF_SHEET = 32, 256
 
@@ -50,7 +50,7 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
         f"Small models on two sets of images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
         "training FLOPs (three forwards a step, counted from the tokens that were kept). Losses are of held-out images "
         f"at {len(cifar10.NOISE_LEVELS)} noise levels, the same noise for all, averaged weights; `±` is half the range "
-        "over the seeds. Runs shared one GPU, so nothing here is a time. What the numbers say: [README.md](README.md).",
+        "over the seeds. Runs shared a machine: nothing here is a time. What the numbers say: [README.md](README.md).",
         f"Machine: {'; '.join(machines)}. Command: `{command}`.",
     ]
     for data, title in DATA.items():
@@ -67,14 +67,16 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
 def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str]:
     """The sections of one set of images."""
     main = {run: lines for run, lines in runs.items() if way_of(run) in COLORS}
-    curves = curves_by_way(main)
-    _plot_curves(main, curves, goals, out / f"{data}-loss.png")
+    curves, since = curves_by_way(main), settled(main)
+    decay, images = (next(iter(runs.values()))[-1][key] for key in ("ema_decay", "eval_images"))
+    _plot_curves(main, curves, since, goals, out / f"{data}-loss.png")
     parts = [
         "## Equal training FLOPs",
-        "Loss while training (256 held-out images), mean over the seeds that came so far, and how far the DC-DiT is "
-        "from each static model in the seeds that both have: below zero it is ahead. The averaged weights keep half a "
-        f"percent less of the start with each step: below {SETTLED:.1e} FLOPs (500 steps) the curves show little else.",
-        _curve_table(curves),
+        f"Loss while training ({images} held-out images), mean over the seeds that came so far, and how far the DC-DiT "
+        "is from each static model in the seeds that both have: below zero it is ahead. The averaged weights keep "
+        f"{1 - decay:.1%} less of the start with each step: below {since:.1e} FLOPs "
+        f"({FORGOTTEN / (1 - decay):.0f} steps) the curves show little else.",
+        _curve_table(curves, since),
         *(f"- {sentence}" for sentence in _crossings(curves)),
         f"![loss over training FLOPs, and by noise level]({data}-loss.png)",
     ]
@@ -107,6 +109,7 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
             "of the clean image.",
             _seed_table(routed),
             routing_table(routed),
+            *_slope_parts(routed),
             *_ink_parts(routed),
         ]
         _plot_routing(routed, out / f"{data}-routing.png")
@@ -198,11 +201,17 @@ def crossings(ours: Curves, theirs: Curves) -> list[float] | None:
     return [after[0] for before, after in pairwise(signs) if before[1] != after[1]] if signs else None
 
 
-def _curve_table(curves: Mapping[str, Curves]) -> str:
+def settled(runs: Runs) -> float:
+    """FLOPs from which on the averaged weights of the slowest run have forgotten the start."""
+    lines = [of_run[-1] for of_run in runs.values()]
+    return max(FORGOTTEN / (1 - line["ema_decay"]) * line["training_flops"] / line["steps"] for line in lines)
+
+
+def _curve_table(curves: Mapping[str, Curves], since: float) -> str:
     ways = [way for way in COLORS if way in curves]
     head = ["training FLOPs", *ways, *(f"{OURS} against {way}" for way in ways if way != OURS)]
     rows = []
-    for mark in MARKS:
+    for mark in (mark for mark in MARKS if mark >= since / 5):
         losses = {way: list(losses_at(curves[way], mark).values()) for way in ways}
         if any(losses.values()):
             leads = [lead(curves[OURS], curves[way], mark) for way in ways if way != OURS] if OURS in ways else []
@@ -234,6 +243,21 @@ def _seed_table(routed: Results) -> str:
         if way_of(run) == OURS or way_of(run).startswith(f"{OURS} to"):
             rows.append([f"{run}, kept", *(f"{share:.1%}" for share in line["routing"]["kept_share"])])
     return markdown_table(["each seed", *(f"{level:g}" for level in cifar10.NOISE_LEVELS)], rows)
+
+
+def _slope_parts(routed: Results) -> list[str]:
+    """How much more each way keeps near the data than near the noise, for each of its seeds."""
+    levels = cifar10.NOISE_LEVELS
+    rows = []
+    for way, runs in by_way(routed).items():
+        shares = [run["routing"]["kept_share"] for run in runs]
+        slopes = [100 * (share[0] - share[-1]) for share in shares]
+        rows.append([way, f"{np.mean(slopes):+.1f}", ", ".join(f"{slope:+.1f}" for slope in slopes)])
+    table = markdown_table(["points of the positions", "mean", "each seed"], rows)
+    return [
+        f"Timestep-adaptive shares: what is kept at level {levels[0]:g} less what is kept at {levels[-1]:g}.",
+        table,
+    ]
 
 
 def _number(loss: float | None) -> str:
@@ -280,10 +304,10 @@ def _budget_table(routed: Results) -> str:
     return markdown_table(["run", *(f"drop {rho}" for rho in drops)], rows)
 
 
-def _plot_curves(runs: Runs, curves: Mapping[str, Curves], goals: Sequence[float], path: Path) -> None:
+def _plot_curves(runs: Runs, curves: Mapping[str, Curves], since: float, goals: Sequence[float], path: Path) -> None:
     figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4))
     furthest = max(flops[-1] for of_way in curves.values() for flops, _ in of_way.values())
-    for axis, least in ((left, 0.0), (middle, SETTLED if furthest > 1.2 * SETTLED else 0.0)):
+    for axis, least in ((left, 0.0), (middle, since if furthest > 1.2 * since else 0.0)):
         for way, of_way in curves.items():
             for number, (flops, losses) in enumerate(of_way.values()):
                 late = flops >= least

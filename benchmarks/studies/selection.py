@@ -5,6 +5,9 @@ detail in the clean image (which no sampler could know). And another content of 
 tokens in its cell (the positions that the de-chunk gives to it) through a linear layer is added to it, so that no pixel
 goes unread.
 
+Two rules between learned and fixed: a sixteenth of the positions in a regular grid is always kept and the rest is
+learned; and of each cell of 2 x 2 the most probable position is kept.
+
 Beside them the package's own regular quarter (`router: uniform`), which differs in what is dropped first, and one whose
 probabilities are hardly above one half, so that the de-chunk smooths it by almost half. All but the learned and the
 package's choice replace parts of the model in the processes of the study.
@@ -18,12 +21,13 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from benchmarks.studies import cifar10
 from dcdit.diffusion import objectives
 from dcdit.models import dc_dit
-from dcdit.nn import ROUTERS, ChunkLayer
+from dcdit.nn import ROUTERS, ChunkLayer, PredictabilityRouter
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
 from dcdit.profiling.router_study import local_detail
@@ -45,11 +49,15 @@ class Variant(NamedTuple):
     """Whether a kept token also reads the mean of its cell."""
     clean: bool = False
     """Whether the model predicts the clean image, and the velocity is computed from it and the noisy one."""
+    time: str = "uniform"
+    """How :class:`FlowMatchingObjective` draws its times."""
+    rule: str | None = None
+    """What is made of the learned probabilities, of RULES."""
 
     @property
     def replaces_parts(self) -> bool:
         """Whether the model has other parts than the package's."""
-        return self.cell or self.router in FIXED
+        return self.cell or self.rule is not None or self.router in FIXED
 
 
 VARIANTS = {
@@ -61,6 +69,8 @@ VARIANTS = {
     "uniform+cell": Variant("regular", cell=True),
     "uniform+ordered": Variant("uniform"),
     "uniform+smoothed": Variant("regular-smoothed"),
+    "learned+grid": Variant(rule="grid"),
+    "one-per-cell": Variant(rule="one-per-cell"),
 }
 
 
@@ -107,6 +117,29 @@ class OracleRouter(FixedRouter):
 
     def score(self, x: Tensor) -> Tensor:
         return local_detail(OracleRouter.clean).flatten(1)
+
+
+class GridRouter(PredictabilityRouter):
+    """Every fourth position of every fourth row is kept, whatever p says there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, cols = (torch.arange(side, device=x.device) % 4 == 0 for side in self.grid)
+        return super().forward(x).masked_fill((rows[:, None] & cols).flatten(), KEPT[0])
+
+
+class CellRouter(PredictabilityRouter):
+    """The position with the highest p of each 2 x 2 cell. Learned: where in a cell, and which cells drop first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = super().forward(x)
+        rows, cols = self.grid[0] // 2, self.grid[1] // 2
+        cells = rearrange(p, "b (r i c j) -> b (r c) (i j)", r=rows, i=2, c=cols, j=2)
+        best = torch.zeros_like(cells).scatter(2, cells.argmax(2, keepdim=True), 1).bool()
+        kept = rearrange(best, "b (r c) (i j) -> b (r i c j)", r=rows, i=2, c=cols, j=2)
+        return torch.where(kept, (1 + p) / 2, p / 2)
+
+
+RULES = {"grid": GridRouter, "one-per-cell": CellRouter}
 
 
 class NotingObjective(objectives.FlowMatchingObjective):
@@ -164,9 +197,10 @@ def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
     dim = cifar10.MODELS["dc-dit"][1]["hidden_size"]
     chunk = partial(CellChunk, dim) if variant.cell else ChunkLayer
-    objective = CleanImageObjective if variant.clean else NotingObjective
+    learned = {} if variant.rule is None else {"predictability": RULES[variant.rule]}
+    objective = partial(CleanImageObjective if variant.clean else NotingObjective, variant.time)
     with (
-        patch.dict(ROUTERS, FIXED),
+        patch.dict(ROUTERS, {**FIXED, **learned}),
         patch.object(objectives, "FlowMatchingObjective", objective),
         patch.object(dc_dit, "ChunkLayer", chunk),
     ):

