@@ -70,6 +70,11 @@ def waits_in_attention(model: DCDiT, dtype: torch.dtype | None = None) -> bool:
     return weight.is_cuda and choose_attention_backend("auto", weight.device, dtype, head_dim, False) == "sdpa"
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """To which autocast converts now; None if it does not. A graph repeats what it was at the capture."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _has_hooks(model: nn.Module) -> bool:
     return torch_module._has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks for module in model.modules()
