@@ -81,6 +81,11 @@ def test_rules_between_learned_and_fixed() -> None:
     assert cells.sum(3).eq(1).all()
     best = learned.view(2, 4, 2, 4, 2).transpose(2, 3).flatten(3).argmax(3)
     assert torch.equal(cells.int().argmax(3), best)
+    assert torch.equal(routers["detached"](x), learned)
+    for rule, router in routers.items():
+        inputs = x.clone().requires_grad_()
+        router(inputs).sum().backward()
+        assert (inputs.grad is None) == (rule == "detached"), rule
 
 
 def test_the_most_important_runs_come_first_and_none_twice() -> None:
