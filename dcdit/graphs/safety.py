@@ -43,8 +43,8 @@ def graph_obstacle(
         return "a module has hooks, which a replay would not run"
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         return "the weights are sharded, and gathering them is no part of a graph"
-    if os.environ.get("DCDIT_CHECK") == "1":
-        return "DCDIT_CHECK=1 reads values on the host"
+    if reads := checks_obstacle():
+        return reads
     if getattr(model, "width_gates", None) is not None:
         return "its width follows the timestep, and a graph has one width; accepted: a dcdit.models.SlicedModel"
     if isinstance(model, SparseDiT) and model.config.noisy_grid is not None:
@@ -56,6 +56,11 @@ def graph_obstacle(
     if capacity is not None and waits_in_attention(model):
         return f"attention of {weight.dtype if weight is not None else None} reads lengths on the host"
     return None
+
+
+def checks_obstacle() -> str | None:
+    """Why nothing can be captured that checks values; None if they are not checked."""
+    return "DCDIT_CHECK=1 reads values on the host" if os.environ.get("DCDIT_CHECK") == "1" else None
 
 
 def waits_in_attention(model: DCDiT, dtype: torch.dtype | None = None) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dcdit.config import TrainConfig
 from dcdit.diffusion import NoisyBatch, Objective
 from dcdit.graphs.exact import Routed, decode, route, sizes_of
-from dcdit.graphs.safety import waits_in_attention
+from dcdit.graphs.safety import checks_obstacle, waits_in_attention
 from dcdit.models import DCDiT, DiT, Routing
 from dcdit.models.dc_dit import Prepared
 from dcdit.train.ema import EMA
@@ -46,6 +46,8 @@ def step_obstacle(config: TrainConfig, net: Any, processes: int) -> str | None:
     device = next(model.parameters()).device
     if not cuda.has_graphs(device):
         return f"the model is on {device}; CUDA graphs need a CUDA device"
+    if reads := checks_obstacle():
+        return reads
     if optim.shard and processes > 1:
         return "the weights are sharded, and gathering them is no part of a graph"
     if processes > 1 and optim.graph is None:

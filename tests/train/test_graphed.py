@@ -181,6 +181,12 @@ def test_what_cannot_be_captured(run: Any, fake: FakeDriver, keys: dict[str, Any
         run("a", **keys, **{"optim.graph": True})
 
 
+def test_checks_of_values_cannot_be_captured(run: Any, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCDIT_CHECK", "1")
+    with pytest.raises(ValueError, match="steps cannot be captured: DCDIT_CHECK=1 reads values on the host"):
+        run("a", **{"optim.graph": True})
+
+
 def test_a_cpu_has_no_graphs(run: Any) -> None:
     with pytest.raises(ValueError, match="the model is on cpu; CUDA graphs need a CUDA device"):
         run("a", **{"optim.graph": True})
