@@ -73,6 +73,7 @@ VARIANTS = {
     "learned+grid": Variant(rule="grid"),
     "one-per-cell": Variant(rule="one-per-cell"),
     "learned+detached": Variant(rule="detached"),
+    "learned+grid+detached": Variant(rule="grid+detached"),
 }
 
 
@@ -148,7 +149,16 @@ class DetachedRouter(PredictabilityRouter):
         return super().forward(x.detach())
 
 
-RULES = {"grid": GridRouter, "one-per-cell": CellRouter, "detached": DetachedRouter}
+class DetachedGridRouter(GridRouter, DetachedRouter):
+    """Both."""
+
+
+RULES = {
+    "grid": GridRouter,
+    "one-per-cell": CellRouter,
+    "detached": DetachedRouter,
+    "grid+detached": DetachedGridRouter,
+}
 
 
 class NotingObjective(objectives.FlowMatchingObjective):
