@@ -81,13 +81,14 @@ class GraphedDenoiser:
             self.overflow += routing.selection.overflow
             return out
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             self.overflow = torch.zeros((), dtype=torch.int64, device=device)
             """() int64: tokens that the capacity dropped so far, in all replays. Reading it is a sync."""
-            self.pool = cuda.new_pool(device) if pool is None else pool
+        self.pool = cuda.new_pool(device) if pool is None else pool
+        with torch.no_grad():
             what = f"a forward pass of {batch} images"
             self._graph = cuda.capture(forward, device, self.pool, what, warmup)
-            self.overflow.zero_()
+        self.overflow.zero_()
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, drop_fraction: float | Tensor = 0.0) -> Tensor:
         """The model's output for a batch, as a fresh tensor.
