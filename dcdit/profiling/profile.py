@@ -30,6 +30,8 @@ from dcdit.utils.tables import markdown_table
 
 LEAST_ROUNDS = 9
 """From here on the interval of a median leaves one round out at either end."""
+LOW_ETA = 0.9
+"""Below this conversion it is worth looking for what is slow."""
 
 
 @dataclass
@@ -271,12 +273,12 @@ def _same_time(rounds: Rounds, dynamics: dict[float, str]) -> list[str]:
     return found
 
 
-def advice(result: Profile, low: float = 0.9) -> list[str]:
-    """What to change if the lowest conversion is surely below ``low``; empty if it is not, or if noise explains it."""
+def advice(result: Profile) -> list[str]:
+    """What to change if the lowest conversion is surely below 0.9; empty if it is not, or if noise explains it."""
     dynamic = [variant for variant in result.variants if variant.eta]
     worst = min(dynamic, key=lambda variant: min(variant.eta.values()))
     static, eta = min(worst.eta.items(), key=lambda item: item[1])
-    if not result.reliable or worst.eta_interval[static][1] >= low:
+    if not result.reliable or worst.eta_interval[static][1] >= LOW_ETA:
         return []
     on_gpu = result.device != "cpu"
     hints = [f"eta is {eta:.2f} at drop {worst.drop_fraction:g}: part of the saved FLOPs did not become time."]
