@@ -103,7 +103,8 @@ class RoutedTokens(SparseTokens):
         with stage("select"):
             selection = ops.select_tokens(prob, budget=math.prod(grid))
         with stage("gather"):
-            return ops.gather_tokens(full, selection).unflatten(0, (len(full), -1)), Chosen(prob, selection)
+            packed = ops.gather_tokens(full, selection)
+            return packed.view(len(full), math.prod(grid), full.shape[2]), Chosen(prob, selection)
 
     def restore(self, sparse: Tensor, full: Tensor, grid: tuple[int, int], chosen: Chosen) -> Tensor:
         """Sparse tokens (B, h*w, D) and all tokens in front of them (B, H*W, D) -> (B, H*W, D)."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.runs import TINY, assert_same_weights, records, stop_at, without_speed
 
@@ -109,6 +110,29 @@ def test_resume_of_a_finished_run_can_be_extended(config):
     result = train(config("optim.steps=5"), resume=config().run.out)
     assert result.step == 5
     assert train(config("optim.steps=5"), resume=config().run.out).step == 5
+
+
+@pytest.mark.parametrize("change", ["missing", "one number", "unknown"])
+def test_averages_are_those_of_the_weights(config, change):
+    """A single number would be spread over all of a weight."""
+    first = train(config("optim.steps=1"))
+    file, name = first.checkpoint / ckpt.EMA_FILE, "blocks.0.qkv.bias"
+    with safe_open(file, framework="pt") as read:
+        metadata, tensors = read.metadata(), {key: read.get_tensor(key) for key in read.keys()}  # noqa: SIM118
+    weight = tensors.pop(name)
+    changed = {
+        "missing": {},
+        "one number": {name: weight[:1].clone()},
+        "unknown": {name: weight, "more": weight.clone()},
+    }
+    save_file({**tensors, **changed[change]}, file, metadata)
+    message = {
+        "missing": r"ema\.safetensors lacks weight 'blocks\.0\.qkv\.bias'",
+        "one number": r"ema\.safetensors: blocks\.0\.qkv\.bias has shape \[1\], the model's is \[384\]",
+        "unknown": r"ema\.safetensors has the unknown weight 'more'",
+    }
+    with pytest.raises(ValueError, match=message[change]):
+        train(config("optim.steps=2"), resume=first.checkpoint)
 
 
 def test_resume_of_another_architecture(config):
