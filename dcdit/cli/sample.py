@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     options = sampling_options(args, _target(args))
     out = Path(args.out)
     check_output_folder(out)
+    importlib.import_module("PIL")  # if it is missing, say so before the work
     device = resolve_device(args.device)
     model, decode, notes = load_for_sampling(
         options.checkpoint, device, ema=options.ema, precision=options.precision, vae=options.vae
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     check_fit(options, model)
     if args.report:
         check_dynamic(options, model, "--report")
-        importlib.import_module("matplotlib")  # if it is missing, say so before the work
+        importlib.import_module("matplotlib")
     sampled = ready_to_sample(model, options)  # if there can be none, say so before the work
     ensure_kept_share(model, options, labels.to(device))
     plans = make_plans(options, model, labels.to(device))
