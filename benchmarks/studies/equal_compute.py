@@ -101,6 +101,8 @@ CHOICES = {
     "uniform+smoothed": Way(variant=VARIANTS["uniform+smoothed"]),
     "learned+grid": Way(variant=VARIANTS["learned+grid"]),
     "one-per-cell": Way(variant=VARIANTS["one-per-cell"]),
+    "learned+detached": Way(variant=VARIANTS["learned+detached"]),
+    "learned+grid+detached": Way(variant=VARIANTS["learned+grid+detached"]),
 }
 FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MAIN}
 EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MAIN}

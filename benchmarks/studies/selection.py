@@ -6,7 +6,8 @@ tokens in its cell (the positions that the de-chunk gives to it) through a linea
 goes unread.
 
 Two rules between learned and fixed: a sixteenth of the positions in a regular grid is always kept and the rest is
-learned; and of each cell of 2 x 2 the most probable position is kept.
+learned; and of each cell of 2 x 2 the most probable position is kept. And a learned choice whose gradient ends at the
+router's input.
 
 Beside them the package's own regular quarter (`router: uniform`), which differs in what is dropped first, and one whose
 probabilities are hardly above one half, so that the de-chunk smooths it by almost half. All but the learned and the
@@ -52,7 +53,7 @@ class Variant(NamedTuple):
     time: str = "uniform"
     """How :class:`FlowMatchingObjective` draws its times."""
     rule: str | None = None
-    """What is made of the learned probabilities, of RULES."""
+    """What is done with the learned router, of RULES."""
 
     @property
     def replaces_parts(self) -> bool:
@@ -71,6 +72,8 @@ VARIANTS = {
     "uniform+smoothed": Variant("regular-smoothed"),
     "learned+grid": Variant(rule="grid"),
     "one-per-cell": Variant(rule="one-per-cell"),
+    "learned+detached": Variant(rule="detached"),
+    "learned+grid+detached": Variant(rule="grid+detached"),
 }
 
 
@@ -139,7 +142,23 @@ class CellRouter(PredictabilityRouter):
         return torch.where(kept, (1 + p) / 2, p / 2)
 
 
-RULES = {"grid": GridRouter, "one-per-cell": CellRouter}
+class DetachedRouter(PredictabilityRouter):
+    """The router learns, and what it learns from does not reach the encoder."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+class DetachedGridRouter(GridRouter, DetachedRouter):
+    """Both."""
+
+
+RULES = {
+    "grid": GridRouter,
+    "one-per-cell": CellRouter,
+    "detached": DetachedRouter,
+    "grid+detached": DetachedGridRouter,
+}
 
 
 class NotingObjective(objectives.FlowMatchingObjective):

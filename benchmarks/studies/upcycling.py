@@ -122,7 +122,8 @@ def _page(source: list[dict[str, Any]], curves: Curves, conditions: dict[str, An
         f"{_last(source):.4f}. The DC-DiTs have the same transformer and a token per pixel, target N = 4; they see the "
         f"same batches with the same noise at the same learning rate (`benchmarks/studies/upcycling.yaml`), and differ "
         f"only in where their weights come from. The distillation warm-up is the first {conditions['distill_steps']} "
-        f"steps. Seeds {', '.join(map(str, seeds))}; all with the same source.",
+        "steps. It compares the outputs of all blocks, or of the last alone, or only the directions of the tokens (one "
+        f"minus their cosine, their lengths are free). Seeds {', '.join(map(str, seeds))}; one source for all.",
         "## Validation loss",
         f"On {conditions['images']} images of the test batch, with the same noise each time. Mean over the seeds, "
         "and in brackets every seed.",
@@ -195,7 +196,7 @@ def _plot(source: list[dict[str, Any]], curves: Curves, distill_steps: int, path
     left.axvline(distill_steps, color="gray", ls="--", lw=0.8, label="end of the distillation")
     left.set(xlabel="step")
     middle.set(xlabel="training FLOPs (without the source's)")
-    right.set(xlabel="step", ylabel="distillation loss (1: no better than zeros)", ylim=(0, None))
+    right.set(xlabel="step", ylabel="distillation loss", ylim=(0, None))
     left.legend(fontsize=7)
     figure.savefig(path)
 

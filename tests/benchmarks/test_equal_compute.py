@@ -81,6 +81,12 @@ def test_rules_between_learned_and_fixed() -> None:
     assert cells.sum(3).eq(1).all()
     best = learned.view(2, 4, 2, 4, 2).transpose(2, 3).flatten(3).argmax(3)
     assert torch.equal(cells.int().argmax(3), best)
+    assert torch.equal(routers["detached"](x), learned)
+    assert torch.equal(routers["grid+detached"](x), routers["grid"](x))
+    for rule, router in routers.items():
+        inputs = x.clone().requires_grad_()
+        router(inputs).sum().backward()
+        assert (inputs.grad is None) == ("detached" in rule), rule
 
 
 def test_the_most_important_runs_come_first_and_none_twice() -> None:
