@@ -133,8 +133,20 @@ def find_checkpoint(path: str | Path) -> Path:
         old for name, old in interrupted_replacements(path.parent).items() if name == path.name
     ]
     if not found:
-        raise FileNotFoundError(f"no checkpoint in {str(path)!r}: no {MODEL_FILE}, no checkpoints/step_*/{MODEL_FILE}")
+        raise FileNotFoundError(
+            f"no checkpoint in {str(path)!r}: no {MODEL_FILE}, no checkpoints/step_*/{MODEL_FILE}{_near(path)}"
+        )
     return found[-1]
+
+
+def _near(path: Path) -> str:
+    """What a folder without a checkpoint is after all, for the error; empty if it is nothing of ours."""
+    if path.name == CHECKPOINTS and list_checkpoints(path.parent):
+        return f"; accepted: its run, {path.parent}"
+    if (path / "config.yaml").is_file():
+        return f"; this run stopped before its first one: dcdit train --config {path / 'config.yaml'} begins it again"
+    runs = sorted(child.name for child in path.iterdir() if list_checkpoints(child)) if path.is_dir() else []
+    return f"; accepted: one of the runs in it, such as {path / runs[0]}" if runs else ""
 
 
 def model_file(path: str | Path, ema: bool = True) -> Path:
@@ -146,7 +158,7 @@ def model_file(path: str | Path, ema: bool = True) -> Path:
         ema: of a folder, the averaged weights.
 
     Raises:
-        FileNotFoundError: a folder without a checkpoint.
+        FileNotFoundError: nothing there, or a folder without a checkpoint.
 
     Example:
         >>> import torch
@@ -159,6 +171,8 @@ def model_file(path: str | Path, ema: bool = True) -> Path:
         ('ema.safetensors', 'model.safetensors')
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"nothing at {str(path)!r}; accepted: a run or checkpoint folder, or a file of weights")
     if not path.is_dir():
         return path
     files = list(path.glob("*.safetensors"))

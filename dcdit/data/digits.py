@@ -50,7 +50,7 @@ class Digits(Samples):
         self.split = Split(split, len(self.scans), held_out, seed, "scikit-learn's digits")
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        from PIL import Image
+        from dcdit.utils.pillow import Image
 
         item, side = self.split.item(n), self.shape[1]
         image = Image.fromarray(self.scans[item]).resize((side, side), Image.Resampling.BICUBIC)

@@ -122,9 +122,8 @@ def write_images(
         atomically(file, lambda target: np.savez(target, **arrays))
         return [file]
     # Pillow is an extra, and latents do not need it.
-    from PIL import Image
-
     from dcdit.utils.images import grid, to_pixels
+    from dcdit.utils.pillow import Image
 
     pixels = to_pixels(torch.cat([decode(batch) for batch in x.split(batch_size)]))
     files = [folder / f"{name}.png"]

@@ -205,8 +205,9 @@ def type_name(hint: Any) -> str:
 
 def did_you_mean(name: Any, accepted: Iterable[str]) -> str:
     """``; did you mean 'lr'?`` if an accepted name is close to ``name``, else an empty text."""
-    close = difflib.get_close_matches(str(name), list(accepted), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    names = {one.lower(): one for one in accepted}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def describe(cls: type) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dcdit.data.decode import SUFFIXES
 from dcdit.data.latents.arrays import ArrayStore, holds_arrays
 from dcdit.data.latents.moments import MomentStore, find_moments
 from dcdit.data.latents.pairs import PairStore, find_pairs
@@ -91,7 +92,10 @@ def open_latents(path: Path, skip_damaged: bool) -> LatentStore:
         return PairStore(*pairs, skip_damaged)
     if holds_arrays(path):
         return ArrayStore(path)
-    raise ValueError(f"{path} holds no latents in a known file format; accepted: {ACCEPTED}")
+    images = ""
+    if path.is_dir() and any(file.suffix.lower() in SUFFIXES for glob in ("*", "*/*") for file in path.glob(glob)):
+        images = "; it holds images: dcdit extract makes latents of them, data.kind=folder trains on them as they are"
+    raise ValueError(f"{path} holds no latents in a known file format; accepted: {ACCEPTED}{images}")
 
 
 def _as_list(value: PerChannel) -> list[float]:
