@@ -33,8 +33,7 @@ async function draw() {
   }
   busy = false;
 }
-at("drop").oninput = draw; draw();
-</script>"""
+at("drop").oninput = draw; draw();</script>"""
 
 
 def draw(model: ImageGenerator, drop: float, steps: int) -> dict[str, str]:
@@ -76,4 +75,5 @@ def serve(model: ImageGenerator, port: int, steps: int = 20) -> ThreadingHTTPSer
 
 
 if __name__ == "__main__":
-    serve(dcdit.load(sys.argv[1]), 8000).serve_forever()
+    checkpoint = sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__)
+    serve(dcdit.load(checkpoint), 8000).serve_forever()

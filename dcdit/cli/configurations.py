@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import typing
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from dcdit import config
 from dcdit.config import TrainConfig
 from dcdit.data import create_dataset
-from dcdit.models import PRESETS, DCDiTConfig, count_flops, create_config, create_model
-from dcdit.models.presets import config_class
+from dcdit.models import DCDiTConfig, count_flops, create_config, create_model
+from dcdit.models.presets import PRESET_FORMS, config_class
 from dcdit.train.checks import check_fit, check_router, local_batch_size, model_arguments
 from dcdit.train.compute import FORWARD_AND_BACKWARD
 from dcdit.train.folder import check_folder, placed
@@ -32,7 +33,7 @@ def list_configs() -> str:
     paths = config.recipes()
     width = max(map(len, paths))
     lines = [f"{name:<{width}}  {_first_sentence(path)}" for name, path in paths.items()]
-    return "\n".join([*lines, "", f"presets for --model: {', '.join(PRESETS)}"])
+    return "\n".join([*lines, "", f"presets for --model: {PRESET_FORMS}"])
 
 
 def annotated(settings: TrainConfig) -> str:
@@ -95,7 +96,14 @@ def _first_sentence(path: Path) -> str:
 
 
 def _comment(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ", break_on_hyphens=False
+    )
+
+
+def _plain(docstring: str) -> str:
+    """Its text on one line, without the marks of names and of code."""
+    return " ".join(re.sub(r":\w+:`~?([^`]*)`", r"\1", docstring).replace("``", "").split())
 
 
 def _value(name: str, value: Any) -> str:
@@ -116,7 +124,7 @@ def _model_fields(settings: TrainConfig) -> list[str]:
     docs = attribute_docs(config_class(section.name))
     lines = ["  # fields that it may hold, and their values here:"]
     for name, value in fields.items():
-        meaning = f": {' '.join(docs[name].split())}" if name in docs else ""
+        meaning = f": {_plain(docs[name])}" if name in docs else ""
         lines += _comment(f"  {name} = {'as the data' if name in told_by_data else json.dumps(value)}{meaning}")
     return lines
 

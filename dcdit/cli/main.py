@@ -122,9 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with lenient_output(), Signals(raising=True):
+    with lenient_output(), Signals(raising=True) as signals:
         try:
-            return _run(arguments)
+            return _run(arguments, signals)
         except KeyboardInterrupt as interrupt:
             number = interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
             if is_first_process():
@@ -132,11 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + number
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], signals: Signals) -> int:
     """The exit code of a command that nobody interrupts."""
     called = _called(arguments)
     try:
-        args = create_parser(arguments).parse_args(arguments)
+        with _uninterrupted(signals):
+            args, unknown = create_parser(arguments).parse_known_args(arguments)
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (see dcdit {args.command} --help)")
         with _logging():
             code = importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
         sys.stdout.flush()  # an error here is one of the command: its result is not whole
@@ -148,6 +151,18 @@ def _run(arguments: Sequence[str]) -> int:
         if is_first_to_say(message):
             print(f"dcdit: error: {message}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _uninterrupted(signals: Signals) -> Iterator[None]:
+    """Raise the signal that came in the block. Importing compiled code may have made another error of it, or none."""
+    try:
+        yield
+    except Exception:
+        if not signals.caught:
+            raise
+    if signals.caught:
+        raise Stopped(signals.caught)
 
 
 def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from dcdit.cli.sampling_options import (
     sampling_options,
 )
 from dcdit.models import SlicedModel
+from dcdit.sample.classes import class_numbers
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
 from dcdit.sample.kept_share import ensure_kept_share
 from dcdit.sample.options import CostTarget
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose the drop fraction that takes so many seconds per image, decoding not counted",
     )
     add("--profile", metavar="JSON", help="a profile.json to choose by, instead of a short pilot run here")
-    add("--labels", type=int, nargs="+", metavar="N", help="classes to draw (default: all, at most 16)")
+    add("--labels", nargs="+", metavar="N", help="classes to draw, by number or by name (default: all, at most 16)")
     count = parser.add_mutually_exclusive_group()
     count.add_argument("--num-per-class", type=int, default=1, metavar="N", help="images of each label (default 1)")
     count.add_argument("--num", type=int, metavar="N", help="images in all, labels taking turns")
@@ -75,15 +76,18 @@ def run(args: argparse.Namespace) -> None:
     options = sampling_options(args, _target(args))
     out = Path(args.out)
     check_output_folder(out)
+    importlib.import_module("PIL")  # if it is missing, say so before the work
     device = resolve_device(args.device)
     model, decode, notes = load_for_sampling(
         options.checkpoint, device, ema=options.ema, precision=options.precision, vae=options.vae
     )
-    labels = class_labels(model.config.num_classes, args.labels, args.num_per_class, args.num)
+    names = class_names_in(notes, options.checkpoint)
+    classes = model.config.num_classes
+    labels = class_labels(classes, _chosen(args, names, classes), args.num_per_class, args.num)
     check_fit(options, model)
     if args.report:
         check_dynamic(options, model, "--report")
-        importlib.import_module("matplotlib")  # if it is missing, say so before the work
+        importlib.import_module("matplotlib")
     sampled = ready_to_sample(model, options)  # if there can be none, say so before the work
     ensure_kept_share(model, options, labels.to(device))
     plans = make_plans(options, model, labels.to(device))
@@ -91,7 +95,6 @@ def run(args: argparse.Namespace) -> None:
         _print_choice(plans[0])
     check_folder(out, plans, args.individual, args.report)
     columns = args.num_per_class if args.num is None and args.num_per_class > 1 else None
-    names = class_names_in(notes, options.checkpoint)
     facts, traced = describe(options, model, labels, names, device), []
     if isinstance(sampled.model, SlicedModel):
         facts["sliced_bytes"] = sampled.model.nbytes
@@ -124,6 +127,14 @@ def run(args: argparse.Namespace) -> None:
         from dcdit.sample.report import write_report
 
         print(f"wrote {write_report(out, facts, traced, decode)}")
+
+
+def _chosen(args: argparse.Namespace, names: list[str], classes: int) -> list[int] | None:
+    """The numbers of ``--labels``. A text of digits is a number, whatever the names are."""
+    if args.labels is None:
+        return None
+    labels = [int(label) if label.removeprefix("-").isdecimal() else label for label in args.labels]
+    return class_numbers(labels, names, classes, args.checkpoint)
 
 
 def _target(args: argparse.Namespace) -> CostTarget | None:

@@ -28,6 +28,8 @@ FLAGS = {
     "--out": "run.out",
 }
 """Flags that are short for ``--set key=value``."""
+PLACES = ("data.path", "data.held_out_path", "upcycle.source", "run.trackers")
+"""What a run reads and where it sends records. A checkpoint, which may be a stranger's, does not decide that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +93,11 @@ def start(args: argparse.Namespace, values: Mapping[str, Any]) -> int:
     if args.dry_run:
         print(dry_run(settings, args.resume))
         return 0
+    begun = 0 if args.resume is None else checkpoint.read_trainer(args.resume).get("step", 0)
     result = train(settings, resume=args.resume)
-    if result.main_process:
+    if result.main_process and result.reason == "steps" and result.step == begun:
+        print(f"no step was left: {begun} are done, and optim.steps is {settings.optim.steps}; --steps asks for more")
+    elif result.main_process:
         print(f"{result.reason}: {result.step} steps done; checkpoint {result.checkpoint}, log {result.log}")
     return 128 + result.signal if result.signal else 0
 
@@ -123,10 +128,6 @@ def _checked(settings: config.TrainConfig) -> config.TrainConfig:
     return settings
 
 
-PLACES = ("data.path", "data.held_out_path", "upcycle.source", "run.trackers")
-"""What a run reads and where it sends records. A checkpoint, which may be a stranger's, does not decide that."""
-
-
 def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
     """The configuration of a checkpoint, except for the places, which are those of the run's config.yaml.
 
@@ -142,7 +143,13 @@ def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:
     trainer = checkpoint.read_trainer(resume)
     stored = trainer.get("config")
     if not isinstance(stored, dict):
-        raise ValueError(f"{resume}: {checkpoint.TRAINER_FILE} has the config {stored!r}; accepted: an object")
+        where = checkpoint.find_checkpoint(resume) / checkpoint.TRAINER_FILE
+        raise ValueError(f"{where} has the config {stored!r}; accepted: an object")
+    name = _value(stored, "model.name")
+    if (wanted := overrides.get("model.name", name)) != name:
+        raise ValueError(
+            f"model.name is {wanted!r}, but {resume} trains {name!r}; accepted: a new run for another model"
+        )
     file = folder / CONFIG_FILE
     own = config.given_keys(file) if file.is_file() else {}
     for key in PLACES:

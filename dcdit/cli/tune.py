@@ -14,13 +14,30 @@ from dcdit.utils.outputs import check_output_file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``dcdit tune``."""
-    parser.add_argument("--op", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="operations to tune for")
-    parser.add_argument("--width", nargs="+", type=int, default=[384, 768, 1152], help="token widths D")
-    parser.add_argument("--batch", type=int, default=32, help="images (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="side of the grid (default: %(default)s, a 256 px latent)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="timing budget per candidate (default: %(default)s)")
-    parser.add_argument(
-        "--out", help="JSON file to write (default: this GPU's in the user's cache, which is read first)"
+    add = parser.add_argument
+    add(
+        "--op",
+        nargs="+",
+        metavar="NAME",
+        choices=WORKLOADS,
+        default=list(WORKLOADS),
+        help=f"operations to tune for (default: all): {', '.join(WORKLOADS)}",
+    )
+    add(
+        "--width",
+        nargs="+",
+        type=int,
+        metavar="D",
+        default=[384, 768, 1152],
+        help="token widths (default 384 768 1152)",
+    )
+    add("--batch", type=int, metavar="N", default=32, help="images (default %(default)s)")
+    add("--side", type=int, metavar="N", default=32, help="side of the grid (default %(default)s, a 256 px latent)")
+    add("--seconds", type=float, default=0.3, help="timing budget per candidate (default %(default)s)")
+    add(
+        "--out",
+        metavar="FILE",
+        help="JSON file to write (default: this GPU's in the user's cache, which is read first)",
     )
 
 

@@ -77,7 +77,7 @@ def read_image(path: ImageFile, draft: tuple[int, int] | None = None) -> "Image.
     Raises:
         DamagedFile: it cannot be read, or is far longer than wide.
     """
-    from PIL import Image
+    from dcdit.utils.pillow import Image
 
     with open_image(path) as image:
         width, height = image.size
@@ -105,7 +105,7 @@ def open_image(path: ImageFile) -> Iterator["Image.Image"]:
     Raises:
         DamagedFile: whatever goes wrong in Pillow while it is open.
     """
-    from PIL import Image, UnidentifiedImageError
+    from dcdit.utils.pillow import Image, UnidentifiedImageError
 
     try:
         with _opened(path) as (file, size), Image.open(file, formats=FORMATS) as image:
@@ -135,7 +135,7 @@ def _opened(path: ImageFile) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def _to_rgb(image: "Image.Image", path: ImageFile) -> "Image.Image":
-    from PIL import Image
+    from dcdit.utils.pillow import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _upper_bits(image)
@@ -152,7 +152,7 @@ def _to_rgb(image: "Image.Image", path: ImageFile) -> "Image.Image":
 
 def _upper_bits(image: "Image.Image") -> "Image.Image":
     """Grayscale of 16 bits as 8 bits. Pillow would clip it; of 16-bit RGB it takes the upper bits by itself."""
-    from PIL import Image
+    from dcdit.utils.pillow import Image
 
     tags = getattr(image, "tag_v2", {})  # of TIFF: BitsPerSample may be 12, and WhiteIsZero is not undone by Pillow
     bits, white_is_zero = tags.get(258, (16,))[0], tags.get(262) == 0

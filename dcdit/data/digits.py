@@ -5,8 +5,8 @@ from torch import Tensor
 
 from dcdit.data.samples import Samples, Split, to_sample
 
-SCAN, INK = 8, 16
-"""Pixels per side of a scan, and the value of full ink."""
+INK = 16
+"""The value of full ink in a scan."""
 MARGIN = 1
 """Empty pixels around a scan, whose ink touches its edges."""
 
@@ -50,7 +50,7 @@ class Digits(Samples):
         self.split = Split(split, len(self.scans), held_out, seed, "scikit-learn's digits")
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        from PIL import Image
+        from dcdit.utils.pillow import Image
 
         item, side = self.split.item(n), self.shape[1]
         image = Image.fromarray(self.scans[item]).resize((side, side), Image.Resampling.BICUBIC)

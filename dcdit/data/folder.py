@@ -88,7 +88,7 @@ def read_square(path: ImageFile, size: int, position: float) -> np.ndarray:
 
     DamagedFile if it cannot be read.
     """
-    from PIL import Image
+    from dcdit.utils.pillow import Image
 
     # With a draft size the JPEG decoder skips resolution that the resize would discard.
     rgb = read_image(path, draft=(2 * size, 2 * size))
@@ -104,7 +104,7 @@ def read_centre(path: Path, size: int) -> np.ndarray:
 
     DamagedFile if it cannot be read.
     """
-    from PIL import Image
+    from dcdit.utils.pillow import Image
 
     rgb = read_image(path)
     while min(rgb.size) >= 2 * size:

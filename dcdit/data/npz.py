@@ -87,7 +87,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
         reason = error.reason if isinstance(error, UnreadableArchive) else one_line(error)
         raise ValueError(f"{path} is not readable as NumPy arrays: {reason}") from None
     if len(arrays) != 2 or "labels" not in arrays:
-        raise ValueError(f"{path} holds {names}; accepted: labels, and either images or latents")
+        raise ValueError(f"{path} holds {names}; accepted: labels (all 0 for one class), and either images or latents")
     return arrays
 
 

@@ -12,8 +12,12 @@ def check_inputs(config: ModelConfig, x: Tensor, t: Tensor, y: Tensor) -> None:
     """x is (B, C, H, W), t is (B,), y is (B,) of integers in range. The range is checked where that costs no sync.
 
     Raises:
+        TypeError: no tensor.
         ValueError: a shape, a dtype or a label that is not accepted.
     """
+    for name, tensor in (("x", x), ("t", t), ("y", y)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; accepted: a tensor")
     expected = (config.in_channels, *config.grid)
     if x.dim() != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(f"x has shape {shape_of(x)}; accepted: (B, {', '.join(map(str, expected))})")

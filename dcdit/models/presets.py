@@ -37,12 +37,17 @@ PRESETS = (
     *(f"SparseDiT-{scale}/{patch}" for scale in SCALES for patch in PATCH_SIZES),
 )
 """The names that :func:`create_model` takes."""
+PRESET_FORMS = (
+    "DC-DiT-SCALE, DiT-SCALE/PATCH, DyDiT-SCALE/PATCH and SparseDiT-SCALE/PATCH, "
+    f"with a scale of {', '.join(SCALES)} and a patch size of {', '.join(map(str, PATCH_SIZES))}"
+)
+"""The same, short enough to read."""
 
 
 def check_preset(name: str, overrides: Mapping[str, Any]) -> None:
     """Raise ValueError for an unknown preset, or an override that it never accepts, whatever the sizes are."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; accepted: {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; accepted: {PRESET_FORMS}{did_you_mean(name, PRESETS)}")
     config_class(name).check_fields(overrides)
 
 

@@ -137,7 +137,7 @@ def start_selection(
     budget, capacity, max_seqlen = _check_sizes(images, p, cu_seqlens, budget, capacity, max_seqlen, extra_tokens)
     if always is not None:
         _check_always(always, p, cu_seqlens, budget)
-    checks.check_no_nan("p", p)
+    checks.check_no_nan(p)
     with without_autocast(p):
         found = backend_for(p).select_tokens(
             p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity, max_seqlen, always

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from dcdit.models import DCDiT, DyDiT
 from dcdit.nn.embedding import of_first_block
-from dcdit.nn.routers import PredictabilityRouter
+from dcdit.nn.routers import CosineProjections, UniformRouter
+
+BISECTIONS = 12
 
 
-def varied_latents(batch: int, channels: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
+def varied_latents(batch: int, channels: int, grid: tuple[int, int]) -> Tensor:
     """(B, C, H, W) noise. Its smoothness differs between images, so that a router keeps more of some than of others."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     coarse_grid = (max(2, grid[0] // 8), max(2, grid[1] // 8))
     coarse = torch.randn(batch, channels, *coarse_grid, generator=generator)
     smooth = F.interpolate(coarse, grid, mode="bicubic", align_corners=False)
@@ -25,7 +27,10 @@ def varied_latents(batch: int, channels: int, grid: tuple[int, int], seed: int =
 
 @torch.no_grad()
 def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fraction: float) -> None:
-    """Shift the output bias of an untrained router so that it naturally keeps this fraction of the positions of x.
+    """Change an untrained router so that it naturally keeps this fraction of the positions of x.
+
+    The predictability router gets another output bias. The key projection of a cosine router loses more or less of what
+    all tokens have in common, which turns neighbours from alike to opposed.
 
     Args:
         model: its router is changed in place.
@@ -33,16 +38,42 @@ def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fractio
         kept_fraction: between 0 and 1.
 
     Raises:
-        ValueError: another fraction, or a router other than the predictability router: no other has an output bias.
+        ValueError: another fraction, or one other than a quarter for the uniform router, which has no weights.
     """
     if not 0 < kept_fraction < 1:
         raise ValueError(f"kept_fraction is {kept_fraction}; accepted: a number between 0 and 1")
-    if not isinstance(model.router, PredictabilityRouter):
-        raise ValueError(f"router is {model.config.router!r}; calibration accepts: predictability")
+    router: Any = model.router
+    if isinstance(router, UniformRouter):
+        if kept_fraction != UniformRouter.SHARE:
+            raise ValueError(
+                f"kept_fraction is {kept_fraction}; accepted with the uniform router: {UniformRouter.SHARE}, which it "
+                "always keeps"
+            )
+        return
+    if isinstance(router, CosineProjections):
+        _calibrate_cosine(model, x, t, y, kept_fraction)
+        return
     _, routing = model(x, t, y, return_routing=True)
     logits = torch.logit(routing.prob[:, 1:-1].float(), eps=1e-6)  # the ends are forced
-    bias = model.router.out.bias
+    bias = router.out.bias
     bias.copy_(bias - torch.quantile(logits.flatten()[: 2**24], 1 - kept_fraction).to(bias.dtype))
+
+
+def _calibrate_cosine(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fraction: float) -> None:
+    """Keys become ``(I - a m m^T) x`` with the mean direction m of the tokens. More of a means that more are kept."""
+    router: Any = model.router
+    seen: list[Tensor] = []
+    hook = router.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    model(x, t, y)
+    hook.remove()
+    mean = F.normalize(seen[0].float().mean((0, 1)), dim=0)
+    identity = torch.eye(len(mean), device=mean.device)
+    low, high = 0.0, 4.0
+    for _ in range(BISECTIONS):
+        amount = (low + high) / 2
+        router.key.weight.copy_(identity - amount * torch.outer(mean, mean))
+        kept = (router(seen[0]) > 0.5).float().mean()
+        low, high = (amount, high) if kept < kept_fraction else (low, amount)
 
 
 @torch.no_grad()

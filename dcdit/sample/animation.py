@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 from dcdit.sample.frames import Frame
 from dcdit.utils.files import atomically
 from dcdit.utils.images import Pixels, fitting, resized
+from dcdit.utils.pillow import Image, ImageDraw, ImageFont
 
 TILE, GAP, MARGIN, LINE = 128, 6, 92, 22
 """Height of an image, distance between images, room for the names of the rows, height of a line of text. Pixels."""

@@ -1,5 +1,6 @@
 """From a checkpoint to pictures, in Python."""
 
+import importlib
 import logging
 import math
 import os
@@ -161,9 +162,12 @@ class ImageGenerator:
         Raises:
             ValueError, TypeError: a class or option that is not accepted.
             FloatingPointError: an image is not finite.
+            ModuleNotFoundError: pictures are wanted and Pillow is missing.
         """
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type is {output_type!r}; accepted: {', '.join(OUTPUTS)}")
+        if output_type == "pil":
+            importlib.import_module("dcdit.utils.pillow")  # if it is missing, say so before the work
         if output_type != "latent" and self._decode is None:
             raise ValueError(
                 f"{self._source} makes latents of {self.model.config.in_channels} channels; give dcdit.load the vae "
@@ -242,9 +246,8 @@ class ImageGenerator:
         pixels = torch.cat([self._decode(batch) for batch in x.split(batch_size)])
         if output_type == "pt":
             return pixels
-        from PIL import Image
-
         from dcdit.utils.images import to_pixels
+        from dcdit.utils.pillow import Image
 
         return [Image.fromarray(image) for image in to_pixels(pixels)]
 

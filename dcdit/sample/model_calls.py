@@ -44,7 +44,7 @@ class BoundaryMap(NamedTuple):
 
     def over(self, image: "Image") -> "Image":
         """The picture of the image with the positions that were not kept darkened to a quarter."""
-        from PIL import Image
+        from dcdit.utils.pillow import Image
 
         mask = Image.fromarray(self.mask.numpy()).resize(image.size, Image.Resampling.NEAREST)
         return Image.composite(image, image.point(lambda level: level // 4), mask)

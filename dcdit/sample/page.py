@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dcdit.sample.frames import DROPPED, KEPT, Frame
 from dcdit.utils.files import write_text
 from dcdit.utils.images import Pixels
+from dcdit.utils.pillow import Image
 
 PIXEL_ART = 64
 """Images up to so many pixels high are stored without loss."""

@@ -305,7 +305,7 @@ def create_accelerator(config: TrainConfig) -> Any:
 
 
 def progress_bar(done: int, steps: int, shown: bool) -> Any:
-    """A bar over the steps of a run, of which ``done`` are done."""
+    """A bar over the steps of a run, of which ``done`` are done. It shows nothing where no step is left."""
     from tqdm import tqdm
 
-    return tqdm(total=steps, initial=done, disable=not shown, unit="step", dynamic_ncols=True)
+    return tqdm(total=steps, initial=done, disable=not shown or done >= steps, unit="step", dynamic_ncols=True)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from dcdit.utils.pillow import Image, ImageDraw, ImageFont
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

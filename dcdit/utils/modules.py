@@ -30,8 +30,10 @@ def signature_of(model: Callable[..., Any]) -> inspect.Signature:
 
 
 def name_of(model: Callable[..., Any]) -> str:
-    """The name of the function, or of the class of the module."""
+    """The name of the function, or of the class of the module, also of one whose calls another object records."""
     model = unwrap_model(model)
+    recorded = getattr(model, "model", None)
+    model = recorded if isinstance(recorded, nn.Module) else model
     return getattr(model, "__name__", type(model).__name__)
 
 

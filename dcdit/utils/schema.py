@@ -170,6 +170,11 @@ def check_types(instance: Any) -> None:
     check_values(type(instance), values, type(instance).__name__)
 
 
+def is_size(value: Any, largest: int) -> bool:
+    """Whether a value is a positive integer up to ``largest``; a bool is none."""
+    return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
+
+
 def _is(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_is(value, part) for part in typing.get_args(hint))
@@ -200,8 +205,9 @@ def type_name(hint: Any) -> str:
 
 def did_you_mean(name: Any, accepted: Iterable[str]) -> str:
     """``; did you mean 'lr'?`` if an accepted name is close to ``name``, else an empty text."""
-    close = difflib.get_close_matches(str(name), list(accepted), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    names = {one.lower(): one for one in accepted}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def describe(cls: type) -> str:

@@ -388,7 +388,7 @@ def one_line(kind, match):
 
 
 def test_nothing_there(tmp_path):
-    with one_line(FileNotFoundError, "no file"):
+    with one_line(FileNotFoundError, "nothing at"):
         ckpt.load_model(tmp_path / "a.safetensors")
     with one_line(FileNotFoundError, "no file"):
         ckpt.load_model(tmp_path / "a.pt")

@@ -22,14 +22,6 @@ from dcdit.sample.model_calls import ModelCalls
 TINY = ["in_channels=3", "grid=[8,8]", "hidden_size=128", "depth=1", "num_heads=2"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fails(capsys, monkeypatch):
     """Run a command that must fail: exit code 2, nothing on stdout, one line on stderr that matches."""
@@ -269,7 +261,7 @@ def test_unknown_command(fails):
 
 
 def test_unknown_flag(fails):
-    fails("train --stesp 3", match="unrecognized arguments: --stesp 3")
+    fails("train --stesp 3", match="unrecognized arguments: --stesp 3 (see dcdit train --help)")
 
 
 def test_unknown_key(fails):
@@ -277,9 +269,8 @@ def test_unknown_key(fails):
 
 
 def test_unknown_preset(fails, folder, tmp_path):
-    fails(
-        *train_command(folder, tmp_path, "--model", "DC-DiT-M"), match="unknown preset 'DC-DiT-M'; accepted: DC-DiT-S"
-    )
+    fails(*train_command(folder, tmp_path, "--model", "DC-DiT-M"), match="unknown preset 'DC-DiT-M'; accepted: DC-DiT-")
+    fails(*train_command(folder, tmp_path, "--model", "dc-dit-xl"), match="did you mean 'DC-DiT-XL'?")
 
 
 def test_missing_image_folder(fails, tmp_path):
@@ -316,6 +307,27 @@ def test_resume_of_nothing(fails, tmp_path):
     fails(f"train --resume {tmp_path}", match="no checkpoint in")
 
 
+def test_a_folder_without_a_checkpoint_says_what_it_is(fails, trained, tmp_path):
+    fails(f"sample --checkpoint {trained / 'checkpoints'}", match=f"; accepted: its run, {trained}")
+    fails(f"sample --checkpoint {trained.parent}", match=f"; accepted: one of the runs in it, such as {trained}")
+    shutil.copy(trained / "config.yaml", tmp_path)
+    fails(f"train --resume {tmp_path}", match=f"dcdit train --config {tmp_path / 'config.yaml'} begins it again")
+
+
+def test_resume_as_another_model(fails, trained):
+    fails(
+        f"train --resume {trained} --model DiT-S/2", match=f"model.name is 'DiT-S/2', but {trained} trains 'DC-DiT-S'"
+    )
+
+
+def test_resume_of_a_finished_run(trained, capsys):
+    before = (trained / "log.jsonl").read_bytes()
+    assert main(["train", "--resume", str(trained)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "no step was left: 3 are done, and optim.steps is 3; --steps asks for more\n" and err == ""
+    assert (trained / "log.jsonl").read_bytes() == before
+
+
 def test_resume_of_a_truncated_checkpoint(fails, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     file = ckpt.find_checkpoint(tmp_path / "run") / ckpt.OPTIMIZER_FILE
@@ -328,7 +340,7 @@ def test_existing_run(fails, folder, trained):
 
 
 def test_missing_checkpoint(fails, tmp_path):
-    fails(f"sample --checkpoint {tmp_path / 'a.safetensors'}", match="no file")
+    fails(f"sample --checkpoint {tmp_path / 'a.safetensors'}", match="a.safetensors'; accepted: a run or checkpoint")
 
 
 def test_corrupt_checkpoint(fails, tmp_path):
@@ -366,7 +378,19 @@ def test_counts_of_zero(fails, trained, flag):
 
 
 def test_bad_label(fails, trained):
-    fails(f"sample --checkpoint {trained} --labels 2", match="label 2; accepted: 0 to 1")
+    fails(f"sample --checkpoint {trained} --labels 2", match="label 2; accepted: a class name or a number from 0 to 1")
+    fails(f"sample --checkpoint {trained} --labels -1", match="label -1; accepted: a class name")
+    fails(f"sample --checkpoint {trained} --labels c", match="no class 'c' in")
+
+
+def test_classes_by_name_are_those_by_number(trained, tmp_path):
+    for labels in (["1", "0"], ["b", "a"]):
+        out = tmp_path / labels[0]
+        assert (
+            main(["sample", "--checkpoint", str(trained), "--labels", *labels, "--steps", "2", "--out", str(out)]) == 0
+        )
+    one, two = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("1", "b"))
+    assert one["labels"] == two["labels"] == [1, 0]
 
 
 def test_missing_decoder(fails, static_latents, tmp_path):

@@ -56,6 +56,7 @@ def test_printed_configuration_explains_every_key():
     assert "learning rate (float, at least 0, default 0.0001)" in unwrapped
     assert "grid = [64, 64]" in text and 'router = "cosine2d"' in text and "dechunk_sigma = 2.0" in text
     assert "in_channels = as the data" in text
+    assert "`" not in text and ":class:" not in text and "DC-DiT-S, -B" in unwrapped
     assert "patch_size = 4" in annotated(load_config(None, {"model.name": "DiT-S/4"}))
 
 

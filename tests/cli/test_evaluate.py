@@ -247,7 +247,7 @@ def test_statistics_are_checked_before_anything_is_drawn(files, tmp_path, evalua
             "no images at",
         ),
         ("--checkpoint {files}/model.safetensors --num 0", "--num is 0; accepted: at least 1"),
-        ("--checkpoint {files}/a.safetensors", "no file"),
+        ("--checkpoint {files}/a.safetensors", "nothing at"),
         ("--checkpoint {files}/diverged.safetensors", "diverged.safetensors holds numbers that are not finite"),
         ("--checkpoint {files}/latents.safetensors", "makes latents of 4 channels; --vae decodes them"),
         ("--checkpoint {files}/static.safetensors --drop-fraction 0.5", "drops no tokens"),

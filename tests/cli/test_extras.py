@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.small import small_dc_dit
 
+import dcdit
 from dcdit.checkpoint import save_model
 from dcdit.cli.extras import EXTRAS, missing
 from dcdit.cli.main import main
@@ -108,3 +109,19 @@ def test_what_is_missing_is_found_before_the_work(without, tmp_path, monkeypatch
     assert main(command.split()) == 2
     assert capsys.readouterr().err == f"dcdit: error: {package} is not installed: pip install 'dcdit[{extra}]'\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_without_pillow_are_refused_before_the_work(without, tmp_path, monkeypatch, capsys):
+    """In Python the message names the extra, too. What is no picture can be drawn."""
+    monkeypatch.chdir(tmp_path)
+    save_model("a.safetensors", small_dc_dit(in_channels=3, grid=(8, 8), hidden_size=128, depth=1))
+    without("PIL")
+    monkeypatch.delitem(sys.modules, "dcdit.utils.pillow", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("dcdit.sample.drawing.sample", None)
+        assert main(["sample", "--checkpoint", "a.safetensors", "--device", "cpu", "--steps", "1"]) == 2
+        assert capsys.readouterr().err == "dcdit: error: PIL is not installed: pip install 'dcdit[train]'\n"
+        generator = dcdit.load("a.safetensors", device="cpu")
+        with pytest.raises(ModuleNotFoundError, match=r"pictures need Pillow: pip install 'dcdit\[train\]'"):
+            generator.generate(0, num_steps=1)
+    assert generator.generate(0, num_steps=1, output_type="pt", progress=False).shape == (1, 3, 8, 8)

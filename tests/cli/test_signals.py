@@ -1,5 +1,6 @@
 """A signal ends every command with one line and 128 plus its number, and the command goes on where it stopped."""
 
+import contextlib
 import dataclasses
 import signal
 from pathlib import Path
@@ -56,6 +57,19 @@ def test_every_command(command, number, monkeypatch, capsys):
     assert main([command, *needed]) == 128 + number
     assert capsys.readouterr() == ("", f"dcdit: interrupted by {number.name}\n")
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+@pytest.mark.parametrize("turned_into", [ImportError("cannot load module more than once per process"), None])
+def test_a_signal_that_an_import_did_not_pass_on(turned_into, monkeypatch, capsys):
+    def add_arguments(parser):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if turned_into is not None:
+            raise turned_into
+
+    monkeypatch.setattr("dcdit.cli.info.add_arguments", add_arguments)
+    assert main(["info"]) == 130
+    assert capsys.readouterr() == ("", "dcdit: interrupted by SIGINT\n")
 
 
 def test_evaluate_goes_on(tmp_path, interrupted):

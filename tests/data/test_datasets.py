@@ -247,14 +247,14 @@ def test_npy_folder_is_the_same_but_mapped(tmp_path):
     assert isinstance(folder.values, np.memmap)
     assert all(same(archive[n], folder[n]) for n in range(6))
     (tmp_path / "labels.npy").unlink()
-    with pytest.raises(ValueError, match=r"holds \['latents'\]; accepted: labels, and"):
+    with pytest.raises(ValueError, match=r"holds \['latents'\]; accepted: labels .all 0 for one class., and"):
         NpzDataset(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "accepted: labels, and either images or latents"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "accepted: labels .all 0 for one class., and either images"),
         ({"images": np.zeros((2, 8, 8, 3)), "labels": np.zeros(2, int)}, "accepted: uint8"),
         ({"images": np.zeros((2, 3, 8, 8), np.uint8), "labels": np.zeros(2, int)}, r"\(N, H, W, 3\)"),
         ({"latents": np.zeros((2, 4, 8, 8), int), "labels": np.zeros(2, int)}, "accepted: float"),

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -331,6 +332,11 @@ def test_unknown_file_formats(tmp_path):
         LatentDataset(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no latents in a known file format; accepted: \*\.safetensors"):
         LatentDataset(tmp_path)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.PNG").touch()
+    with pytest.raises(ValueError, match=r"an \.npz of both; it holds images: dcdit extract makes latents of them"):
+        LatentDataset(tmp_path)
+    shutil.rmtree(tmp_path / "cats")
     (tmp_path / "imagenet256_features").mkdir()
     (tmp_path / "imagenet256_labels").mkdir()
     with pytest.raises(ValueError, match="hold no pairs"):

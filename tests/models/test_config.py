@@ -88,7 +88,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("DiT-M/2",), "unknown preset 'DiT-M/2'; accepted: DC-DiT-S, .*DiT-XL/8"),
+        (("DiT-M/2",), "unknown preset 'DiT-M/2'; accepted: DC-DiT-SCALE, .* of S, B, L, XL and .* 8"),
         (("DC-DiT-S", 100), "image_size is 100; accepted: a multiple of 8"),
         (("DC-DiT-S", (256,)), "image_size is"),
         (("DC-DiT-S", 0), "image_size is 0"),

@@ -277,6 +277,13 @@ def test_bad_inputs(change: dict, message: str) -> None:
         model(**{"x": x, "t": t, "y": y, **change})
 
 
+@pytest.mark.parametrize(("name", "value"), [("x", [[0.0]]), ("t", 500), ("y", [1, 2, 3])])
+def test_what_is_no_tensor(name: str, value: object) -> None:
+    inputs = {"x": torch.zeros(3, 4, 8, 12), "t": torch.zeros(3), "y": torch.tensor([0, 1, 2]), name: value}
+    with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}; accepted: a tensor"):
+        small_dc_dit(grid=(8, 12))(**inputs)
+
+
 @pytest.mark.parametrize("mode", [{"budget": 30}, {"capacity": 200}], ids=["budget", "capacity"])
 @torch.no_grad()
 def test_one_graph(mode: dict) -> None:

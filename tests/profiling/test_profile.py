@@ -310,10 +310,36 @@ def test_calibration_refuses_a_fraction(model: DCDiT, batch, fraction: float) ->
         calibrate_router(model, *batch, fraction)
 
 
-def test_calibration_refuses_a_router_without_a_bias(batch) -> None:
-    other = DCDiT(DCDiTConfig(**CONFIG, router="cosine2d"))
-    with pytest.raises(ValueError, match="router is 'cosine2d'"):
+@pytest.mark.parametrize("router", ["cosine2d", "cosine1d"])
+def test_calibration_of_a_cosine_router(batch, router: str) -> None:
+    other = DCDiT(DCDiTConfig(**CONFIG, router=router)).eval()
+    for fraction in (0.2, 0.6):
+        calibrate_router(other, *batch, fraction)
+        with torch.no_grad():
+            kept = other(*batch, return_routing=True)[1].natural_mask.float().mean()
+        assert float(kept) == pytest.approx(fraction, abs=0.03)
+
+
+def test_the_uniform_router_keeps_a_quarter_only(batch) -> None:
+    other = DCDiT(DCDiTConfig(**CONFIG, router="uniform"))
+    calibrate_router(other, *batch, 0.25)
+    with pytest.raises(ValueError, match=r"kept_fraction is 0\.3; accepted with the uniform router: 0\.25"):
         calibrate_router(other, *batch, 0.3)
+
+
+@pytest.mark.parametrize(("flags", "shape"), [([], (3, 16, 16)), (["--image-size", "64"], (4, 8, 8))])
+def test_a_recipe_of_pixels_is_timed_at_their_size(
+    flags: list[str], shape: tuple[int, ...], tmp_path, monkeypatch
+) -> None:
+    seen = []
+
+    def timed(model: DCDiT, name: str, x: torch.Tensor, t, y, *options) -> Profile:
+        seen.append((tuple(x.shape[1:]), float(model(x, t, y, return_routing=True)[1].natural_mask.float().mean())))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dcdit.cli.profile.profile", timed)
+    main(["profile", "--config", "digits-cpu", "--batch", "2", "--device", "cpu", "--out", str(tmp_path), *flags])
+    assert seen == [(shape, pytest.approx(0.25, abs=0.05))]
 
 
 def test_latents_get_rougher_through_the_batch() -> None:

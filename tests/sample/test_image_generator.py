@@ -72,6 +72,11 @@ def test_a_scheduler_of_diffusers(dynamic):
         generator.generate(["cat"], scheduler=scheduler, graph=True, **QUICK)
 
 
+def test_a_method_that_does_not_fit_names_the_model(dynamic):
+    with pytest.raises(ValueError, match="DCDiT was trained with the objective 'flow', which the method 'ddim'"):
+        dcdit.load(dynamic, device="cpu").generate(1, method="ddim", **QUICK)
+
+
 @pytest.mark.parametrize("labels", [1, "cat", [1], torch.tensor([1]), np.array([1]), (np.int64(1),)])
 def test_forms_of_labels(dynamic, labels):
     assert dcdit.load(dynamic, device="cpu").labels(labels) == [1]

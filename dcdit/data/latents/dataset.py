@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dcdit.data.decode import SUFFIXES
 from dcdit.data.latents.arrays import ArrayStore, holds_arrays
 from dcdit.data.latents.moments import MomentStore, find_moments
 from dcdit.data.latents.pairs import PairStore, find_pairs
@@ -77,7 +78,7 @@ class LatentDataset(StoredSamples):
         return (latent - self.shift) * self.scale, int(self.store.labels[item])
 
 
-def open_latents(path: Path, skip_damaged: bool = False) -> LatentStore:
+def open_latents(path: Path, skip_damaged: bool) -> LatentStore:
     """The latents at a path, in any of the file formats. Arguments and errors as in :class:`LatentDataset`."""
     if not path.exists():
         raise FileNotFoundError(f"no latents at {str(path)!r}")
@@ -91,7 +92,10 @@ def open_latents(path: Path, skip_damaged: bool = False) -> LatentStore:
         return PairStore(*pairs, skip_damaged)
     if holds_arrays(path):
         return ArrayStore(path)
-    raise ValueError(f"{path} holds no latents in a known file format; accepted: {ACCEPTED}")
+    images = ""
+    if path.is_dir() and any(file.suffix.lower() in SUFFIXES for glob in ("*", "*/*") for file in path.glob(glob)):
+        images = "; it holds images: dcdit extract makes latents of them, data.kind=folder trains on them as they are"
+    raise ValueError(f"{path} holds no latents in a known file format; accepted: {ACCEPTED}{images}")
 
 
 def _as_list(value: PerChannel) -> list[float]:
