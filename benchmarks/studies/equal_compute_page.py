@@ -47,7 +47,7 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
     machines = dict.fromkeys(line["machine"] for lines in runs.values() for line in lines)
     parts = [
         "# DC-DiT and static DiTs at equal training compute",
-        f"Small models on two sets of images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
+        f"Small models on images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
         "training FLOPs (three forwards a step, counted from the tokens that were kept). Losses are of held-out images "
         f"at {len(cifar10.NOISE_LEVELS)} noise levels, the same noise for all, averaged weights; `±` is half the range "
         "over the seeds. Runs shared a machine: nothing here is a time. What the numbers say: [README.md](README.md).",
