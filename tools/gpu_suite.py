@@ -56,7 +56,6 @@ def sanitizer_commands(program: str) -> list[list[str]]:
 
 def kernel_names() -> list[str]:
     """The Triton kernels of this repository, by the names under which a GPU runs them."""
-
     files = sorted((ROOT / "kernels").glob("*.py"))
     return [name for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE)]
 

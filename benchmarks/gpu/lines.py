@@ -8,6 +8,7 @@ A line says which case it is about, on which device, and its state. The last lin
     left out   it cannot run here, and the line says why
 """
 
+import errno
 import json
 import os
 import time
@@ -37,14 +38,20 @@ class Lines:
         self.path, self.common = folder / LINES_FILE, common
 
     def write(self, case: str, state: str, **values: Any) -> None:
-        """Append a line. When this returns, no kill and no loss of power can take it back."""
+        """Append a line. When this returns, no kill and no loss of power can take it back.
+
+        Raises:
+            OSError: the disk is full; it may hold the beginning of the line.
+        """
         line = {"case": case, "state": state, "at": round(time.time(), 2), **self.common, **values}
         text = json.dumps(line, default=str) + "\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if _ends_torn(self.path):
                 text = "\n" + text
-            os.write(descriptor, text.encode())
+            data = text.encode()
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

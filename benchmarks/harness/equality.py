@@ -24,7 +24,7 @@ def check_equal(what: str, actual: Sequence[Tensor], expected: Sequence[Tensor],
     for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
         if a.shape != b.shape:
             raise NotEqualError(f"{what}: result {number} has shape {tuple(a.shape)}, expected {tuple(b.shape)}")
-        error = _distance(a, b)
+        error = distance(a, b)
         if not error <= tolerance:  # NaN fails
             raise NotEqualError(f"{what}: result {number} is off by {error:.1e}, allowed {tolerance:.0e}")
 
@@ -41,7 +41,7 @@ def check_accurate(
         NotEqualError: a result differs; names the variant and the result.
     """
     for number, (right, given) in enumerate(zip(exact, plain, strict=True)):
-        allowed = max(tolerance, 2 * _distance(given, right)) if given.is_floating_point() else tolerance
+        allowed = max(tolerance, 2 * distance(given, right)) if given.is_floating_point() else tolerance
         check_equal(f"{what}, result {number}", actual[number : number + 1], [right], allowed)
     if len(actual) != len(plain):
         raise NotEqualError(f"{what}: {len(actual)} results, expected {len(plain)}")
@@ -77,7 +77,8 @@ def check_kept(
     return same
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """Of float tensors relative, in the 2-norm; of others 0 or infinite."""
     if not a.is_floating_point():
         return 0.0 if torch.equal(a, b) else float("inf")
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))

@@ -99,6 +99,7 @@ CHOICES = {
     "uniform+cell": Way(variant=VARIANTS["uniform+cell"]),
     "uniform+ordered": Way(variant=VARIANTS["uniform+ordered"]),
     "uniform+smoothed": Way(variant=VARIANTS["uniform+smoothed"]),
+    "uniform+shifted": Way(variant=VARIANTS["uniform+shifted"]),
     "learned+grid": Way(variant=VARIANTS["learned+grid"]),
     "one-per-cell": Way(variant=VARIANTS["one-per-cell"]),
     "learned+detached": Way(variant=VARIANTS["learned+detached"]),

@@ -9,9 +9,9 @@ Two rules between learned and fixed: a sixteenth of the positions in a regular g
 learned; and of each cell of 2 x 2 the most probable position is kept. And a learned choice whose gradient ends at the
 router's input.
 
-Beside them the package's own regular quarter (`router: uniform`), which differs in what is dropped first, and one whose
-probabilities are hardly above one half, so that the de-chunk smooths it by almost half. All but the learned and the
-package's choice replace parts of the model in the processes of the study.
+Beside them a regular quarter that is shifted at random, the package's own regular quarter (`router: uniform`), which
+differs in what is dropped first, and one whose probabilities are hardly above one half, so that the de-chunk smooths it
+by almost half. All but the learned and the package's choice replace parts of the model in the processes of the study.
 """
 
 import math
@@ -70,6 +70,7 @@ VARIANTS = {
     "uniform+cell": Variant("regular", cell=True),
     "uniform+ordered": Variant("uniform"),
     "uniform+smoothed": Variant("regular-smoothed"),
+    "uniform+shifted": Variant("regular-shifted"),
     "learned+grid": Variant(rule="grid"),
     "one-per-cell": Variant(rule="one-per-cell"),
     "learned+detached": Variant(rule="detached"),
@@ -107,6 +108,16 @@ class RegularRouter(FixedRouter):
     def score(self, x: Tensor) -> Tensor:
         rows, cols = (torch.arange(side, device=x.device) % 2 == 0 for side in self.grid)
         return (rows[:, None] & cols).float().flatten() + torch.rand(x.shape[:2], device=x.device)
+
+
+class ShiftedRegularRouter(FixedRouter):
+    """The regular quarter, for each image and call at one of its four places: regular, and every position is used."""
+
+    def score(self, x: Tensor) -> Tensor:
+        row, col = torch.randint(2, (2, len(x), 1), device=x.device)
+        rows, cols = (torch.arange(side, device=x.device) % 2 for side in self.grid)
+        kept = (rows == row)[:, :, None] & (cols == col)[:, None]
+        return kept.float().flatten(1) + torch.rand(x.shape[:2], device=x.device)
 
 
 class SmoothedRegularRouter(RegularRouter):
@@ -172,6 +183,7 @@ class NotingObjective(objectives.FlowMatchingObjective):
 FIXED = {
     "random": RandomRouter,
     "regular": RegularRouter,
+    "regular-shifted": ShiftedRegularRouter,
     "regular-smoothed": SmoothedRegularRouter,
     "oracle": OracleRouter,
 }

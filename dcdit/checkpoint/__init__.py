@@ -1,10 +1,24 @@
 """Models and training state on disk. Files of this package are safetensors and JSON; nothing is pickled.
 
-``model`` is one model file, ``run`` the checkpoints of a training run, ``foreign`` the files of other code bases, and
-``pretrained`` a model from any path that holds one.
+``model`` is one model file, ``run`` the checkpoints of a training run, ``folders`` where those are, ``optimizer`` the
+state of an optimiser in them, ``foreign`` the files of other code bases, and ``pretrained`` a model from any path that
+holds one.
 """
 
 from dcdit.checkpoint.card import model_card
+from dcdit.checkpoint.folders import (
+    CHECKPOINTS,
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    TRAINER_FILE,
+    checkpoint_path,
+    find_checkpoint,
+    is_checkpoint,
+    list_checkpoints,
+    model_file,
+    run_folder,
+)
 from dcdit.checkpoint.foreign import read_state_dict
 from dcdit.checkpoint.model import (
     FORMAT,
@@ -16,26 +30,14 @@ from dcdit.checkpoint.model import (
     save_model,
     set_notes,
 )
+from dcdit.checkpoint.optimizer import load_optimizer, optimizer_tensors
 from dcdit.checkpoint.pretrained import load_model, load_static_dit, read_metadata, read_objective
 from dcdit.checkpoint.run import (
-    CHECKPOINTS,
-    EMA_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    TRAINER_FILE,
     Checkpoint,
-    checkpoint_path,
-    find_checkpoint,
-    is_checkpoint,
     keep_newest,
-    list_checkpoints,
     load_checkpoint,
-    load_optimizer,
-    model_file,
-    optimizer_tensors,
     read_class_names,
     read_trainer,
-    run_folder,
     save_checkpoint,
 )
 

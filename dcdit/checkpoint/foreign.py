@@ -60,7 +60,7 @@ def read_state_dict(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
         return plain_names(state)
 
 
-def load_official_file(path: Path, ema: bool = True) -> DCDiT:
+def load_official_file(path: Path, ema: bool) -> DCDiT:
     """A DC-DiT in eval mode from a ``.pt`` file of the reference implementation (AMD-AGI/DynamicChunkingDiT).
 
     Errors as in :func:`read_state_dict`; ValueError also for weights of something else or of no published width.

@@ -204,7 +204,12 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
             ...
         ValueError: a.safetensors lacks weight 'bias' (1 such); it is of another architecture
     """
-    own = model.state_dict()
+    check_fitting(state, model.state_dict(), source)
+    model.load_state_dict(state, assign=assign)
+
+
+def check_fitting(state: Tensors, own: Tensors, source: str | Path) -> None:
+    """Raise ValueError, as :func:`load_weights` does, unless ``state`` has the names and shapes of ``own``."""
     for what, names in (("lacks", own.keys() - state.keys()), ("has the unknown", state.keys() - own.keys())):
         if names:
             raise ValueError(
@@ -217,7 +222,6 @@ def load_weights(model: nn.Module, state: Tensors, source: str | Path, assign: b
             )
         if not state[name].is_floating_point():
             raise ValueError(f"{source}: {name} is {state[name].dtype}; accepted: floating-point weights")
-    model.load_state_dict(state, assign=assign)
 
 
 def check_finite(tensors: Tensors, what: str) -> None:

@@ -1,12 +1,13 @@
 """A model from any path that holds one.
 
-The functions here recognise what is at the path; :mod:`~dcdit.checkpoint.model`, :mod:`~dcdit.checkpoint.run` and
-:mod:`~dcdit.checkpoint.foreign` read it.
+The functions here recognise what is at the path; :mod:`~dcdit.checkpoint.folders` finds the file in a run, and
+:mod:`~dcdit.checkpoint.model` and :mod:`~dcdit.checkpoint.foreign` read it.
 """
 
 from pathlib import Path
 from typing import TypeVar
 
+from dcdit.checkpoint.folders import MODEL_FILE, list_checkpoints, model_file
 from dcdit.checkpoint.foreign import (
     PICKLE_SUFFIXES,
     find_diffusers_dit,
@@ -23,7 +24,6 @@ from dcdit.checkpoint.model import (
     read_tensors,
     refuse_not_finite,
 )
-from dcdit.checkpoint.run import MODEL_FILE, list_checkpoints, model_file
 from dcdit.checkpoint.state_dicts import plain_names
 from dcdit.models import DiT
 

@@ -16,7 +16,7 @@ COUNT = "n_averaged"
 """What ``torch.optim.swa_utils.AveragedModel`` stores beside its weights."""
 
 
-def find_state_dict(loaded: Any, ema: bool = True) -> Any:
+def find_state_dict(loaded: Any, ema: bool) -> Any:
     """What is in a loaded file under the first of the known entries, and inside that, and so on; else all of it.
 
     Args:

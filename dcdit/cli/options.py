@@ -7,6 +7,10 @@ from typing import Any
 
 from dcdit.utils.text import short
 
+MOST = 10_000_000
+"""Images or steps that a command line may ask for: more would take all memory before anything is drawn."""
+SEEDS = 1 << 63
+
 
 def add_device_option(add: Callable[..., Any]) -> None:
     """Add ``--device``, which :func:`dcdit.utils.environment.resolve_device` reads."""
@@ -16,11 +20,6 @@ def add_device_option(add: Callable[..., Any]) -> None:
         metavar="NAME",
         help="auto (a GPU if there is one), cpu, cuda, or cuda:N for one GPU of several (default auto)",
     )
-
-
-MOST = 10_000_000
-"""Images or steps that a command line may ask for: more would take all memory before anything is drawn."""
-SEEDS = 1 << 63
 
 
 def seed(text: str) -> int:
@@ -40,8 +39,8 @@ def check_counts(args: argparse.Namespace, *names: str, most: int = MOST) -> Non
             raise ValueError(f"--{name.replace('_', '-')} is {short(value)}; accepted: {accepted}")
 
 
-def check_number(flag: str, value: float, above: float = 0, at_most: float = math.inf) -> None:
-    """Raise ValueError if the value of a flag is not finite or out of bounds."""
-    if not above < value <= at_most or math.isinf(value):
+def check_number(flag: str, value: float, at_most: float = math.inf) -> None:
+    """Raise ValueError if the value of a flag is not finite, not above 0, or above ``at_most``."""
+    if not 0 < value <= at_most or math.isinf(value):
         limit = "" if math.isinf(at_most) else f" and at most {at_most:g}"
-        raise ValueError(f"{flag} is {value}; accepted: a finite number above {above:g}{limit}")
+        raise ValueError(f"{flag} is {value}; accepted: a finite number above 0{limit}")

@@ -28,6 +28,8 @@ FLAGS = {
     "--out": "run.out",
 }
 """Flags that are short for ``--set key=value``."""
+PLACES = ("data.path", "data.held_out_path", "upcycle.source", "run.trackers")
+"""What a run reads and where it sends records. A checkpoint, which may be a stranger's, does not decide that."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,10 +126,6 @@ def _checked(settings: config.TrainConfig) -> config.TrainConfig:
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
     return settings
-
-
-PLACES = ("data.path", "data.held_out_path", "upcycle.source", "run.trackers")
-"""What a run reads and where it sends records. A checkpoint, which may be a stranger's, does not decide that."""
 
 
 def _resumed(resume: str, overrides: Mapping[str, Any]) -> config.TrainConfig:

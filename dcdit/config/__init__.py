@@ -1,18 +1,8 @@
 """The training configuration: its sections and keys, the YAML file that holds it, and overrides of single keys."""
 
-from dcdit.config.train import (
+from dcdit.config.files import (
     RECIPES,
-    DataSection,
-    DiffusionSection,
-    ModelSection,
-    OptimSection,
     Overrides,
-    RouterSection,
-    RunSection,
-    TrainConfig,
-    UpcycleSection,
-    WidthSection,
-    describe,
     dump_yaml,
     from_dict,
     given_keys,
@@ -22,6 +12,18 @@ from dcdit.config.train import (
     parse_value,
     recipes,
     to_dict,
+)
+from dcdit.config.sections import (
+    DataSection,
+    DiffusionSection,
+    ModelSection,
+    OptimSection,
+    RouterSection,
+    RunSection,
+    TrainConfig,
+    UpcycleSection,
+    WidthSection,
+    describe,
 )
 
 __all__ = [

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dcdit.utils.inside import listed_files
 from dcdit.utils.reading import read_json
+from dcdit.utils.schema import is_size
 from dcdit.utils.tensors import open_tensors
 from dcdit.utils.text import one_line, short
 from dcdit.utils.weight_files import find_weights, variant_of
@@ -76,13 +77,13 @@ def _check_folder(path: Path) -> None:
         beside = "" if meant is None else f", such as {meant}"
         raise ValueError(f"{path / CONFIG} is of a {short(kind)}; accepted: the folder of an {AUTOENCODER}{beside}")
     for name, largest in LARGEST.items():
-        if name in config and not _is_size(config[name], largest):
+        if name in config and not is_size(config[name], largest):
             raise ValueError(f"{path / CONFIG} has the {name} {config[name]!r}; accepted: 1 to {largest}")
     blocks = config.get("block_out_channels", [64])
     if (
         not isinstance(blocks, list)
         or not 1 <= len(blocks) <= MAX_BLOCKS
-        or not all(_is_size(b, MAX_CHANNELS) for b in blocks)
+        or not all(is_size(b, MAX_CHANNELS) for b in blocks)
     ):
         raise ValueError(
             f"{path / CONFIG} has the block_out_channels {blocks!r}; accepted: at most {MAX_BLOCKS} integers from 1 to "
@@ -107,10 +108,6 @@ def _widths(file: Path) -> set[int]:
     with open_tensors(file) as tensors:
         shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (not a mapping)
     return {shape[0] for shape in shapes if shape}
-
-
-def _is_size(value: Any, largest: int) -> bool:
-    return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
 
 
 def _is_number(value: Any) -> bool:

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from dcdit.data.samples import Samples, Split, to_sample
 
-SCAN, INK = 8, 16
-"""Pixels per side of a scan, and the value of full ink."""
+INK = 16
+"""The value of full ink in a scan."""
 MARGIN = 1
 """Empty pixels around a scan, whose ink touches its edges."""
 

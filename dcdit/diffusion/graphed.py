@@ -5,10 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dcdit.diffusion.guidance import Guided
 from dcdit.diffusion.step import Branches, SamplerStep, Taken
-from dcdit.graphs.safety import FixedModel, graph_obstacle
+from dcdit.graphs.safety import FixedModel, autocast_dtype, graph_obstacle
 from dcdit.utils import cuda
+from dcdit.utils.recent import RecentlyUsed
 
 TakeStep = Callable[[Branches], Taken]
 """What a :class:`SamplerStep` is called as."""
@@ -20,10 +23,10 @@ class SamplerGraphs:
     """The captured steps of sampling runs, which :func:`dcdit.diffusion.sample` uses again in its next call.
 
     A graph holds all of a step: both branches of guidance, the drop fractions, the model, the update and the noise. It
-    is captured once for each kind of work: shapes, method, guidance scale, budget or capacity, and which branches are
-    computed.
-    Labels, seeds, drop schedules and the numbers of the sampler are read from memory, so they may change between calls.
-    All graphs share one pool of memory. The models are kept alive. What a graph forbids stands in :mod:`dcdit.graphs`.
+    is captured once for each kind of work: shapes, method, guidance scale, budget or capacity, autocast, and which
+    branches are computed. Labels, seeds, drop schedules and the numbers of the sampler are read from memory, so they
+    may change between calls. All graphs of a device share one pool of memory. The models are kept alive. What a graph
+    forbids stands in :mod:`dcdit.graphs`.
 
     Args:
         limit: runs of different work to keep; the one that was not used for longest goes first.
@@ -44,9 +47,9 @@ class SamplerGraphs:
     def __init__(self, limit: int = 16, optional: bool = False) -> None:
         if limit < 1:
             raise ValueError(f"limit is {limit}; accepted: at least 1")
-        self._limit, self._optional = limit, optional
-        self._runs: dict[tuple[Any, ...], _Run] = {}
-        self._pool: cuda.Pool | None = None
+        self._optional = optional
+        self._runs: RecentlyUsed[tuple[Any, ...], _Run] = RecentlyUsed(limit)
+        self._pools: dict[torch.device, cuda.Pool] = {}
 
     def adopt(self, step: SamplerStep) -> TakeStep:
         """What to call in place of a step: it replays the graph of equal work, and the run moves to its memory.
@@ -61,17 +64,14 @@ class SamplerGraphs:
         captured = captured_model(model)
         if obstacle := obstacle_of(step.guided):
             raise ValueError(obstacle)
-        key = (id(captured), getattr(model, "observes", None), *step.work())
-        run = self._runs.pop(key, None)
-        if run is None:
-            self._pool = cuda.driver.new_pool() if self._pool is None else self._pool
-            run = _Run(step, FixedModel(captured), self._pool, self._optional)
-        else:
-            run.fixed.check()
-            run.load(step)
-        self._runs[key] = run
-        while len(self._runs) > self._limit:
-            del self._runs[next(iter(self._runs))]
+        device = step.x.device
+        if device not in self._pools:
+            self._pools[device] = cuda.new_pool(device)
+        pool, modes = self._pools[device], (autocast_dtype(device), torch.is_inference_mode_enabled())
+        key = (id(captured), type(model), getattr(model, "observes", None), *modes, *step.work())
+        run = self._runs.use(key, lambda: _Run(step, FixedModel(captured), pool, self._optional))
+        run.fixed.check()
+        run.load(step)
         return run
 
 
@@ -86,6 +86,8 @@ class _Run:
 
     def load(self, step: SamplerStep) -> None:
         """Begin another run in the memory of the graphs."""
+        if step is self.step:
+            return
         for mine, new in zip(self.step.tensors(), step.tensors(), strict=True):
             mine.copy_(new)
 

@@ -19,7 +19,10 @@ Seen = dict[str, Tensor]
 
 @runtime_checkable
 class Observed(Protocol):
-    """A model that says what it does in each call. Samplers hand it back to :meth:`record`, also from a graph."""
+    """A model that says what it does in each call. Samplers hand it back to :meth:`record`, also from a graph.
+
+    Two of one class that observe something else of the same ``model`` differ in their attribute ``observes``.
+    """
 
     def observe(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> tuple[Tensor, Seen]:
         """The output of a call, and tensors about it."""
@@ -86,7 +89,8 @@ def guided(
             raise ValueError(
                 f"{name} is {value} but {name_of(model)} takes none; accepted: a dynamic model such as DCDiT"
             )
-    labels = y if null_class is None else torch.cat([y, torch.full_like(y, null_class)])
+    # Of its own, because a captured run writes the labels of the next one here.
+    labels = y.clone() if null_class is None else torch.cat([y, torch.full_like(y, null_class)])
     if capacity == "auto" and not hasattr(unwrap_model(model), "plan_capacity"):
         raise ValueError(f"capacity is 'auto' but {name_of(model)} plans none; accepted: a number, or a DCDiT")
     span = check_interval(interval)

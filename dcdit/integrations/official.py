@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
 from dcdit.nn.plain import is_plain, runs_only_forward
+from dcdit.ops.autocast import without_autocast
 
 THRESHOLD = 0.5
 STAGE_PARTS = ("encoder", "main_network", "decoder", "routing_module", "chunk_layer", "dechunk_layer", "residual_proj")

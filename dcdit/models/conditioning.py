@@ -1,4 +1,4 @@
-"""The layers that condition both models: embedders of the timestep and the class, and the adaLN of the blocks."""
+"""The layers that condition all models: embedders of the timestep and the class, and the adaLN of the blocks."""
 
 from torch import nn
 

@@ -8,7 +8,7 @@ from dcdit.models.starts import STARTS
 from dcdit.nn.conv_block import ConvBlock
 from dcdit.nn.routers import ROUTERS
 from dcdit.ops.dechunk import MAX_SIGMA
-from dcdit.utils.schema import check_values, from_mapping
+from dcdit.utils.schema import check_values, from_mapping, is_size
 from dcdit.utils.text import short
 
 DECHUNKS = ("spatial", "ema")
@@ -88,10 +88,10 @@ class _TransformerConfig:
             sides = values[name]
             if name == "noisy_grid" and sides is None:
                 continue
-            if not isinstance(sides, tuple) or len(sides) != 2 or not all(_is_size(side, MAX_SIDE) for side in sides):
+            if not isinstance(sides, tuple) or len(sides) != 2 or not all(is_size(side, MAX_SIDE) for side in sides):
                 raise ValueError(f"{name} is {short(sides)}; accepted: (H, W), two positive integers up to {MAX_SIDE}")
         for name, largest in LARGEST.items():
-            if name in values and not _is_size(values[name], largest):
+            if name in values and not is_size(values[name], largest):
                 raise ValueError(f"{name} is {short(values[name])}; accepted: a positive integer up to {largest}")
         check_values(cls, values, cls.__name__)
 
@@ -111,10 +111,6 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _is_size(value: Any, largest: int) -> bool:
-    return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
 
 
 @dataclass(frozen=True, kw_only=True)

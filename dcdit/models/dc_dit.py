@@ -241,6 +241,8 @@ class DCDiT(nn.Module):
             capacity, max_seqlen = plan.capacity, plan.max_seqlen if max_seqlen is None else max_seqlen
         if self.width_gates is None and (complete or gate_noise is not None or sliced is not None):
             raise ValueError("complete, gate_noise and sliced are for dynamic_width=True; this model has a fixed width")
+        if sliced is not None and (complete or gate_noise is not None):
+            raise ValueError("sliced blocks have the width of their timestep; leave complete and gate_noise out")
         encoded = self.encode(x, t, y)
         masked = not complete and sliced is None
         prepared: list[Prepared] = []

@@ -72,6 +72,8 @@ class DyDiT(PatchTransformer):
         """
         if complete and (return_gates or gate_noise is not None or sliced is not None):
             raise ValueError("complete is True, which uses no gates; leave gate_noise, return_gates and sliced out")
+        if sliced is not None and gate_noise is not None:
+            raise ValueError("sliced blocks have the width of their timestep; leave gate_noise out")
         tokens, cond = self.embed(x, t, y)
         with stage("transformer"):
             modulation = self.modulation(cond)

@@ -1,4 +1,4 @@
-"""Initialisation shared by both models: DiT's (arXiv 2212.09748), as the DC-DiT reference uses it."""
+"""Initialisation shared by all models: DiT's (arXiv 2212.09748), as the DC-DiT reference uses it."""
 
 from collections.abc import Iterable
 

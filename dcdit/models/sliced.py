@@ -1,16 +1,17 @@
 """A model of dynamic width that skips what its gates close."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dcdit.models.capacity import Capacity
 from dcdit.models.dc_dit import DCDiT
 from dcdit.models.dy_dit import DyDiT
 from dcdit.models.slices import slice_blocks
 from dcdit.nn.embedding import of_first_block
+from dcdit.utils.modules import signature_of
 from dcdit.utils.text import short
 
 
@@ -56,7 +57,7 @@ class SlicedModel:
         if not len(times):
             raise ValueError("times are empty; accepted: at least one timestep")
         self.config, self.objective = model.config, model.objective
-        self.__signature__ = inspect.signature(model.forward)
+        self.__signature__ = signature_of(model)
         self._model = model
         steps = torch.tensor(sorted(set(times)), dtype=torch.float32)
         with torch.no_grad():
@@ -67,6 +68,11 @@ class SlicedModel:
     def nbytes(self) -> int:
         """Bytes of the copied weights."""
         return self._slices.nbytes
+
+    def plan_capacity(self, batch: int, drop_fraction: float | Sequence[float] | Tensor = 0.0) -> Capacity:
+        """As :meth:`dcdit.models.DCDiT.plan_capacity`."""
+        plan: Capacity = self._model.plan_capacity(batch, drop_fraction)  # type: ignore[operator]
+        return plan
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, **options: Any) -> Any:

@@ -17,10 +17,10 @@ BLOCKS = {"pooled": PooledDiTBlock, "merge": CrossDiTBlock, "recover": CrossDiTB
 class SparseDiT(PatchTransformer):
     """A DiT with few tokens in the middle: their number is fixed, or follows the timestep.
 
-    Pooled blocks come first, in which attention is a mean. Each module then pools the tokens to a small grid, which
-    attends to all of them (a merging block), runs sparse blocks on it, brings all tokens back, which attend to the
-    sparse ones (a recovering block), and ends with a dense block. Further dense blocks are the tail. With
-    ``config.router``, a router chooses the sparse tokens among all in place of pooling.
+    Pooled blocks come first, in which attention is a mean. Then come the modules. A module pools the tokens to a small
+    grid, the sparse tokens. In a merging block they attend to all tokens, and sparse blocks follow. In a recovering
+    block all tokens come back and attend to the sparse ones, and a dense block ends the module. Further dense blocks
+    are the tail. With ``config.router``, a router chooses the sparse tokens among all in place of pooling.
 
     Images of a batch whose timesteps want other numbers of tokens run in groups, one for each number.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dcdit.models import init
 from dcdit.nn import PredictabilityRouter
+from dcdit.nn.identity import set_to_identity
 
 Weight = Literal["zero", "xavier", "identity"]
 
@@ -58,8 +59,7 @@ def _fill(linear: nn.Linear, how: Weight, fan_out: int) -> None:
         bound = (6 / (linear.in_features + fan_out)) ** 0.5
         nn.init.uniform_(weight, -bound, bound)
     elif how == "identity":
-        # Not nn.init.eye_: that writes the whole identity into each shard of a sharded weight.
-        weight.copy_(torch.ones_like(weight).tril().triu())
+        set_to_identity(weight)
 
 
 def _bias_for(share: float, weight: Tensor) -> Tensor:

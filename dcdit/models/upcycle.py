@@ -79,10 +79,10 @@ def upcycle(model: DCDiT | DyDiT | SparseDiT, source: DiT) -> None:
 
     A DyDiT takes all, and keeps its gates. A SparseDiT takes all that its blocks have, and keeps the layers between
     them: it starts as the source without the queries and keys of its pooled blocks, whose middle blocks see few tokens.
-    The blocks copied to a DC-DiT know positions in units of the source's
-    patches. So the token of grid cell (r, c) gets the sine-cosine position of that cell's centre on the source's patch
-    grid. With patch size 1 that is the usual table. The table is stored with the weights, so the checkpoint is like any
-    other.
+
+    The blocks copied to a DC-DiT know positions in units of the source's patches. So the token of grid cell (r, c) gets
+    the sine-cosine position of that cell's centre on the source's patch grid. With patch size 1 that is the usual
+    table. The table is stored with the weights, so the checkpoint is like any other.
 
     Args:
         model: a new one.

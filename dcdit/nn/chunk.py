@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
 from dcdit.nn.stages import stage
 from dcdit.ops import TokenSelection
 from dcdit.ops.selection import start_selection
@@ -90,8 +89,7 @@ class SpatialDeChunk(nn.Module):
 
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
         """Packed tokens (T, D), probabilities (B, L), residual (B, L, D) -> (B, L, D)."""
-        with without_autocast(h):
-            return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, ste_coefficient(p), residual)
+        return ops.dechunk_spatial(h, p, sel, self.grid, self.sigma, ste_coefficient(p), residual)
 
 
 class EMADeChunk(nn.Module):
@@ -108,8 +106,7 @@ class EMADeChunk(nn.Module):
 
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
         """Packed tokens (T, D), probabilities (B, L), residual (B, L, D) -> (B, L, D)."""
-        with without_autocast(h):
-            return ops.dechunk_ema(h, p, sel, ste_coefficient(p), residual)
+        return ops.dechunk_ema(h, p, sel, ste_coefficient(p), residual)
 
 
 def ste_coefficient(p: Tensor) -> Tensor | None:

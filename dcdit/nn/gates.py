@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
+from dcdit.ops.autocast import without_autocast
 
 TAU = 5.0
 """Temperature of the Gumbel-sigmoid."""

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
 from dcdit.nn.chunk import EMADeChunk, ste_coefficient
 from dcdit.nn.routers import CosineProjections
 from dcdit.ops import TokenSelection, checks
@@ -120,8 +119,7 @@ class RoutingModule(CosineProjections):
         if mask is not None:
             _check_mask(mask, x, cu_seqlens)
         q, k = self.query(x), self.key(x)
-        with without_autocast(x):
-            p = ops.boundary_prob_cosine(q, k, cu_seqlens)
+        p = ops.boundary_prob_cosine(q, k, cu_seqlens)
         if mask is not None:
             before = nn.functional.pad(mask[:, :-1], (1, 0))
             p = p.masked_fill(mask & ~before, 1.0).masked_fill(~mask, 0.0)
@@ -140,9 +138,8 @@ class RoutingModule(CosineProjections):
         """
         q, k = self.query(x), self.key(x)
         previous, started = _take(cache.query, rows).to(q.dtype), _take(cache.started, rows)
-        with without_autocast(x):
-            # Each pair is a sequence of two tokens, so that the rounding is that of the forward pass.
-            p = ops.boundary_prob_cosine(torch.stack([previous, q], 1), torch.stack([k, k], 1))[:, 1]
+        # Each pair is a sequence of two tokens, so that the rounding is that of the forward pass.
+        p = ops.boundary_prob_cosine(torch.stack([previous, q], 1), torch.stack([k, k], 1))[:, 1]
         p = p.masked_fill(~started, 1.0)
         _put(cache.query, rows, q)
         _put(cache.started, rows, torch.ones_like(started))
@@ -209,8 +206,7 @@ class DeChunkLayer(EMADeChunk):
         if cache is None:
             return super().forward(h, p, sel, residual)
         # The cache keeps the average before the residual is added and before it is rounded to the dtype of h.
-        with without_autocast(h):
-            held = ops.dechunk_ema(upcast(h), p, sel, ste_coefficient(p))
+        held = ops.dechunk_ema(upcast(h), p, sel, ste_coefficient(p))
         last, seen = _last_rows(held, sel.source_cu_seqlens, None)
         cache.held = torch.where(seen[:, None], held.flatten(0, -2)[last], 0).detach()
         return (held + residual).to(h.dtype)

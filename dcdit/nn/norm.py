@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
+from dcdit.ops.autocast import without_autocast
 
 
 class RMSNorm(nn.RMSNorm):

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.autocast import without_autocast
+from dcdit.nn.identity import set_to_identity
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.plain import is_plain, is_plain_conv3x3
+from dcdit.ops.autocast import without_autocast
 from dcdit.ops.numerics import upcast
 from dcdit.utils.modules import dtype_of
 
@@ -82,11 +83,9 @@ class CosineProjections(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        for weight in (self.query.weight, self.key.weight):
-            # Not nn.init.eye_: that writes the whole identity into each shard of a sharded weight.
-            weight.copy_(torch.ones_like(weight).tril().triu())
+        set_to_identity(self.query.weight)
+        set_to_identity(self.key.weight)
 
 
 class Cosine2dRouter(CosineProjections):
@@ -118,9 +117,8 @@ class Cosine2dRouter(CosineProjections):
         nn.init.constant_(self.filter, 1 / 9)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k = self.query(x), self.key(x)
-        with without_autocast(x):
-            return ops.boundary_prob_cosine2d(q, k, self.filter.to(q.dtype), self.grid)
+        q = self.query(x)
+        return ops.boundary_prob_cosine2d(q, self.key(x), self.filter.to(q.dtype), self.grid)
 
 
 class Cosine1dRouter(CosineProjections):
@@ -143,9 +141,7 @@ class Cosine1dRouter(CosineProjections):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k = self.query(x), self.key(x)
-        with without_autocast(x):
-            return ops.boundary_prob_cosine(q, k)
+        return ops.boundary_prob_cosine(self.query(x), self.key(x))
 
 
 class UniformRouter(nn.Module):

@@ -3,12 +3,12 @@
 import math
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
 from dcdit.nn.chunk import SpatialDeChunk
+from dcdit.nn.identity import set_to_identity
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.routers import ROUTERS
 from dcdit.nn.stages import stage
@@ -40,12 +40,10 @@ class SparseTokens(nn.Module):
         self.from_full = nn.Linear(dim, dim)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         for parameter in (self.from_sparse.weight, self.from_sparse.bias, self.from_full.bias):
             nn.init.zeros_(parameter)
-        # Not nn.init.eye_: that writes the whole identity into each shard of a sharded weight.
-        self.from_full.weight.copy_(torch.ones_like(self.from_full.weight).tril().triu())
+        set_to_identity(self.from_full.weight)
 
 
 class PooledTokens(SparseTokens):
@@ -105,7 +103,8 @@ class RoutedTokens(SparseTokens):
         with stage("select"):
             selection = ops.select_tokens(prob, budget=math.prod(grid))
         with stage("gather"):
-            return ops.gather_tokens(full, selection).unflatten(0, (len(full), -1)), Chosen(prob, selection)
+            packed = ops.gather_tokens(full, selection)
+            return packed.view(len(full), math.prod(grid), full.shape[2]), Chosen(prob, selection)
 
     def restore(self, sparse: Tensor, full: Tensor, grid: tuple[int, int], chosen: Chosen) -> Tensor:
         """Sparse tokens (B, h*w, D) and all tokens in front of them (B, H*W, D) -> (B, H*W, D)."""

@@ -37,15 +37,11 @@ def check_real(**tensors: Tensor) -> None:
             )
 
 
-def check_same(**tensors: Tensor | None) -> None:
-    """All given tensors must share one dtype and one device."""
-    first_name, first = "", None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if first is None:
-            first_name, first = name, tensor
-        elif tensor.dtype != first.dtype:
+def check_same(**tensors: Tensor) -> None:
+    """All tensors must share one dtype and one device."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}; they must be equal")
     check_device(**tensors)
 
@@ -129,10 +125,10 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} is {value!r}; accepted: an int")
 
 
-def check_no_nan(name: str, tensor: Tensor) -> None:
+def check_no_nan(p: Tensor) -> None:
     """Probabilities must not be NaN."""
-    if value_checks_enabled(tensor) and bool(tensor.isnan().any()):
-        raise ValueError(f"{name} holds {int(tensor.isnan().sum())} NaN; accepted: probabilities in [0, 1]")
+    if value_checks_enabled(p) and bool(p.isnan().any()):
+        raise ValueError(f"p holds {int(p.isnan().sum())} NaN; accepted: probabilities in [0, 1]")
 
 
 def value_checks_enabled(tensor: Tensor) -> bool:

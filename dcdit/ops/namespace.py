@@ -1,7 +1,7 @@
 """Under which name operators are registered with PyTorch.
 
-A package for Hugging Face's ``kernels`` is made of these files too (``tools/kernel_package``), with a name of its own
-in this place, so that it and any other version of it can be loaded beside this one.
+A package for Hugging Face's ``kernels`` is made of these files too (``tools/kernel_package``), with another name in
+this place. So one process can load it, and any other version of it, beside this one.
 """
 
 

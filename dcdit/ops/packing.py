@@ -53,7 +53,7 @@ def gather_tokens(x: Tensor, sel: TokenSelection, bias: Tensor | None = None) ->
         checks.check_real(x=x)
     else:
         checks.check_float(x=x, bias=bias)
-    token = _check_source("x", x, sel)
+    token = _check_source(x, sel)
     checks.check_device(x=x, indices=sel.indices, bias=bias)
     if bias is not None:
         bias = _check_bias(bias, x, sel)
@@ -109,16 +109,14 @@ def check_packed(name: str, t: Tensor, sel: TokenSelection) -> None:
     checks.check_device(**{name: t, "sel.indices": sel.indices})
 
 
-def _check_source(name: str, x: Tensor, sel: TokenSelection) -> tuple[int, ...]:
+def _check_source(x: Tensor, sel: TokenSelection) -> tuple[int, ...]:
     """The shape of a token."""
     source, shape = sel.mask.shape, x.shape
     positions, token = shape[: len(source)], shape[len(source) :]
     if positions != source and (sel.source_cu_seqlens is not None or positions != (1, source[1])):
         shared = "" if sel.source_cu_seqlens is not None else f", or (1, {source[1]}) where images share it,"
-        raise ValueError(
-            f"{name} has shape {shape_of(x)}; expected {shape_of(sel.mask)} of the selection{shared} plus (D,)"
-        )
-    _check_token(name, x, token)
+        raise ValueError(f"x has shape {shape_of(x)}; expected {shape_of(sel.mask)} of the selection{shared} plus (D,)")
+    _check_token("x", x, token)
     return token
 
 

@@ -66,9 +66,7 @@ def boundary_prob_predictability(
 
     features (B, C, H, W), norm_weight, norm_bias, out_weight (C,), out_bias () -> p (B, L). p = 1 at both ends.
     """
-    x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
-        features, norm_weight, norm_bias, out_weight, out_bias
-    )  # fmt: skip
+    x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(features, norm_weight, norm_bias, out_weight, out_bias)
     # Without a position there is nothing to norm, and group_norm has NaN as gradients.
     if x.numel():
         # Contiguous: on a CPU, PyTorch takes the variance of channels-last images from sums of squares.

@@ -127,7 +127,7 @@ def start_selection(
     """Start :func:`select_tokens` without waiting for the size, so that the device has other work when it is known."""
     checks.check_float(p=p)
     images = _check_source("p", p, cu_seqlens)
-    drop_fraction = _check_drop_fraction(drop_fraction, images, p)
+    drop_fraction = check_drop_fraction(drop_fraction, images, p)
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold is {threshold}; accepted: a number in [0, 1]")
     if budget is not None and (
@@ -137,7 +137,7 @@ def start_selection(
     budget, capacity, max_seqlen = _check_sizes(images, p, cu_seqlens, budget, capacity, max_seqlen, extra_tokens)
     if always is not None:
         _check_always(always, p, cu_seqlens, budget)
-    checks.check_no_nan("p", p)
+    checks.check_no_nan(p)
     with without_autocast(p):
         found = backend_for(p).select_tokens(
             p.detach(), cu_seqlens, threshold, drop_fraction, budget, capacity, max_seqlen, always
@@ -164,7 +164,8 @@ def _check_source(name: str, p: Tensor, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float | Tensor:
+def check_drop_fraction(value: float | Tensor, images: int, p: Tensor) -> float | Tensor:
+    """A number, or (images,) float32 on the device of p. ValueError for what is neither, or outside of [0, 1)."""
     if not isinstance(value, Tensor):
         if not 0.0 <= value < 1.0:
             raise ValueError(f"drop_fraction is {value}; accepted: a number in [0, 1)")

@@ -14,9 +14,9 @@ from dcdit.nn.routers import CosineProjections, UniformRouter
 BISECTIONS = 12
 
 
-def varied_latents(batch: int, channels: int, grid: tuple[int, int], seed: int = 0) -> Tensor:
+def varied_latents(batch: int, channels: int, grid: tuple[int, int]) -> Tensor:
     """(B, C, H, W) noise. Its smoothness differs between images, so that a router keeps more of some than of others."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     coarse_grid = (max(2, grid[0] // 8), max(2, grid[1] // 8))
     coarse = torch.randn(batch, channels, *coarse_grid, generator=generator)
     smooth = F.interpolate(coarse, grid, mode="bicubic", align_corners=False)

@@ -78,7 +78,7 @@ class CapturedCalls:
         check_capturable(self.calls[0], device)
         try:
             what = f"{len(self.calls)} calls to time"
-            self._graph = cuda.capture(self._all, device, cuda.driver.new_pool(), what, WARMUP)
+            self._graph = cuda.capture(self._all, device, cuda.new_pool(device), what, WARMUP)
         except cuda.CaptureError as error:
             raise NotCapturableError(str(error).splitlines()[0]) from error
         self.held = self._graph.outputs

@@ -5,12 +5,13 @@ run and with the same dtype. eta = 1 means that every saved FLOP became time. Th
 of times is the median of those of the single rounds, so that a machine that gets slower does not change it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from dcdit.utils.tables import markdown_table
 
 LEAST_ROUNDS = 9
 """From here on the interval of a median leaves one round out at either end."""
+LOW_ETA = 0.9
+"""Below this conversion it is worth looking for what is slow."""
 
 
 @dataclass
@@ -188,12 +191,7 @@ def profile(
     for rho, label in dynamics.items():
         calls[label] = calls[by_stage[label]] = subject.call(rho)
     if graph:
-        calls |= {label: partial(GraphedDenoiser(static, batch), x, t, y) for label, static in statics.items()}
-        if isinstance(model, DCDiT):
-            exact = ExactGraphedDenoiser(model)
-            calls |= {label: partial(exact, x, t, y, drop_fraction=rho) for rho, label in dynamics.items()}
-        else:
-            calls |= {label: partial(GraphedDenoiser(model, batch), x, t, y) for label in dynamics.values()}
+        calls |= _graphs(model, statics, dynamics, (x, t, y))
     repeated = {} if graph else by_stage
     pairs = [(static, label) for static in statics for label in dynamics.values()]
     budget = seconds * (len(statics) + len(dynamics))
@@ -206,29 +204,14 @@ def profile(
     staged = by_stage.values()
     rounds = time_rounds(calls, device, budget, staged=staged, warmup=1, least=LEAST_ROUNDS, enough=enough)
 
-    def variant(label: str, key: str, flops: dict[str, int], rho: float | None, kept: float | None) -> Variant:
-        times = rounds.times(key)
-        stages = {} if rho is None else rounds.stage_times(by_stage[key])
-        return Variant(
-            name=label,
-            drop_fraction=rho,
-            kept_fraction=kept,
-            gflops=flops["total"] / batch / 1e9,
-            ms=median(times),
-            images_per_second=1e3 * batch / median(times),
-            eta={},
-            stage_ms={stage: median(values) for stage, values in stages.items()},
-            stage_gflops={} if rho is None else {stage: flops[stage] / batch / 1e9 for stage in STAGES},
-            spread=spread(times),
-            stage_spread={stage: spread(values) for stage, values in stages.items()},
-            eta_interval={},
-        )
-
-    baselines = [variant(label, label, count_flops(s.config, batch=batch), None, None) for label, s in statics.items()]
+    baselines = [
+        _variant(label, batch, count_flops(static.config, batch=batch), rounds.times(label))
+        for label, static in statics.items()
+    ]
     variants = list(baselines)
     for rho, label in dynamics.items():
         flops, kept = subject.cost(rho)
-        dynamic = variant(name, label, flops, rho, kept)
+        dynamic = _variant(name, batch, flops, rounds.times(label), rounds.stage_times(by_stage[label]), rho, kept)
         for static in baselines:
             eta = rounds.ratio(static.name, label).scaled(dynamic.gflops / static.gflops)
             dynamic.eta[static.name], dynamic.eta_interval[static.name] = eta.value, (eta.low, eta.high)
@@ -258,6 +241,46 @@ def profile(
     )
 
 
+def _graphs(
+    model: DynamicModel, statics: dict[str, DiT], dynamics: dict[float, str], inputs: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Call]:
+    """The calls of all models as CUDA graphs, of a DC-DiT in exact mode."""
+    batch = len(inputs[0])
+    calls: dict[str, Call] = {
+        name: partial(GraphedDenoiser(static, batch), *inputs) for name, static in statics.items()
+    }
+    if isinstance(model, DCDiT):
+        exact = ExactGraphedDenoiser(model)
+        return calls | {label: partial(exact, *inputs, drop_fraction=rho) for rho, label in dynamics.items()}
+    return calls | {label: partial(GraphedDenoiser(model, batch), *inputs) for label in dynamics.values()}
+
+
+def _variant(
+    name: str,
+    batch: int,
+    flops: dict[str, int],
+    times: Sequence[float],
+    stage_times: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    drop_fraction: float | None = None,
+    kept_fraction: float | None = None,
+) -> Variant:
+    """What was measured of one variant, still without eta. A static model has no stages and no fractions."""
+    return Variant(
+        name=name,
+        drop_fraction=drop_fraction,
+        kept_fraction=kept_fraction,
+        gflops=flops["total"] / batch / 1e9,
+        ms=median(times),
+        images_per_second=1e3 * batch / median(times),
+        eta={},
+        stage_ms={stage: median(values) for stage, values in stage_times.items()},
+        stage_gflops={stage: flops[stage] / batch / 1e9 for stage in STAGES} if stage_times else {},
+        spread=spread(times),
+        stage_spread={stage: spread(values) for stage, values in stage_times.items()},
+        eta_interval={},
+    )
+
+
 def _same_time(rounds: Rounds, dynamics: dict[float, str]) -> list[str]:
     """Budgets next to each other whose times differ by less than what this run can tell."""
     found = []
@@ -271,12 +294,12 @@ def _same_time(rounds: Rounds, dynamics: dict[float, str]) -> list[str]:
     return found
 
 
-def advice(result: Profile, low: float = 0.9) -> list[str]:
-    """What to change if the lowest conversion is surely below ``low``; empty if it is not, or if noise explains it."""
+def advice(result: Profile) -> list[str]:
+    """What to change if the lowest conversion is surely below 0.9; empty if it is not, or if noise explains it."""
     dynamic = [variant for variant in result.variants if variant.eta]
     worst = min(dynamic, key=lambda variant: min(variant.eta.values()))
     static, eta = min(worst.eta.items(), key=lambda item: item[1])
-    if not result.reliable or worst.eta_interval[static][1] >= low:
+    if not result.reliable or worst.eta_interval[static][1] >= LOW_ETA:
         return []
     on_gpu = result.device != "cpu"
     hints = [f"eta is {eta:.2f} at drop {worst.drop_fraction:g}: part of the saved FLOPs did not become time."]

@@ -81,9 +81,9 @@ def study_router(
     return study
 
 
-def local_detail(x0: Tensor, side: int = 5) -> Tensor:
-    """(B, C, H, W) -> (B, H, W): log of the variance in a ``side`` x ``side`` window, mean over the channels."""
-    window = {"kernel_size": side, "stride": 1, "padding": side // 2, "count_include_pad": False}
+def local_detail(x0: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): log of the variance in a 5 x 5 window, mean over the channels."""
+    window = {"kernel_size": 5, "stride": 1, "padding": 2, "count_include_pad": False}
     mean = F.avg_pool2d(x0, **window)  # type: ignore[arg-type]
     variance = F.avg_pool2d(x0.square(), **window) - mean.square()  # type: ignore[arg-type]
     return variance.clamp(min=0).mean(1).add(1e-4).log()

@@ -25,6 +25,7 @@ from dcdit.profiling.rounds import disagreement, spread
 from dcdit.profiling.timing import Clock, Mark
 from dcdit.sample.model_calls import ModelCalls, call_times
 from dcdit.sample.options import Guidance
+from dcdit.utils.modules import evaluating
 from dcdit.utils.reading import read_json
 from dcdit.utils.text import one_line, printable
 
@@ -118,7 +119,7 @@ def measure_costs(
     if model.config.dynamic_width:
         # As a run of sampling calls it.
         model = SlicedModel(model, [t for steps in counts for t in call_times(method, steps)])  # type: ignore[assignment]
-    with progress_bar(2 * len(fractions), progress, "pilot", "fraction") as advance:
+    with evaluating(model), progress_bar(2 * len(fractions), progress, "pilot", "fraction") as advance:
         sample(_Pilot(model, len(labels), 0.0, guidance), labels, 1, method, **options)  # a first call is slow
         for rho in [*fractions, *reversed(fractions)]:
             pilot = _Pilot(model, len(labels), rho, guidance)

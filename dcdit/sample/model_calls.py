@@ -13,7 +13,7 @@ from dcdit.graphs import ExactGraphedDenoiser
 from dcdit.models import Capacity, DyDiTConfig, SlicedModel, SparseDiTConfig, count_flops
 from dcdit.nn import Gates
 from dcdit.nn.gates import GateCounts
-from dcdit.utils.modules import accepts_keyword
+from dcdit.utils.modules import accepts_keyword, signature_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,7 +73,7 @@ class ModelCalls:
     """
 
     def __init__(self, model: Model | ExactGraphedDenoiser | SlicedModel, images: int, maps: int = 0) -> None:
-        self.config, self.objective = model.config, model.objective
+        self.config, self.objective, self.__signature__ = model.config, model.objective, signature_of(model)
         self.model, self.images = model, images
         self.observes = maps
         self._dynamic = accepts_keyword(model, "return_routing")

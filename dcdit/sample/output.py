@@ -27,6 +27,8 @@ MAPS, ANIMATION = "maps_{}.png", "steps_{}.webp"
 """Files of the report; the last two are one for each set of images."""
 TRACED = 6
 """Images that the report follows through the run."""
+SHARES = ("kept", "natural", "heads", "groups", "tokens", "sparse")
+"""Numbers of a model's calls whose means are part of samples.json."""
 
 
 def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: bool) -> None:
@@ -36,10 +38,6 @@ def check_folder(folder: Path, plans: Sequence[Plan], individual: bool, report: 
     if report:
         names += [REPORT, PAGE, CURVES, *(file.format(plan.name) for plan in plans for file in (MAPS, ANIMATION))]
     check_own(folder, RECORD, RECORD_KEYS, names)
-
-
-SHARES = ("kept", "natural", "heads", "groups", "tokens", "sparse")
-"""Numbers of a model's calls whose means are part of samples.json."""
 
 
 def label_names(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dcdit.config import TrainConfig
 from dcdit.diffusion import NoisyBatch, Objective
 from dcdit.graphs.exact import Routed, decode, route, sizes_of
-from dcdit.graphs.safety import waits_in_attention
+from dcdit.graphs.safety import checks_obstacle, waits_in_attention
 from dcdit.models import DCDiT, DiT, Routing
 from dcdit.models.dc_dit import Prepared
 from dcdit.train.ema import EMA
@@ -29,6 +29,7 @@ from dcdit.train.optimizer import clipped_step
 from dcdit.train.schedule import drop_fraction
 from dcdit.utils import cuda
 from dcdit.utils.modules import unwrap_model
+from dcdit.utils.recent import RecentlyUsed
 
 logger = logging.getLogger(__name__)
 Taken = tuple[dict[str, Tensor], Tensor | None]
@@ -45,6 +46,8 @@ def step_obstacle(config: TrainConfig, net: Any, processes: int) -> str | None:
     device = next(model.parameters()).device
     if not cuda.has_graphs(device):
         return f"the model is on {device}; CUDA graphs need a CUDA device"
+    if reads := checks_obstacle():
+        return reads
     if optim.shard and processes > 1:
         return "the weights are sharded, and gathering them is no part of a graph"
     if processes > 1 and optim.graph is None:
@@ -101,13 +104,11 @@ class GraphedStep:
         self._plain_steps, self._failed = PLAIN_STEPS, False
         self._inputs: _Inputs | None = None
         self._before: _Before | None = None
-        self._graphs: dict[tuple[int, int], cuda.Captured] = {}
+        self._graphs: RecentlyUsed[tuple[int, int], cuda.Captured] = RecentlyUsed(MAX_GRAPHS)
         self._update_graph: cuda.Captured | None = None
         self._names: list[str] = []
         self._norm = torch.zeros((), device=self._device)
-        self._pool = cuda.driver.new_pool()
-        # A backward pass runs on the streams of its forward pass, so all is captured on one.
-        self._stream = cuda.driver.new_stream(self._device)
+        self._pool = cuda.new_pool(self._device)
 
     def takes(self, step: int) -> bool:
         """Begin a step, and say whether it is taken in graphs, or to be a plain one.
@@ -263,29 +264,25 @@ class GraphedStep:
         return {name: value.detach() for name, value in metrics.items()}
 
     def _graph(self, size: tuple[int, int], passes: Callable[[], dict[str, Tensor]], what: str) -> cuda.Captured:
-        graph = self._graphs.pop(size, None)
-        if graph is None:
-
-            def take() -> Tensor:
-                metrics = passes()
-                if self._gradients is None:
-                    self._update()
-                else:
-                    self._gradients.add()
-                    self._forget_gradients()
-                self._names = list(metrics)
-                return torch.stack([value.float() for value in metrics.values()])
-
-            def rehearse() -> None:
-                passes()
+        def take() -> Tensor:
+            metrics = passes()
+            if self._gradients is None:
+                self._update()
+            else:
+                self._gradients.add()
                 self._forget_gradients()
+            self._names = list(metrics)
+            return torch.stack([value.float() for value in metrics.values()])
 
+        def rehearse() -> None:
+            passes()
+            self._forget_gradients()
+
+        def make() -> cuda.Captured:
             with _capturable(self._optimizer, self._lr):
-                graph = self._capture(take, what, rehearse)
-        self._graphs[size] = graph
-        while len(self._graphs) > MAX_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
-        return graph
+                return self._capture(take, what, rehearse)
+
+        return self._graphs.use(size, make)
 
     def _forget_gradients(self) -> None:
         """Their memory is for the next capture."""
@@ -295,9 +292,7 @@ class GraphedStep:
     def _capture(
         self, function: Callable[[], object], what: str, rehearsal: Callable[[], object] | None = None
     ) -> cuda.Captured:
-        return cuda.capture(
-            function, self._device, self._pool, what, warmup=1, rehearsal=rehearsal, stream=self._stream
-        )
+        return cuda.capture(function, self._device, self._pool, what, warmup=1, rehearsal=rehearsal)
 
 
 class GradientBuffer:
@@ -305,6 +300,7 @@ class GradientBuffer:
 
     def __init__(self, weights: Sequence[Tensor], processes: int) -> None:
         self._weights, self._processes = weights, processes
+        self._used: list[tuple[Tensor, Tensor]] = []
         starts = [0]
         for weight in weights:  # each begins where vector loads may begin
             starts.append(-(-(starts[-1] + weight.numel()) // 64) * 64)
@@ -320,9 +316,11 @@ class GradientBuffer:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Add the gradients that the weights have now."""
-        pairs = [(part, w.grad) for part, w in zip(self._parts, self._weights, strict=True) if w.grad is not None]
-        torch._foreach_add_([part for part, _ in pairs], [gradient for _, gradient in pairs])
+        """Add the gradients that the weights have now. At each call the same weights have some."""
+        pairs = zip(self._parts, self._weights, strict=True)
+        self._used = [(part, weight) for part, weight in pairs if weight.grad is not None]
+        gradients: Any = [weight.grad for _, weight in self._used]
+        torch._foreach_add_([part for part, _ in self._used], gradients)
 
     def average(self) -> None:
         """Over the processes. Every process has to call this."""
@@ -331,8 +329,8 @@ class GradientBuffer:
             self._flat.div_(self._processes)
 
     def give_back(self) -> None:
-        """Let the weights have the sums as their gradients."""
-        for weight, part in zip(self._weights, self._parts, strict=True):
+        """Let the weights have the sums as their gradients, but not frozen ones: weight decay would change those."""
+        for part, weight in self._used:
             weight.grad = part
 
 

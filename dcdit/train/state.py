@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dcdit import checkpoint as ckpt
 from dcdit.checkpoint.card import TRAINING
+from dcdit.checkpoint.model import check_fitting
 from dcdit.config import TrainConfig, to_dict
 from dcdit.data import Samples, StreamDataset
 from dcdit.train.compute import SpentFlops
@@ -102,7 +103,7 @@ class TrainState:
             batch_size: samples per step.
 
         Raises:
-            ValueError: a checkpoint of another model, or without step and FLOPs.
+            ValueError: a checkpoint of another model, or without step and FLOPs; averages that are not of its weights.
         """
         kind = ckpt.architecture_of(self.model)
         if saved.architecture != kind:
@@ -113,6 +114,7 @@ class TrainState:
         weights = {name: divided(tensor, own.get(name, tensor)) for name, tensor in saved.model.items()}
         moments = {key: divided(tensor, own.get(_weight_of(key), tensor)) for key, tensor in saved.optimizer.items()}
         ckpt.load_weights(self.model, weights, saved.path)
+        check_fitting(saved.ema, self.ema.state, saved.path / ckpt.EMA_FILE)
         self.ema.load(saved.ema)
         ckpt.load_optimizer(self.model, self.optimizer, moments, saved.path / ckpt.OPTIMIZER_FILE)
         step, self.flops.spent = (_whole_number(saved, key) for key in ("step", "flops"))

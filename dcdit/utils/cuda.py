@@ -6,7 +6,7 @@ all of it on a CPU and sees the order of the calls.
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-Pool = tuple[int, int]
+Handle = tuple[int, int]
+"""What the allocator calls a pool."""
 
 
 class Driver:
@@ -25,7 +26,7 @@ class Driver:
     def new_graph(self) -> Any:
         return torch.cuda.CUDAGraph()
 
-    def new_pool(self) -> Pool:
+    def new_pool(self) -> Handle:
         return torch.cuda.graph_pool_handle()
 
     def new_stream(self, device: torch.device) -> Any:
@@ -53,7 +54,7 @@ class Driver:
     def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
-    def close_pool(self, device: torch.device, pool: Pool) -> None:
+    def close_pool(self, device: torch.device, pool: Handle) -> None:
         """End the allocation into a pool that a failed capture left open, and give its memory back."""
         # PyTorch has no public function for it: CUDAGraph.capture_end raises before it comes to this.
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -73,6 +74,19 @@ driver = Driver()
 def has_graphs(device: torch.device) -> bool:
     """Whether graphs can be captured on a device."""
     return device.type == driver.device_type
+
+
+class Pool(NamedTuple):
+    """Where graphs are captured that never run at the same time: they share the memory, and libraries work in one
+    workspace for each stream. A backward pass is captured on the stream of its forward pass.
+    """
+
+    handle: Handle
+    stream: Any
+
+
+def new_pool(device: torch.device) -> Pool:
+    return Pool(driver.new_pool(), driver.new_stream(device))
 
 
 class CaptureError(RuntimeError):
@@ -107,7 +121,6 @@ def capture(
     warmup: int = 3,
     undo: Callable[[], object] = lambda: None,
     rehearsal: Callable[[], object] | None = None,
-    stream: Any = None,
 ) -> Captured:
     """Capture what a function starts on a device, without running it. Its tensors stay where they are at replay.
 
@@ -116,41 +129,62 @@ def capture(
             copy from or to the host, or draw from a generator. It is called ``warmup + 1`` times, of which the first
             ones run.
         device: of the tensors. The current device may be another one.
-        pool: memory to share with other graphs. Graphs that share it must not run at the same time.
+        pool: to share with other graphs.
         what: the function in words, for the message.
         warmup: calls before the capture. They compile kernels and fill caches.
         undo: called after each of them, to take back what it changed.
         rehearsal: called before the capture in place of the function.
-        stream: to capture on; None makes one. A backward pass must be captured on the stream of its forward pass.
 
     Raises:
-        CaptureError: the capture failed; ``__cause__`` says why.
+        CaptureError: the capture failed, or there was no memory for the calls before it; ``__cause__`` says why.
     """
     logger.info("%s is captured in a CUDA graph", what)
     with driver.on_device(device):
-        side = driver.new_stream(device) if stream is None else stream
-        side.wait_stream(driver.current_stream(device))
-        with driver.on_stream(side):
-            for _ in range(warmup):
-                (rehearsal or function)()
-                undo()
-        driver.current_stream(device).wait_stream(side)
+        side, current = pool.stream, driver.current_stream(device)
+        side.wait_stream(current)
+        try:
+            with driver.on_stream(side):
+                for _ in range(warmup):
+                    (rehearsal or function)()
+                    undo()
+        except torch.OutOfMemoryError as error:  # they need memory of their own, beside that of other graphs
+            raise _failed(what, error) from error
+        finally:
+            current.wait_stream(side)
         driver.synchronize(device)
         driver.empty_cache()
         graph = driver.new_graph()
-        with driver.on_stream(side):
+        with driver.on_stream(side), _own_casts():
             try:
                 # Other threads may allocate meanwhile, as those that load data do.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
                 outputs = function()
                 graph.capture_end()
             except Exception as error:
                 _abandon(graph, device, pool)
-                raise CaptureError(f"{what} cannot be captured: {type(error).__name__}: {error}") from error
+                raise _failed(what, error) from error
             except BaseException:
                 _abandon(graph, device, pool)
                 raise
     return Captured(graph, outputs)
+
+
+def _failed(what: str, error: Exception) -> CaptureError:
+    return CaptureError(f"{what} cannot be captured: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _own_casts() -> Iterator[None]:
+    """Inside, autocast converts weights anew, and its copies are forgotten behind it.
+
+    Copies from before end with the block of autocast, and the graph would go on to read their memory. Those of the
+    graph hold nothing before it is replayed.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _abandon(graph: Any, device: torch.device, pool: Pool) -> None:
@@ -159,7 +193,7 @@ def _abandon(graph: Any, device: torch.device, pool: Pool) -> None:
         graph.capture_end()
     except RuntimeError:  # it ended the capture of the stream, but not that of the allocator
         with contextlib.suppress(RuntimeError):  # nor may there be anything to end
-            driver.close_pool(device, pool)
+            driver.close_pool(device, pool.handle)
         driver.renew_generator(device)
     graph.reset()
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Warn that ``old`` is now called ``new`` and goes away in the next version."""
-    warnings.warn(f"{old} is now {new}; the old name goes away in the next version", DeprecationWarning, stacklevel)
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller's caller that ``old`` is now called ``new`` and goes away in the next version."""
+    warnings.warn(f"{old} is now {new}; the old name goes away in the next version", DeprecationWarning, stacklevel=3)
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:

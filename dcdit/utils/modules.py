@@ -19,9 +19,14 @@ def unwrap_model(model: Callable[..., Any]) -> Any:
 
 def accepts_keyword(model: Callable[..., Any], name: str) -> bool:
     """Whether the model can be called with this keyword argument."""
-    model = unwrap_model(model)
-    parameters = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    parameters = signature_of(model).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def signature_of(model: Callable[..., Any]) -> inspect.Signature:
+    """Of a call of the model, inside of its wrappers."""
+    model = unwrap_model(model)
+    return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
 
 
 def name_of(model: Callable[..., Any]) -> str:

@@ -83,14 +83,14 @@ def read_bytes(path: str | Path, at_most: int) -> bytes:
     return data
 
 
-def read_json(path: str | Path, at_most: int = JSON_BYTES) -> Any:
+def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
     Raises:
         OSError: as in :func:`open_regular`.
-        ValueError: it is not JSON (cut short, nested too deep, a key twice, ...), or has more than ``at_most`` bytes.
+        ValueError: it is not JSON (cut short, nested too deep, a key twice, ...), or has over ``JSON_BYTES`` bytes.
     """
-    return parse_json(read_bytes(path, at_most), str(path))
+    return parse_json(read_bytes(path, JSON_BYTES), str(path))
 
 
 def parse_json(data: bytes | str, source: str) -> Any:

@@ -170,6 +170,11 @@ def check_types(instance: Any) -> None:
     check_values(type(instance), values, type(instance).__name__)
 
 
+def is_size(value: Any, largest: int) -> bool:
+    """Whether a value is a positive integer up to ``largest``; a bool is none."""
+    return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
+
+
 def _is(value: Any, hint: Any) -> bool:
     if isinstance(hint, types.UnionType):
         return any(_is(value, part) for part in typing.get_args(hint))

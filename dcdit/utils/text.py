@@ -18,8 +18,8 @@ def shape_of(tensor: "Tensor") -> str:
 def printable(text: object, longest: int = LONGEST) -> str:
     r"""A text in one line that a terminal shows as it is.
 
-    Names and messages in files of strangers may hold escape codes, which move the cursor or retitle the window, line
-    ends, which forge a second message, and marks of writing direction, which show a name backwards. They become
+    Names and messages in files of strangers may hold characters that mislead. Escape codes move the cursor or retitle
+    the window, line ends forge a second message, and marks of writing direction show a name backwards. They become
     ``\x1b``, ``\n``, ``\u202e``.
 
     >>> from dcdit.utils.text import printable

@@ -66,6 +66,13 @@ def test_a_fixed_choice_drops_its_worst_positions_first() -> None:
         assert detail[image][kept[image]].min() >= detail[image][~kept[image]].max()
 
 
+def test_a_shifted_regular_quarter_is_regular_and_uses_every_position() -> None:
+    kept = selection.ShiftedRegularRouter(4, (6, 8))(torch.zeros(64, 48, 4)) > 0.5
+    places = {tuple(image.nonzero().flatten().tolist()) for image in kept}
+    positions = torch.arange(48).view(6, 8)
+    assert places == {tuple(positions[r::2, c::2].flatten().tolist()) for r in (0, 1) for c in (0, 1)}
+
+
 def test_rules_between_learned_and_fixed() -> None:
     x = torch.randn(2, 64, 32)
     routers = {rule: made(32, (8, 8)) for rule, made in selection.RULES.items()}

@@ -104,6 +104,16 @@ def test_torn_lines_are_left_out_and_do_not_swallow_the_next(tmp_path: Path) -> 
     assert [line["case"] for line in lines.read()] == ["a: 1", "a: 3"]
 
 
+def test_a_line_that_a_full_disk_cuts_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, write = Lines(tmp_path), os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:9]))
+    with pytest.raises(OSError, match="No space left on device"):
+        lines.write("a: 1", DONE, ms=1.0)
+    monkeypatch.undo()
+    lines.write("a: 2", DONE)
+    assert [line["case"] for line in lines.read()] == ["a: 2"]
+
+
 CALL = """
 import sys
 from pathlib import Path

@@ -22,14 +22,6 @@ from dcdit.sample.model_calls import ModelCalls
 TINY = ["in_channels=3", "grid=[8,8]", "hidden_size=128", "depth=1", "num_heads=2"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fails(capsys, monkeypatch):
     """Run a command that must fail: exit code 2, nothing on stdout, one line on stderr that matches."""

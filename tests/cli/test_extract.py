@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from support.autoencoder import SIZE, flip_last_bit, save_autoencoder, write_images
 from support.programs import environment
 
@@ -63,10 +62,7 @@ def test_two_processes_make_the_files_of_one(images, vae, tmp_path):
     assert done.stdout.splitlines()[-1] == "[0, 0]", done.stderr
     assert done.stdout.count("7 latents (4, 8, 8) in 3 shards") == 1
     alone = tmp_path.with_name("alone")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     encode_images(images, vae, alone, size=SIZE, batch_size=2, shard_size=3, device="cpu")
-    torch.set_num_threads(threads)
     one, two = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in (alone, tmp_path))
     assert one == two
 

@@ -132,6 +132,55 @@ def test_images_do_not_depend_on_the_batch(fake: FakeDriver) -> None:
         torch.testing.assert_close(alone, together[start : start + 1], rtol=1e-4, atol=1e-4)
 
 
+def test_labels_of_the_caller_stay(fake: FakeDriver) -> None:
+    """Also without a null class, where nothing else is made of them."""
+    model, graphs = small_dc_dit(class_dropout_prob=0.0, depth=1), SamplerGraphs()
+    labels = torch.arange(6)
+    for batch in labels.split(2):
+        draw(model, batch, 2, budget=9, graph=graphs)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_graphs_are_used_again_under_the_same_autocast_only(fake: FakeDriver) -> None:
+    model, graphs = small_dc_dit(depth=1), SamplerGraphs()
+    plain = draw(model, num_steps=2, budget=9, graph=False)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = draw(model, num_steps=2, budget=9, graph=False)
+            assert not torch.equal(half, plain)
+            assert torch.equal(draw(model, num_steps=2, budget=9, graph=graphs), half)
+        assert torch.equal(draw(model, num_steps=2, budget=9, graph=graphs), plain)
+    assert len(fake.graphs) == 2
+    drawn = []
+    for mode in (True, False, True):  # in inference mode the tensors of a graph are of another kind
+        with torch.inference_mode(mode):
+            drawn.append(draw(model, LABELS.clone(), 2, budget=9, graph=graphs))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], plain)
+
+
+def test_who_observes_is_a_part_of_the_work(fake: FakeDriver) -> None:
+    """The graph of a bare model has nothing to tell to an observer of it."""
+
+    class Observer:
+        def __init__(self, model: Any) -> None:
+            self.model, self.config, self.seen = model, model.config, []
+
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, budget: int) -> torch.Tensor:
+            return self.model(x, t, y, budget=budget)
+
+        def observe(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, budget: int) -> Any:
+            return self(x, t, y, budget), {"t": t}
+
+        def record(self, seen: Any) -> None:
+            self.seen.append(float(seen["t"][0]))
+
+    model, graphs = small_dc_dit(depth=1), SamplerGraphs()
+    observer = Observer(model)
+    for caller in (model, observer):
+        draw(caller, num_steps=2, budget=9, graph=graphs)
+    assert observer.seen == [999, 0]
+
+
 # --- when -----------------------------------------------------------------------------------------------------------
 
 

@@ -117,6 +117,20 @@ def test_exact_graphs_are_the_model_with_padding_rows(model: DCDiT) -> None:
         torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
 
 
+@torch.no_grad()
+def test_a_graph_of_autocast_outlives_the_block_that_it_was_captured_in(model: DCDiT) -> None:
+    """It holds its own conversions of the weights: those of the block are freed, and their memory is written to."""
+    model.float()
+    x, t, y = batch(1)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = model(x, t, y, budget=64)
+        graphed = GraphedDenoiser(model, BATCH, budget=64)
+    written = torch.full((2**28,), torch.nan, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(graphed(x, t, y), expected)
+    del written
+
+
 @pytest.mark.parametrize("options", STATIC_SHAPES, ids=str)
 def test_a_captured_sampler_step_draws_the_images_of_the_eager_one(model: DCDiT, options: dict[str, int]) -> None:
     graphs, labels = SamplerGraphs(), torch.arange(BATCH // 2, device="cuda")

@@ -16,7 +16,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 def capture(function, fake: FakeDriver, **options) -> cuda.Captured:
-    return cuda.capture(function, CPU, fake.new_pool(), "the sum", **options)
+    return cuda.capture(function, CPU, cuda.new_pool(CPU), "the sum", **options)
 
 
 def test_a_graph_repeats_its_work_on_the_tensors_of_the_capture(fake: FakeDriver) -> None:
@@ -91,7 +91,7 @@ def test_streams_and_memory_are_restored_after_a_failure(fake: FakeDriver, point
         assert message in str(caught.value) and caught.value.__cause__ is not None
     fake.fail_at.clear()
     calls.clear()
-    graph = cuda.capture(lambda: x + 1, CPU, fake.new_pool(), "the next one")
+    graph = cuda.capture(lambda: x + 1, CPU, cuda.new_pool(CPU), "the next one")
     graph.replay()
     assert graph.outputs.item() == x.item() + 1
 
@@ -129,3 +129,29 @@ def test_a_read_waits_for_what_came_before_it_only(fake: FakeDriver) -> None:
     after = fake.calls[fake.calls.index("record") :]
     assert after == ["record", "aten.ones", "aten.mul", "wait"]
     assert fake.calls.index("pinned") < fake.calls.index("record")
+
+
+@torch.no_grad()
+def test_weights_that_autocast_converts_are_converted_in_the_graph(fake: FakeDriver) -> None:
+    """Copies from before the capture end with autocast; those of the capture hold nothing before a replay."""
+    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = capture(lambda: layer(x), fake)
+        assert layer(x).isfinite().all()
+        layer.weight.add_(1)
+        graph.replay()
+        torch.clear_autocast_cache()
+        assert torch.equal(graph.outputs, layer(x))
+
+
+def test_no_memory_before_the_capture(fake: FakeDriver) -> None:
+    """It fails as the capture would, and what the warm-up had started is waited for."""
+
+    def function() -> None:
+        fake.call("work")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(cuda.CaptureError, match="the sum cannot be captured: OutOfMemoryError: CUDA out of memory"):
+        capture(function, fake)
+    assert fake.calls[-2:] == ["work", "default waits for side"]
+    assert_restored(fake)

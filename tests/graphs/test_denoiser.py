@@ -140,6 +140,57 @@ def test_graphs_share_a_pool(fake: FakeDriver) -> None:
     assert all(torch.equal(graph(*args), out) for graph, out in zip((first, second, first), expected, strict=True))
 
 
+@pytest.mark.parametrize("make", [lambda m: GraphedDenoiser(m, IMAGES, capacity=150), ExactGraphedDenoiser])
+def test_inputs_that_the_model_refuses_are_not_spread(fake: FakeDriver, make) -> None:
+    """A copy into the memory of a graph would repeat or round them."""
+    model = small_dc_dit()
+    x, t, y = inputs(model, 0)
+    graphed = make(model)
+    calls = {
+        r"x has shape \(3, 1, 8, 12\)": (x[:, :1], t, y),
+        r"x has shape \(3, 4, 1, 1\)": (x[:, :, :1, :1], t, y),
+        r"t has shape \(1\)": (x, t[:1], y),
+        r"y has shape \(1\)": (x, t, y[:1]),
+        "y has dtype torch.float32": (x, t, y + 0.5),
+        "drop_fraction is 1.5": (x, t, y, 1.5),
+        "drop_fraction is -0.5": (x, t, y, -0.5),
+        r"drop_fraction has shape \(1\)": (x, t, y, torch.tensor([0.5])),
+    }
+    for message, args in calls.items():
+        with pytest.raises(ValueError, match=message):
+            graphed(*args)
+        with pytest.raises(ValueError, match=message):
+            model(*args)
+
+
+@torch.no_grad()
+def test_autocast_is_that_of_the_capture(fake: FakeDriver) -> None:
+    model = small_dc_dit()
+    args = inputs(model, 0)
+    fixed, exact, plain = GraphedDenoiser(model, IMAGES, budget=9), ExactGraphedDenoiser(model), model(*args)
+    exact(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(exact(*args), model(*args))
+        with pytest.raises(ValueError, match=r"autocast is to torch\.bfloat16, and was to None when"):
+            fixed(*args)
+        under = GraphedDenoiser(model, IMAGES, budget=9)
+        assert torch.equal(under(*args), model(*args, budget=9))
+    assert torch.equal(exact(*args), plain)
+    with pytest.raises(ValueError, match=r"autocast is to None, and was to torch\.bfloat16"):
+        under(*args)
+
+
+@pytest.mark.parametrize("make", [lambda m: GraphedDenoiser(m, IMAGES, budget=POSITIONS), ExactGraphedDenoiser])
+def test_graphs_of_inference_mode_serve_outside_of_it(fake: FakeDriver, make) -> None:
+    model = small_dc_dit()
+    model.router.out.bias.data.fill_(9.0)
+    args = inputs(model, 0)
+    with torch.inference_mode():
+        graphed = make(model)
+        first = graphed(*args)
+    assert torch.equal(graphed(*args), first)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +206,12 @@ def test_bad_calls_are_named(fake: FakeDriver) -> None:
         GraphedDenoiser(model, IMAGES, 9, 50)
     with pytest.raises(ValueError, match="max_graphs is 0; accepted: at least 1"):
         ExactGraphedDenoiser(model, 0)
+    with pytest.raises(ValueError, match="x holds 0 images; accepted: at least 1"):
+        ExactGraphedDenoiser(model)(x[:0], t[:0], y[:0])
+    with pytest.raises(ValueError, match="batch is 0; accepted: at least 1"):
+        GraphedDenoiser(model, 0, 9)
+    with pytest.raises(ValueError, match="capacity=50 is for a DC-DiT; accepted for a DiT: none"):
+        GraphedDenoiser(small_dit(), IMAGES, capacity=50)
 
 
 def with_hook() -> DCDiT:

@@ -89,10 +89,10 @@ def test_sizes_and_batches_are_bounded(fake: FakeDriver, monkeypatch: pytest.Mon
     graphed = ExactGraphedDenoiser(model, max_graphs=2)
     for rho in (0.0, 0.3, 0.6, 0.9):
         graphed(*inputs(model, 0), drop_fraction=rho)
-    assert len(graphed._batches[IMAGES]._decoded) == 2
+    assert len(graphed._batches[IMAGES, None]._decoded) == 2
     for images in range(1, 7):
         graphed(*inputs(model, 0, images))
-    assert list(graphed._batches) == [3, 4, 5, 6]
+    assert [images for images, _ in graphed._batches] == [3, 4, 5, 6]
 
 
 @torch.no_grad()

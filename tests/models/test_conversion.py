@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dcdit.models import DiT, load_dit, load_official, to_dit, to_official
 
-EMBEDDERS = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "class_embedder.embedding_table")
-
 
 def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()

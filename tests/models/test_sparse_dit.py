@@ -201,6 +201,7 @@ def test_images_at_several_times_run_each_with_its_own_tokens() -> None:
         together = model(x.double(), t, y)
         for i in range(5):
             torch.testing.assert_close(model(x[i : i + 1].double(), t[i : i + 1], y[i : i + 1])[0], together[i])
+        assert model(x[:0].double(), t[:0], y[:0]).shape == (0, *together.shape[1:])
 
 
 def test_sparse_tokens_by_timestep() -> None:

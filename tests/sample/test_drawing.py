@@ -8,6 +8,7 @@ from support.small import small_dc_dit, small_dit
 
 from dcdit.checkpoint import save_model
 from dcdit.diffusion import sample
+from dcdit.sample import Guidance, ModelCalls, measure_costs, measure_kept_share
 from dcdit.sample.drawing import class_labels, draw, load_for_sampling
 from dcdit.sample.options import CostTarget, SamplingOptions
 from dcdit.sample.plan import make_plans
@@ -17,6 +18,20 @@ LABELS = torch.tensor([1, 2, 0, 3, 1])
 OPTIONS = SamplingOptions(
     checkpoint="run", method="ddim", steps=3, cfg_scale=2.0, cfg_interval=(0.2, 0.9), null_drop_fraction=0.8, seed=4
 )
+
+
+def test_a_recorded_model_in_training_is_evaluated():
+    """What records its calls, or measures them, is no module. In training, labels would be dropped."""
+    model = small_dc_dit(class_dropout_prob=0.9, depth=1)
+    options = {"num_steps": 2, "method": "euler", "progress": False}
+    expected = sample(model, LABELS, **options)
+    share = measure_kept_share(model, LABELS, 2, "euler", progress=False)
+    costs, _ = measure_costs(model, LABELS, 2, "euler", Guidance(), progress=False)
+    model.train()
+    assert torch.equal(sample(ModelCalls(model, 5), LABELS, **options), expected)
+    assert measure_kept_share(model, LABELS, 2, "euler", progress=False) == share
+    assert measure_costs(model, LABELS, 2, "euler", Guidance(), progress=False)[0] == costs
+    assert model.training and model.y_embedder.training
 
 
 @pytest.mark.parametrize("batch_size", [5, 2])

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from support.small import small_dy_dit, small_dynamic_dc_dit
+from support.small import batch, small_dy_dit, small_dynamic_dc_dit
 
 from dcdit.checkpoint import save_model
 from dcdit.cli.main import main
-from dcdit.models import SlicedModel, count_flops
+from dcdit.diffusion import sample
+from dcdit.models import KeptShare, SlicedModel, count_flops
 from dcdit.sample import Guidance, measure_costs
 from dcdit.sample.model_calls import ModelCalls, call_times
 
@@ -65,3 +66,24 @@ def test_what_is_refused(tmp_path, capsys):
     }.items():
         assert main(["sample", "--checkpoint", str(tmp_path / "m.safetensors"), *flags, "--device", "cpu"]) != 0
         assert message in capsys.readouterr().err
+
+
+def test_a_planned_capacity_reaches_the_slices():
+    model = small_dynamic_dc_dit()
+    model.kept_share = KeptShare(0.6, 0.05, 0.8, 100)
+    sliced, labels = SlicedModel(model, call_times("euler", 2)), torch.tensor([1, 2])
+    options = {"num_steps": 2, "method": "euler", "capacity": "auto", "progress": False}
+    for caller in (sliced, ModelCalls(sliced, 2)):
+        torch.testing.assert_close(sample(caller, labels, **options), sample(model, labels, **options))
+    with pytest.raises(ValueError, match="capacity is auto but ModelCalls takes none"):
+        sample(ModelCalls(small_dy_dit(), 2), labels, **options)
+
+
+@pytest.mark.parametrize("option", ["complete", "gate_noise"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_slices_have_the_width_of_their_timestep(kind, option):
+    model = MODELS[kind]()
+    x, t, y = batch(model.config)
+    value = torch.zeros(len(x), *model.config.gate_shape) if option == "gate_noise" else True
+    with pytest.raises(ValueError, match=r"leave .*gate_noise.* out"):
+        SlicedModel(model, [500])(x, torch.full_like(t, 500), y, **{option: value})

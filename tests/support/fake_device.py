@@ -49,7 +49,7 @@ class FakeDriver(cuda.Driver):
         self.fail_at: set[str] = set()
         self.streams: list[Any] = [Stream(self, "default")]
         self.devices: list[torch.device] = []
-        self.open_pools: list[cuda.Pool] = []
+        self.open_pools: list[cuda.Handle] = []
         self.graphs: list[Graph] = []
         self._pools = 0
 
@@ -62,7 +62,7 @@ class FakeDriver(cuda.Driver):
         self.call("new_graph")
         return Graph(self)
 
-    def new_pool(self) -> cuda.Pool:
+    def new_pool(self) -> cuda.Handle:
         self.call("new_pool")
         self._pools += 1
         return (0, self._pools)
@@ -103,7 +103,7 @@ class FakeDriver(cuda.Driver):
     def empty_cache(self) -> None:
         self.call("empty_cache")
 
-    def close_pool(self, device: torch.device, pool: cuda.Pool) -> None:
+    def close_pool(self, device: torch.device, pool: cuda.Handle) -> None:
         self.call("close_pool")
         if pool not in self.open_pools:
             raise RuntimeError("not currently recording to this pool")
@@ -153,7 +153,7 @@ class Graph:
         self.replays = 0
         self.state = "new"
 
-    def capture_begin(self, pool: cuda.Pool, capture_error_mode: str = "global") -> None:
+    def capture_begin(self, pool: cuda.Handle, capture_error_mode: str = "global") -> None:
         self._driver.call("capture_begin")
         assert self._driver.streams[-1].name != "default", "a capture needs another stream than the default"
         self._pool = pool
@@ -182,7 +182,8 @@ class Graph:
     def replay(self) -> None:
         self._driver.call(f"replay {self._driver.graphs.index(self)}")
         assert self.state == "captured", f"a graph is replayed that is {self.state}"
-        with _disable_current_modes():
+        # As on a device, no mode of the moment reaches what was captured. In inference mode any tensor can be written.
+        with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.inference_mode():
             self._tape.run()
         self.replays += 1
 

@@ -181,6 +181,12 @@ def test_what_cannot_be_captured(run: Any, fake: FakeDriver, keys: dict[str, Any
         run("a", **keys, **{"optim.graph": True})
 
 
+def test_checks_of_values_cannot_be_captured(run: Any, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCDIT_CHECK", "1")
+    with pytest.raises(ValueError, match="steps cannot be captured: DCDIT_CHECK=1 reads values on the host"):
+        run("a", **{"optim.graph": True})
+
+
 def test_a_cpu_has_no_graphs(run: Any) -> None:
     with pytest.raises(ValueError, match="the model is on cpu; CUDA graphs need a CUDA device"):
         run("a", **{"optim.graph": True})
@@ -192,3 +198,37 @@ def test_attention_that_reads_lengths(run: Any, fake: FakeDriver, monkeypatch: p
     with pytest.raises(ValueError, match="attention in fp32 reads lengths on the host"):
         run("a", **{"optim.graph": True})
     assert seen == [torch.float32]
+
+
+def test_frozen_weights_stay(run: Any, fake: FakeDriver) -> None:
+    """Where gradients are added up in a buffer, too: weight decay must not find any for them."""
+    static = {"model.name": "DiT-S/2", "optim.steps": 1, "optim.graph": False}
+    source = run("source", **static)[2].run.out
+    overrides = {**SMALL, "depth": 2, "adapt_conditioning": True}
+    keys = {
+        "upcycle.source": source, "upcycle.distill_steps": 0, "model.overrides": overrides, "optim.steps": 5,
+        "optim.weight_decay": 0.5, "optim.accumulate": 2, "router.group_size": 2,
+    }  # fmt: skip
+    plain = run("plain", **keys, **{"optim.graph": False})
+    graphed = run("graphed", **keys, **{"optim.graph": True})
+    assert_equal_runs(graphed, plain)
+    assert graphed[1].optimizer.keys() == plain[1].optimizer.keys()
+
+
+def test_training_goes_on_where_memory_is_short(
+    run: Any, fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pass before a capture needs activations beside those of the graphs."""
+    plain = run("plain", **{"optim.graph": False, "optim.steps": 5})
+    calls, backward = [], graphed_steps.GraphedStep._backward
+
+    def short(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(len(fake.graphs))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(self, *args, **options)
+
+    monkeypatch.setattr(graphed_steps.GraphedStep, "_backward", short)
+    assert_equal_runs(run("a", **{"optim.steps": 5}), plain)
+    assert calls == [2, 2, 3], "in the rehearsal of the second size"
+    assert "training goes on without CUDA graphs" in caplog.text

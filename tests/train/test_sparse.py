@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.runs import assert_same_weights, records
 from support.small import small_dit
 
 import dcdit
@@ -47,17 +48,12 @@ def config(archive, tmp_path):
     return config
 
 
-def records(result):
-    return [json.loads(line) for line in result.log.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_run_and_its_resumption(config, kind):
     whole = train(config(kind))
     first = train(config(kind, "optim.steps=2", out="parts"))
     rest = train(config(kind, out="parts"), resume=first.checkpoint)
-    ours, theirs = (ckpt.load_checkpoint(result.checkpoint) for result in (rest, whole))
-    assert all(torch.equal(tensor, theirs.model[key]) for key, tensor in ours.model.items())
+    assert_same_weights(rest.checkpoint, whole.checkpoint)
     model = ckpt.load_model(whole.checkpoint)
     assert isinstance(model, SparseDiT)
     most = 3 * 4 * 4 * count_flops(model.config)["total"]

@@ -1,9 +1,7 @@
 """Whole upcycling runs of a tiny model: what is frozen, what the warm-up does, resuming, the command, refusals."""
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.runs import assert_same_weights, records, stop_at
 
 from dcdit import checkpoint as ckpt
 from dcdit.cli import main
@@ -50,10 +49,6 @@ def config(archive, source, tmp_path):
         return override(override(settings(archive, tmp_path / out, "DC-DiT-S"), upcycled), overrides)
 
     return config
-
-
-def records(result):
-    return [json.loads(line) for line in result.log.read_text().splitlines()]
 
 
 # --- what a run does ----------------------------------------------------------------------------------------------
@@ -145,22 +140,14 @@ def test_two_processes_equal_two_passes_of_one(config, tmp_path):
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-def stop_at(step):
-    return lambda record: os.kill(os.getpid(), signal.SIGINT) if record["step"] == step else None
-
-
 @pytest.mark.parametrize("step", [1, 2, 3], ids=["within", "at the end of", "after"])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(config, step):
     """Stopped within, at the end of, or after the warm-up."""
-    whole = ckpt.load_checkpoint(train(config(out="whole")).checkpoint)
+    whole = train(config(out="whole"))
     first = train(config(out="stopped"), callbacks=[stop_at(step)])
     assert (first.step, first.reason) == (step, "interrupt")
     second = train(config(out="stopped"), resume=first.log.parent)
-    resumed = ckpt.load_checkpoint(second.checkpoint)
-    for part in ("model", "ema", "optimizer"):
-        left, right = getattr(whole, part), getattr(resumed, part)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in left), part
+    assert_same_weights(whole.checkpoint, second.checkpoint)
     assert [("distill_loss" in record) for record in records(second)] == [True, True, False, False]
 
 

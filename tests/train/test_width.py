@@ -1,10 +1,10 @@
 """Training of dynamic width: the loss, its annealed target, the complete model, exact resuming, what is sampled."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from support.runs import assert_same_weights, records
 from support.small import save_model, small_dit
 
 import dcdit
@@ -35,10 +35,6 @@ def config(archive, tmp_path):
         return override(data, overrides)
 
     return config
-
-
-def records(result):
-    return [json.loads(line) for line in result.log.read_text().splitlines()]
 
 
 def test_the_target_falls_linearly():
@@ -78,8 +74,7 @@ def test_a_run_and_its_resumption(config, name):
     whole = train(config(name))
     first = train(config(name, "optim.steps=2", out="parts"))
     rest = train(config(name, out="parts"), resume=first.checkpoint)
-    ours, theirs = (ckpt.load_checkpoint(result.checkpoint) for result in (rest, whole))
-    assert all(torch.equal(tensor, theirs.model[key]) for key, tensor in ours.model.items())
+    assert_same_weights(rest.checkpoint, whole.checkpoint)
     # No record mixes steps with and without the complete model.
     steps = [(record["step"], "complete_loss" in record) for record in records(whole)]
     assert steps == [(2, True), (3, True), (4, False)]

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx.arithmetic import ARITHMETIC
-from tools.ptx.copies import copy_asynchronously
 from tools.ptx.machine import WARP, Step, Threads
 from tools.ptx.matrix import load_matrix, multiply, store_matrix
 from tools.ptx.memory import UNSIGNED, MachineError
@@ -180,6 +179,34 @@ def _make_atomic(instruction: Instruction) -> Step:
     return step
 
 
+def _make_copy(instruction: Instruction) -> Step:
+    """``cp.async``: a copy from global to shared memory, the end of a group of them, or the wait for some groups."""
+    what = instruction.opcode[2:]
+    if what == ("commit_group",):
+        return lambda state: state.copies.commit(state.mask)
+    if what == ("wait_group",):
+        left = int(str(instruction.operands[0]))
+        return lambda state: state.copies.wait(state.mask, left)
+    if what not in (("ca", "shared", "global"), ("cg", "shared", "global")):
+        raise MachineError(f"unknown copy: {instruction.text}")
+    into, source, size, *given = (str(operand) for operand in instruction.operands)
+    words = int(size, 0) // 4
+
+    def step(state: Threads) -> None:
+        mask = state.mask
+        # A copy fills with zeros what it does not read. Only all or nothing is supported here.
+        read = state.read(given[0], np.uint32)[mask] if given else np.full(int(mask.sum()), 4 * words)
+        if not np.isin(read, (0, 4 * words)).all():
+            raise MachineError("unknown copy: it reads a part of its bytes")
+        values = [np.zeros(len(read), np.uint32) for _ in range(words)]
+        wanted = state.address(source)[mask][read > 0]
+        for value, word in zip(values, state.memory.load(state.warp[mask][read > 0], wanted, words, 4), strict=True):
+            value[read > 0] = word
+        state.copies.start(mask, state.address(into)[mask], values)
+
+    return step
+
+
 # --- between threads --------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +268,7 @@ _INSTRUCTIONS: dict[str, Callable[[Instruction], Step]] = {
     "ld": _make_load,
     "st": _make_store,
     "atom": _make_atomic,
-    "cp": copy_asynchronously,
+    "cp": _make_copy,
     "bar": _make_barrier,
     "shfl": _make_shuffle,
     "redux": _make_reduce,

@@ -43,7 +43,7 @@ class Threads:
         for axis, name in enumerate("xyz"):
             self.registers[f"%ctaid.{name}"] = blocks[self.block, axis].astype(np.uint32)
             self.registers[f"%nctaid.{name}"] = np.full(self.total, grid[axis], np.uint32)
-        self.copies = Copies(self.total)
+        self.copies = Copies(self.shared, self.block, self.warp)
         self.groups: dict[int, Array] = {0: np.ones(self.total, dtype=bool)}
         """Position to the threads that are there."""
         self.running = np.ones(self.total, dtype=bool)

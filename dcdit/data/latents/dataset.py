@@ -78,7 +78,7 @@ class LatentDataset(StoredSamples):
         return (latent - self.shift) * self.scale, int(self.store.labels[item])
 
 
-def open_latents(path: Path, skip_damaged: bool = False) -> LatentStore:
+def open_latents(path: Path, skip_damaged: bool) -> LatentStore:
     """The latents at a path, in any of the file formats. Arguments and errors as in :class:`LatentDataset`."""
     if not path.exists():
         raise FileNotFoundError(f"no latents at {str(path)!r}")

@@ -190,9 +190,8 @@ class DCDiTTransformer2DModel(Transformer2DModel):
     """
 
     _model_class, _config_class = DCDiT, DCDiTConfig
-    _no_split_modules: ClassVar[list[str]] = [
-        "DCDiT"
-    ]  # its parts hand tensors to each other that no module receives as an argument
+    # Not split: its parts hand tensors to each other that no module receives as an argument.
+    _no_split_modules: ClassVar[list[str]] = ["DCDiT"]
     _repeated_blocks: ClassVar[list[str]] = ["PackedDiTBlock"]
     _cached_by_default = r"blocks\.2"  # the inner block
 

@@ -47,7 +47,7 @@ def boundary_prob_predictability(
 ) -> Tensor:
     x, norm_weight, norm_bias, out_weight, out_bias = upcast_all(
         features.flatten(2), norm_weight, norm_bias, out_weight, out_bias
-    )  # fmt: skip
+    )
     images, channels, length = x.shape
     channels_last = x.stride(1) == 1
     if channels_last or x.numel() == 0:

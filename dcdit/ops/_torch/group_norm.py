@@ -1,7 +1,7 @@
 """Group norm of channels-last images, and SiLU.
 
-PyTorch's own group norm of such an image takes the variance from sums of squares on a CPU, which lose it where the mean
-is large, and its backward ends the process if the image needs no gradient.
+PyTorch's own group norm of such an image has two faults on a CPU. It takes the variance from sums of squares, which
+lose it where the mean is large. And its backward ends the process if the image needs no gradient.
 """
 
 from typing import Any

@@ -47,7 +47,7 @@ def take_rows(source: Tensor, indices: Tensor, fill: float = 0.0) -> Tensor:
     return rows.masked_fill_(absent[:, None], fill)
 
 
-def put_rows(rows: Tensor, indices: Tensor, inverse: Tensor, fill: float = 0.0) -> Tensor:
+def put_rows(rows: Tensor, indices: Tensor, inverse: Tensor, fill: float) -> Tensor:
     """(n, D): each of the rows (m, D) at its index, ``fill`` elsewhere. A negative index drops its row.
 
     ``inverse`` (n,) says the same the other way round: which row comes to each place, negative where none does.

@@ -19,16 +19,12 @@ def dechunk_ema(h: Tensor, p: Tensor, sel: TokenSelection, gate: Tensor | None, 
     return _dechunk(unit_stride(h), p.contiguous(), gate, rows, token_map).view(*p.shape, d)
 
 
-def _forward(
-    h: Tensor, p: Tensor, gate: Tensor | None, residual: Tensor | None, token_map: kernels.TokenMap
-) -> Tensor:  # fmt: skip
+def _forward(h: Tensor, p: Tensor, gate: Tensor | None, residual: Tensor | None, token_map: kernels.TokenMap) -> Tensor:
     # The gate leaves the value as it is. It is an argument for its gradient.
     return kernels.dechunk_ema_fwd(h, p, residual, token_map)
 
 
-def _fake(
-    h: Tensor, p: Tensor, gate: Tensor | None, residual: Tensor | None, token_map: kernels.TokenMap
-) -> Tensor:  # fmt: skip
+def _fake(h: Tensor, p: Tensor, gate: Tensor | None, residual: Tensor | None, token_map: kernels.TokenMap) -> Tensor:
     return h.new_empty(p.numel(), h.shape[1], dtype=widest(h, residual))
 
 
@@ -47,7 +43,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h, p, *token_map = ctx.saved_tensors
     grad_h, grad_p, grad_gate = _gradients(
         unit_stride(grad), h, p, kernels.TokenMap(*token_map), want_h, want_p, want_gate
-    )  # fmt: skip
+    )
     return (
         grad_h if want_h else None,
         grad_p if want_p else None,
