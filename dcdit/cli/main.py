@@ -136,7 +136,7 @@ def _run(arguments: Sequence[str], signals: Signals) -> int:
     """The exit code of a command that nobody interrupts."""
     called = _called(arguments)
     try:
-        with _uninterrupted(signals):
+        with signals.waiting():
             args, unknown = create_parser(arguments).parse_known_args(arguments)
         if unknown:
             raise ValueError(f"unrecognized arguments: {' '.join(unknown)} (see dcdit {args.command} --help)")
@@ -151,18 +151,6 @@ def _run(arguments: Sequence[str], signals: Signals) -> int:
         if is_first_to_say(message):
             print(f"dcdit: error: {message}", file=sys.stderr)
         return 2
-
-
-@contextlib.contextmanager
-def _uninterrupted(signals: Signals) -> Iterator[None]:
-    """Raise the signal that came in the block. Importing compiled code may have made another error of it, or none."""
-    try:
-        yield
-    except Exception:
-        if not signals.caught:
-            raise
-    if signals.caught:
-        raise Stopped(signals.caught)
 
 
 def create_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -12,17 +12,25 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REALS = (*FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """The argument must be a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; accepted: a tensor")
+
+
 def check_float(**tensors: Tensor | None) -> None:
     """Every tensor must have one of the float dtypes."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if tensor is not None and getattr(tensor, "dtype", None) not in FLOATS:
+            check_tensor(name, tensor)
             raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: float32, bfloat16, float16, float64")
 
 
 def check_real(**tensors: Tensor) -> None:
     """Every tensor must have a float dtype, an integer dtype, or bool."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in REALS:
+        if getattr(tensor, "dtype", None) not in REALS:
+            check_tensor(name, tensor)
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; accepted: floats, integers and bool "
                 "(of complex numbers torch.view_as_real)"
@@ -70,13 +78,16 @@ def check_groups(num_groups: int, channels: int) -> None:
 
 def check_grid(grid: tuple[int, int], length: int) -> None:
     """The grid (H, W) must have L positions."""
+    if not isinstance(grid, tuple | list | torch.Size):
+        raise TypeError(f"grid is {grid!r}; accepted: (H, W)")
     if len(grid) != 2 or min(grid) < 0 or grid[0] * grid[1] != length:
         raise ValueError(f"grid {tuple(grid)} does not multiply to L = {length}; accepted: (H, W) with H * W = L")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int, name: str = "cu_seqlens", exact: bool = True) -> None:
     """int32 or int64 (B+1,) that starts at 0, never descends, and ends at ``total`` (not exact: at or below it)."""
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if getattr(cu_seqlens, "dtype", None) not in (torch.int32, torch.int64):
+        check_tensor(name, cu_seqlens)
         raise TypeError(f"{name} has dtype {cu_seqlens.dtype}; accepted: int32 or int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} has shape {shape_of(cu_seqlens)}; accepted: (B + 1,)")

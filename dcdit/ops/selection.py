@@ -159,8 +159,8 @@ def _check_source(name: str, p: Tensor, cu_seqlens: Tensor | None) -> int:
         return p.shape[0]
     if p.dim() != 1:
         raise ValueError(f"{name} has shape {shape_of(p)}; with cu_seqlens it must be (S,)")
-    checks.check_device(**{name: p, "cu_seqlens": cu_seqlens})
     checks.check_cu_seqlens(cu_seqlens, p.shape[0])
+    checks.check_device(**{name: p, "cu_seqlens": cu_seqlens})
     return cu_seqlens.shape[0] - 1
 
 

@@ -1,9 +1,11 @@
 """Signals that ask a program to end: Ctrl-C, a scheduler or a launcher, the end of a terminal."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,6 +56,20 @@ class Signals:
             if self._outer[signal.SIGHUP] is signal.SIG_IGN:  # nohup: the program outlives its terminal
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Raise a signal when the block is done, whatever else it raises, and not in it.
+
+        In the import of compiled code it might become another error, be lost, or abort the process.
+        """
+        raising, self.raising = self.raising, False
+        try:
+            yield
+        finally:
+            self.raising = raising
+            if raising and self._number:
+                raise Stopped(self._number)
 
     def __call__(self, number: int, frame: Any) -> None:
         if not self._number:

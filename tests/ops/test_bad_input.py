@@ -544,3 +544,16 @@ def test_a_selection_whose_images_keep_nothing_is_accepted(backend: str) -> None
         assert (ops.scatter_tokens(TOKENS[:0], sel, 2.0) == 2.0).all()
         assert ops.gated_add(TOKENS[:0], TOKENS[:0], TABLE, sel.cu_seqlens).shape == (0, D)
         assert ops.modulated_layer_norm(TOKENS[:0], TABLE, TABLE, sel.cu_seqlens).shape == (0, D)
+
+
+def test_what_is_no_tensor() -> None:
+    p = torch.rand(2, 6)
+    sel = ops.select_tokens(p, budget=3)
+    with pytest.raises(TypeError, match="p is a list; accepted: a tensor"):
+        ops.select_tokens([[0.1, 0.9]], budget=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cu_seqlens is a list; accepted: a tensor"):
+        ops.select_tokens(p[0], cu_seqlens=[0, 2, 6])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x is a ndarray; accepted: a tensor"):
+        ops.gather_tokens(p.numpy(), sel)
+    with pytest.raises(TypeError, match=r"grid is 6; accepted: \(H, W\)"):
+        ops.dechunk_spatial(torch.randn(6, 4), p, sel, grid=6)  # type: ignore[arg-type]
