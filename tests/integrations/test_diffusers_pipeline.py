@@ -193,7 +193,7 @@ def test_generators(pixels):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ["cow"]}, "no class 'cow' in DCDiTTransformer2DModel; accepted: classes such as"),
+        ({"labels": ["cow"]}, "no class 'cow' in DCDiT; accepted: classes such as"),
         ({"labels": [3]}, "label 3; accepted: a class name or a number from 0 to 2"),
         ({"output_type": "jpg"}, "output_type is 'jpg'; accepted: pil, np, pt, latent"),
         ({"budget": 3, "drop_fraction": 0.1}, "budget is 3, which fixes the tokens kept"),

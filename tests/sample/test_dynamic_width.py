@@ -75,7 +75,7 @@ def test_a_planned_capacity_reaches_the_slices():
     options = {"num_steps": 2, "method": "euler", "capacity": "auto", "progress": False}
     for caller in (sliced, ModelCalls(sliced, 2)):
         torch.testing.assert_close(sample(caller, labels, **options), sample(model, labels, **options))
-    with pytest.raises(ValueError, match="capacity is auto but ModelCalls takes none"):
+    with pytest.raises(ValueError, match="capacity is auto but DyDiT takes none"):
         sample(ModelCalls(small_dy_dit(), 2), labels, **options)
 
 

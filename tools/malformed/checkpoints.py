@@ -86,7 +86,7 @@ def model_is_a_device(base: Base, out: Path) -> list[str]:
     return base.sample(Path("/dev/zero"), out)
 
 
-@malformed(OURS, "nowhere", "no file")
+@malformed(OURS, "nowhere", "nothing at")
 def model_is_a_link_to_nothing(base: Base, out: Path) -> list[str]:
     (out / "nowhere.safetensors").symlink_to(out / "gone")
     return base.sample(out / "nowhere.safetensors", out)

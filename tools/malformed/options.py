@@ -38,7 +38,7 @@ def option_guidance_is_nan(base: Base, out: Path) -> list[str]:
     return base.sample(base.model, out, "--cfg-scale", "nan")
 
 
-@malformed(OPTION, "label", "1000000000000; accepted: 0 to 3")
+@malformed(OPTION, "label", "1000000000000; accepted: a class name or a number from 0 to 3")
 def option_label_of_a_trillion(base: Base, out: Path) -> list[str]:
     return base.sample(base.model, out, "--labels", str(10**12))
 
