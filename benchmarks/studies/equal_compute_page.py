@@ -46,7 +46,7 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
     goals = sorted({line["goal"] for lines in runs.values() for line in lines})
     machines = dict.fromkeys(line["machine"] for lines in runs.values() for line in lines)
     parts = [
-        "# DC-DiT and static DiTs at equal training compute",
+        "# Small models at equal training compute",
         f"Small models on images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
         "training FLOPs (three forwards a step, counted from the tokens that were kept). Losses are of held-out images "
         f"at {len(cifar10.NOISE_LEVELS)} noise levels, the same noise for all, averaged weights; `±` is half the range "
@@ -67,19 +67,7 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
 def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str]:
     """The sections of one set of images."""
     main = {run: lines for run, lines in runs.items() if way_of(run) in COLORS}
-    curves, since = curves_by_way(main), settled(main)
-    decay, images = (next(iter(runs.values()))[-1][key] for key in ("ema_decay", "eval_images"))
-    _plot_curves(main, curves, since, goals, out / f"{data}-loss.png")
-    parts = [
-        "## Equal training FLOPs",
-        f"Loss while training ({images} held-out images), mean over the seeds that came so far, and how far the DC-DiT "
-        "is from each static model in the seeds that both have: below zero it is ahead. The averaged weights keep "
-        f"{1 - decay:.1%} less of the start with each step: below {since:.1e} FLOPs "
-        f"({FORGOTTEN / (1 - decay):.0f} steps) the curves show little else.",
-        _curve_table(curves, since),
-        *(f"- {sentence}" for sentence in _crossings(curves)),
-        f"![loss over training FLOPs, and by noise level]({data}-loss.png)",
-    ]
+    parts = _curve_parts(main, data, goals, out) if len({way_of(run) for run in main}) > 1 else []
     for goal in goals:
         reached = at_goal(runs, goal)
         if reached:
@@ -140,6 +128,23 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
             f"![samples]({data}-samples.png)",
         ]
     return parts
+
+
+def _curve_parts(main: Runs, data: str, goals: Sequence[float], out: Path) -> list[str]:
+    """The section that compares the models while they train."""
+    curves, since = curves_by_way(main), settled(main)
+    decay, images = (next(iter(main.values()))[-1][key] for key in ("ema_decay", "eval_images"))
+    _plot_curves(main, curves, since, goals, out / f"{data}-loss.png")
+    return [
+        "## Equal training FLOPs",
+        f"Loss while training ({images} held-out images), mean over the seeds that came so far, and how far the DC-DiT "
+        "is from each static model in the seeds that both have: below zero it is ahead. The averaged weights keep "
+        f"{1 - decay:.1%} less of the start with each step: below {since:.1e} FLOPs "
+        f"({FORGOTTEN / (1 - decay):.0f} steps) the curves show little else.",
+        _curve_table(curves, since),
+        *(f"- {sentence}" for sentence in _crossings(curves)),
+        f"![loss over training FLOPs, and by noise level]({data}-loss.png)",
+    ]
 
 
 def at_goal(runs: Runs, goal: float) -> dict[str, dict[str, Any]]:
