@@ -29,7 +29,7 @@ from benchmarks.studies import cifar10
 from benchmarks.studies.comparison import way_of
 from benchmarks.studies.digit_canvases import held_out_ink, scans_of_scikit_learn, write_canvases
 from benchmarks.studies.equal_compute_page import read_lines, write_page
-from benchmarks.studies.selection import VARIANTS, Variant, installed
+from benchmarks.studies.selection import Variant, installed
 from benchmarks.studies.training import losses_by_flops, read_log, train_all
 from dcdit import cli
 from dcdit.checkpoint import Model, load_model
@@ -90,20 +90,20 @@ CHOICES = {
     "dc-dit+clean": Way(variant=Variant(clean=True)),
     "static-flops+clean": Way("static-flops", Variant(clean=True)),
     "static-parameters+clean": Way("static-parameters", Variant(clean=True)),
-    "uniform": Way(variant=VARIANTS["uniform"]),
-    "oracle": Way(variant=VARIANTS["oracle"]),
+    "uniform": Way(variant=Variant("regular")),
+    "oracle": Way(variant=Variant("oracle")),
     "no-dropping": Way(settings={"router.drop_fractions": [0.0]}),
-    "learned+cell": Way(variant=VARIANTS["learned+cell"]),
-    "random": Way(variant=VARIANTS["random"]),
+    "learned+cell": Way(variant=Variant(cell=True)),
+    "random": Way(variant=Variant("random")),
     "official-start": Way(start="official"),
-    "uniform+cell": Way(variant=VARIANTS["uniform+cell"]),
-    "uniform+ordered": Way(variant=VARIANTS["uniform+ordered"]),
-    "uniform+smoothed": Way(variant=VARIANTS["uniform+smoothed"]),
-    "uniform+shifted": Way(variant=VARIANTS["uniform+shifted"]),
-    "learned+grid": Way(variant=VARIANTS["learned+grid"]),
-    "one-per-cell": Way(variant=VARIANTS["one-per-cell"]),
-    "learned+detached": Way(variant=VARIANTS["learned+detached"]),
-    "learned+grid+detached": Way(variant=VARIANTS["learned+grid+detached"]),
+    "uniform+cell": Way(variant=Variant("regular", cell=True)),
+    "uniform+ordered": Way(variant=Variant("uniform")),
+    "uniform+smoothed": Way(variant=Variant("regular-smoothed")),
+    "uniform+shifted": Way(variant=Variant("regular-shifted")),
+    "learned+grid": Way(variant=Variant(rule="grid")),
+    "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
+    "learned+detached": Way(variant=Variant(rule="detached")),
+    "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),
 }
 FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MAIN}
 EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MAIN}

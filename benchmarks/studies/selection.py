@@ -61,21 +61,10 @@ class Variant(NamedTuple):
         return self.cell or self.rule is not None or self.router in FIXED
 
 
-VARIANTS = {
-    "learned": Variant(),
-    "random": Variant("random"),
-    "uniform": Variant("regular"),
-    "oracle": Variant("oracle"),
-    "learned+cell": Variant(cell=True),
-    "uniform+cell": Variant("regular", cell=True),
-    "uniform+ordered": Variant("uniform"),
-    "uniform+smoothed": Variant("regular-smoothed"),
-    "uniform+shifted": Variant("regular-shifted"),
-    "learned+grid": Variant(rule="grid"),
-    "one-per-cell": Variant(rule="one-per-cell"),
-    "learned+detached": Variant(rule="detached"),
-    "learned+grid+detached": Variant(rule="grid+detached"),
-}
+def lattice(grid: tuple[int, int], step: int, device: torch.device) -> Tensor:
+    """(H*W,) bool: every ``step``-th position of every ``step``-th row."""
+    rows, cols = (torch.arange(side, device=device) % step == 0 for side in grid)
+    return (rows[:, None] & cols).flatten()
 
 
 class FixedRouter(nn.Module):
@@ -106,8 +95,7 @@ class RegularRouter(FixedRouter):
     """Every second position of every second row. Which of these are dropped first is chance."""
 
     def score(self, x: Tensor) -> Tensor:
-        rows, cols = (torch.arange(side, device=x.device) % 2 == 0 for side in self.grid)
-        return (rows[:, None] & cols).float().flatten() + torch.rand(x.shape[:2], device=x.device)
+        return lattice(self.grid, 2, x.device).float() + torch.rand(x.shape[:2], device=x.device)
 
 
 class ShiftedRegularRouter(FixedRouter):
@@ -137,8 +125,7 @@ class GridRouter(PredictabilityRouter):
     """Every fourth position of every fourth row is kept, whatever p says there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, cols = (torch.arange(side, device=x.device) % 4 == 0 for side in self.grid)
-        return super().forward(x).masked_fill((rows[:, None] & cols).flatten(), KEPT[0])
+        return super().forward(x).masked_fill(lattice(self.grid, 4, x.device), KEPT[0])
 
 
 class CellRouter(PredictabilityRouter):

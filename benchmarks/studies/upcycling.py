@@ -26,7 +26,7 @@ from dcdit.config import TrainConfig, load_config
 from dcdit.models.dc_dit import BlockStates
 from dcdit.ops import TokenSelection
 from dcdit.profiling.plots import new_figure, plain_ticks
-from dcdit.train.distill import Teacher, block_outputs, patch_of_cell
+from dcdit.train.distill import Teacher, block_outputs
 from dcdit.utils.tables import markdown_table
 
 BASE = Path(__file__).with_suffix(".yaml")
@@ -76,11 +76,10 @@ def last_block(teacher: Teacher, x: Tensor, states: BlockStates, sel: TokenSelec
 
 def directions(teacher: Teacher, x: Tensor, states: BlockStates, sel: TokenSelection) -> Tensor:
     """One minus the cosine of the tokens of student and teacher, over blocks and images: no length is asked for."""
-    cells = patch_of_cell(teacher.dit.config.grid, teacher.dit.config.patch_size)
-    image, token = sel.indices // len(cells), cells[sel.indices % len(cells)]
+    image, patch_index = teacher.matched(sel)
     losses = []
     for theirs, ours in zip(block_outputs(teacher.dit, x, states.cond.detach()), states.outputs, strict=True):
-        off = 1 - torch.cosine_similarity(ours.float(), theirs[image, token].float(), dim=1)
+        off = 1 - torch.cosine_similarity(ours.float(), theirs[image, patch_index].float(), dim=1)
         losses.append((off / sel.lengths[image]).sum() / len(x))
     return torch.stack(losses).mean()
 

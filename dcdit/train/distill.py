@@ -55,14 +55,18 @@ class Teacher:
         Returns:
             () float32: 0 if all outputs agree, about 1 if the student's are zero. Differentiable in the outputs.
         """
-        cells = self._patch_of_cell.shape[0]
-        image, patch = sel.indices // cells, self._patch_of_cell[sel.indices % cells]
+        image, patch = self.matched(sel)
         errors = []
         for theirs, ours in zip(block_outputs(self.dit, x, states.cond.detach()), states.outputs, strict=True):
             error = (ours.float() - theirs[image, patch].float()).square().mean(1)
             scale = sel.lengths * theirs.float().square().mean((1, 2))
             errors.append((error / scale[image]).sum() / x.shape[0])
         return torch.stack(errors).mean()
+
+    def matched(self, sel: TokenSelection) -> tuple[Tensor, Tensor]:
+        """For each kept token (T,): its image, and the teacher's token of the patch that covers its grid cell."""
+        cells = self._patch_of_cell.shape[0]
+        return sel.indices // cells, self._patch_of_cell[sel.indices % cells]
 
 
 def begin_upcycling(config: TrainConfig, model: checkpoint.Model, resume: str | Path | None) -> Teacher | None:

@@ -171,7 +171,7 @@ def check_types(instance: Any) -> None:
 
 
 def is_size(value: Any, largest: int) -> bool:
-    """Whether a value is a positive integer up to ``largest``; a bool is none."""
+    """Whether a value is a positive integer up to ``largest``."""
     return type(value) is int and 1 <= value <= largest  # bool is a kind of int in Python
 
 
