@@ -5,11 +5,11 @@
     python3 -m benchmarks.studies.equal_compute page --lines FOLDER/lines.jsonl --out PAGE
 
 `train` needs no network, and a GPU or `--scale cpu` (smaller models and batches). It trains the runs of :func:`plan`
-side by side, each to a number of training FLOPs, on two sets of images: CIFAR-10, and digits on empty canvases, where
-it is known which positions hold detail. A run that has ended is measured, and its line is appended to lines.jsonl. When
-the minutes are over, what still runs is stopped and measured as it is. The order is that of :func:`plan`: what a small
-budget loses is what matters least. `page` runs on a CPU. Some runs replace parts of the model in their own process
-(`benchmarks/studies/selection.py`).
+side by side, each to a number of training FLOPs, on CIFAR-10 and on digits on empty canvases, where it is known which
+positions hold detail; `--scale cpu --images photographs` takes crops of 64 x 64 pixels. A run that has ended is
+measured, and its line is appended to lines.jsonl. When the minutes are over, what still runs is stopped and measured as
+it is. The order is that of :func:`plan`: what a small budget loses is what matters least. `page` runs on a CPU. Some
+runs replace parts of the model in their own process (`benchmarks/studies/selection.py`).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.harness.machine import cpu_name
 from benchmarks.studies import cifar10
 from benchmarks.studies.comparison import way_of
 from benchmarks.studies.digit_canvases import held_out_ink, scans_of_scikit_learn, write_canvases
-from benchmarks.studies.equal_compute_page import read_lines, write_page
+from benchmarks.studies.equal_compute_page import SHOWN_SAMPLES, read_lines, write_page
 from benchmarks.studies.selection import Variant, installed
 from benchmarks.studies.training import losses_by_flops, read_log, train_all
 from dcdit import cli
@@ -64,11 +64,29 @@ SCALES: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     ),
 }
 """The models, and the keys in which the runs differ from BASE."""
-DATA = ("cifar", "digits")
+LARGE = {"grid": [64, 64]}
+PHOTOGRAPH_MODELS = {
+    "dc-dit": ("DC-DiT-S", {**cifar10.MODELS["dc-dit"][1], **LARGE}),
+    "static-flops": ("DiT-S/2", {**cifar10.COMMON, **LARGE, "hidden_size": 120, "depth": 6}),
+    "static-parameters": ("DiT-S/2", {**cifar10.MODELS["static-parameters"][1], **LARGE}),
+}
+"""Attention costs more on larger images, of static DiTs in all that they compute, so that other sizes match."""
+DATA: dict[str, Mapping[str, Any]] = {
+    "cifar": {"data.flip": True},
+    "digits": {"data.flip": False},
+    "photographs": {
+        "data.kind": "photographs",
+        "data.size": 64,
+        "data.held_out": 0.25,
+        "optim.batch_size": 8,
+        "router.group_size": 8,
+    },
+}
+"""The keys in which the runs on these images differ from the others."""
 IMAGES = 12_000
 GOALS = (3e14, 1e15)
 SEEDS = (0, 1)
-SHOWN_SAMPLES, SAMPLING_STEPS, SHOWN_MASKS = 8, 30, 4
+SAMPLING_STEPS, SHOWN_MASKS = 30, 4
 MASK_LEVELS = (0.2, 0.5, 0.8)
 SPARED = 45.0
 """Seconds before the end from which on nothing new is started: it would not come far."""
@@ -102,12 +120,16 @@ CHOICES = {
     "uniform+shifted": Way(variant=Variant("regular-shifted")),
     "learned+grid": Way(variant=Variant(rule="grid")),
     "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
+    "dithered": Way(variant=Variant(rule="dithered")),
     "learned+detached": Way(variant=Variant(rule="detached")),
     "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),
 }
-FASTER = {f"{name}+lr2e-3": Way(name, settings={"optim.lr": 2e-3}) for name in MAIN}
+RATES = {
+    f"{name}+lr{rate}": Way(name, settings={"optim.lr": float(rate)})
+    for rate in ("2e-3", "5e-4", "4e-3")
+    for name in MAIN
+}
 EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MAIN}
-SLOWER = {f"{name}+lr5e-4": Way(name, settings={"optim.lr": 5e-4}) for name in MAIN}
 SHARES = {
     "groups-of-one": Way(settings={"router.group_size": 1}),
     "ratio-weight-x10": Way(settings={"router.loss_weight": 0.3}),
@@ -116,23 +138,23 @@ SHARES = {
     "logit-normal": Way(variant=Variant(time="logit_normal")),
 }
 """What might decide how many tokens the router keeps at which noise level."""
-WAYS = {**MAIN, **CHOICES, **FASTER, **EPSILON, **SLOWER, **SHARES}
+WAYS = {**MAIN, **CHOICES, **RATES, **EPSILON, **SHARES}
 
 
-def plan(goals: Sequence[float]) -> list[tuple[str, float]]:
+def plan(goals: Sequence[float], images: Sequence[str]) -> list[tuple[str, float]]:
     """Runs ("<data>-<way>-<seed>") and the FLOPs to which they are trained, the most important first."""
     first, last = goals[0], goals[-1]
     parts = (
         (MAIN, SEEDS, first),
         (CHOICES, SEEDS[:1], first),
         (MAIN, SEEDS, last),
-        (FASTER | EPSILON | SLOWER, SEEDS[:1], first),
+        (RATES | EPSILON, SEEDS, first),
         (SHARES, SEEDS, first),
         (CHOICES, SEEDS[1:], first),
         (CHOICES, SEEDS[:1], last),
     )
     runs = [(f"{data}-{way}-{seed}", flops) for ways, seeds, flops in parts
-            for seed in seeds for way in ways for data in DATA]  # fmt: skip
+            for seed in seeds for way in ways for data in images]  # fmt: skip
     return list(dict.fromkeys(runs))
 
 
@@ -147,18 +169,20 @@ def config_of(
     """The configuration of one run."""
     data, way = run.partition("-")[0], way_in(run)
     models, changed = SCALES[scale]
+    if data == "photographs":
+        models = PHOTOGRAPH_MODELS
     preset, overrides = models[way.model]
     dynamic = {"start": way.start, "router": way.variant.router} if way.model == "dc-dit" else {}
     values = {
         "model.name": preset,
         "model.num_classes": 10,
         "model.overrides": {**overrides, **dynamic},
-        "data.path": str(sources[data]),
-        "data.flip": data != "digits",
         "run.out": str(runs / run),
         "optim.flops": flops,
         "optim.seed": int(run.rpartition("-")[2]),
         **changed,
+        **DATA[data],
+        **({"data.path": str(sources[data])} if data in sources else {}),
         **way.settings,
         **settings,
     }
@@ -266,9 +290,8 @@ def train_runs(args: argparse.Namespace) -> None:
     settings = parse_overrides(args.set)
     me = ("-m", "benchmarks.studies.equal_compute")
     configs, programs = {}, {}
-    for run, flops in plan(args.goals):
-        data, _, way = way_of(run).partition("-")
-        if data not in args.images or way not in args.only:
+    for run, flops in plan(args.goals, args.images):
+        if way_of(run).partition("-")[2] not in args.only or int(run.rpartition("-")[2]) not in args.seeds:
             continue
         config = config_of(run, flops, args.scale, sources, args.runs, settings)
         configs[f"{run} to {flops:g}"] = config
@@ -293,8 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--goals", type=float, nargs="+", default=GOALS, help="train: FLOPs, first and last (3e14 1e15)"
     )
-    parser.add_argument("--images", nargs="+", choices=DATA, default=DATA, help="train: on these; default: both")
+    parser.add_argument(
+        "--images", nargs="+", choices=DATA, default=("cifar", "digits"), help="train: on these; default: cifar digits"
+    )
     parser.add_argument("--only", nargs="+", choices=WAYS, default=[*WAYS], help="train: these ways; default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS, help="train: these; default: 0 1")
     parser.add_argument("--held-out", type=int, default=cifar10.HELD_OUT, help="train: images to measure (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: of every run")
     parser.add_argument("--lines", type=Path, nargs="+", help="page: what `train` wrote")
@@ -303,6 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb, option in NEEDED:
         if args.verb == verb and getattr(args, option) is None:
             parser.error(f"{verb} needs --{option}")
+    if args.scale != "cpu" and "photographs" in args.images:
+        parser.error("--images photographs needs --scale cpu: no sizes of models for a GPU are matched to them")
     if args.verb == "train":
         train_runs(args)
     else:

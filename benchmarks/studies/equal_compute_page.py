@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +16,18 @@ from dcdit.profiling.plots import new_figure, plain_ticks
 from dcdit.utils.images import grid
 from dcdit.utils.tables import markdown_table
 
-DATA = {"cifar": "CIFAR-10", "digits": "Digits on empty canvases"}
+DATA = {
+    "cifar": "CIFAR-10, 32 x 32 pixels",
+    "digits": "Digits on empty canvases, 32 x 32 pixels",
+    "photographs": "Crops of six photographs, 64 x 64 pixels",
+}
 OURS, STATIC = "dc-dit", ("static-flops", "static-parameters")
 MARKS = (1e13, 2e13, 3e13, 6e13, 1e14, 1.5e14, 2e14, 2.4e14, 2.8e14, 4e14, 5.3e14, 1e15, 3e15)
 """Training FLOPs at which the curves are compared."""
 FORGOTTEN = 2.5
 """Averaged weights have forgotten the start after this many times 1 / (1 - ema_decay) steps: they hold 8 % of it."""
 COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC))}
-SIDE, COLORS_OF_SHEET = 32, 256
+SHOWN_SAMPLES, COLORS_OF_SHEET = 8, 256
 
 Runs = dict[str, list[dict[str, Any]]]
 """Run -> its lines, from the shortest to the longest."""
@@ -47,7 +52,7 @@ def write_page(runs: Runs, command: str, out: Path) -> Path:
     machines = dict.fromkeys(line["machine"] for lines in runs.values() for line in lines)
     parts = [
         "# Small models at equal training compute",
-        f"Small models on images of 32 x 32 pixels, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
+        f"Small models on small images, trained to {' or '.join(f'{g:.0e}' for g in goals)} "
         "training FLOPs (three forwards a step, counted from the tokens that were kept). Losses are of held-out images "
         f"at {len(cifar10.NOISE_LEVELS)} noise levels, the same noise for all, averaged weights; `±` is half the range "
         "over the seeds. Runs shared a machine: nothing here is a time. What the numbers say: [README.md](README.md).",
@@ -115,9 +120,7 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
     drawn = {run: line for run, line in shown.items() if run in runs and run.endswith("-0")}
     sheets = {run: line["samples"] for run, line in drawn.items() if line.get("samples")}
     if sheets:
-        pixels = [
-            np.frombuffer(base64.b64decode(sheet), np.uint8).reshape(-1, SIDE, SIDE, 3) for sheet in sheets.values()
-        ]
+        pixels = [_pixels(sheet) for sheet in sheets.values()]
         names = [way_of(run) for run in sheets]
         sheet = grid(np.concatenate(pixels), len(pixels[0]), row_names=names)
         sheet.quantize(COLORS_OF_SHEET).save(out / f"{data}-samples.png", optimize=True)
@@ -387,11 +390,19 @@ def _plot_routing(routed: Results, path: Path) -> None:
     figure.savefig(path)
 
 
+def _pixels(samples: str) -> Any:
+    """uint8 (SHOWN_SAMPLES, H, W, 3) of what a line holds."""
+    flat = np.frombuffer(base64.b64decode(samples), np.uint8)
+    side = math.isqrt(flat.size // (3 * SHOWN_SAMPLES))
+    return flat.reshape(SHOWN_SAMPLES, side, side, 3)
+
+
 def _draw_masks(masks: Mapping[str, Mapping[str, Sequence[str]]], path: Path) -> None:
     """A row for each way: the masks of the first images at one noise level after the other."""
     rows = [[bits for of_level in levels.values() for bits in of_level] for levels in masks.values()]
     pixels = np.array([[[int(bit) for bit in bits] for bits in row] for row in rows], dtype=np.uint8)
-    sheet = 255 * np.repeat(pixels.reshape(-1, SIDE, SIDE, 1), 3, axis=3)
+    side = math.isqrt(pixels.shape[-1])
+    sheet = 255 * np.repeat(pixels.reshape(-1, side, side, 1), 3, axis=3)
     grid(sheet, len(rows[0]), row_names=list(masks)).save(path)
 
 
