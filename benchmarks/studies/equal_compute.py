@@ -120,7 +120,8 @@ CHOICES = {
     "uniform+shifted": Way(variant=Variant("regular-shifted")),
     "learned+grid": Way(variant=Variant(rule="grid")),
     "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
-    "dithered": Way(variant=Variant(rule="dithered")),
+    "dithered": Way(variant=Variant("dithered")),
+    "dithered+cell": Way(variant=Variant("dithered", cell=True)),
     "learned+detached": Way(variant=Variant(rule="detached")),
     "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),
 }

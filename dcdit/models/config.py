@@ -132,7 +132,8 @@ class DCDiTConfig(_TransformerConfig):
     """
 
     router: str = "predictability"
-    """``"predictability"``, ``"cosine2d"``, ``"cosine1d"``, or ``"uniform"``: a regular quarter of the positions."""
+    """``"predictability"``; ``"dithered"``: how many positions each place keeps is learned, and they are evenly spaced;
+    ``"cosine2d"``, ``"cosine1d"``; or ``"uniform"``: a regular quarter of the positions."""
     dechunk: str = "spatial"
     """``"spatial"`` or ``"ema"``."""
     dechunk_sigma: float = 1.0
@@ -274,8 +275,8 @@ class SparseDiTConfig(PatchConfig):
     """(h, w) of the sparse tokens from timestep 750 to 1000 (noise). Below, each side grows linearly, up to that of
     ``sparse_grid`` at 0. null: they are as many at all timesteps."""
     router: str | None = None
-    """``"predictability"``, ``"cosine2d"``, ``"cosine1d"`` or ``"uniform"``: what chooses the sparse tokens. null: they
-    are pooled."""
+    """``"predictability"``, ``"dithered"``, ``"cosine2d"``, ``"cosine1d"`` or ``"uniform"``: what chooses the sparse
+    tokens. null: they are pooled."""
     dechunk_sigma: float = 1.0
     """With a router, standard deviation of the smoothing that brings all tokens back, in tokens."""
 
@@ -298,7 +299,7 @@ class SparseDiTConfig(PatchConfig):
                 raise ValueError(f"{name} is {few}; accepted: at most {many}")
         if self.router is not None and self.router not in ROUTERS:
             raise ValueError(f"router is {self.router!r}; accepted: {', '.join(ROUTERS)}, or null")
-        if self.router == "predictability" and self.hidden_size % 32:
+        if self.router in ("predictability", "dithered") and self.hidden_size % 32:
             raise ValueError(f"hidden_size is {self.hidden_size}; accepted with that router: a multiple of 32")
         if not 0 < self.dechunk_sigma <= MAX_SIGMA:
             raise ValueError(f"dechunk_sigma is {self.dechunk_sigma}; accepted: a number in (0, {MAX_SIGMA:g}]")

@@ -188,7 +188,7 @@ def _block_parts(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def _router(config: DCDiTConfig | SparseDiTConfig, length: int) -> int:
     dim, narrow = config.hidden_size, config.hidden_size // 4
-    if config.router == "predictability":
+    if config.router in ("predictability", "dithered"):
         return _linear(length, dim, narrow) + 2 * _conv(length, narrow, narrow, 3) + _linear(length, narrow, 1)
     if config.router not in ("cosine2d", "cosine1d"):  # a fixed choice
         return 0

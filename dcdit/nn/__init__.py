@@ -9,7 +9,14 @@ from dcdit.nn.final_layer import DenseFinalLayer, PackedFinalLayer
 from dcdit.nn.gates import Gates, TokenGate, WidthGates, Widths
 from dcdit.nn.modulation import Modulation, SeparateModulation, StackedModulation
 from dcdit.nn.norm import GroupNormSiLU, RMSNorm
-from dcdit.nn.routers import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter, UniformRouter
+from dcdit.nn.routers import (
+    ROUTERS,
+    Cosine1dRouter,
+    Cosine2dRouter,
+    DitheredRouter,
+    PredictabilityRouter,
+    UniformRouter,
+)
 from dcdit.nn.sparse_blocks import CrossDiTBlock, PooledDiTBlock
 from dcdit.nn.sparse_tokens import PooledTokens, RoutedTokens
 from dcdit.nn.stages import STAGES, collect_stages, stage
@@ -36,6 +43,7 @@ __all__ = [
     "CrossDiTBlock",
     "DenseDiTBlock",
     "DenseFinalLayer",
+    "DitheredRouter",
     "EMADeChunk",
     "Gates",
     "GroupNormSiLU",

@@ -75,6 +75,37 @@ class PredictabilityRouter(nn.Module):
         return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
 
 
+class DitheredRouter(PredictabilityRouter):
+    """Learns how many positions each place keeps; an ordered dither (Bayer 1973) says which, evenly spaced.
+
+    The score d of :class:`PredictabilityRouter` is taken as a density. With t = (k + 1/2) / 16, where k is the entry of
+    the position in a 4 x 4 Bayer matrix, ``p = sigmoid(logit(d) - logit(t))``: a position is kept where d > t. Of
+    d = 1/4 everywhere, about which training starts, that is every second position of every second row.
+
+    Args:
+        dim: D, a multiple of 32.
+        grid: (H, W).
+
+    Example:
+        >>> import torch
+        >>> from dcdit.nn import DitheredRouter
+        >>> router = DitheredRouter(32, grid=(4, 4))
+        >>> _ = torch.nn.init.zeros_(router.out.weight), torch.nn.init.constant_(router.out.bias, -0.5)
+        >>> (router(torch.randn(1, 16, 32)) > 0.5).int().view(4, 4).tolist()  # d = 0.38: 6 of 16, and the forced last
+        [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    """
+
+    SIDE = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        density = super().forward(x)
+        row, column = (torch.arange(side, device=x.device) % self.SIDE for side in self.grid)
+        order = dither_order(row[:, None], column, self.SIDE).flatten().to(density.dtype)
+        threshold = order + 1 / (2 * self.SIDE**2)
+        p = torch.sigmoid(torch.logit(density, 1e-6) - torch.logit(threshold))
+        return torch.where(density < 1, p, density)  # what is forced stays at 1
+
+
 class CosineProjections(nn.Module):
     """Query and key projections that start as the identity."""
 
@@ -192,6 +223,7 @@ def dither_order(row: Tensor, column: Tensor, side: int) -> Tensor:
 
 ROUTERS: dict[str, type[nn.Module]] = {
     "predictability": PredictabilityRouter,
+    "dithered": DitheredRouter,
     "cosine2d": Cosine2dRouter,
     "cosine1d": Cosine1dRouter,
     "uniform": UniformRouter,

@@ -29,8 +29,8 @@ def varied_latents(batch: int, channels: int, grid: tuple[int, int]) -> Tensor:
 def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fraction: float) -> None:
     """Change an untrained router so that it naturally keeps this fraction of the positions of x.
 
-    The predictability router gets another output bias. The key projection of a cosine router loses more or less of what
-    all tokens have in common, which turns neighbours from alike to opposed.
+    The predictability router, dithered or not, gets another output bias. The key projection of a cosine router loses
+    more or less of what all tokens have in common, which turns neighbours from alike to opposed.
 
     Args:
         model: its router is changed in place.

@@ -96,19 +96,6 @@ def test_rules_between_learned_and_fixed() -> None:
         assert (inputs.grad is None) == ("detached" in rule), rule
 
 
-@pytest.mark.parametrize("share", [0.0625, 0.25, 0.5])
-def test_dithering_spaces_a_share_evenly(share: float) -> None:
-    router = selection.DitheredRouter(32, (8, 8))
-    torch.nn.init.zeros_(router.out.weight)
-    torch.nn.init.constant_(router.out.bias, float(torch.logit(torch.tensor(share + 0.01))))
-    kept = (router(torch.randn(1, 64, 32)) > 0.5)[0]
-    expected = selection.lattice((8, 8), 4 if share < 0.25 else 2, kept.device).view(8, 8)
-    if share == 0.5:  # and the middles of their squares
-        expected = expected | expected.roll((1, 1), (0, 1))
-    expected[-1, -1] = True  # the last position is always kept
-    assert torch.equal(kept.view(8, 8), expected)
-
-
 def test_the_most_important_runs_come_first_and_none_twice() -> None:
     plan = equal_compute.plan(FLOPS, ("cifar", "digits"))
     assert len(set(plan)) == len(plan)

@@ -41,7 +41,7 @@ def test_dict_round_trip_through_json(config) -> None:
         (
             DCDiTConfig,
             {"router": "random"},
-            "router is 'random'; accepted: predictability, cosine2d, cosine1d, uniform",
+            "router is 'random'; accepted: predictability, dithered, cosine2d, cosine1d, uniform",
         ),
         (DCDiTConfig, {"dechunk": "nearest"}, "dechunk is 'nearest'; accepted: spatial, ema"),
         (DCDiTConfig, {"dechunk_sigma": 0.0}, r"dechunk_sigma is 0.0; accepted: a number in \(0, 16\]"),

@@ -24,7 +24,7 @@ def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("router", ["predictability", "cosine2d", "cosine1d", "uniform"])
+@pytest.mark.parametrize("router", ["predictability", "dithered", "cosine2d", "cosine1d", "uniform"])
 @pytest.mark.parametrize("dechunk", ["spatial", "ema"])
 def test_every_variant_runs_on_both_backends(router: str, dechunk: str) -> None:
     model = small_dc_dit(router=router, dechunk=dechunk)

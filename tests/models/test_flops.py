@@ -42,7 +42,7 @@ def test_published_budgets_imply_the_target_compression(scale: str, rho: float, 
     assert 4.0 <= 1024 / natural <= 4.4
 
 
-@pytest.mark.parametrize("router", ["predictability", "cosine2d", "cosine1d", "uniform"])
+@pytest.mark.parametrize("router", ["predictability", "dithered", "cosine2d", "cosine1d", "uniform"])
 def test_dynamic_stages_match_pytorchs_counter(router: str) -> None:
     config = DCDiTConfig(**SMALL, router=router, dechunk="ema")
     model = DCDiT(config).eval()

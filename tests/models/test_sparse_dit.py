@@ -15,7 +15,7 @@ from dcdit.models.flops import SOFTMAX_FLOPS
 from dcdit.models.upcycle import upcycle
 
 BY_TIME = {"noisy_grid": (2, 3), "sparse_grid": (4, 5)}
-ROUTERS = ("predictability", "cosine2d", "cosine1d", "uniform")
+ROUTERS = ("predictability", "dithered", "cosine2d", "cosine1d", "uniform")
 MODELS = {
     "pooled": {},
     "pooled by time": BY_TIME,
@@ -336,7 +336,10 @@ def test_presets() -> None:
         ({"sparse_grid": [3]}, r"sparse_grid is \(3,\); accepted: \(H, W\), two positive integers"),
         ({"sparse_grid": None}, r"sparse_grid is None; accepted: \(H, W\)"),
         ({"noisy_grid": (4, 4)}, r"noisy_grid is \(4, 4\); accepted: at most \(3, 4\)"),
-        ({"router": "random"}, "router is 'random'; accepted: predictability, cosine2d, cosine1d, uniform, or null"),
+        (
+            {"router": "random"},
+            "router is 'random'; accepted: predictability, dithered, cosine2d, cosine1d, uniform, or null",
+        ),
         (
             {"router": "predictability", "hidden_size": 48},
             "hidden_size is 48; accepted with that router: a multiple of",

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.nn import ROUTERS, Cosine1dRouter, Cosine2dRouter, PredictabilityRouter, UniformRouter
+from dcdit.nn import ROUTERS, Cosine1dRouter, Cosine2dRouter, DitheredRouter, PredictabilityRouter, UniformRouter
 
 GRID = (5, 7)
 DIM = 64
@@ -90,6 +90,39 @@ def test_every_parameter_learns(name: str) -> None:
     (router(tokens()) * weights).sum().backward()
     for key, parameter in router.named_parameters():
         assert parameter.grad is not None and parameter.grad.norm() > 0, key
+
+
+BAYER = torch.tensor([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
+"""Bayer 1973, figure 4."""
+
+
+def test_a_dithered_position_is_kept_where_its_density_is_above_its_entry() -> None:
+    torch.manual_seed(0)
+    plain = PredictabilityRouter(DIM, GRID).double()
+    torch.nn.init.normal_(plain.out.weight)
+    router = DitheredRouter(DIM, GRID).double()
+    router.load_state_dict(plain.state_dict())
+    x = tokens(torch.float64)
+    density, p = plain(x), router(x)
+    row, column = torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij")
+    threshold = ((2 * BAYER[row % 4, column % 4] + 1) / 32).flatten().double()
+    assert torch.equal(p > 0.5, density > threshold)
+    odds = density / (1 - density) * (1 - threshold) / threshold
+    torch.testing.assert_close(p[:, 1:-1], (odds / (1 + odds))[:, 1:-1])
+    assert (p[:, [0, -1]] == 1).all()
+
+
+@pytest.mark.parametrize(("density", "kept_of_16"), [(0.07, 1), (0.25, 4), (0.55, 9), (0.97, 16)])
+def test_a_constant_density_is_spaced_evenly(density: float, kept_of_16: int) -> None:
+    router = DitheredRouter(DIM, (8, 12))
+    torch.nn.init.zeros_(router.out.weight)
+    torch.nn.init.constant_(router.out.bias, float(torch.tensor(density).logit()))
+    kept = (router(torch.randn(1, 96, DIM)) > 0.5).view(8, 12).int()
+    kept[-1, -1] = kept[3, 3]  # the last position is always kept
+    cells = kept.unfold(0, 4, 4).unfold(1, 4, 4).sum((2, 3))
+    assert cells.eq(kept_of_16).all()
+    if kept_of_16 == 4:
+        assert torch.equal(kept.nonzero() % 2, torch.zeros(24, 2).long())
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (5, 7), (1, 6), (16, 4)], ids=str)

@@ -18,7 +18,7 @@ def small_dc_dit(**overrides) -> DCDiT:
     torch.manual_seed(0)
     model = DCDiT(DCDiTConfig(**{"grid": GRID, **SIZES, **overrides}))
     randomize_zero_weights(model)
-    if model.config.router == "predictability":
+    if model.config.router in ("predictability", "dithered"):
         # Spread the probabilities around one half, so that every image keeps some tokens and drops others.
         nn.init.normal_(model.router.out.weight, std=1.0)
         nn.init.constant_(model.router.out.bias, -0.4)
