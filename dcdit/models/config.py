@@ -1,5 +1,6 @@
 """Configurations of the models: frozen, validated, and plain enough to be stored as JSON in a checkpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -187,9 +188,14 @@ class PatchConfig(_TransformerConfig):
             raise ValueError(f"hidden_size is {self.hidden_size}; accepted: a multiple of 4 (sine-cosine positions)")
 
     @property
+    def patches(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        return self.grid[0] // self.patch_size, self.grid[1] // self.patch_size
+
+    @property
     def tokens(self) -> int:
         """L, patches of an image."""
-        return (self.grid[0] // self.patch_size) * (self.grid[1] // self.patch_size)
+        return math.prod(self.patches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +296,8 @@ class SparseDiTConfig(PatchConfig):
                 f"depth is {self.depth}; accepted: at least {self.depth - self.tail}, the blocks of pooled = "
                 f"{self.pooled} and of modules = {self.modules} with sparse_depth = {self.sparse_depth}"
             )
-        patches = tuple(side // self.patch_size for side in self.grid)
         for name, few, many in (
-            ("sparse_grid", self.sparse_grid, patches),
+            ("sparse_grid", self.sparse_grid, self.patches),
             ("noisy_grid", self.noisy_grid or (1, 1), self.sparse_grid),
         ):
             if any(a > b for a, b in zip(few, many, strict=True)):

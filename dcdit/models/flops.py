@@ -1,5 +1,6 @@
 """Analytic FLOPs of a forward pass, stage by stage."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcdit.models.config import DCDiTConfig, DyDiTConfig, ModelConfig, PatchModelConfig, SparseDiTConfig
-from dcdit.nn import STAGES, Gates
+from dcdit.nn import STAGES, DitheredRouter, Gates
 from dcdit.nn.embedding import TimestepEmbedder
 from dcdit.nn.gates import TOKEN_GATE_SHARE, GateCounts
 
@@ -95,7 +96,7 @@ def _dynamic(config: DCDiTConfig, batch: int) -> dict[str, int]:
     per_image = {
         "embed": _conv(length, config.in_channels, narrow, 3) + _timestep(config),
         "encoder": stack((narrow, narrow), (narrow, dim)),
-        "router": _router(config, length),
+        "router": _router(config, config.grid),
         "dechunk": _linear(length, dim, dim),
         "decoder": stack((dim, narrow), (narrow, narrow)),
         "final": _final(length, narrow, config.out_channels, dim),
@@ -153,7 +154,7 @@ def _sparse(config: SparseDiTConfig, kept: list[int]) -> dict[str, int]:
         "dechunk": config.modules * (sum(kept) + len(kept) * full) * row,
     }
     if config.router is not None:
-        stages["router"] = len(kept) * config.modules * _router(config, full)
+        stages["router"] = len(kept) * config.modules * _router(config, config.patches)
     return stages
 
 
@@ -186,8 +187,10 @@ def _block_parts(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return lengths * _linear(1, dim, 4 * dim) + scores, 2 * lengths * _linear(1, dim, hidden)
 
 
-def _router(config: DCDiTConfig | SparseDiTConfig, length: int) -> int:
-    dim, narrow = config.hidden_size, config.hidden_size // 4
+def _router(config: DCDiTConfig | SparseDiTConfig, grid: tuple[int, int]) -> int:
+    dim, narrow, length = config.hidden_size, config.hidden_size // 4, math.prod(grid)
+    if config.router == "dithered":  # scores cells
+        length = math.prod(-(-side // DitheredRouter.SIDE) for side in grid)
     if config.router in ("predictability", "dithered"):
         return _linear(length, dim, narrow) + 2 * _conv(length, narrow, narrow, 3) + _linear(length, narrow, 1)
     if config.router not in ("cosine2d", "cosine1d"):  # a fixed choice

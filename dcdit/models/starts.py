@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdit.models import init
-from dcdit.nn import PredictabilityRouter
+from dcdit.nn import DitheredRouter, PredictabilityRouter
 from dcdit.nn.identity import set_to_identity
 
 Weight = Literal["zero", "xavier", "identity"]
@@ -25,7 +25,8 @@ class Start(NamedTuple):
     """adaLN of the blocks. At zero every block starts as the identity (DiT, arXiv 2212.09748)."""
     kept_share: float | None = None
     """Fraction of the tokens that the predictability router keeps at first, about. None takes the bias -1.1 of the
-    published code, with which it keeps fewer than one token in a hundred."""
+    published code, with which it keeps fewer than one token in a hundred. So does the dithered router, which keeps a
+    quarter with it."""
 
 
 STARTS = {
@@ -46,7 +47,7 @@ def apply_start(start: Start, residual_proj: nn.Linear, modulation: nn.Module, r
             # One Linear may hold the adaLN of all blocks; Xavier's bound is that of one block.
             _fill(linear, start.modulation, 6 * linear.in_features)
     if isinstance(router, PredictabilityRouter):
-        if start.kept_share is None:
+        if start.kept_share is None or isinstance(router, DitheredRouter):
             nn.init.constant_(router.out.bias, PredictabilityRouter.INITIAL_LOGIT)
         else:
             router.out.bias.copy_(_bias_for(start.kept_share, router.out.weight))

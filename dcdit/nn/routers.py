@@ -5,6 +5,7 @@ One of them keeps a regular grid instead and reads nothing.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from dcdit import ops
@@ -62,48 +63,61 @@ class PredictabilityRouter(nn.Module):
     def probability(self, features: Tensor) -> Tensor:
         """Group norm, SiLU, projection and sigmoid, as one operation where the modules are plain.
 
-        Otherwise the modules compute in the dtype of their weights, and the sigmoid in float32.
+        Otherwise the modules are called: they compute in the dtype of their weights, and the sigmoid in float32.
         """
         norm, out = self.norm, self.out
         if is_plain(norm, nn.GroupNorm) and norm.affine and is_plain(out, nn.Linear) and out.bias is not None:
             return ops.boundary_prob_predictability(
                 features, norm.weight, norm.bias, out.weight, out.bias, norm.num_groups, norm.eps
             )
-        hidden = F.silu(norm(features.to(dtype_of(norm))))
-        p = torch.sigmoid(upcast(out(to_tokens(hidden).to(dtype_of(out))))).squeeze(2)
-        position = torch.arange(p.shape[1], device=p.device)
-        return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
+        return with_forced_ends(torch.sigmoid(self.score(features)))
+
+    def score(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H*W) before the sigmoid, by calling the modules."""
+        hidden = F.silu(self.norm(features.to(dtype_of(self.norm))))
+        return upcast(self.out(to_tokens(hidden).to(dtype_of(self.out)))).squeeze(2)
+
+
+def with_forced_ends(p: Tensor) -> Tensor:
+    """(B, L) with 1 for the first and the last position, which are always kept."""
+    position = torch.arange(p.shape[1], device=p.device)
+    return p.masked_fill((position == 0) | (position == p.shape[1] - 1), 1.0)
 
 
 class DitheredRouter(PredictabilityRouter):
-    """Learns how many positions each place keeps; an ordered dither (Bayer 1973) says which, evenly spaced.
+    """Learns how many positions each cell of 4 x 4 keeps; an ordered dither (Bayer 1973) says which, evenly spaced.
 
-    The score d of :class:`PredictabilityRouter` is taken as a density. With t = (k + 1/2) / 16, where k is the entry of
-    the position in a 4 x 4 Bayer matrix, ``p = sigmoid(logit(d) - logit(t))``: a position is kept where d > t. Of
-    d = 1/4 everywhere, about which training starts, that is every second position of every second row.
+    :class:`PredictabilityRouter` scores the means of the cells. With s, the score of a position's cell before the
+    sigmoid, and t = (k + 1/2) / 16, where k is the entry of the position in a 4 x 4 Bayer matrix,
+    ``p = sigmoid(s - logit(t))``. So a cell keeps a share of about sigmoid(s) of its positions. Training starts at
+    about a quarter, which is every second position of every second row. The scores take a sixteenth of the FLOPs.
 
     Args:
         dim: D, a multiple of 32.
-        grid: (H, W).
+        grid: (H, W). Cells at its end may be smaller.
 
     Example:
         >>> import torch
         >>> from dcdit.nn import DitheredRouter
-        >>> router = DitheredRouter(32, grid=(4, 4))
+        >>> router = DitheredRouter(32, grid=(4, 8))
         >>> _ = torch.nn.init.zeros_(router.out.weight), torch.nn.init.constant_(router.out.bias, -0.5)
-        >>> (router(torch.randn(1, 16, 32)) > 0.5).int().view(4, 4).tolist()  # d = 0.38: 6 of 16, and the forced last
+        >>> (router(torch.randn(1, 32, 32)) > 0.5).int().view(4, 8)[:, :4].tolist()  # a share of 0.38: 6 of 16
         [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
     """
 
     SIDE = 4
 
     def forward(self, x: Tensor) -> Tensor:
-        density = super().forward(x)
-        row, column = (torch.arange(side, device=x.device) % self.SIDE for side in self.grid)
-        order = dither_order(row[:, None], column, self.SIDE).flatten().to(density.dtype)
-        threshold = order + 1 / (2 * self.SIDE**2)
-        p = torch.sigmoid(torch.logit(density, 1e-6) - torch.logit(threshold))
-        return torch.where(density < 1, p, density)  # what is forced stays at 1
+        means = F.avg_pool2d(to_grid(x, self.grid), self.SIDE, ceil_mode=True)
+        cells = means.shape[2], means.shape[3]
+        features = self.scorer(self.prediction_error(to_grid(self.proj(to_tokens(means)), cells)))
+        with without_autocast(x):
+            score = self.score(features).unflatten(1, cells)
+            place = torch.arange(self.SIDE, device=x.device)
+            threshold = dither_order(place[:, None], place, self.SIDE).to(score.dtype) + 1 / (2 * self.SIDE**2)
+            logits = rearrange(score, "b h w -> b h 1 w 1") - torch.logit(threshold)[:, None]
+            p = rearrange(torch.sigmoid(logits), "b h i w j -> b (h i) (w j)")
+            return with_forced_ends(p[:, : self.grid[0], : self.grid[1]].flatten(1))
 
 
 class CosineProjections(nn.Module):

@@ -96,27 +96,36 @@ BAYER = torch.tensor([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 
 """Bayer 1973, figure 4."""
 
 
-def test_a_dithered_position_is_kept_where_its_density_is_above_its_entry() -> None:
+def test_a_dithered_position_is_kept_where_the_share_of_its_cell_is_above_its_entry() -> None:
     torch.manual_seed(0)
-    plain = PredictabilityRouter(DIM, GRID).double()
-    torch.nn.init.normal_(plain.out.weight)
-    router = DitheredRouter(DIM, GRID).double()
-    router.load_state_dict(plain.state_dict())
-    x = tokens(torch.float64)
-    density, p = plain(x), router(x)
-    row, column = torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij")
-    threshold = ((2 * BAYER[row % 4, column % 4] + 1) / 32).flatten().double()
-    assert torch.equal(p > 0.5, density > threshold)
-    odds = density / (1 - density) * (1 - threshold) / threshold
-    torch.testing.assert_close(p[:, 1:-1], (odds / (1 + odds))[:, 1:-1])
+    grid = (9, 14)  # 3 x 4 cells, the last ones smaller
+    router, plain = DitheredRouter(DIM, grid).double(), PredictabilityRouter(DIM, (3, 4)).double()
+    torch.nn.init.normal_(router.out.weight)
+    plain.load_state_dict(router.state_dict())
+    x = torch.randn(2, 9, 14, DIM, dtype=torch.float64)
+    means = [x[:, r : r + 4, c : c + 4].mean((1, 2)) for r in (0, 4, 8) for c in (0, 4, 8, 12)]
+    share = torch.sigmoid(plain.score(plain.scorer(plain.prediction_error(on_grid(plain.proj(torch.stack(means, 1)))))))
+    share = share.view(2, 3, 4)
+    assert share.min() < 0.1 and share.max() > 0.6
+    p = router(x.flatten(1, 2))
+    row, column = torch.meshgrid(torch.arange(9), torch.arange(14), indexing="ij")
+    threshold, share = (2 * BAYER[row % 4, column % 4] + 1).double() / 32, share[:, row // 4, column // 4]
+    odds = share / (1 - share) * (1 - threshold) / threshold
+    torch.testing.assert_close(p[:, 1:-1], (odds / (1 + odds)).flatten(1)[:, 1:-1])
+    assert torch.equal((p > 0.5)[:, 1:-1], (share > threshold).flatten(1)[:, 1:-1])
     assert (p[:, [0, -1]] == 1).all()
 
 
-@pytest.mark.parametrize(("density", "kept_of_16"), [(0.07, 1), (0.25, 4), (0.55, 9), (0.97, 16)])
-def test_a_constant_density_is_spaced_evenly(density: float, kept_of_16: int) -> None:
+def on_grid(cells: torch.Tensor) -> torch.Tensor:
+    """(B, 12, C) -> (B, C, 3, 4)."""
+    return cells.transpose(1, 2).unflatten(2, (3, 4))
+
+
+@pytest.mark.parametrize(("share", "kept_of_16"), [(0.07, 1), (0.25, 4), (0.55, 9), (0.97, 16)])
+def test_a_constant_share_is_spaced_evenly(share: float, kept_of_16: int) -> None:
     router = DitheredRouter(DIM, (8, 12))
     torch.nn.init.zeros_(router.out.weight)
-    torch.nn.init.constant_(router.out.bias, float(torch.tensor(density).logit()))
+    torch.nn.init.constant_(router.out.bias, float(torch.tensor(share).logit()))
     kept = (router(torch.randn(1, 96, DIM)) > 0.5).view(8, 12).int()
     kept[-1, -1] = kept[3, 3]  # the last position is always kept
     cells = kept.unfold(0, 4, 4).unfold(1, 4, 4).sum((2, 3))
