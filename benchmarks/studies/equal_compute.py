@@ -121,6 +121,7 @@ CHOICES = {
     "learned+grid": Way(variant=Variant(rule="grid")),
     "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
     "dithered": Way(variant=Variant("dithered")),
+    "dithered-positions": Way(variant=Variant(rule="dithered-positions")),
     "dithered+cell": Way(variant=Variant("dithered", cell=True)),
     "learned+detached": Way(variant=Variant(rule="detached")),
     "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),

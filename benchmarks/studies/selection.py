@@ -5,9 +5,9 @@ detail in the clean image (which no sampler could know). And another content of 
 tokens in its cell (the positions that the de-chunk gives to it) through a linear layer is added to it, so that no pixel
 goes unread.
 
-Two rules between learned and fixed: a sixteenth of the positions in a regular grid is always kept and the rest is
-learned; and of each cell of 2 x 2 the most probable position is kept. And a learned choice whose gradient ends at the
-router's input.
+Three rules between learned and fixed: a sixteenth of the positions in a regular grid is always kept and the rest is
+learned; of each cell of 2 x 2 the most probable position is kept; and p is taken as a share and dithered. And a learned
+choice whose gradient ends at the router's input.
 
 Beside them a regular quarter that is shifted at random, the package's own regular quarter (`router: uniform`), which
 differs in what is dropped first, and one whose probabilities are hardly above one half, so that the de-chunk smooths it
@@ -29,6 +29,7 @@ from benchmarks.studies import cifar10
 from dcdit.diffusion import objectives
 from dcdit.models import dc_dit
 from dcdit.nn import ROUTERS, ChunkLayer, PredictabilityRouter
+from dcdit.nn.routers import dither_order
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
 from dcdit.profiling.router_study import local_detail
@@ -151,7 +152,17 @@ class DetachedGridRouter(GridRouter, DetachedRouter):
     """Both."""
 
 
+class DitheredPositionsRouter(PredictabilityRouter):
+    """The dither of the package's DitheredRouter, with a share for each position instead of each cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, col = (torch.arange(side, device=x.device) % 4 for side in self.grid)
+        threshold = dither_order(row[:, None], col, 4).flatten() + 1 / 32
+        return (super().forward(x).logit(1e-6) - threshold.logit()).sigmoid()
+
+
 RULES = {
+    "dithered-positions": DitheredPositionsRouter,
     "grid": GridRouter,
     "one-per-cell": CellRouter,
     "detached": DetachedRouter,

@@ -89,6 +89,8 @@ def test_rules_between_learned_and_fixed() -> None:
     best = learned.view(2, 4, 2, 4, 2).transpose(2, 3).flatten(3).argmax(3)
     assert torch.equal(cells.int().argmax(3), best)
     assert torch.equal(routers["detached"](x), learned)
+    threshold = (2 * torch.tensor([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) + 1) / 32
+    assert torch.equal(kept["dithered-positions"], learned > threshold.repeat(2, 2).flatten())
     assert torch.equal(routers["grid+detached"](x), routers["grid"](x))
     for rule, router in routers.items():
         inputs = x.clone().requires_grad_()

@@ -139,8 +139,9 @@ def test_validation_leaves_training_alone(config):
         ["diffusion.objective=flow", "model.overrides.learn_sigma=false"],
         ["router.group_size=null", "model.overrides.router=cosine1d", "model.overrides.dechunk=ema"],
         ["router.target=4", "model.overrides.router=uniform"],
+        ["optim.precision=bf16", "model.overrides.router=dithered"],
     ],
-    ids=["bf16", "accumulate", "flow", "h-net", "uniform"],
+    ids=["bf16", "accumulate", "flow", "h-net", "uniform", "dithered"],
 )
 def test_variants_train(config, overrides):
     result = train(config("optim.steps=2", "run.eval_every=2", *overrides))
