@@ -121,6 +121,8 @@ CHOICES = {
     "learned+grid": Way(variant=Variant(rule="grid")),
     "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
     "dithered": Way(variant=Variant("dithered")),
+    "dithered-sharp": Way(variant=Variant("dithered", rule="sharp")),
+    "dithered-bounded": Way(variant=Variant("dithered", rule="bounded")),
     "dithered-positions": Way(variant=Variant(rule="dithered-positions")),
     "dithered+cell": Way(variant=Variant("dithered", cell=True)),
     "learned+detached": Way(variant=Variant(rule="detached")),

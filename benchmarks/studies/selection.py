@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.studies import cifar10
 from dcdit.diffusion import objectives
 from dcdit.models import dc_dit
-from dcdit.nn import ROUTERS, ChunkLayer, PredictabilityRouter
+from dcdit.nn import ROUTERS, ChunkLayer, DitheredRouter, PredictabilityRouter
 from dcdit.nn.routers import dither_order
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
@@ -161,7 +161,25 @@ class DitheredPositionsRouter(PredictabilityRouter):
         return (super().forward(x).logit(1e-6) - threshold.logit()).sigmoid()
 
 
+class SharpDitheredRouter(DitheredRouter):
+    """Kept positions have a p near 1 whatever the share of their cell."""
+
+    SHARPNESS = 4.0
+
+
+class BoundedDitheredRouter(DitheredRouter):
+    """The odds of a cell's share stay within a factor of BOUND of those of a quarter."""
+
+    BOUND = 3.0
+
+    def score(self, features: Tensor) -> Tensor:
+        bound = math.log(self.BOUND)
+        return self.INITIAL_LOGIT + bound * torch.tanh((super().score(features) - self.INITIAL_LOGIT) / bound)
+
+
 RULES = {
+    "sharp": SharpDitheredRouter,
+    "bounded": BoundedDitheredRouter,
     "dithered-positions": DitheredPositionsRouter,
     "grid": GridRouter,
     "one-per-cell": CellRouter,
@@ -226,7 +244,7 @@ def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
     dim = cifar10.MODELS["dc-dit"][1]["hidden_size"]
     chunk = partial(CellChunk, dim) if variant.cell else ChunkLayer
-    learned = {} if variant.rule is None else {"predictability": RULES[variant.rule]}
+    learned = {} if variant.rule is None else {variant.router: RULES[variant.rule]}
     objective = partial(CleanImageObjective if variant.clean else NotingObjective, variant.time)
     with (
         patch.dict(ROUTERS, {**FIXED, **learned}),

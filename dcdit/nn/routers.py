@@ -106,6 +106,7 @@ class DitheredRouter(PredictabilityRouter):
     """
 
     SIDE = 4
+    SHARPNESS = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         means = F.avg_pool2d(to_grid(x, self.grid), self.SIDE, ceil_mode=True)
@@ -116,7 +117,7 @@ class DitheredRouter(PredictabilityRouter):
             place = torch.arange(self.SIDE, device=x.device)
             threshold = dither_order(place[:, None], place, self.SIDE).to(score.dtype) + 1 / (2 * self.SIDE**2)
             logits = rearrange(score, "b h w -> b h 1 w 1") - torch.logit(threshold)[:, None]
-            p = rearrange(torch.sigmoid(logits), "b h i w j -> b (h i) (w j)")
+            p = rearrange(torch.sigmoid(self.SHARPNESS * logits), "b h i w j -> b (h i) (w j)")
             return with_forced_ends(p[:, : self.grid[0], : self.grid[1]].flatten(1))
 
 
