@@ -101,6 +101,8 @@ class Way(NamedTuple):
     variant: Variant = Variant()
     start: str = "paper"
     settings: Mapping[str, Any] = {}
+    window: int = 1
+    """``context_window`` of the model."""
 
 
 MAIN = {name: Way(name) for name in GPU_MODELS}
@@ -120,14 +122,13 @@ CHOICES = {
     "uniform+shifted": Way(variant=Variant("regular-shifted")),
     "learned+grid": Way(variant=Variant(rule="grid")),
     "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
-    "dithered": Way(variant=Variant("dithered")),
-    "dithered-sharp": Way(variant=Variant("dithered", rule="sharp")),
-    "dithered-bounded": Way(variant=Variant("dithered", rule="bounded")),
-    "dithered-bounded+cell": Way(variant=Variant("dithered", cell="cell", rule="bounded")),
-    "dithered-bounded+window": Way(variant=Variant("dithered", cell="window", rule="bounded")),
-    "dithered-bounded+block": Way(variant=Variant("dithered", cell="block", rule="bounded")),
-    "uniform+window": Way(variant=Variant("uniform", cell="window")),
     "uniform+block": Way(variant=Variant("uniform", cell="block")),
+    "uniform+window": Way(variant=Variant("uniform"), window=3),
+    "dithered": Way(variant=Variant("dithered")),
+    "dithered+window": Way(variant=Variant("dithered"), window=3),
+    "dithered-soft": Way(variant=Variant("dithered", rule="soft")),
+    "dithered-soft+cell": Way(variant=Variant("dithered", cell="cell", rule="soft")),
+    "dithered-bounded": Way(variant=Variant("dithered", rule="bounded")),
     "dithered-positions": Way(variant=Variant(rule="dithered-positions")),
     "dithered+cell": Way(variant=Variant("dithered", cell="cell")),
     "learned+detached": Way(variant=Variant(rule="detached")),
@@ -181,7 +182,9 @@ def config_of(
     if data == "photographs":
         models = PHOTOGRAPH_MODELS
     preset, overrides = models[way.model]
-    dynamic = {"start": way.start, "router": way.variant.router} if way.model == "dc-dit" else {}
+    dynamic: dict[str, Any] = {}
+    if way.model == "dc-dit":
+        dynamic = {"start": way.start, "router": way.variant.router, "context_window": way.window}
     values = {
         "model.name": preset,
         "model.num_classes": 10,

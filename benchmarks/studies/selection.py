@@ -164,13 +164,13 @@ class DitheredPositionsRouter(PredictabilityRouter):
         return (super().forward(x).logit(1e-6) - threshold.logit()).sigmoid()
 
 
-class SharpDitheredRouter(DitheredRouter):
-    """Kept positions have a p near 1 whatever the share of their cell."""
+class SoftDitheredRouter(DitheredRouter):
+    """p follows the share of the cell."""
 
-    SHARPNESS = 4.0
+    SHARPNESS = 1.0
 
 
-class BoundedDitheredRouter(DitheredRouter):
+class BoundedDitheredRouter(SoftDitheredRouter):
     """The odds of a cell's share stay within a factor of BOUND of those of a quarter."""
 
     BOUND = 3.0
@@ -181,7 +181,7 @@ class BoundedDitheredRouter(DitheredRouter):
 
 
 RULES = {
-    "sharp": SharpDitheredRouter,
+    "soft": SoftDitheredRouter,
     "bounded": BoundedDitheredRouter,
     "dithered-positions": DitheredPositionsRouter,
     "grid": GridRouter,
@@ -232,16 +232,6 @@ class CellChunk(ChunkLayer):
         return super().pack(x, sel, position) + self.cell_proj(cell_means(x, sel))
 
 
-class WindowChunk(CellChunk):
-    """The mean of the 3 x 3 positions around a kept token in place of its cell."""
-
-    def pack(self, x: Tensor, sel: TokenSelection, position: Tensor | None = None) -> Tensor:
-        side = math.isqrt(x.shape[1])
-        means = F.avg_pool2d(to_grid(x, (side, side)), 3, stride=1, padding=1, count_include_pad=False)
-        around = ops.gather_tokens(to_tokens(means), sel)
-        return ChunkLayer.pack(self, x, sel, position) + self.cell_proj(around)
-
-
 class BlockChunk(CellChunk):
     """The mean of the block of 4 x 4 positions in which a kept token is."""
 
@@ -252,7 +242,7 @@ class BlockChunk(CellChunk):
         return ChunkLayer.pack(self, x, sel, position) + ops.gather_tokens(to_tokens(spread), sel)
 
 
-CHUNKS = {"cell": CellChunk, "window": WindowChunk, "block": BlockChunk}
+CHUNKS = {"cell": CellChunk, "block": BlockChunk}
 
 
 def cell_means(x: Tensor, sel: TokenSelection) -> Tensor:

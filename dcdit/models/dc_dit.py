@@ -30,6 +30,7 @@ from dcdit.nn import (
     SpatialDeChunk,
     VarlenMeta,
     WidthGates,
+    WindowChunkLayer,
     sincos_position,
     stage,
 )
@@ -157,7 +158,8 @@ class DCDiT(nn.Module):
         self.register_buffer("pos_embed", torch.empty(math.prod(config.grid), dim, dtype=torch.float32))
         self.encoder = ConvStack((narrow, narrow, dim), dim)
         self.router = ROUTERS[config.router](dim, config.grid)
-        self.chunk = ChunkLayer()
+        window = config.context_window
+        self.chunk = ChunkLayer() if window == 1 else WindowChunkLayer(dim, config.grid, window)
         self.modulation = create_modulation(config)
         heads = config.num_heads
         self.width_gates = WidthGates(dim, config.depth, heads, heads) if config.dynamic_width else None

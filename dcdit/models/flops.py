@@ -70,6 +70,8 @@ def count_flops(
     outer = _dynamic(config, len(kept)) if isinstance(config, DCDiTConfig) else _static(config, len(kept))
     inner = _sparse(config, kept) if isinstance(config, SparseDiTConfig) else _transformer(config, kept, gates)
     stages = {**outer, **inner}
+    if isinstance(config, DCDiTConfig) and config.context_window > 1:
+        stages["gather"] = _linear(sum(kept), config.hidden_size, config.hidden_size)
     return {**dict.fromkeys(STAGES, 0), **stages, "total": sum(stages.values())}
 
 

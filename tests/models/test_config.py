@@ -43,6 +43,8 @@ def test_dict_round_trip_through_json(config) -> None:
             {"router": "random"},
             "router is 'random'; accepted: predictability, dithered, cosine2d, cosine1d, uniform",
         ),
+        (DCDiTConfig, {"context_window": 2}, "context_window is 2; accepted: an odd number, at least 1"),
+        (DCDiTConfig, {"context_window": -1}, "context_window is -1; accepted: an odd number, at least 1"),
         (DCDiTConfig, {"dechunk": "nearest"}, "dechunk is 'nearest'; accepted: spatial, ema"),
         (DCDiTConfig, {"dechunk_sigma": 0.0}, r"dechunk_sigma is 0.0; accepted: a number in \(0, 16\]"),
         (DiTConfig, {"patch_size": 3}, r"patch_size is 3; accepted: a positive divisor of both sides of \(8, 8\)"),

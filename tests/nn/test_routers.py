@@ -110,7 +110,7 @@ def test_a_dithered_position_is_kept_where_the_share_of_its_cell_is_above_its_en
     p = router(x.flatten(1, 2))
     row, column = torch.meshgrid(torch.arange(9), torch.arange(14), indexing="ij")
     threshold, share = (2 * BAYER[row % 4, column % 4] + 1).double() / 32, share[:, row // 4, column // 4]
-    odds = share / (1 - share) * (1 - threshold) / threshold
+    odds = (share / (1 - share) * (1 - threshold) / threshold) ** 4
     torch.testing.assert_close(p[:, 1:-1], (odds / (1 + odds)).flatten(1)[:, 1:-1])
     assert torch.equal((p > 0.5)[:, 1:-1], (share > threshold).flatten(1)[:, 1:-1])
     assert (p[:, [0, -1]] == 1).all()
