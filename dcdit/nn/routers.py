@@ -107,8 +107,9 @@ class DitheredRouter(PredictabilityRouter):
 
     SIDE = 4
     SHARPNESS = 4.0
-    """The de-chunk smooths what has a p near one half, so a model learns to push p to 0 or 1. At 1 that pushes the shares
-    of the cells apart (0 to 14 of 16, wherever the image); at 4 they stay between 1 and 9, and the loss is lower."""
+    """The de-chunk smooths what has a p near one half, so a model learns to push p to 0 or 1. At 1 that drives the
+    shares of the cells apart, to 0 and 14 of 16, wherever the image; at 4 they stay between 1 and 9, and the loss is
+    lower."""
 
     def forward(self, x: Tensor) -> Tensor:
         means = F.avg_pool2d(to_grid(x, self.grid), self.SIDE, ceil_mode=True)
