@@ -101,8 +101,8 @@ class Way(NamedTuple):
     variant: Variant = Variant()
     start: str = "paper"
     settings: Mapping[str, Any] = {}
-    window: int = 1
-    """``context_window`` of the model."""
+    context: bool = False
+    """``cell_context`` of the model."""
 
 
 MAIN = {name: Way(name) for name in GPU_MODELS}
@@ -113,24 +113,24 @@ CHOICES = {
     "uniform": Way(variant=Variant("regular")),
     "oracle": Way(variant=Variant("oracle")),
     "no-dropping": Way(settings={"router.drop_fractions": [0.0]}),
-    "learned+cell": Way(variant=Variant(cell="cell")),
+    "learned+cell": Way(variant=Variant(cell=True)),
     "random": Way(variant=Variant("random")),
     "official-start": Way(start="official"),
-    "uniform+cell": Way(variant=Variant("regular", cell="cell")),
+    "uniform+cell": Way(variant=Variant("regular", cell=True)),
     "uniform+ordered": Way(variant=Variant("uniform")),
     "uniform+smoothed": Way(variant=Variant("regular-smoothed")),
     "uniform+shifted": Way(variant=Variant("regular-shifted")),
     "learned+grid": Way(variant=Variant(rule="grid")),
     "one-per-cell": Way(variant=Variant(rule="one-per-cell")),
-    "uniform+block": Way(variant=Variant("uniform", cell="block")),
-    "uniform+window": Way(variant=Variant("uniform"), window=3),
+    "uniform+context": Way(variant=Variant("uniform"), context=True),
     "dithered": Way(variant=Variant("dithered")),
-    "dithered+window": Way(variant=Variant("dithered"), window=3),
+    "dithered+context": Way(variant=Variant("dithered"), context=True),
+    "learned+context": Way(context=True),
     "dithered-soft": Way(variant=Variant("dithered", rule="soft")),
-    "dithered-soft+cell": Way(variant=Variant("dithered", cell="cell", rule="soft")),
+    "dithered-soft+cell": Way(variant=Variant("dithered", cell=True, rule="soft")),
     "dithered-bounded": Way(variant=Variant("dithered", rule="bounded")),
     "dithered-positions": Way(variant=Variant(rule="dithered-positions")),
-    "dithered+cell": Way(variant=Variant("dithered", cell="cell")),
+    "dithered+cell": Way(variant=Variant("dithered", cell=True)),
     "learned+detached": Way(variant=Variant(rule="detached")),
     "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),
 }
@@ -184,7 +184,7 @@ def config_of(
     preset, overrides = models[way.model]
     dynamic: dict[str, Any] = {}
     if way.model == "dc-dit":
-        dynamic = {"start": way.start, "router": way.variant.router, "context_window": way.window}
+        dynamic = {"start": way.start, "router": way.variant.router, "cell_context": way.context}
     values = {
         "model.name": preset,
         "model.num_classes": 10,

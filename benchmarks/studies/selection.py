@@ -22,16 +22,13 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from benchmarks.studies import cifar10
-from dcdit import ops
 from dcdit.diffusion import objectives
 from dcdit.models import dc_dit
 from dcdit.nn import ROUTERS, ChunkLayer, DitheredRouter, PredictabilityRouter
-from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.routers import dither_order
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
@@ -50,8 +47,8 @@ class Variant(NamedTuple):
     """One line of the study."""
 
     router: str = "predictability"
-    cell: str | None = None
-    """What a kept token also reads, of CHUNKS."""
+    cell: bool = False
+    """Whether a kept token also reads the mean of the positions to which it is the nearest one."""
     clean: bool = False
     """Whether the model predicts the clean image, and the velocity is computed from it and the noisy one."""
     time: str = "uniform"
@@ -62,7 +59,7 @@ class Variant(NamedTuple):
     @property
     def replaces_parts(self) -> bool:
         """Whether the model has other parts than the package's."""
-        return self.cell is not None or self.rule is not None or self.router in FIXED
+        return self.cell or self.rule is not None or self.router in FIXED
 
 
 def lattice(grid: tuple[int, int], step: int, device: torch.device) -> Tensor:
@@ -232,19 +229,6 @@ class CellChunk(ChunkLayer):
         return super().pack(x, sel, position) + self.cell_proj(cell_means(x, sel))
 
 
-class BlockChunk(CellChunk):
-    """The mean of the block of 4 x 4 positions in which a kept token is."""
-
-    def pack(self, x: Tensor, sel: TokenSelection, position: Tensor | None = None) -> Tensor:
-        side = math.isqrt(x.shape[1])
-        means = F.avg_pool2d(to_grid(x, (side, side)), 4)
-        spread = F.interpolate(to_grid(self.cell_proj(to_tokens(means)), (side // 4, side // 4)), scale_factor=4)
-        return ChunkLayer.pack(self, x, sel, position) + ops.gather_tokens(to_tokens(spread), sel)
-
-
-CHUNKS = {"cell": CellChunk, "block": BlockChunk}
-
-
 def cell_means(x: Tensor, sel: TokenSelection) -> Tensor:
     """(B, L, D) -> (T, D): for each kept token the mean over the positions to which it is the nearest one."""
     images, length, dim = x.shape
@@ -259,7 +243,7 @@ def cell_means(x: Tensor, sel: TokenSelection) -> Tensor:
 def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
     dim = cifar10.MODELS["dc-dit"][1]["hidden_size"]
-    chunk = ChunkLayer if variant.cell is None else partial(CHUNKS[variant.cell], dim)
+    chunk = partial(CellChunk, dim) if variant.cell else ChunkLayer
     learned = {} if variant.rule is None else {variant.router: RULES[variant.rule]}
     objective = partial(CleanImageObjective if variant.clean else NotingObjective, variant.time)
     with (

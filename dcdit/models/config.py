@@ -139,9 +139,8 @@ class DCDiTConfig(_TransformerConfig):
     """``"spatial"`` or ``"ema"``."""
     dechunk_sigma: float = 1.0
     """Standard deviation of the spatial de-chunk's smoothing, in grid cells."""
-    context_window: int = 1
-    """Side, in positions, of the window around a kept token whose mean it reads as well. 1: it reads its own position
-    only, as in the paper."""
+    cell_context: bool = False
+    """Whether a kept token also reads the mean of its cell of 4 x 4 positions. In the paper it does not."""
     start: str = "paper"
     """How training starts, a name in :data:`dcdit.models.starts.STARTS`. Trained weights do not depend on it."""
     adapt_conditioning: bool = False
@@ -162,8 +161,6 @@ class DCDiTConfig(_TransformerConfig):
             raise ValueError(f"router is {self.router!r}; accepted: {', '.join(ROUTERS)}")
         if self.dechunk not in DECHUNKS:
             raise ValueError(f"dechunk is {self.dechunk!r}; accepted: {', '.join(DECHUNKS)}")
-        if self.context_window < 1 or self.context_window % 2 == 0:
-            raise ValueError(f"context_window is {self.context_window}; accepted: an odd number, at least 1")
         if self.start not in STARTS:
             raise ValueError(f"start is {self.start!r}; accepted: {', '.join(STARTS)}")
         if not 0 < self.dechunk_sigma <= MAX_SIGMA:

@@ -20,6 +20,7 @@ from dcdit.models.starts import STARTS, apply_start
 from dcdit.nn import (
     ROUTERS,
     ChunkLayer,
+    ContextChunkLayer,
     ConvStack,
     EMADeChunk,
     Gates,
@@ -30,7 +31,6 @@ from dcdit.nn import (
     SpatialDeChunk,
     VarlenMeta,
     WidthGates,
-    WindowChunkLayer,
     sincos_position,
     stage,
 )
@@ -158,8 +158,7 @@ class DCDiT(nn.Module):
         self.register_buffer("pos_embed", torch.empty(math.prod(config.grid), dim, dtype=torch.float32))
         self.encoder = ConvStack((narrow, narrow, dim), dim)
         self.router = ROUTERS[config.router](dim, config.grid)
-        window = config.context_window
-        self.chunk = ChunkLayer() if window == 1 else WindowChunkLayer(dim, config.grid, window)
+        self.chunk = ContextChunkLayer(dim, config.grid) if config.cell_context else ChunkLayer()
         self.modulation = create_modulation(config)
         heads = config.num_heads
         self.width_gates = WidthGates(dim, config.depth, heads, heads) if config.dynamic_width else None

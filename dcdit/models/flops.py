@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dcdit.models.config import DCDiTConfig, DyDiTConfig, ModelConfig, PatchModelConfig, SparseDiTConfig
-from dcdit.nn import STAGES, DitheredRouter, Gates
+from dcdit.nn import STAGES, Gates
+from dcdit.nn.cells import cells_of
 from dcdit.nn.embedding import TimestepEmbedder
 from dcdit.nn.gates import TOKEN_GATE_SHARE, GateCounts
 
@@ -70,8 +71,9 @@ def count_flops(
     outer = _dynamic(config, len(kept)) if isinstance(config, DCDiTConfig) else _static(config, len(kept))
     inner = _sparse(config, kept) if isinstance(config, SparseDiTConfig) else _transformer(config, kept, gates)
     stages = {**outer, **inner}
-    if isinstance(config, DCDiTConfig) and config.context_window > 1:
-        stages["gather"] = _linear(sum(kept), config.hidden_size, config.hidden_size)
+    if isinstance(config, DCDiTConfig) and config.cell_context:
+        rows = len(kept) * math.prod(cells_of(config.grid))
+        stages["gather"] = _linear(rows, config.hidden_size, config.hidden_size)
     return {**dict.fromkeys(STAGES, 0), **stages, "total": sum(stages.values())}
 
 
@@ -192,7 +194,7 @@ def _block_parts(config: ModelConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
 def _router(config: DCDiTConfig | SparseDiTConfig, grid: tuple[int, int]) -> int:
     dim, narrow, length = config.hidden_size, config.hidden_size // 4, math.prod(grid)
     if config.router == "dithered":  # scores cells
-        length = math.prod(-(-side // DitheredRouter.SIDE) for side in grid)
+        length = math.prod(cells_of(grid))
     if config.router in ("predictability", "dithered"):
         return _linear(length, dim, narrow) + 2 * _conv(length, narrow, narrow, 3) + _linear(length, narrow, 1)
     if config.router not in ("cosine2d", "cosine1d"):  # a fixed choice

@@ -1,7 +1,7 @@
 """Modules of dynamic-token diffusion transformers. Those for 1-D sequences are in :mod:`dcdit.nn.hnet`."""
 
 from dcdit.nn import hnet
-from dcdit.nn.chunk import ChunkLayer, EMADeChunk, SpatialDeChunk, WindowChunkLayer
+from dcdit.nn.chunk import ChunkLayer, ContextChunkLayer, EMADeChunk, SpatialDeChunk
 from dcdit.nn.conv_block import ConvBlock, ConvStack
 from dcdit.nn.dit_block import DenseDiTBlock, PackedDiTBlock, PendingResidual, VarlenMeta
 from dcdit.nn.embedding import LabelEmbedder, SeparateTimestepEmbedders, TimestepEmbedder, sincos_position
@@ -36,6 +36,7 @@ __all__ = [
     "ROUTERS",
     "STAGES",
     "ChunkLayer",
+    "ContextChunkLayer",
     "ConvBlock",
     "ConvStack",
     "Cosine1dRouter",
@@ -67,7 +68,6 @@ __all__ = [
     "VarlenMeta",
     "WidthGates",
     "Widths",
-    "WindowChunkLayer",
     "collect_stages",
     "hnet",
     "sincos_position",

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdit import ops
-from dcdit.nn.memory_format import to_grid, to_tokens
+from dcdit.nn.cells import cell_means, spread
+from dcdit.nn.memory_format import to_tokens
 from dcdit.nn.stages import stage
 from dcdit.ops import TokenSelection
 from dcdit.ops.selection import start_selection
@@ -68,40 +68,36 @@ class ChunkLayer(nn.Module):
             return ops.gather_tokens(x, sel, position)
 
 
-class WindowChunkLayer(ChunkLayer):
-    """Adds to each kept token what a linear layer makes of the mean of the positions around it.
+class ContextChunkLayer(ChunkLayer):
+    """Adds to each kept token what a linear layer makes of the mean of its cell of 4 x 4 positions.
 
-    The transformer sees of a dropped position only what the encoder's convolutions carried to a kept one. With a window
-    as wide as kept positions are apart, each position is read.
+    Without it, the transformer sees of a dropped position only what the encoder's convolutions carried to a kept one.
 
     Args:
         dim: D.
-        grid: (H, W).
-        window: side of the window, an odd number. At the border, the mean is that of the positions inside the grid.
+        grid: (H, W). Cells at its end may be smaller.
 
     Example:
         >>> import torch
-        >>> from dcdit.nn import WindowChunkLayer
-        >>> chunk = WindowChunkLayer(1, grid=(1, 4), window=3)
+        >>> from dcdit.nn import ContextChunkLayer
+        >>> chunk = ContextChunkLayer(1, grid=(1, 6))
         >>> _ = torch.nn.init.ones_(chunk.proj.weight)
-        >>> x, p = torch.tensor([[[1.0], [9.0], [2.0], [4.0]]]), torch.tensor([[0.9, 0.1, 0.8, 0.2]])
+        >>> x = torch.tensor([1.0, 9.0, 2.0, 4.0, 5.0, 7.0]).view(1, 6, 1)
+        >>> p = torch.tensor([[0.9, 0.1, 0.8, 0.2, 0.2, 0.8]])
         >>> tokens, _ = chunk(x, p)
-        >>> tokens.flatten().tolist()  # 1 + (1 + 9) / 2, and 2 + (9 + 2 + 4) / 3
-        [6.0, 7.0]
+        >>> tokens.flatten().tolist()  # 1 and 2 in a cell with the mean 4; 7 in one with the mean 6
+        [5.0, 6.0, 13.0]
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int], window: int) -> None:
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.grid, self.window = grid, window
-        self.proj = nn.Linear(dim, dim, bias=False)  # so that padding rows stay zero
+        self.grid = grid
+        self.proj = nn.Linear(dim, dim, bias=False)
 
     def pack(self, x: Tensor, sel: TokenSelection, position: Tensor | None = None) -> Tensor:
-        packed = super().pack(x, sel, position)
         with stage("gather"):
-            means = F.avg_pool2d(
-                to_grid(x, self.grid), self.window, stride=1, padding=self.window // 2, count_include_pad=False
-            )
-            return packed + self.proj(ops.gather_tokens(to_tokens(means), sel))
+            x = x + spread(self.proj(to_tokens(cell_means(x, self.grid))), self.grid)
+        return super().pack(x, sel, position)
 
 
 class SpatialDeChunk(nn.Module):

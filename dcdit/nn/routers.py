@@ -5,10 +5,10 @@ One of them keeps a regular grid instead and reads nothing.
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from dcdit import ops
+from dcdit.nn.cells import SIDE, cell_means, cells_of, spread
 from dcdit.nn.identity import set_to_identity
 from dcdit.nn.memory_format import to_grid, to_tokens
 from dcdit.nn.plain import is_plain, is_plain_conv3x3
@@ -105,23 +105,21 @@ class DitheredRouter(PredictabilityRouter):
         [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
     """
 
-    SIDE = 4
     SHARPNESS = 4.0
     """The de-chunk smooths what has a p near one half, so a model learns to push p to 0 or 1. At 1 that drives the
     shares of the cells apart, to 0 and 14 of 16, wherever the image; at 4 they stay between 1 and 9, and the loss is
     lower."""
 
     def forward(self, x: Tensor) -> Tensor:
-        means = F.avg_pool2d(to_grid(x, self.grid), self.SIDE, ceil_mode=True)
-        cells = means.shape[2], means.shape[3]
-        features = self.scorer(self.prediction_error(to_grid(self.proj(to_tokens(means)), cells)))
+        means = self.proj(to_tokens(cell_means(x, self.grid)))
+        features = self.scorer(self.prediction_error(to_grid(means, cells_of(self.grid))))
         with without_autocast(x):
-            score = self.score(features).unflatten(1, cells)
-            place = torch.arange(self.SIDE, device=x.device)
-            threshold = dither_order(place[:, None], place, self.SIDE).to(score.dtype) + 1 / (2 * self.SIDE**2)
-            logits = rearrange(score, "b h w -> b h 1 w 1") - torch.logit(threshold)[:, None]
-            p = rearrange(torch.sigmoid(self.SHARPNESS * logits), "b h i w j -> b (h i) (w j)")
-            return with_forced_ends(p[:, : self.grid[0], : self.grid[1]].flatten(1))
+            score = self.score(features)
+            row, column = (torch.arange(side, device=x.device) % SIDE for side in self.grid)
+            order = dither_order(row[:, None], column, SIDE).flatten().to(score.dtype)
+            threshold = order + 1 / (2 * SIDE**2)
+            logits = spread(score, self.grid) - torch.logit(threshold)
+            return with_forced_ends(torch.sigmoid(self.SHARPNESS * logits))
 
 
 class CosineProjections(nn.Module):

@@ -212,7 +212,7 @@ def test_what_the_weights_do_not_tell() -> None:
         ({"router": "cosine2d"}, "router is 'cosine2d'"),
         ({"dechunk": "ema"}, "dechunk 'ema'"),
         ({"adapt_conditioning": True}, "adapt_conditioning is True"),
-        ({"context_window": 3}, "context_window is 3; accepted: 1"),
+        ({"cell_context": True}, "cell_context is True; accepted: False"),
     ],
 )
 def test_models_without_an_official_counterpart(overrides: dict, message: str) -> None:

@@ -27,7 +27,7 @@ def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("router", ["predictability", "dithered", "cosine2d", "cosine1d", "uniform"])
 @pytest.mark.parametrize("dechunk", ["spatial", "ema"])
 def test_every_variant_runs_on_both_backends(router: str, dechunk: str) -> None:
-    model = small_dc_dit(router=router, dechunk=dechunk, context_window=3 if router == "dithered" else 1)
+    model = small_dc_dit(router=router, dechunk=dechunk, cell_context=router == "dithered")
     inputs = batch(model.config)
     found = {}
     for backend in ("torch", "reference"):
@@ -95,10 +95,10 @@ def poison(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     return tokens
 
 
-@pytest.mark.parametrize(("dechunk", "context_window"), [("spatial", 1), ("ema", 1), ("spatial", 3)])
+@pytest.mark.parametrize(("dechunk", "cell_context"), [("spatial", False), ("ema", False), ("spatial", True)])
 @pytest.mark.parametrize("poisoned", [False, True], ids=["zero padding", "NaN padding"])
-def test_capacity_with_padding_is_exact_mode(dechunk: str, context_window: int, poisoned: bool) -> None:
-    model = small_dc_dit(dechunk=dechunk, context_window=context_window).double()
+def test_capacity_with_padding_is_exact_mode(dechunk: str, cell_context: bool, poisoned: bool) -> None:
+    model = small_dc_dit(dechunk=dechunk, cell_context=cell_context).double()
     inputs = batch(model.config)
     out, routing = model(*inputs, drop_fraction=0.2, return_routing=True)
     assert keeps_some(routing)

@@ -42,10 +42,10 @@ def test_published_budgets_imply_the_target_compression(scale: str, rho: float, 
     assert 4.0 <= 1024 / natural <= 4.4
 
 
-@pytest.mark.parametrize("context_window", [1, 3])
+@pytest.mark.parametrize("cell_context", [False, True])
 @pytest.mark.parametrize("router", ["predictability", "dithered", "cosine2d", "cosine1d", "uniform"])
-def test_dynamic_stages_match_pytorchs_counter(router: str, context_window: int) -> None:
-    config = DCDiTConfig(**SMALL, router=router, dechunk="ema", context_window=context_window)
+def test_dynamic_stages_match_pytorchs_counter(router: str, cell_context: bool) -> None:
+    config = DCDiTConfig(**SMALL, router=router, dechunk="ema", cell_context=cell_context)
     model = DCDiT(config).eval()
     batch, positions, budget = 3, 96, 17
     inputs = torch.randn(batch, 4, 8, 12), torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3])

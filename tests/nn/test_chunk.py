@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dcdit import ops
-from dcdit.nn import ChunkLayer, EMADeChunk, SpatialDeChunk, WindowChunkLayer
+from dcdit.nn import ChunkLayer, ContextChunkLayer, EMADeChunk, SpatialDeChunk
 
 GRID = (4, 6)
 DIM = 8
@@ -29,18 +29,19 @@ def test_chunk_keeps_the_selected_tokens_and_adds_their_position() -> None:
     assert torch.equal(tokens, x[sel.mask])
 
 
-@pytest.mark.parametrize("window", [3, 5])
-def test_a_kept_token_reads_the_mean_of_its_window(window: int) -> None:
-    x, p, _ = inputs(torch.float64)
-    position = torch.randn(24, DIM, dtype=torch.float64)
-    chunk, reach = WindowChunkLayer(DIM, GRID, window).double(), window // 2
-    tokens, _ = chunk(x, p, position, capacity=40)
-    plain, _ = ChunkLayer()(x, p, position)
-    image = x.unflatten(1, GRID)
-    for row, (b, r, c) in zip(tokens, (p > 0.5).unflatten(1, GRID).nonzero().tolist(), strict=False):
-        around = image[b, max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1].flatten(0, 1).mean(0)
-        torch.testing.assert_close(row, image[b, r, c] + position.unflatten(0, GRID)[r, c] + chunk.proj.weight @ around)
-    assert 10 < len(plain) < 40 and not tokens[len(plain) :].any()  # padding stays zero
+def test_a_kept_token_reads_the_mean_of_its_cell() -> None:
+    grid = (6, 9)  # 2 x 3 cells, the last ones smaller
+    x, p = torch.randn(2, 54, DIM, dtype=torch.float64), torch.rand(2, 54)
+    position = torch.randn(54, DIM, dtype=torch.float64)
+    chunk = ContextChunkLayer(DIM, grid).double()
+    tokens, _ = chunk(x, p, position, capacity=100)
+    kept = (p > 0.5).unflatten(1, grid).nonzero().tolist()
+    image = x.unflatten(1, grid)
+    for row, (b, r, c) in zip(tokens, kept, strict=False):
+        top, left = r // 4 * 4, c // 4 * 4
+        mean = image[b, top : top + 4, left : left + 4].flatten(0, 1).mean(0)
+        torch.testing.assert_close(row, image[b, r, c] + position.unflatten(0, grid)[r, c] + chunk.proj.weight @ mean)
+    assert 30 < len(kept) < 100 and not tokens[len(kept) :].any()  # padding rows are zero
 
 
 @pytest.mark.parametrize("dechunk", dechunks(), ids=["spatial", "ema"])

@@ -213,7 +213,7 @@ class DCDiTTransformer2DModel(Transformer2DModel):
         router: str = "predictability",
         dechunk: str = "spatial",
         dechunk_sigma: float = 1.0,
-        context_window: int = 1,
+        cell_context: bool = False,
         start: str = "paper",
         adapt_conditioning: bool = False,
         dynamic_width: bool = False,

@@ -124,10 +124,8 @@ def to_official(model: DCDiT) -> dict[str, Tensor]:
         )
     if config.adapt_conditioning:
         raise ValueError("adapt_conditioning is True; accepted: False, the reference implementation has no adaptor")
-    if config.context_window > 1:
-        raise ValueError(
-            f"context_window is {config.context_window}; accepted: 1, the reference implementation has no window"
-        )
+    if config.cell_context:
+        raise ValueError("cell_context is True; accepted: False, the reference implementation has no such layer")
     if config.dynamic_width:
         raise ValueError("dynamic_width is True; accepted: False, the reference implementation has no gates")
     if config.separate_embedders or config.frequency_shift or config.mlp_norm_eps != DCDiTConfig.mlp_norm_eps:
