@@ -16,6 +16,7 @@ MODELS = {
     "no null class": lambda: DCDiT(DCDiTConfig(grid=GRID, class_dropout_prob=0.0, learn_sigma=False, **SIZES)),
     "cosine2d": lambda: DCDiT(DCDiTConfig(grid=GRID, router="cosine2d", adapt_conditioning=True, **SIZES)),
     "cosine1d": lambda: DCDiT(DCDiTConfig(grid=GRID, router="cosine1d", dechunk="ema", **SIZES)),
+    "dithered": lambda: DCDiT(DCDiTConfig(grid=GRID, router="dithered", cell_context=True, start="share", **SIZES)),
     "dit": lambda: DiT(DiTConfig(grid=GRID, patch_size=2, **SIZES)),
     "dynamic width": lambda: DCDiT(DCDiTConfig(grid=GRID, dynamic_width=True, **SIZES)),
     "dydit": lambda: DyDiT(DyDiTConfig(grid=GRID, **SIZES)),

@@ -59,3 +59,11 @@ def test_the_share_is_that_of_normal_features():
 def test_an_unknown_start_is_named():
     with pytest.raises(ValueError, match="start is 'warm'; accepted: paper, official"):
         model_with("warm")
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_dithered_router_starts_at_a_quarter_everywhere(start):
+    router = model_with(start, router="dithered").router
+    kept = (router(torch.randn(4, math.prod(GRID), SIZES["hidden_size"])) > 0.5).unflatten(1, GRID)
+    cells = kept[:, : GRID[0] // 4 * 4, : GRID[1] // 4 * 4].unfold(1, 4, 4).unfold(2, 4, 4).sum((3, 4))
+    assert abs(cells[:, :-1].float().mean() - 4) < 0.7 and cells.min() >= 1 and cells[:, :-1].max() <= 9

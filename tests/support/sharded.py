@@ -16,9 +16,15 @@ def check_sharded_model(rank: int, store: str, processes: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, processes), rank=rank, world_size=processes)
     mesh = init_device_mesh("cpu", (processes,))
-    for router, start in (("predictability", "share"), ("dithered", "share"), ("cosine2d", "identity")):
+    for router, start, context in (
+        ("predictability", "share", False),
+        ("dithered", "share", True),
+        ("cosine2d", "identity", False),
+    ):
         # FSDP takes contiguous parameters only.
-        model = small_dc_dit(depth=1, router=router, start=start).to(memory_format=torch.contiguous_format)
+        model = small_dc_dit(depth=1, router=router, start=start, cell_context=context).to(
+            memory_format=torch.contiguous_format
+        )
         inputs = batch(model.config)
         expected = model(*inputs)
         expected.square().mean().backward()

@@ -78,7 +78,12 @@ def assert_equal_runs(mine: Any, other: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [("DC-DiT-S", {}), ("DC-DiT-S", {"router": "uniform"}), ("DC-DiT-S", {"router": "dithered"}), ("DiT-S/2", {})],
+    [
+        ("DC-DiT-S", {}),
+        ("DC-DiT-S", {"router": "uniform"}),
+        ("DC-DiT-S", {"router": "dithered", "cell_context": True}),
+        ("DiT-S/2", {}),
+    ],
 )
 def test_graphs_give_the_bits_of_plain_steps(run: Any, fake: FakeDriver, name: str, overrides: dict[str, Any]) -> None:
     """Gradients are clipped in some of these steps, and two weights of a DC-DiT share one gradient."""

@@ -139,7 +139,7 @@ def test_validation_leaves_training_alone(config):
         ["diffusion.objective=flow", "model.overrides.learn_sigma=false"],
         ["router.group_size=null", "model.overrides.router=cosine1d", "model.overrides.dechunk=ema"],
         ["router.target=4", "model.overrides.router=uniform"],
-        ["optim.precision=bf16", "model.overrides.router=dithered"],
+        ["optim.precision=bf16", "model.overrides.router=dithered", "model.overrides.cell_context=true"],
     ],
     ids=["bf16", "accumulate", "flow", "h-net", "uniform", "dithered"],
 )
