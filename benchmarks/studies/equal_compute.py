@@ -78,8 +78,8 @@ DATA: dict[str, Mapping[str, Any]] = {
         "data.kind": "photographs",
         "data.size": 64,
         "data.held_out": 0.25,
-        "optim.batch_size": 8,
-        "router.group_size": 8,
+        "optim.batch_size": 4,
+        "router.group_size": 4,
     },
 }
 """The keys in which the runs on these images differ from the others."""
