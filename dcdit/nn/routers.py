@@ -60,22 +60,32 @@ class PredictabilityRouter(nn.Module):
         )
         return F.conv2d(z, identity - weight, -bias, padding=1)  # type: ignore[operator]
 
-    def probability(self, features: Tensor) -> Tensor:
-        """Group norm, SiLU, projection and sigmoid, as one operation where the modules are plain.
-
-        Otherwise the modules are called: they compute in the dtype of their weights, and the sigmoid in float32.
-        """
+    @property
+    def has_plain_tail(self) -> bool:
+        """Whether norm and projection are what they were built as, so that functions may take their place."""
         norm, out = self.norm, self.out
-        if is_plain(norm, nn.GroupNorm) and norm.affine and is_plain(out, nn.Linear) and out.bias is not None:
+        return is_plain(norm, nn.GroupNorm) and norm.affine and is_plain(out, nn.Linear) and out.bias is not None
+
+    def probability(self, features: Tensor) -> Tensor:
+        """Group norm, SiLU, projection and sigmoid, as one operation where the modules are plain."""
+        norm, out = self.norm, self.out
+        if self.has_plain_tail:
             return ops.boundary_prob_predictability(
                 features, norm.weight, norm.bias, out.weight, out.bias, norm.num_groups, norm.eps
             )
         return with_forced_ends(torch.sigmoid(self.score(features)))
 
     def score(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H*W) before the sigmoid, by calling the modules."""
-        hidden = F.silu(self.norm(features.to(dtype_of(self.norm))))
-        return upcast(self.out(to_tokens(hidden).to(dtype_of(self.out)))).squeeze(2)
+        """(B, C, H, W) -> (B, H*W) before the sigmoid, in float32.
+
+        Modules that are not plain are called, and compute in the dtype of their weights.
+        """
+        norm, out = self.norm, self.out
+        if self.has_plain_tail:
+            x = F.group_norm(upcast(features), norm.num_groups, upcast(norm.weight), upcast(norm.bias), norm.eps)
+            return F.linear(to_tokens(F.silu(x)), upcast(out.weight), upcast(out.bias)).squeeze(2)
+        hidden = F.silu(norm(features.to(dtype_of(norm))))
+        return upcast(out(to_tokens(hidden).to(dtype_of(out)))).squeeze(2)
 
 
 def with_forced_ends(p: Tensor) -> Tensor:

@@ -92,6 +92,14 @@ def test_every_parameter_learns(name: str) -> None:
         assert parameter.grad is not None and parameter.grad.norm() > 0, key
 
 
+def test_a_dithered_router_of_a_bfloat16_model_ranks_its_cells_in_float32() -> None:
+    """Scores rounded to bfloat16 would be equal in many cells, and then the raster order would say what is dropped."""
+    torch.manual_seed(0)
+    router = DitheredRouter(DIM, (64, 64)).bfloat16()
+    p = router(torch.randn(1, 4096, DIM).bfloat16())[0].view(64, 64)[2::4, ::4].flatten()
+    assert len(p.unique()) > 0.95 * len(p)
+
+
 BAYER = torch.tensor([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
 """Bayer 1973, figure 4."""
 
