@@ -117,8 +117,7 @@ class DitheredRouter(PredictabilityRouter):
 
     SHARPNESS = 4.0
     """The de-chunk smooths what has a p near one half, so a model learns to push p to 0 or 1. At 1 that drives the
-    shares of the cells apart, to 0 and 14 of 16, wherever the image; at 4 they stay between 1 and 9, and the loss is
-    lower."""
+    shares of the cells apart, wherever the image; at 4 it does so less, and the loss is lower."""
 
     def forward(self, x: Tensor) -> Tensor:
         means = self.proj(to_tokens(cell_means(x, self.grid)))
