@@ -34,6 +34,8 @@ class PredictabilityRouter(nn.Module):
     """
 
     INITIAL_LOGIT = -1.1
+    SHARPNESS = 1.0
+    """How much logit(p) grows with the score."""
 
     def __init__(self, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -116,8 +118,8 @@ class DitheredRouter(PredictabilityRouter):
     """
 
     SHARPNESS = 4.0
-    """The de-chunk smooths what has a p near one half, so a model learns to push p to 0 or 1. At 1 that drives the
-    shares of the cells apart, wherever the image; at 4 it does so less, and the loss is lower."""
+    """As above. The de-chunk smooths what has a p near one half, so a model learns to push p to 0 or 1. At 1 that
+    drives the shares of the cells apart, wherever the image; at 4 it does so less, and the loss is lower."""
 
     def forward(self, x: Tensor) -> Tensor:
         means = self.proj(to_tokens(cell_means(x, self.grid)))

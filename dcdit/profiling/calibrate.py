@@ -54,9 +54,9 @@ def calibrate_router(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fractio
         _calibrate_cosine(model, x, t, y, kept_fraction)
         return
     _, routing = model(x, t, y, return_routing=True)
-    logits = torch.logit(routing.prob[:, 1:-1].float(), eps=1e-6)  # the ends are forced
-    bias = router.out.bias
-    bias.copy_(bias - torch.quantile(logits.flatten()[: 2**24], 1 - kept_fraction).to(bias.dtype))
+    logits = torch.logit(routing.prob[:, 1:-1].double(), eps=1e-9)  # the ends are forced
+    bias, middle = router.out.bias, torch.quantile(logits.flatten()[: 2**24], 1 - kept_fraction)
+    bias.copy_(bias - (middle / router.SHARPNESS).to(bias.dtype))
 
 
 def _calibrate_cosine(model: DCDiT, x: Tensor, t: Tensor, y: Tensor, kept_fraction: float) -> None:

@@ -310,8 +310,8 @@ def test_calibration_refuses_a_fraction(model: DCDiT, batch, fraction: float) ->
         calibrate_router(model, *batch, fraction)
 
 
-@pytest.mark.parametrize("router", ["cosine2d", "cosine1d"])
-def test_calibration_of_a_cosine_router(batch, router: str) -> None:
+@pytest.mark.parametrize("router", ["dithered", "cosine2d", "cosine1d"])
+def test_calibration_of_other_routers(batch, router: str) -> None:
     other = DCDiT(DCDiTConfig(**CONFIG, router=router)).eval()
     for fraction in (0.2, 0.6):
         calibrate_router(other, *batch, fraction)
