@@ -76,8 +76,8 @@ def test_a_shifted_regular_quarter_is_regular_and_uses_every_position() -> None:
 def test_rules_between_learned_and_fixed() -> None:
     x = torch.randn(2, 64, 32)
     routers = {rule: made(32, (8, 8)) for rule, made in selection.RULES.items()}
+    torch.nn.init.constant_(routers["grid"].out.bias, 0)  # so that p is above one half at some positions
     for router in routers.values():
-        torch.nn.init.constant_(router.out.bias, 0)  # so that p is above one half at some positions
         router.load_state_dict(routers["grid"].state_dict())
     learned = selection.PredictabilityRouter.forward(routers["grid"], x)
     kept = {rule: router(x) > 0.5 for rule, router in routers.items()}
