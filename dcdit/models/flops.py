@@ -71,9 +71,6 @@ def count_flops(
     outer = _dynamic(config, len(kept)) if isinstance(config, DCDiTConfig) else _static(config, len(kept))
     inner = _sparse(config, kept) if isinstance(config, SparseDiTConfig) else _transformer(config, kept, gates)
     stages = {**outer, **inner}
-    if isinstance(config, DCDiTConfig) and config.cell_context:
-        rows = len(kept) * math.prod(cells_of(config.grid))
-        stages["gather"] = _linear(rows, config.hidden_size, config.hidden_size)
     return {**dict.fromkeys(STAGES, 0), **stages, "total": sum(stages.values())}
 
 
@@ -101,6 +98,7 @@ def _dynamic(config: DCDiTConfig, batch: int) -> dict[str, int]:
         "embed": _conv(length, config.in_channels, narrow, 3) + _timestep(config),
         "encoder": stack((narrow, narrow), (narrow, dim)),
         "router": _router(config, config.grid),
+        "gather": _linear(math.prod(cells_of(config.grid)), dim, dim) if config.cell_context else 0,
         "dechunk": _linear(length, dim, dim),
         "decoder": stack((dim, narrow), (narrow, narrow)),
         "final": _final(length, narrow, config.out_channels, dim),
