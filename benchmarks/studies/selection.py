@@ -29,7 +29,7 @@ from benchmarks.studies import cifar10
 from dcdit.diffusion import objectives
 from dcdit.models import dc_dit
 from dcdit.nn import ROUTERS, ChunkLayer, DitheredRouter, PredictabilityRouter
-from dcdit.nn.routers import dither_order
+from dcdit.nn.routers import dither_thresholds
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
 from dcdit.profiling.router_study import local_detail
@@ -156,9 +156,8 @@ class DitheredPositionsRouter(PredictabilityRouter):
     """The dither of the package's DitheredRouter, with a share for each position instead of each cell."""
 
     def forward(self, x: Tensor) -> Tensor:
-        row, col = (torch.arange(side, device=x.device) % 4 for side in self.grid)
-        threshold = dither_order(row[:, None], col, 4).flatten() + 1 / 32
-        return (super().forward(x).logit(1e-6) - threshold.logit()).sigmoid()
+        p = super().forward(x)
+        return (p.logit(1e-6) - dither_thresholds(self.grid, p).logit()).sigmoid()
 
 
 class SoftDitheredRouter(DitheredRouter):

@@ -84,8 +84,8 @@ class PredictabilityRouter(nn.Module):
         """
         norm, out = self.norm, self.out
         if self.has_plain_tail:
-            x = F.group_norm(upcast(features), norm.num_groups, upcast(norm.weight), upcast(norm.bias), norm.eps)
-            return F.linear(to_tokens(F.silu(x)), upcast(out.weight), upcast(out.bias)).squeeze(2)
+            hidden = ops.group_norm_silu(upcast(features), norm.num_groups, norm.weight, norm.bias, eps=norm.eps)
+            return F.linear(to_tokens(hidden), upcast(out.weight), upcast(out.bias)).squeeze(2)
         hidden = F.silu(norm(features.to(dtype_of(norm))))
         return upcast(out(to_tokens(hidden).to(dtype_of(out)))).squeeze(2)
 
@@ -125,11 +125,8 @@ class DitheredRouter(PredictabilityRouter):
         means = self.proj(to_tokens(cell_means(x, self.grid)))
         features = self.scorer(self.prediction_error(to_grid(means, cells_of(self.grid))))
         with without_autocast(x):
-            score = self.score(features)
-            row, column = (torch.arange(side, device=x.device) % SIDE for side in self.grid)
-            order = dither_order(row[:, None], column, SIDE).flatten().to(score.dtype)
-            threshold = order + 1 / (2 * SIDE**2)
-            logits = spread(score, self.grid) - torch.logit(threshold)
+            logits = spread(self.score(features), self.grid)
+            logits = logits - torch.logit(dither_thresholds(self.grid, logits))
             return with_forced_ends(torch.sigmoid(self.SHARPNESS * logits))
 
 
@@ -246,6 +243,12 @@ def dither_order(row: Tensor, column: Tensor, side: int) -> Tensor:
     for bit in range(bits):  # the lowest bits, which tell neighbours apart, weigh most
         order = 4 * order + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
     return order.float() / 4**bits
+
+
+def dither_thresholds(grid: tuple[int, int], like: Tensor) -> Tensor:
+    """(H*W,): the entry of each position in a Bayer matrix of a cell's size, in steps of 1/16 from 1/32 on."""
+    row, column = (torch.arange(side, device=like.device) % SIDE for side in grid)
+    return dither_order(row[:, None], column, SIDE).flatten().to(like.dtype) + 1 / (2 * SIDE**2)
 
 
 ROUTERS: dict[str, type[nn.Module]] = {
