@@ -130,7 +130,6 @@ CHOICES = {
     "dithered-soft+cell": Way(variant=Variant("dithered", cell=True, rule="soft")),
     "dithered-bounded": Way(variant=Variant("dithered", rule="bounded")),
     "dithered-positions": Way(variant=Variant(rule="dithered-positions")),
-    "dithered+cell": Way(variant=Variant("dithered", cell=True)),
     "learned+detached": Way(variant=Variant(rule="detached")),
     "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),
 }
