@@ -134,9 +134,9 @@ CHOICES = {
     "learned+grid+detached": Way(variant=Variant(rule="grid+detached")),
 }
 RATES = {
-    f"{name}+lr{rate}": Way(name, settings={"optim.lr": float(rate)})
+    f"{name}+lr{rate}": way._replace(settings={"optim.lr": float(rate)})
     for rate in ("2e-3", "5e-4", "4e-3")
-    for name in MAIN
+    for name, way in {**MAIN, "dithered+context": CHOICES["dithered+context"]}.items()
 }
 EPSILON = {f"{name}+epsilon": Way(name, settings={"diffusion.objective": "dit"}) for name in MAIN}
 SHARES = {
