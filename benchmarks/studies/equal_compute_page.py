@@ -4,7 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ DATA = {
     "photographs": "Crops of six photographs, 64 x 64 pixels",
 }
 OURS, STATIC = "dc-dit", ("static-flops", "static-parameters")
+DYNAMIC = (OURS, "dithered+context")
+"""The paper's DC-DiT, and the one of our own whose curve is shown beside it."""
 MARKS = (1e13, 2e13, 3e13, 6e13, 1e14, 1.5e14, 2e14, 2.4e14, 2.8e14, 4e14, 5.3e14, 1e15, 3e15)
 """Training FLOPs at which the curves are compared."""
 FORGOTTEN = 2.5
 """Averaged weights have forgotten the start after this many times 1 / (1 - ema_decay) steps: they hold 8 % of it."""
-COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC))}
+COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC, *DYNAMIC[1:]))}
 SHOWN_SAMPLES, COLORS_OF_SHEET = 8, 256
 
 Runs = dict[str, list[dict[str, Any]]]
@@ -140,9 +142,9 @@ def _curve_parts(main: Runs, data: str, goals: Sequence[float], out: Path) -> li
     _plot_curves(main, curves, since, goals, out / f"{data}-loss.png")
     return [
         "## Equal training FLOPs",
-        f"Loss while training ({images} held-out images), mean over the seeds that came so far, and how far the DC-DiT "
-        "is from each static model in the seeds that both have: below zero it is ahead. The averaged weights keep "
-        f"{1 - decay:.1%} less of the start with each step: below {since:.1e} FLOPs "
+        f"Loss while training ({images} held-out images), mean over the seeds that came so far, and how far each "
+        "DC-DiT is from each static model in the seeds that both have: below zero it is ahead. The averaged weights "
+        f"keep {1 - decay:.1%} less of the start with each step: below {since:.1e} FLOPs "
         f"({FORGOTTEN / (1 - decay):.0f} steps) the curves show little else.",
         _curve_table(curves, since),
         *(f"- {sentence}" for sentence in _crossings(curves)),
@@ -217,12 +219,13 @@ def settled(runs: Runs) -> float:
 
 def _curve_table(curves: Mapping[str, Curves], since: float) -> str:
     ways = [way for way in COLORS if way in curves]
-    head = ["training FLOPs", *ways, *(f"{OURS} against {way}" for way in ways if way != OURS)]
+    pairs = [(ours, way) for ours in DYNAMIC for way in STATIC if ours in curves and way in curves]
+    head = ["training FLOPs", *ways, *(f"{ours} against {way}" for ours, way in pairs)]
     rows = []
     for mark in (mark for mark in MARKS if mark >= since / 5):
         losses = {way: list(losses_at(curves[way], mark).values()) for way in ways}
         if any(losses.values()):
-            leads = [lead(curves[OURS], curves[way], mark) for way in ways if way != OURS] if OURS in ways else []
+            leads = [lead(curves[ours], curves[way], mark) for ours, way in pairs]
             cells = [_mean_cell(losses[way], len(curves[way])) for way in ways]
             rows.append([f"{mark:.1e}", *cells, *("" if ahead is None else f"{ahead:+.1%}" for ahead in leads)])
     return markdown_table(head, rows)
@@ -274,11 +277,11 @@ def _number(loss: float | None) -> str:
 
 def _crossings(curves: Mapping[str, Curves]) -> list[str]:
     found = []
-    for way in STATIC:
-        at = crossings(curves[OURS], curves[way]) if OURS in curves and way in curves else None
+    for ours, way in product(DYNAMIC, STATIC):
+        at = crossings(curves[ours], curves[way]) if ours in curves and way in curves else None
         if at is not None:
             places = f"change their order at {', '.join(f'{flops:.1e}' for flops in at)} FLOPs" if at else "never cross"
-            found.append(f"The curves of {OURS} and {way} {places}.")
+            found.append(f"The curves of {ours} and {way} {places}.")
     return found
 
 
@@ -336,16 +339,14 @@ def _plot_curves(runs: Runs, curves: Mapping[str, Curves], since: float, goals: 
             way: np.mean([first(run["loss_by_level"]) for run in of_way], axis=0)
             for way, of_way in by_way(at_goal(runs, goal)).items()
         }
-        for way in STATIC:
-            if OURS in means and way in means:
-                share = 100 * (means[OURS] / means[way] - 1)
-                right.plot(
-                    cifar10.NOISE_LEVELS, share, style, marker="o", ms=3, color=COLORS[way], label=f"{way}, {goal:.0e}"
-                )
+        for (ours, marker), way in product(zip(DYNAMIC, "ox", strict=True), STATIC):
+            if ours in means and way in means:
+                share, label = 100 * (means[ours] / means[way] - 1), f"{ours} against {way}, {goal:.0e}"
+                right.plot(cifar10.NOISE_LEVELS, share, style, marker=marker, ms=4, color=COLORS[way], label=label)
     right.axhline(0, color="black", lw=0.5)
-    right.set(xlabel="noise level", ylabel=f"loss of {OURS} against it, %")
+    right.set(xlabel="noise level", ylabel="loss against the static model, %")
     if right.lines[1:]:
-        right.legend(fontsize=8)
+        right.legend(fontsize=7)
     figure.savefig(path)
 
 

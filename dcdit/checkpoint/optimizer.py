@@ -16,7 +16,8 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
         source: where they come from, for error messages.
 
     Raises:
-        ValueError: state of a parameter that the model does not have.
+        ValueError: state of a parameter that the model does not have, or of another shape; a parameter that has only
+            some of the entries that others have.
 
     Example:
         >>> import torch
@@ -48,6 +49,13 @@ def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, tensors: Tens
             # Fused kernels read weights and moments in the order of their memory; weights may be channels-last.
             tensor = torch.empty_like(parameters[name], dtype=tensor.dtype).copy_(tensor)
         state[index_of[name]][entry] = tensor
+    entries = set().union(*state.values())
+    for name, index in index_of.items():
+        missing = sorted(entries - state[index].keys())
+        if state[index] and missing:
+            raise ValueError(
+                f"{source} lacks {name}/{missing[0]}; accepted: all of {', '.join(sorted(entries))}, or none"
+            )
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
 

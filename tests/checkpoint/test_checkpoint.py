@@ -474,6 +474,19 @@ def test_optimizer_of_another_model(saved):
         ckpt.load_optimizer(other, torch.optim.AdamW(other.parameters()), ckpt.load_checkpoint(saved[0]).optimizer, "x")
 
 
+@pytest.mark.parametrize("entry", ["step", "exp_avg", "exp_avg_sq"])
+def test_optimizer_with_an_incomplete_parameter(saved, entry):
+    model, tensors = saved[1], ckpt.load_checkpoint(saved[0]).optimizer
+    name = next(iter(dict(model.named_parameters())))
+    del tensors[f"{name}/{entry}"]
+    new = torch.optim.AdamW(model.parameters())
+    with one_line(ValueError, rf"x lacks {name}/{entry}; accepted: all of exp_avg, exp_avg_sq, step, or none"):
+        ckpt.load_optimizer(model, new, tensors, "x")
+    assert not new.state
+    ckpt.load_optimizer(model, new, {k: v for k, v in tensors.items() if not k.startswith(f"{name}/")}, "x")
+    assert model.get_parameter(name) not in new.state
+
+
 # --- the reference implementation's state dicts ---------------------------------------------------------------------
 
 
