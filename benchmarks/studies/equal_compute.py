@@ -126,6 +126,11 @@ CHOICES = {
     "dithered": Way(variant=Variant("dithered")),
     "dithered+context": Way(variant=Variant("dithered"), context=True),
     "learned+context": Way(context=True),
+    "uniform+context+image-norm": Way(variant=Variant("uniform", image_norm=frozenset({"encoder"})), context=True),
+    "uniform+context+image-norms": Way(
+        variant=Variant("uniform", image_norm=frozenset({"encoder", "decoder"})), context=True
+    ),
+    "uniform+context+skip": Way(variant=Variant("uniform", input_skip=True), context=True),
     "dithered-soft": Way(variant=Variant("dithered", rule="soft")),
     "dithered-soft+cell": Way(variant=Variant("dithered", cell=True, rule="soft")),
     "dithered-bounded": Way(variant=Variant("dithered", rule="bounded")),

@@ -15,7 +15,7 @@ by almost half. All but the package's own routers replace parts of the model in 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from benchmarks.studies import cifar10
 from dcdit.diffusion import objectives
-from dcdit.models import dc_dit
-from dcdit.nn import ROUTERS, ChunkLayer, DitheredRouter, PredictabilityRouter
+from dcdit.models import dc_dit, presets
+from dcdit.nn import ROUTERS, ChunkLayer, ConvStack, DitheredRouter, PredictabilityRouter
 from dcdit.nn.routers import dither_thresholds
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
@@ -55,11 +55,15 @@ class Variant(NamedTuple):
     """How :class:`FlowMatchingObjective` draws its times."""
     rule: str | None = None
     """What is done with the learned router, of RULES."""
+    image_norm: frozenset[str] = frozenset()
+    """Of "encoder" and "decoder": those whose last norm has one scale per image, instead of one per position."""
+    input_skip: bool = False
+    """Whether the noisy image is added to the output, with a gain that the conditioning gives."""
 
     @property
     def replaces_parts(self) -> bool:
         """Whether the model has other parts than the package's."""
-        return self.cell or self.rule is not None or self.router in FIXED
+        return self != Variant(self.router, clean=self.clean, time=self.time) or self.router in FIXED
 
 
 def lattice(grid: tuple[int, int], step: int, device: torch.device) -> Tensor:
@@ -238,6 +242,42 @@ def cell_means(x: Tensor, sel: TokenSelection) -> Tensor:
     return sums / rows.bincount(minlength=len(sums))[:, None]
 
 
+class ImageNorm(nn.Module):
+    """RMSNorm with the mean square of the whole image (B, L, D): what a position has more of than others, it keeps."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean((1, 2), keepdim=True) + 1e-5).rsqrt() * self.weight
+
+
+class ImageNormStack(ConvStack):
+    """A ConvStack whose last norm is an ImageNorm, if it is one of ``where``."""
+
+    def __init__(self, where: Set[str], widths: tuple[int, ...], cond_dim: int) -> None:
+        super().__init__(widths, cond_dim)
+        if ("encoder" if widths[0] < widths[-1] else "decoder") in where:
+            self.norm = ImageNorm(widths[-1])
+
+
+class SkipDCDiT(dc_dit.DCDiT):
+    """Adds the noisy image to the output, with a gain per channel that a linear layer makes of the conditioning."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.input_gain = nn.Linear(config.hidden_size, config.in_channels)
+        nn.init.zeros_(self.input_gain.weight)
+        nn.init.zeros_(self.input_gain.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *args: Any, **options: Any) -> Any:
+        out = super().forward(x, t, y, *args, **options)
+        gain = self.input_gain(nn.functional.silu(self.t_embedder(t) + self.y_embedder(y)))
+        skipped = gain[:, :, None, None] * x
+        return (out[0] + skipped, *out[1:]) if isinstance(out, tuple) else out + skipped
+
+
 @contextmanager
 def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
@@ -249,5 +289,7 @@ def installed(variant: Variant) -> Iterator[None]:
         patch.dict(ROUTERS, {**FIXED, **learned}),
         patch.object(objectives, "FlowMatchingObjective", objective),
         patch.object(dc_dit, "ChunkLayer", chunk),
+        patch.object(dc_dit, "ConvStack", partial(ImageNormStack, variant.image_norm)),
+        patch.object(presets, "DCDiT", SkipDCDiT if variant.input_skip else dc_dit.DCDiT),
     ):
         yield
