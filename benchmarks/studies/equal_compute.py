@@ -29,6 +29,7 @@ from benchmarks.studies import cifar10
 from benchmarks.studies.comparison import way_of
 from benchmarks.studies.digit_canvases import held_out_ink, scans_of_scikit_learn, write_canvases
 from benchmarks.studies.equal_compute_page import SHOWN_SAMPLES, read_lines, write_page
+from benchmarks.studies.frequencies import loss_by_band
 from benchmarks.studies.selection import Variant, installed
 from benchmarks.studies.training import losses_by_flops, read_log, train_all
 from dcdit import cli
@@ -87,7 +88,7 @@ IMAGES = 12_000
 GOALS = (3e14, 1e15)
 SEEDS = (0, 1)
 SAMPLING_STEPS, SHOWN_MASKS = 30, 4
-MASK_LEVELS = (0.2, 0.5, 0.8)
+MASK_LEVELS, BAND_LEVELS = (0.2, 0.5, 0.8), (0.05, 0.5, 0.95)
 SPARED = 45.0
 """Seconds before the end from which on nothing new is started: it would not come far."""
 COMMAND = "python3 -m benchmarks.studies.equal_compute train --data cifar10.npz --out FOLDER"
@@ -217,19 +218,19 @@ def train_and_measure(
         minutes = max((until - time.time()) / 60, 1e-3)
         code = cli.main(["train", *arguments, "--set", f"run.minutes={minutes}"])
         if not code:
-            found = measure(load_config(folder / "config.yaml"), variant.clean, held_out)
+            found = measure(load_config(folder / "config.yaml"), held_out, variant.clean)
             write_line(lines, {"run": run, **found})
     return code
 
 
 @torch.inference_mode()
-def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
+def measure(config: TrainConfig, held_out: int, clean: bool = False) -> dict[str, Any]:
     """What the page shows of a run, measured with its averaged weights in the precision and where it was trained.
 
     Args:
         config: of the run.
-        clean: whether the model predicts the clean image.
         held_out: number of images.
+        clean: whether the model predicts the clean image.
     """
     device = torch.device("cuda" if config.optim.device == "auto" and torch.cuda.is_available() else "cpu")
     model = load_model(config.run.out).to(device)
@@ -249,6 +250,8 @@ def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
     with autocast(config.optim, device):
         found |= cifar10.measure_losses(config, model, held_out, ink)
         del found["seconds"]  # other runs had the GPU as well
+        if config.diffusion.objective == "flow" and not clean:
+            found["loss_by_band"] = loss_by_band(config, model, held_out, BAND_LEVELS)
         if isinstance(model, DCDiT):
             found["masks"] = masks(config, model, device)
         found["samples"] = draw(config, model, clean, device)

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.studies import cifar10
 from benchmarks.studies.comparison import Results, by_way, first, loss_table, routing_table, way_of
+from benchmarks.studies.frequencies import BANDS
 from dcdit.profiling.plots import new_figure, plain_ticks
 from dcdit.utils.images import grid
 from dcdit.utils.tables import markdown_table
@@ -84,6 +85,7 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
                 loss_table(reached),
                 _cost_table(reached),
                 f"![loss of each way against dc-dit, by noise level]({data}-variants.png)",
+                *_band_parts(reached),
             ]
     stopped = {run: lines[-1] for run, lines in runs.items() if lines[-1]["training_flops"] < lines[-1]["goal"]}
     if stopped:
@@ -133,6 +135,27 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
             f"![samples]({data}-samples.png)",
         ]
     return parts
+
+
+def _band_parts(reached: Results) -> list[str]:
+    """The loss split by spatial frequency, where it was measured."""
+    known = {run: line["loss_by_band"] for run, line in reached.items() if "loss_by_band" in line}
+    if not known:
+        return []
+    tables = []
+    for level in next(iter(known.values())):
+        ways: dict[str, list[Sequence[float]]] = {}
+        for run, levels in known.items():
+            ways.setdefault(way_of(run), []).append(levels[level])
+        rows = [
+            [way, str(len(seeds)), *(f"{loss:.4f}" for loss in np.mean(seeds, axis=0))] for way, seeds in ways.items()
+        ]
+        tables.append(markdown_table([f"noise level {level}", "seeds", *BANDS], rows))
+    return [
+        "The loss without dropping, split by spatial frequency in cycles per image (0 is the mean of the image); a row "
+        "adds up to the loss at its noise level.",
+        *tables,
+    ]
 
 
 def _curve_parts(main: Runs, data: str, goals: Sequence[float], out: Path) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.studies import cifar10, equal_compute, selection, training
+from benchmarks.studies import cifar10, equal_compute, frequencies, selection, training
 from benchmarks.studies.digit_canvases import INK, held_out_ink, write_canvases
 from benchmarks.studies.equal_compute_page import at_first_goal, crossings, lead, losses_at
 from dcdit.config import TrainConfig, load_config
@@ -150,6 +150,18 @@ def test_a_run_that_was_stopped_is_compared_where_it_stopped() -> None:
     assert shown == {"one-0": whole, "one-1": whole, "one to 6.0e+00-0": further, "two to 3.0e+00-0": runs["two-0"][0]}
 
 
+def test_the_error_is_split_by_frequency() -> None:
+    error = torch.randn(3, 2, 16, 16)
+    bands = frequencies.power_by_band(error)
+    assert sum(bands) == pytest.approx(float(error.square().mean()))
+    assert bands[0] == pytest.approx(float(error.mean((2, 3)).square().mean()))
+    along = torch.arange(16) * 2 * torch.pi / 16
+    for cycles, band in ((1, 1), (2, 1), (3, 2), (5, 2), (6, 3), (8, 3)):  # 8 of 16 pixels is the highest frequency
+        wave = torch.cos(cycles * along)[None] * torch.cos(2 * along)[:, None]
+        found = frequencies.power_by_band(wave[None, None])
+        assert found[band] == pytest.approx(float(wave.square().mean())) and sum(found) == pytest.approx(found[band])
+
+
 def run_here(configs: dict[str, TrainConfig], jobs: int, programs: dict[str, Any], until: float) -> None:
     """The processes of the study in this one."""
     for job, config in configs.items():
@@ -168,6 +180,7 @@ def test_the_study_trains_measures_and_writes_its_page(
         monkeypatch.setattr(equal_compute, name, value)
     monkeypatch.setattr(cifar10, "NOISE_LEVELS", (0.2, 0.8))
     monkeypatch.setattr(cifar10, "DROPS", (0.0, 0.6))
+    monkeypatch.setattr(equal_compute, "BAND_LEVELS", (0.2, 0.8))
     out = tmp_path / "lines"
     keys = ["optim.batch_size=2", "router.group_size=2"]
     keys += ["data.held_out=0.2", "run.log_every=1", "run.eval_every=1", "run.eval_images=2"]
@@ -191,6 +204,11 @@ def test_the_study_trains_measures_and_writes_its_page(
     text = (page / "report.md").read_text()
     assert all(f"| {way} " in text for way in ways) and "| oracle, ink" in text
     assert "dc-dit against static-flops" in text
+    for line in lines:
+        for level, bands in line["loss_by_band"].items():
+            assert sum(bands) == pytest.approx(
+                line["loss_by_level"][next(iter(line["loss"]))][0 if level == "0.2" else 1]
+            )
     for name in ("loss", "routing", "masks", "samples"):
         assert f"digits-{name}.png" in text and (page / f"digits-{name}.png").is_file()
     kept = json.loads((page / "study.json").read_text())["runs"]["digits-oracle-0"]
