@@ -127,10 +127,9 @@ CHOICES = {
     "dithered": Way(variant=Variant("dithered")),
     "dithered+context": Way(variant=Variant("dithered"), context=True),
     "learned+context": Way(context=True),
-    "uniform+context+image-norm": Way(variant=Variant("uniform", image_norm=frozenset({"encoder"})), context=True),
-    "uniform+context+image-norms": Way(
-        variant=Variant("uniform", image_norm=frozenset({"encoder", "decoder"})), context=True
-    ),
+    "uniform+context+image-norm": Way(variant=Variant("uniform", image_norm=True), context=True),
+    "uniform+context+groups-of-8": Way(variant=Variant("uniform", groups=4), context=True),
+    "uniform+patches": Way(variant=Variant("uniform", patches=True), context=True),
     "uniform+context+skip": Way(variant=Variant("uniform", input_skip=True), context=True),
     "dithered-soft": Way(variant=Variant("dithered", rule="soft")),
     "dithered-soft+cell": Way(variant=Variant("dithered", cell=True, rule="soft")),

@@ -9,13 +9,16 @@ Three rules between learned and fixed: a sixteenth of the positions in a regular
 learned; of each cell of 2 x 2 the most probable position is kept; and p is taken as a share and dithered. And a learned
 choice whose gradient ends at the router's input.
 
+Four changes on the way of the pixels to a token and back: a norm with one scale per image, group norms of more
+channels, a patch embedding of the pixels of a token's cell, and the noisy image added to the output.
+
 Beside them a regular quarter that is shifted at random, the package's own regular quarter (`router: uniform`), which
 differs in what is dropped first, and one whose probabilities are hardly above one half, so that the de-chunk smooths it
 by almost half. All but the package's own routers replace parts of the model in the processes of the study.
 """
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,9 +29,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from benchmarks.studies import cifar10
+from dcdit.checkpoint.model import ARCHITECTURES
 from dcdit.diffusion import objectives
-from dcdit.models import dc_dit, presets
-from dcdit.nn import ROUTERS, ChunkLayer, ConvStack, DitheredRouter, PredictabilityRouter
+from dcdit.models import DCDiTConfig, dc_dit, presets
+from dcdit.nn import ROUTERS, ChunkLayer, ContextChunkLayer, ConvBlock, ConvStack, DitheredRouter, PredictabilityRouter
+from dcdit.nn.cells import SIDE, spread
+from dcdit.nn.memory_format import to_tokens
 from dcdit.nn.routers import dither_thresholds
 from dcdit.ops import TokenSelection
 from dcdit.ops._torch.nearest import nearest_kept
@@ -55,8 +61,12 @@ class Variant(NamedTuple):
     """How :class:`FlowMatchingObjective` draws its times."""
     rule: str | None = None
     """What is done with the learned router, of RULES."""
-    image_norm: frozenset[str] = frozenset()
-    """Of "encoder" and "decoder": those whose last norm has one scale per image, instead of one per position."""
+    image_norm: bool = False
+    """Whether the norm at the end of the encoder has one scale per image, instead of one per position."""
+    groups: int = ConvBlock.GROUPS
+    """Of the group norms in encoder and decoder. The models of the study have 32 channels there: one per group."""
+    patches: bool = False
+    """Whether a kept token reads the pixels of its cell of 4 x 4, in place of the mean of what the encoder made."""
     input_skip: bool = False
     """Whether the noisy image is added to the output, with a gain that the conditioning gives."""
 
@@ -254,11 +264,11 @@ class ImageNorm(nn.Module):
 
 
 class ImageNormStack(ConvStack):
-    """A ConvStack whose last norm is an ImageNorm, if it is one of ``where``."""
+    """An encoder that ends in an ImageNorm. A decoder, which becomes narrower, stays as it is."""
 
-    def __init__(self, where: Set[str], widths: tuple[int, ...], cond_dim: int) -> None:
+    def __init__(self, widths: tuple[int, ...], cond_dim: int) -> None:
         super().__init__(widths, cond_dim)
-        if ("encoder" if widths[0] < widths[-1] else "decoder") in where:
+        if widths[0] < widths[-1]:
             self.norm = ImageNorm(widths[-1])
 
 
@@ -278,18 +288,44 @@ class SkipDCDiT(dc_dit.DCDiT):
         return (out[0] + skipped, *out[1:]) if isinstance(out, tuple) else out + skipped
 
 
+class PatchChunk(ContextChunkLayer):
+    """Adds to each kept token a linear patch embedding of its cell of 4 x 4 pixels, which PatchDCDiT puts here."""
+
+    pixels: Tensor
+
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(dim, grid)
+        self.proj = nn.Conv2d(cifar10.COMMON["in_channels"], dim, SIDE, stride=SIDE)  # type: ignore[assignment]
+
+    def pack(self, x: Tensor, sel: TokenSelection, position: Tensor | None = None) -> Tensor:
+        x = x + spread(to_tokens(self.proj(self.pixels)), self.grid)
+        return ChunkLayer.pack(self, x, sel, position)
+
+
+class PatchDCDiT(dc_dit.DCDiT):
+    """Shows its input to the chunk layer."""
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> dc_dit.Embedded:
+        self.chunk.pixels = x
+        return super().embed(x, t, y)
+
+
 @contextmanager
 def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
     dim = cifar10.MODELS["dc-dit"][1]["hidden_size"]
     chunk = partial(CellChunk, dim) if variant.cell else ChunkLayer
+    model = SkipDCDiT if variant.input_skip else PatchDCDiT if variant.patches else dc_dit.DCDiT
     learned = {} if variant.rule is None else {variant.router: RULES[variant.rule]}
     objective = partial(CleanImageObjective if variant.clean else NotingObjective, variant.time)
     with (
         patch.dict(ROUTERS, {**FIXED, **learned}),
         patch.object(objectives, "FlowMatchingObjective", objective),
         patch.object(dc_dit, "ChunkLayer", chunk),
-        patch.object(dc_dit, "ConvStack", partial(ImageNormStack, variant.image_norm)),
-        patch.object(presets, "DCDiT", SkipDCDiT if variant.input_skip else dc_dit.DCDiT),
+        patch.object(ConvBlock, "GROUPS", variant.groups),
+        patch.object(dc_dit, "ConvStack", ImageNormStack if variant.image_norm else ConvStack),
+        patch.object(dc_dit, "ContextChunkLayer", PatchChunk if variant.patches else ContextChunkLayer),
+        patch.object(presets, "DCDiT", model),
+        patch.dict(ARCHITECTURES, {"DCDiT": (model, DCDiTConfig)}),
     ):
         yield

@@ -11,9 +11,11 @@ import torch
 from benchmarks.studies import cifar10, equal_compute, frequencies, selection, training
 from benchmarks.studies.digit_canvases import INK, held_out_ink, write_canvases
 from benchmarks.studies.equal_compute_page import at_first_goal, crossings, lead, losses_at
+from dcdit.checkpoint import load_model, save_model
 from dcdit.config import TrainConfig, load_config
 from dcdit.data import NpzDataset
 from dcdit.diffusion import FlowMatchingObjective
+from dcdit.models import create_model
 
 HELD_OUT = 0.25
 FLOPS = (4e9, 8e9)
@@ -96,6 +98,40 @@ def test_rules_between_learned_and_fixed() -> None:
         inputs = x.clone().requires_grad_()
         router(inputs).sum().backward()
         assert (inputs.grad is None) == ("detached" in rule), rule
+
+
+def test_other_ways_from_pixels_to_tokens(tmp_path: Path) -> None:
+    x, t, y = torch.randn(2, 3, 32, 32), torch.tensor([500, 20]), torch.tensor([1, 2])
+    variants = {name: equal_compute.WAYS[f"uniform+{name}"].variant for name in
+                ("context", "patches", "context+skip", "context+image-norm", "context+groups-of-8")}  # fmt: skip
+    preset, settings = cifar10.MODELS["dc-dit"]
+    models = {}
+    for name, variant in variants.items():
+        with selection.installed(variant):
+            torch.manual_seed(0)
+            model = create_model(preset, num_classes=10, **settings, router="uniform", cell_context=True)
+            torch.nn.init.normal_(model.final_layer.linear.weight)
+            save_model(tmp_path / f"{name}.safetensors", model)
+            models[name] = load_model(tmp_path / f"{name}.safetensors").eval()
+            assert torch.equal(models[name](x, t, y), model.eval()(x, t, y))
+    plain, skip = models["context"], models["context+skip"]
+    skip.load_state_dict(
+        plain.state_dict() | {"input_gain.weight": torch.zeros(3, 128), "input_gain.bias": torch.ones(3)}
+    )
+    assert torch.equal(skip(x, t, y), plain(x, t, y) + x)
+    tokens = torch.randn(2, 1024, 128)
+    scaled = models["context+image-norm"].encoder.norm(tokens)
+    torch.testing.assert_close(scaled / tokens, (scaled / tokens)[:, :1, :1].expand_as(tokens))
+    torch.testing.assert_close(scaled.square().mean((1, 2)), torch.ones(2))
+    assert models["context+groups-of-8"].encoder.blocks[0].norm1.num_groups == 4
+    chunk, zeros = models["patches"].chunk, torch.zeros(1, 1024, 128)
+    chunk.pixels = torch.zeros(1, 3, 32, 32)
+    chunk.pixels[0, 1, 5, 6] = 2.0
+    packed, sel = chunk(zeros, models["patches"].router(zeros))
+    added = packed - chunk.proj.bias
+    in_cell = ((sel.indices // 32) // 4 == 1) & ((sel.indices % 32) // 4 == 1)
+    assert not added[~in_cell].any() and in_cell.sum() == 4
+    torch.testing.assert_close(added[in_cell], (2 * chunk.proj.weight[:, 1, 1, 2]).expand(4, -1))
 
 
 def test_the_most_important_runs_come_first_and_none_twice() -> None:
