@@ -66,8 +66,8 @@ def linear_schedule(timesteps: Sequence[int] | None = None) -> NoiseSchedule:
     steps = list(range(TRAIN_STEPS)) if timesteps is None else list(timesteps)
     if not steps or steps != sorted(set(steps)) or steps[0] < 0 or steps[-1] >= TRAIN_STEPS:
         raise ValueError(f"timesteps are {steps[:8]}...; accepted: ascending steps from 0 to {TRAIN_STEPS - 1}")
-    kept = torch.tensor(steps)
-    alpha_bar = (1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64)).cumprod(0)[kept]
+    kept = torch.tensor(steps, device="cpu")
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64, device="cpu")).cumprod(0)[kept]
     alpha_bar_prev = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha

@@ -149,7 +149,7 @@ class TorchScriptInception(nn.Module):
         layers = getattr(getattr(self.script, "net", self.script), "layers", None)
         if not isinstance(layers, nn.Module) or not hasattr(getattr(layers, "mixed_6", None), "conv"):
             return None
-        x = probe = torch.linspace(-1, 1, 3 * SIDE**2).view(1, 3, SIDE, SIDE)
+        x = probe = torch.linspace(-1, 1, 3 * SIDE**2, device="cpu").view(1, 3, SIDE, SIDE)
         with self._naming_the_file():
             for layer in layers.children():
                 x = layer(x)

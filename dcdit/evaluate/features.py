@@ -235,7 +235,7 @@ def extract_features(
 def _forward(extractor: nn.Module, pixels: Pixels) -> dict[str, Tensor]:
     """The features of one batch by name; spatial ones are flattened."""
     weight = next(chain(extractor.parameters(), extractor.buffers()), None)
-    images = torch.tensor(pixels).permute(0, 3, 1, 2)
+    images = torch.tensor(pixels, device="cpu").permute(0, 3, 1, 2)
     returned = extractor(images if weight is None else images.to(weight.device))
     called = str(getattr(extractor, "path", type(extractor).__name__))
     features = _named(returned, called)

@@ -144,7 +144,7 @@ def generate(
     title = f"sampling, process {rank + 1} of {world}"
     sampled = ready_to_sample(model, settings.options)
     for k in tqdm(missing[rank::world], desc=title, unit="batch", disable=rank > 0):
-        numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num))
+        numbers = torch.arange(k * batch_size, min((k + 1) * batch_size, settings.num), device="cpu")
         labels = numbers % model.config.num_classes
         drawn = draw(
             model,

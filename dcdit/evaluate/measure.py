@@ -200,7 +200,7 @@ def evaluate_images(
     _check_count("reference images", pool)
     if num_reference is not None and not FEWEST <= num_reference <= len(pool):
         raise ValueError(f"num_reference is {num_reference}; accepted: {FEWEST} to {len(pool)}, the reference's images")
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed), device="cpu")
     used = pool if num_reference is None else pool.rows(order[:num_reference])
     metrics, left_out = measure(features, used, real.statistics, seed)
     drawn = min(len(features), len(pool) // 2)

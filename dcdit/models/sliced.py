@@ -59,7 +59,7 @@ class SlicedModel:
         self.config, self.objective = model.config, model.objective
         self.__signature__ = signature_of(model)
         self._model = model
-        steps = torch.tensor(sorted(set(times)), dtype=torch.float32)
+        steps = torch.tensor(sorted(set(times)), dtype=torch.float32, device="cpu")
         with torch.no_grad():
             time = of_first_block(model.t_embedder(steps.to(model.pos_embed.device)))
         self._slices = slice_blocks(model.blocks, gates, time, steps.tolist())

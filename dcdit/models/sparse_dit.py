@@ -111,7 +111,7 @@ class SparseDiT(PatchTransformer):
     def _transform_groups(
         self, tokens: Tensor, modulation: list[Modulation], groups: dict[tuple[int, int], list[int]]
     ) -> tuple[Tensor, list[Tensor]]:
-        parts, order = [], torch.tensor([image for images in groups.values() for image in images])
+        parts, order = [], torch.tensor([image for images in groups.values() for image in images], device="cpu")
         for grid, images in groups.items():
             rows = torch.tensor(images, device=tokens.device)
             own = [Modulation(*(row[rows] for row in mod)) for mod in modulation]

@@ -18,10 +18,10 @@ def varied_latents(batch: int, channels: int, grid: tuple[int, int]) -> Tensor:
     """(B, C, H, W) noise. Its smoothness differs between images, so that a router keeps more of some than of others."""
     generator = torch.Generator().manual_seed(0)
     coarse_grid = (max(2, grid[0] // 8), max(2, grid[1] // 8))
-    coarse = torch.randn(batch, channels, *coarse_grid, generator=generator)
+    coarse = torch.randn(batch, channels, *coarse_grid, generator=generator, device="cpu")
     smooth = F.interpolate(coarse, grid, mode="bicubic", align_corners=False)
-    rough = torch.randn(batch, channels, *grid, generator=generator)
-    amount = torch.linspace(0.1, 1.0, batch)[:, None, None, None]
+    rough = torch.randn(batch, channels, *grid, generator=generator, device="cpu")
+    amount = torch.linspace(0.1, 1.0, batch, device="cpu")[:, None, None, None]
     return (1 - amount) * smooth + amount * rough
 
 

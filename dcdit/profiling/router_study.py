@@ -64,7 +64,7 @@ def study_router(
     detail = local_detail(x0)
     order = detail.flatten(1).mean(1).argsort()
     third = len(order) // 3
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(x0)
     study = RouterStudy(list(levels), [], [], [], [], len(x0))
     for level in levels:
         noisy = objective.noise(x0, objective.t_at(level, x0), noise)

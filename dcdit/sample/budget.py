@@ -234,7 +234,7 @@ class _Pilot:
     def __init__(self, model: DCDiT, images: int, rho: float, guidance: Guidance) -> None:
         self.config, self.objective, self.images = model.config, model.objective, images
         null = rho if guidance.null_drop_fraction is None else guidance.null_drop_fraction
-        self._rho = torch.tensor([rho] * images + [null] * images)
+        self._rho = torch.tensor([rho] * images + [null] * images, device="cpu")
         self._both_ways = guidance.scale != 1 and guidance.interval is not None
         self._calls = {guided: ModelCalls(model, images) for guided in (True, False)}
         self._marks: dict[bool, list[tuple[Mark, Mark]]] = {True: [], False: []}

@@ -181,8 +181,8 @@ def class_labels(num_classes: int, chosen: Sequence[int] | None, per_class: int,
         if not 0 <= label < num_classes:
             raise ValueError(f"label {label}; accepted: 0 to {num_classes - 1}")
     if num is not None:
-        return torch.tensor([classes[i % len(classes)] for i in range(num)])
-    return torch.tensor(classes).repeat_interleave(per_class)
+        return torch.tensor([classes[i % len(classes)] for i in range(num)], device="cpu")
+    return torch.tensor(classes, device="cpu").repeat_interleave(per_class)
 
 
 @contextlib.contextmanager

@@ -223,5 +223,5 @@ def call_times(method: str, num_steps: int | str) -> list[float]:
         times.append(float(t[0]))
         return torch.zeros_like(x)
 
-    sample(model, torch.zeros(1, dtype=torch.int64), num_steps, method, shape=(1, 1, 1), progress=False)
+    sample(model, torch.zeros(1, dtype=torch.int64, device="cpu"), num_steps, method, shape=(1, 1, 1), progress=False)
     return times

@@ -125,5 +125,5 @@ def block_outputs(dit: DiT, x: Tensor, cond: Tensor) -> list[Tensor]:
 
 def patch_of_cell(grid: tuple[int, int], patch_size: int) -> Tensor:
     """(H*W,) int64: the raster index of the patch that covers each cell of the grid."""
-    rows, cols = (torch.arange(side) // patch_size for side in grid)
+    rows, cols = (torch.arange(side, device="cpu") // patch_size for side in grid)
     return (rows[:, None] * (grid[1] // patch_size) + cols).flatten()

@@ -134,7 +134,9 @@ def _train(
     if resume is not None:
         check_same_classes(dataset, resume)
     torch.manual_seed(optim.seed)
-    model = create_model(**model_arguments(config.model, dataset)).to(device)
+    with torch.device("cpu"):  # whatever PyTorch's default device is: a seed gives the same weights on all
+        model = create_model(**model_arguments(config.model, dataset))
+    model.to(device)
     # The draws below decide which labels are dropped, for the whole batch, so the model must not drop any itself.
     model.y_embedder.dropout_prob = 0.0
     model.objective = config.diffusion.objective

@@ -52,6 +52,6 @@ class StopCheck:
         """The largest value of all processes, each of which has to call this."""
         if self._group is None:
             return value
-        values = torch.tensor(value)
+        values = torch.tensor(value, device="cpu")
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._group)
         return int(values)

@@ -259,7 +259,7 @@ def _short(value: Any) -> str:
 def _write_shard(path: Path, latents: Tensor, mirrored: Tensor, labels: list[int]) -> ShardEntry:
     if not (latents.isfinite().all() and mirrored.isfinite().all()):
         raise ValueError(f"the autoencoder gives numbers that are not finite for images of {path.name}")
-    tensors = {LATENTS: latents, MIRRORED: mirrored, LABELS: torch.tensor(labels)}
+    tensors = {LATENTS: latents, MIRRORED: mirrored, LABELS: torch.tensor(labels, device="cpu")}
     atomically(path, lambda file: save_tensors(file, tensors, {"format": "pt"}))
     channels = latents.double().movedim(1, 0).flatten(1)  # [C, N * h * w]
     return ShardEntry(
@@ -276,8 +276,8 @@ def _write_statistics(path: Path, manifest: Manifest) -> None:
     """Write ``mean`` and ``std`` of every channel, float32 (1, C, 1, 1), as LightningDiT reads them."""
     channels, height, width = manifest.shape
     count = manifest.images * height * width
-    total = torch.tensor([shard.sum for shard in manifest.shards], dtype=torch.float64).sum(0)
-    squares = torch.tensor([shard.sum_of_squares for shard in manifest.shards], dtype=torch.float64).sum(0)
+    sums = [[shard.sum, shard.sum_of_squares] for shard in manifest.shards]
+    total, squares = torch.tensor(sums, dtype=torch.float64, device="cpu").sum(0)
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()
     stored = {name: value.float().reshape(1, channels, 1, 1) for name, value in {"mean": mean, "std": std}.items()}

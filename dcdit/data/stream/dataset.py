@@ -135,7 +135,7 @@ class StreamDataset(Samples):
     def place(self, n: int) -> Tensor:
         """Where sample n leaves its lane, int64 (6,), for :meth:`passed`."""
         number, position = self.deal.lane_of(n)
-        return torch.tensor([number, position + 1, *self._lane(number).place(position)])
+        return torch.tensor([number, position + 1, *self._lane(number).place(position)], device="cpu")
 
     def _sample(self, stored: Stored, item: tuple[int, int], n: int) -> tuple[Tensor, int]:
         source = self._name(item)

@@ -40,8 +40,8 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
-        made = torch.randn(size, generator=self.generator).to(self.shape.device, dtype or self.shape.dtype)
-        return made.requires_grad_()
+        made = torch.randn(size, generator=self.generator, device="cpu")
+        return made.to(self.shape.device, dtype or self.shape.dtype).requires_grad_()
 
     def tokens(self) -> Tensor:
         """(B, L, D), a grid batch."""
@@ -62,9 +62,9 @@ class Inputs:
     def probabilities(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, L) in which images keep between half and one and a half times ``keep``."""
         b, keep = self.shape.batch, self.shape.keep
-        spread = torch.linspace(0.5, 1.5, b) if b > 1 else torch.ones(b)
+        spread = torch.linspace(0.5, 1.5, b, device="cpu") if b > 1 else torch.ones(b, device="cpu")
         fraction = (keep * spread.clamp(max=1 / keep))[:, None]
-        uniform = torch.rand(b, self.shape.length, generator=self.generator)
+        uniform = torch.rand(b, self.shape.length, generator=self.generator, device="cpu")
         p = torch.where(uniform < fraction, 0.5 + uniform / (2 * fraction).clamp(min=1e-6), 0.5 * uniform)
         return p.clamp(0, 1).to(self.shape.device, dtype).requires_grad_()
 
@@ -74,8 +74,8 @@ class Inputs:
 
     def source_cu_seqlens(self) -> Tensor:
         """int32 (B+1,), where the sequences of a packed source start; later ones are longer."""
-        starts = torch.linspace(0, 1, self.shape.batch + 1) ** 1.5 * (self.shape.batch * self.shape.length)
-        return starts.round().to(self.shape.device, torch.int32)
+        starts = torch.linspace(0, 1, self.shape.batch + 1, device="cpu") ** 1.5
+        return (starts * (self.shape.batch * self.shape.length)).round().to(self.shape.device, torch.int32)
 
     def selection(self) -> TokenSelection:
         """Of a grid batch, sized exactly."""
