@@ -339,7 +339,7 @@ def _budget_table(routed: Results) -> str:
 
 
 def _plot_curves(runs: Runs, curves: Mapping[str, Curves], since: float, goals: Sequence[float], path: Path) -> None:
-    figure, (left, middle, right) = new_figure(1, 3, figsize=(15, 4))
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(17, 4))
     furthest = max(flops[-1] for of_way in curves.values() for flops, _ in of_way.values())
     for axis, least in ((left, 0.0), (middle, since if furthest > 1.2 * since else 0.0)):
         for way, of_way in curves.items():
@@ -369,7 +369,7 @@ def _plot_curves(runs: Runs, curves: Mapping[str, Curves], since: float, goals: 
     right.axhline(0, color="black", lw=0.5)
     right.set(xlabel="noise level", ylabel="loss against the static model, %")
     if right.lines[1:]:
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 
 
