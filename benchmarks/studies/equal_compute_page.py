@@ -79,14 +79,11 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
     for goal in goals:
         reached = at_goal(runs, goal)
         if reached:
-            _plot_variants(reached, out / f"{data}-variants.png")
-            parts += [
-                f"## Every run at {goal:.0e} training FLOPs",
-                loss_table(reached),
-                _cost_table(reached),
-                f"![loss of each way against dc-dit, by noise level]({data}-variants.png)",
-                *_band_parts(reached),
-            ]
+            parts += [f"## Every run at {goal:.0e} training FLOPs", loss_table(reached), _cost_table(reached)]
+            if goal == goals[0] and any(way_of(run) == OURS for run in reached):
+                _plot_variants(reached, out / f"{data}-variants.png")
+                parts.append(f"![loss of each way against {OURS}, by noise level]({data}-variants.png)")
+            parts += _band_parts(reached)
     stopped = {run: lines[-1] for run, lines in runs.items() if lines[-1]["training_flops"] < lines[-1]["goal"]}
     if stopped:
         parts += [
@@ -378,8 +375,6 @@ def _plot_variants(reached: Results, path: Path) -> None:
     means = {
         way: np.mean([first(run["loss_by_level"]) for run in runs], axis=0) for way, runs in by_way(reached).items()
     }
-    if OURS not in means:
-        return
     figure, axis = new_figure(figsize=(8, 4.5))
     for number, (way, losses) in enumerate(means.items()):
         style = "-" if number < 10 else "--"
