@@ -217,19 +217,19 @@ def train_and_measure(
         minutes = max((until - time.time()) / 60, 1e-3)
         code = cli.main(["train", *arguments, "--set", f"run.minutes={minutes}"])
         if not code:
-            found = measure(load_config(folder / "config.yaml"), held_out, variant.clean)
+            found = measure(load_config(folder / "config.yaml"), variant.clean, held_out)
             write_line(lines, {"run": run, **found})
     return code
 
 
 @torch.inference_mode()
-def measure(config: TrainConfig, held_out: int, clean: bool = False) -> dict[str, Any]:
+def measure(config: TrainConfig, clean: bool, held_out: int) -> dict[str, Any]:
     """What the page shows of a run, measured with its averaged weights in the precision and where it was trained.
 
     Args:
         config: of the run.
-        held_out: number of images.
         clean: whether the model predicts the clean image.
+        held_out: number of images.
     """
     device = torch.device("cuda" if config.optim.device == "auto" and torch.cuda.is_available() else "cpu")
     model = load_model(config.run.out).to(device)

@@ -136,17 +136,15 @@ def _parts(runs: Runs, data: str, goals: Sequence[float], out: Path) -> list[str
 
 def _band_parts(reached: Results) -> list[str]:
     """The loss split by spatial frequency, where it was measured."""
-    known = {run: line["loss_by_band"] for run, line in reached.items() if "loss_by_band" in line}
+    known = {run: line for run, line in reached.items() if "loss_by_band" in line}
     if not known:
         return []
     tables = []
-    for level in next(iter(known.values())):
-        ways: dict[str, list[Sequence[float]]] = {}
-        for run, levels in known.items():
-            ways.setdefault(way_of(run), []).append(levels[level])
-        rows = [
-            [way, str(len(seeds)), *(f"{loss:.4f}" for loss in np.mean(seeds, axis=0))] for way, seeds in ways.items()
-        ]
+    for level in next(iter(known.values()))["loss_by_band"]:
+        rows = []
+        for way, runs in by_way(known).items():
+            means = np.mean([run["loss_by_band"][level] for run in runs], axis=0)
+            rows.append([way, str(len(runs)), *(f"{loss:.4f}" for loss in means)])
         tables.append(markdown_table([f"noise level {level}", "seeds", *BANDS], rows))
     return [
         "The loss without dropping, split by spatial frequency in cycles per image (0 is the mean of the image); a row "

@@ -119,7 +119,8 @@ def _transformer(config: ModelConfig, kept: list[int], gates: GateCounts | None)
     dim, heads, lengths = config.hidden_size, config.num_heads, torch.tensor(kept, device="cpu")
     shape = (len(kept), config.depth)
     # Of each image and block: open heads, open groups (as many as heads), and tokens in the MLP.
-    all_open = *2 * (torch.full(shape, heads, device="cpu"),), lengths[:, None].expand(shape)
+    every_head = torch.full(shape, heads, device="cpu")
+    all_open = every_head, every_head, lengths[:, None].expand(shape)
     given = all_open if gates is None else gates
     counts = [every if count is None else count.cpu() for count, every in zip(given, all_open, strict=True)]
     attention, mlp = _block_parts(config, lengths)
