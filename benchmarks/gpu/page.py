@@ -5,61 +5,23 @@ report. The column "predicted" is what a model on paper said before (docs/perfor
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gpu import pictures
+from benchmarks.gpu.found import Found
 from benchmarks.gpu.lines import BEGAN, DONE, FAILED, LEFT_OUT, Line, Lines
 from benchmarks.gpu.plan import ALL, GROUPS, Group, case_name
 from dcdit.utils.files import write_text
 from dcdit.utils.tables import markdown_table
 
 PAGE_FILE = "report.md"
-PREDICTIONS = Path(__file__).resolve().parents[2] / "docs" / "performance-log-predictions.json"
 LIKE = {"exact": "static", "eager": "static", "official": "static", "graph": "static graph"}
 """The static side that is started in the same way."""
 MOST_KERNELS = 25
-
-
-class Found:
-    """What was found on one device.
-
-    Args:
-        device: its name.
-        lines: the last line of each case there.
-    """
-
-    def __init__(self, device: str, lines: dict[str, Line]) -> None:
-        self.device, self.lines = device, lines
-        known = json.loads(PREDICTIONS.read_text()) if PREDICTIONS.is_file() else {}
-        self.predicted: dict[str, Any] = next((known[name] for name in known if name in device), {})
-
-    def done(self, group: str, case: str) -> Line | None:
-        line = self.lines.get(case_name(group, case))
-        return line if line is not None and line["state"] == DONE else None
-
-    def of_group(self, group: Group) -> dict[str, Line]:
-        """The cases of a group that are done, in the order of the plan."""
-        found = {case: self.done(group.name, case) for case in group.cases}
-        return {case: line for case, line in found.items() if line is not None}
-
-    @property
-    def gbps(self) -> float | None:
-        line = self.done("ceilings", "copy")
-        return line["gbps"]["median"] if line else None
-
-    @property
-    def tflops(self) -> float | None:
-        line = self.done("ceilings", "product")
-        return line["tflops"]["median"] if line else None
-
-    def prediction(self, group: str, case: str) -> dict[str, float]:
-        return self.predicted.get(group, {}).get(case, {})
 
 
 def write(folder: Path) -> Path:

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from benchmarks.gpu.found import Found
 from benchmarks.gpu.lines import Line
 from benchmarks.gpu.plan import Group
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.page import Found
 
 COLORS = {
     "exact": "C0",
@@ -21,7 +19,7 @@ COLORS = {
 HOLLOW = {"marker": "D", "mfc": "white", "ls": "none", "ms": 6}
 
 
-def draw(group: Group, found: "Found", path: Path) -> Path | None:
+def draw(group: Group, found: Found, path: Path) -> Path | None:
     """The picture of a group; None where there is none to draw, or nothing to draw it with."""
     drawing = _DRAWINGS.get(group.name)
     lines = found.of_group(group)
@@ -37,7 +35,7 @@ def draw(group: Group, found: "Found", path: Path) -> Path | None:
         return None
 
 
-def _forward(group: Group, found: "Found", lines: dict[str, Line], path: Path, new_figure: Callable[..., Any]) -> Path:
+def _forward(group: Group, found: Found, lines: dict[str, Line], path: Path, new_figure: Callable[..., Any]) -> Path:
     """Left: time over FLOPs with the line eta = 1. Right: eta over the drop fraction, measured and predicted."""
     path = path.with_name(f"{path.stem.rsplit('-', 1)[0]}-{group.name.split()[1]}-{path.stem.rsplit('-', 1)[1]}.png")
     figure, (left, right) = new_figure(1, 2, figsize=(11, 4.2))
@@ -84,7 +82,7 @@ def _forward(group: Group, found: "Found", lines: dict[str, Line], path: Path, n
 
 
 def _operations(
-    group: Group, found: "Found", lines: dict[str, Line], path: Path, new_figure: Callable[..., Any]
+    group: Group, found: Found, lines: dict[str, Line], path: Path, new_figure: Callable[..., Any]
 ) -> Path | None:
     """The share of the copy bandwidth that each side reaches."""
     if found.gbps is None:

@@ -1,6 +1,7 @@
 """The study of equal compute: its canvases, its order, its deadline, and all of it once with tiny models."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dcdit.config import TrainConfig, load_config
 from dcdit.data import NpzDataset
 from dcdit.diffusion import FlowMatchingObjective
 from dcdit.models import create_model
+from dcdit.nn import SpatialDeChunk
+from dcdit.ops import select_tokens
 
 HELD_OUT = 0.25
 FLOPS = (4e9, 8e9)
@@ -132,6 +135,30 @@ def test_other_ways_from_pixels_to_tokens(tmp_path: Path) -> None:
     in_cell = ((sel.indices // 32) // 4 == 1) & ((sel.indices % 32) // 4 == 1)
     assert not added[~in_cell].any() and in_cell.sum() == 4
     torch.testing.assert_close(added[in_cell], (2 * chunk.proj.weight[:, 1, 1, 2]).expand(4, -1))
+
+
+def test_offsets_from_the_nearest_kept_token() -> None:
+    grid, dim = (3, 8), 4
+    kept = torch.zeros(1, *grid)
+    kept[0, 1, 2] = kept[0, 1, 7] = 0.9
+    sel = select_tokens(kept.flatten(1))
+    h, p, residual = torch.randn(2, dim), kept.flatten(1), torch.randn(1, 24, dim)
+    plain = SpatialDeChunk(grid, 1.0)(h, p, sel, residual)
+    constant = selection.OffsetDeChunk(dim, grid, 1.0)
+    assert torch.equal(constant(h, p, sel, residual), plain)
+    torch.nn.init.normal_(constant.vectors)
+    by_offset = constant.vectors.unflatten(0, (5, 5))  # rows and columns from -2 to 2
+    added = (constant(h, p, sel, residual) - plain).view(*grid, dim)
+    for row, col in product(range(3), range(8)):
+        nearest = 2 if col < 5 else 7
+        offset = by_offset[row - 1 + 2, max(-2, min(2, col - nearest)) + 2]
+        torch.testing.assert_close(added[row, col], offset, msg=f"{row}, {col}")
+    content = selection.ContentOffsetDeChunk(dim, grid, 1.0)
+    assert torch.equal(content(h, p, sel, residual), plain)
+    torch.nn.init.normal_(content.factors)
+    added = (content(h, p, sel, residual) - plain).view(*grid, dim)
+    factor = content.factors.unflatten(0, (5, 5))[0 - 1 + 2, 6 - 7 + 2]
+    torch.testing.assert_close(added[0, 6], content.up(factor * content.down(h[1])))
 
 
 def test_the_most_important_runs_come_first_and_none_twice() -> None:

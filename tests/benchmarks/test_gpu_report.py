@@ -17,7 +17,7 @@ from support import capturable_attention, fake_device
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import gpu_report
-from benchmarks.gpu import forward, operations, page, plan, training, worker
+from benchmarks.gpu import forward, found, operations, page, plan, training, worker
 from benchmarks.gpu.lines import BEGAN, DONE, FAILED, LEFT_OUT, LeftOut, Lines
 from benchmarks.gpu.setting import create_setting
 from benchmarks.harness.equality import NotEqualError
@@ -328,7 +328,7 @@ def test_the_page_shows_measurements_floors_and_predictions(tmp_path: Path, monk
     predictions = tmp_path / "predictions.json"
     expected = {"drop 0, exact": {"ms": 18.5, "eta": 0.935}}
     predictions.write_text(json.dumps({"H100": {"forward, large batch": expected}}))
-    monkeypatch.setattr(page, "PREDICTIONS", predictions)
+    monkeypatch.setattr(found, "PREDICTIONS", predictions)
     write_lines(tmp_path)
     text = page.write(tmp_path).read_text()
     rows = {
