@@ -7,6 +7,7 @@ keeps, and times the model against the static DiT with the same transformer.
 import argparse
 import importlib
 import json
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -54,6 +55,18 @@ class Data:
     """What they are called."""
     about: str
     """Where they come from, and one sentence about what they cannot show."""
+    readable: int | None = None
+    """Training steps after which most samples can be read; None where nobody counted them."""
+
+    def too_few(self, steps: int, minutes: float) -> str:
+        """What to do where a slow or busy machine left too few steps for samples that can be read; else nothing."""
+        if self.readable is None or steps >= self.readable:
+            return ""
+        enough = math.ceil(minutes * self.readable / max(steps, 1))
+        return (
+            f"TOO SHORT: {steps} training steps are too few for samples that can be read, which takes about "
+            f"{self.readable:,}. At the speed of this run that is `dcdit demo --minutes {enough}`."
+        )
 
 
 DATA = {
@@ -62,6 +75,7 @@ DATA = {
         "scanned digits",
         "The images are scikit-learn's scans of handwritten digits, 8x8 pixels each, with a margin and enlarged. What\n"
         "is learned from 1,617 of them shows that the mechanism works, not how good it is.",
+        readable=1_200,
     ),
     "photographs": Data(
         "skimage",
@@ -127,6 +141,9 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
     if result.signal:
         raise Stopped(result.signal)
     write_text(out / RECORD, json.dumps({"config": asdict(config)}))
+    too_few = DATA[data].too_few(result.step, minutes)
+    if too_few:
+        print(too_few, flush=True)
     log = [json.loads(line) for line in result.log.read_text(encoding="utf-8").splitlines()]
     log = [row for row in log if "loss" in row]
     plot_training(log, config.router.target, out / "training.png")
@@ -159,6 +176,7 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
         "data": data,
         "config": asdict(config),
         "steps": result.step,
+        "too_few": too_few,
         "training_log": log,
         "samples": samples,
         "router": asdict(study),
@@ -266,9 +284,10 @@ def _report(facts: dict[str, Any], timings: str) -> str:
     detailed, others = study["kept_share_inside"][0], study["kept_share_outside"][0]
     optim, timed = facts["config"]["optim"], facts["profile"]
     target, size = facts["config"]["router"]["target"], facts["config"]["data"]["size"]
+    caution = f"{facts['too_few']}\n\n" if facts["too_few"] else ""
     return f"""# DC-DiT demo
 
-A DC-DiT with {facts["parameters"]:,} parameters, trained from scratch for {facts["steps"]} steps of
+{caution}A DC-DiT with {facts["parameters"]:,} parameters, trained from scratch for {facts["steps"]} steps of
 {optim["batch_size"]} {data.images} ({size}x{size} pixels, one token per pixel; classes:
 {", ".join(facts["class_names"])}). Everything took {facts["seconds"]:.0f} s
 and at most {facts["peak_memory_gb"]:.1f} GB of memory.

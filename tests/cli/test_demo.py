@@ -62,6 +62,17 @@ def test_the_whole_has_its_flops(report) -> None:
     assert facts["profile"]["reliable"] is False
 
 
+def test_too_few_steps_are_said_first(report) -> None:
+    page, facts = report
+    needed = demo.DATA["digits"].readable
+    assert facts["steps"] == 2 < needed
+    assert page.index("TOO SHORT: 2 training steps") < page.index("A DC-DiT with")
+    assert f"`dcdit demo --minutes {needed // 2}`" in page  # two steps took the one minute
+    assert demo.DATA["digits"].too_few(needed - 1, 4.0).endswith("--minutes 5`.")
+    assert not demo.DATA["digits"].too_few(needed, 4.0)
+    assert not demo.DATA["photographs"].too_few(1, 4.0)
+
+
 def test_every_picture_is_there(report) -> None:
     page, _ = report
     assert page.count("![") == 4 + len(demo.DROP_FRACTIONS)

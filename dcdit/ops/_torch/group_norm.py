@@ -69,6 +69,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         image = _as_image(centred)
         if not image.is_cpu:  # the kernels of other devices take no channels-last image
             image = image.contiguous()
+        if length == 0:  # an error from PyTorch 2.14 on
+            return x.new_empty(x.shape), offset, offset.new_ones(images, num_groups)
         normed, _, rstd = torch.native_group_norm(image, weight, bias, images, channels, length, num_groups, eps)
         # Into memory that is at hand. A view of another tensor could not be changed in place later.
         y = torch.ops.aten.silu.out(normed.squeeze(2).mT, out=centred)
