@@ -5,7 +5,7 @@ PTX_TARGETS ?= 80 90 100
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint format bench gpu-report aot oldest-triton ptx-test ptx-report soak gpu-test kernel-package docs package locked clean
+.PHONY: demo test test-full lint format bench gpu-report aot oldest-triton newest-triton ptx-test ptx-report soak gpu-test kernel-package docs package locked clean
 
 demo: $(VENV)/.installed ## train, sample, picture and time a small DC-DiT on scanned digits -> out/demo/report.md
 	$(BIN)/dcdit demo --minutes $(MINUTES) --out out/demo
@@ -34,12 +34,13 @@ gpu-report: ## checks, times and a page of a CUDA device within 9 minutes -> out
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
 	$(BIN)/python -m tools.aot --jobs 2
 
-oldest-triton: $(VENV)/.installed out/oldest-triton/.installed ## every kernel at the width of XL, compiled by the oldest Triton that is supported
-	PYTHONPATH=out/oldest-triton $(BIN)/python -m tools.aot --target sm_90 --dtype bf16 --width 1152 --jobs 2
+# Every kernel at the width of XL, compiled by the oldest and by the newest Triton that pyproject.toml accepts.
+oldest-triton newest-triton: %-triton: $(VENV)/.installed out/%-triton/.installed
+	PYTHONPATH=out/$@ $(BIN)/python -m tools.aot --target sm_90 --dtype bf16 --width 1152 --jobs 2
 
-out/oldest-triton/.installed: .ci/oldest-triton.txt
-	rm -rf out/oldest-triton
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --target out/oldest-triton -r $<
+out/%-triton/.installed: .ci/%-triton.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --target $(@D) -r $<
 	touch $@
 
 ptx-test: $(VENV)/.installed ## the kernel tests on compiled kernels, whose PTX runs without a GPU (see tools/ptx)

@@ -95,7 +95,7 @@ def test_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_ci_compiles_with_the_oldest_and_tests_with_an_accepted_triton() -> None:
+def test_ci_compiles_with_the_oldest_and_newest_and_tests_with_an_accepted_triton() -> None:
     def pinned(file: str) -> Version:
         (version,) = re.findall(r"^triton==([\w.]+)", Path(ROOT, file).read_text(), re.MULTILINE)
         return Version(version)
@@ -103,7 +103,10 @@ def test_ci_compiles_with_the_oldest_and_tests_with_an_accepted_triton() -> None
     project = tomllib.loads(Path(ROOT, "pyproject.toml").read_text())["project"]
     (accepted,) = [r.specifier for r in map(Requirement, project["dependencies"]) if r.name == "triton"]
     (lowest,) = [Version(bound.version) for bound in accepted if bound.operator == ">="]
+    (bound,) = [Version(bound.version) for bound in accepted if bound.operator == "<"]
+    newest = pinned(".ci/newest-triton.txt")
     assert pinned(".ci/oldest-triton.txt") == lowest
+    assert newest in accepted and Version(f"{newest.major}.{newest.minor + 1}") == bound
     assert pinned("constraints.txt") in accepted
     assert pinned(".ci/requirements.txt") == pinned("constraints.txt")
 

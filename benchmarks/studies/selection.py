@@ -9,9 +9,9 @@ Three rules between learned and fixed: a sixteenth of the positions in a regular
 learned; of each cell of 2 x 2 the most probable position is kept; and p is taken as a share and dithered. And a learned
 choice whose gradient ends at the router's input.
 
-Six changes on the way of the pixels to a token and back: a norm with one scale per image, group norms of more
-channels, a patch embedding of the pixels of a token's cell, the noisy image added to the output, and two that tell a
-position where it lies from the kept token whose content it gets.
+Five changes on the way of the pixels to a token and back: a norm with one scale per image, group norms of more
+channels, a patch embedding of the pixels of a token's cell, the noisy image added to the output, and a de-chunk that
+tells a position where it lies from the kept token whose content it gets.
 
 Beside them a regular quarter that is shifted at random, the package's own regular quarter (`router: uniform`), which
 differs in what is dropped first, and one whose probabilities are hardly above one half, so that the de-chunk smooths it
@@ -79,9 +79,8 @@ class Variant(NamedTuple):
     """Whether a kept token reads the pixels of its cell of 4 x 4, in place of the mean of what the encoder made."""
     input_skip: bool = False
     """Whether the noisy image is added to the output, with a gain that the conditioning gives."""
-    offsets: str | None = None
-    """What the de-chunk adds by the offset of a position from its nearest kept token: "constant", a vector for each
-    offset, or "content", which also depends on the token."""
+    offsets: bool = False
+    """Whether a position gets more than the content of its nearest kept token: what its offset from it makes of it."""
 
     @property
     def replaces_parts(self) -> bool:
@@ -324,18 +323,22 @@ class PatchDCDiT(dc_dit.DCDiT):
 
 
 class OffsetDeChunk(SpatialDeChunk):
-    """Adds to each position a learned vector that is looked up by its offset from its nearest kept token.
+    """Adds to each position what its offset from its nearest kept token makes of the content h of that token.
 
     The de-chunk alone gives the same content to all positions around a kept token, and the convolutions that follow
-    cannot tell them apart. A patch of a static DiT has other weights for each of its pixels.
+    cannot tell them apart. A patch of a static DiT has other weights for each of its pixels. Added is
+    ``vector[offset] + up(factor[offset] * down(h))``, whose product has rank RANK.
     """
 
-    REACH = 2
-    """Offsets further away count as this far, in rows and in columns."""
+    RANK, REACH = 64, 2
+    """Offsets further away than REACH count as this far, in rows and in columns."""
 
     def __init__(self, dim: int, grid: tuple[int, int], sigma: float) -> None:
         super().__init__(grid, sigma)
-        self.vectors = nn.Parameter(torch.zeros((2 * self.REACH + 1) ** 2, dim))
+        offsets = (2 * self.REACH + 1) ** 2
+        self.vectors = nn.Parameter(torch.zeros(offsets, dim))
+        self.factors = nn.Parameter(torch.zeros(offsets, self.RANK))
+        self.down, self.up = nn.Linear(dim, self.RANK, bias=False), nn.Linear(self.RANK, dim, bias=False)
 
     def offsets(self, nearest: Tensor) -> Tensor:
         """(B, H, W) raster indices of the nearest kept positions -> (B, H*W) numbers of the offsets."""
@@ -347,31 +350,10 @@ class OffsetDeChunk(SpatialDeChunk):
 
     def forward(self, h: Tensor, p: Tensor, sel: TokenSelection, residual: Tensor) -> Tensor:
         nearest = nearest_kept(sel.mask.view(-1, *self.grid))
-        return super().forward(h, p, sel, residual + self.added(h, sel, nearest))
-
-    def added(self, h: Tensor, sel: TokenSelection, nearest: Tensor) -> Tensor:
-        return nn.functional.embedding(self.offsets(nearest), self.vectors)
-
-
-class ContentOffsetDeChunk(OffsetDeChunk):
-    """Adds ``up(factor[offset] * down(h))`` as well: the product of rank RANK that sub-pixel upsampling would be."""
-
-    RANK = 64
-
-    def __init__(self, dim: int, grid: tuple[int, int], sigma: float) -> None:
-        super().__init__(dim, grid, sigma)
-        self.down, self.up = nn.Linear(dim, self.RANK, bias=False), nn.Linear(self.RANK, dim, bias=False)
-        self.factors = nn.Parameter(torch.zeros(len(self.vectors), self.RANK))
-
-    def added(self, h: Tensor, sel: TokenSelection, nearest: Tensor) -> Tensor:
-        rows = sel.packed_rows.gather(1, nearest.flatten(1)).long()
-        content = nn.functional.embedding(rows, self.down(h)) * nn.functional.embedding(
-            self.offsets(nearest), self.factors
-        )
-        return super().added(h, sel, nearest) + self.up(content)
-
-
-OFFSETS = {"constant": OffsetDeChunk, "content": ContentOffsetDeChunk}
+        offsets, token = self.offsets(nearest), sel.packed_rows.gather(1, nearest.flatten(1)).long()
+        content = nn.functional.embedding(token, self.down(h)) * nn.functional.embedding(offsets, self.factors)
+        added = nn.functional.embedding(offsets, self.vectors) + self.up(content)
+        return super().forward(h, p, sel, residual + added)
 
 
 @contextmanager
@@ -379,7 +361,7 @@ def installed(variant: Variant) -> Iterator[None]:
     """Inside, models are built and trained as the variant says."""
     dim = cifar10.MODELS["dc-dit"][1]["hidden_size"]
     chunk = partial(CellChunk, dim) if variant.cell else ChunkLayer
-    dechunk = SpatialDeChunk if variant.offsets is None else partial(OFFSETS[variant.offsets], dim)
+    dechunk = partial(OffsetDeChunk, dim) if variant.offsets else SpatialDeChunk
     model = SkipDCDiT if variant.input_skip else PatchDCDiT if variant.patches else dc_dit.DCDiT
     learned = {} if variant.rule is None else {variant.router: RULES[variant.rule]}
     objective = partial(CleanImageObjective if variant.clean else NotingObjective, variant.time)

@@ -144,21 +144,17 @@ def test_offsets_from_the_nearest_kept_token() -> None:
     sel = select_tokens(kept.flatten(1))
     h, p, residual = torch.randn(2, dim), kept.flatten(1), torch.randn(1, 24, dim)
     plain = SpatialDeChunk(grid, 1.0)(h, p, sel, residual)
-    constant = selection.OffsetDeChunk(dim, grid, 1.0)
-    assert torch.equal(constant(h, p, sel, residual), plain)
-    torch.nn.init.normal_(constant.vectors)
-    by_offset = constant.vectors.unflatten(0, (5, 5))  # rows and columns from -2 to 2
-    added = (constant(h, p, sel, residual) - plain).view(*grid, dim)
+    dechunk = selection.OffsetDeChunk(dim, grid, 1.0)
+    assert torch.equal(dechunk(h, p, sel, residual), plain)
+    torch.nn.init.normal_(dechunk.vectors)
+    torch.nn.init.normal_(dechunk.factors)
+    vectors, factors = (table.unflatten(0, (5, 5)) for table in (dechunk.vectors, dechunk.factors))
+    added = (dechunk(h, p, sel, residual) - plain).view(*grid, dim)
     for row, col in product(range(3), range(8)):
-        nearest = 2 if col < 5 else 7
-        offset = by_offset[row - 1 + 2, max(-2, min(2, col - nearest)) + 2]
-        torch.testing.assert_close(added[row, col], offset, msg=f"{row}, {col}")
-    content = selection.ContentOffsetDeChunk(dim, grid, 1.0)
-    assert torch.equal(content(h, p, sel, residual), plain)
-    torch.nn.init.normal_(content.factors)
-    added = (content(h, p, sel, residual) - plain).view(*grid, dim)
-    factor = content.factors.unflatten(0, (5, 5))[0 - 1 + 2, 6 - 7 + 2]
-    torch.testing.assert_close(added[0, 6], content.up(factor * content.down(h[1])))
+        token = int(col >= 5)
+        offset = row - 1 + 2, max(-2, min(2, col - (2, 7)[token])) + 2  # rows and columns from -2 to 2
+        expected = vectors[offset] + dechunk.up(factors[offset] * dechunk.down(h[token]))
+        torch.testing.assert_close(added[row, col], expected, msg=f"{row}, {col}")
 
 
 def test_the_most_important_runs_come_first_and_none_twice() -> None:
