@@ -31,6 +31,9 @@ FORGOTTEN = 2.5
 """Averaged weights have forgotten the start after this many times 1 / (1 - ema_decay) steps: they hold 8 % of it."""
 COLORS = {name: f"C{number}" for number, name in enumerate((OURS, *STATIC, *DYNAMIC[1:]))}
 SHOWN_SAMPLES, COLORS_OF_SHEET = 8, 256
+FAR = 20
+"""Per cent off the DC-DiT: another objective has losses of another size, which no picture shows beside it."""
+LEGEND_ROWS = 20
 
 Runs = dict[str, list[dict[str, Any]]]
 """Run -> its lines, from the shortest to the longest."""
@@ -369,37 +372,49 @@ def _plot_curves(runs: Runs, curves: Mapping[str, Curves], since: float, goals: 
 
 
 def _plot_variants(reached: Results, path: Path) -> None:
-    """The loss of each way against that of the mean DC-DiT, by noise level; what is far off leaves the picture."""
+    """The loss of each way against that of the mean DC-DiT, by noise level; what is far off is left out."""
     means = {
         way: np.mean([first(run["loss_by_level"]) for run in runs], axis=0) for way, runs in by_way(reached).items()
     }
-    figure, axis = new_figure(figsize=(8, 4.5))
-    for number, (way, losses) in enumerate(means.items()):
-        style = "-" if number < 10 else "--"
-        share = 100 * (losses / means[OURS] - 1)
-        axis.plot(cifar10.NOISE_LEVELS, share, style, marker="o", ms=3, lw=1, color=f"C{number % 10}", label=way)
-    axis.set(xlabel="noise level", ylabel=f"loss against {OURS}, %", ylim=(-20, 20))
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    shares = {way: 100 * (losses / means[OURS] - 1) for way, losses in means.items()}
+    near = [way for way, share in shares.items() if (abs(share) < FAR).any()]
+    figure, axis = new_figure(figsize=(11, 4.5))
+    for number, way in enumerate(near):
+        axis.plot(cifar10.NOISE_LEVELS, shares[way], label=way, **_look(number))
+    axis.set(xlabel="noise level", ylabel=f"loss against {OURS}, %")
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, -FAR), min(high, FAR))
+    _legend_beside(axis, len(near))
     figure.savefig(path)
 
 
+def _look(number: int) -> dict[str, Any]:
+    """The line of a way: ten colours, then the same with other dashes."""
+    return {"marker": "o", "ms": 3, "lw": 1, "color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3]}
+
+
+def _legend_beside(axis: Any, entries: int) -> None:
+    columns = math.ceil(entries / LEGEND_ROWS)
+    axis.legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _plot_routing(routed: Results, path: Path) -> None:
+    """What the routers keep by noise level, and where. A choice that keeps the same at every level is left out."""
     known = any(run["routing"]["kept_share_inside"] for run in routed.values())
-    figure, axes = new_figure(1, 3 if known else 2, figsize=(14 if known else 10, 4))
-    for number, (way, runs) in enumerate(by_way(routed).items()):
-        look: dict[str, Any] = {"marker": "o", "ms": 3, "lw": 1, "color": f"C{number % 10}"}
-        look["ls"] = "-" if number < 10 else "--"
-        studies = [run["routing"] for run in runs]
+    chosen = {way: [run["routing"] for run in runs] for way, runs in by_way(routed).items()}
+    learned = {way: studies for way, studies in chosen.items() if any(np.ptp(s["kept_share"]) for s in studies)}
+    figure, axes = new_figure(1, 3 if known else 2, figsize=(17 if known else 13, 4))
+    for number, (way, studies) in enumerate(learned.items()):
+        look = _look(number)
 
         def mean(key: str, studies: Sequence[Mapping[str, Any]] = studies) -> Any:
             return np.mean([study[key] for study in studies], axis=0)
 
-        axes[0].plot(cifar10.NOISE_LEVELS, mean("kept_share"), label=way, **look)
-        axes[1].plot(cifar10.NOISE_LEVELS, mean("detail_correlation"), **look)
-        if known:
-            axes[2].plot(cifar10.NOISE_LEVELS, mean("kept_share_inside"), **look)
+        keys = ("kept_share", "detail_correlation", "kept_share_inside")
+        for axis, key in zip(axes, keys, strict=False):
+            axis.plot(cifar10.NOISE_LEVELS, mean(key), label=way, **look)
     axes[0].set(xlabel="noise level", ylabel="kept fraction")
-    axes[0].legend(fontsize=7)
+    _legend_beside(axes[-1], len(learned))
     axes[1].set(xlabel="noise level", ylabel="correlation with local detail")
     axes[1].axhline(0, color="black", lw=0.5)
     if known:
