@@ -394,8 +394,9 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _legend_beside(axis: Any, entries: int) -> None:
-    columns = math.ceil(entries / LEGEND_ROWS)
-    axis.legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+    if entries:
+        columns = math.ceil(entries / LEGEND_ROWS)
+        axis.legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _plot_routing(routed: Results, path: Path) -> None:
