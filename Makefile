@@ -34,8 +34,7 @@ gpu-report: ## checks, times and a page of a CUDA device within 9 minutes -> out
 aot: $(VENV)/.installed ## compile every kernel for every target without a GPU; fails on a spill
 	$(BIN)/python -m tools.aot --jobs 2
 
-# Every kernel at the width of XL, compiled by the oldest and by the newest Triton that pyproject.toml accepts.
-oldest-triton newest-triton: %-triton: $(VENV)/.installed out/%-triton/.installed
+oldest-triton newest-triton: %-triton: $(VENV)/.installed out/%-triton/.installed ## every kernel at the width of XL, compiled by the oldest or the newest Triton that pyproject.toml accepts
 	PYTHONPATH=out/$@ $(BIN)/python -m tools.aot --target sm_90 --dtype bf16 --width 1152 --jobs 2
 
 out/%-triton/.installed: .ci/%-triton.txt

@@ -406,14 +406,9 @@ def _plot_routing(routed: Results, path: Path) -> None:
     learned = {way: studies for way, studies in chosen.items() if any(np.ptp(s["kept_share"]) for s in studies)}
     figure, axes = new_figure(1, 3 if known else 2, figsize=(17 if known else 13, 4))
     for number, (way, studies) in enumerate(learned.items()):
-        look = _look(number)
-
-        def mean(key: str, studies: Sequence[Mapping[str, Any]] = studies) -> Any:
-            return np.mean([study[key] for study in studies], axis=0)
-
-        keys = ("kept_share", "detail_correlation", "kept_share_inside")
-        for axis, key in zip(axes, keys, strict=False):
-            axis.plot(cifar10.NOISE_LEVELS, mean(key), label=way, **look)
+        for axis, key in zip(axes, ("kept_share", "detail_correlation", "kept_share_inside"), strict=False):
+            mean = np.mean([study[key] for study in studies], axis=0)
+            axis.plot(cifar10.NOISE_LEVELS, mean, label=way, **_look(number))
     axes[0].set(xlabel="noise level", ylabel="kept fraction")
     _legend_beside(axes[-1], len(learned))
     axes[1].set(xlabel="noise level", ylabel="correlation with local detail")

@@ -176,7 +176,6 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
         "data": data,
         "config": asdict(config),
         "steps": result.step,
-        "too_few": too_few,
         "training_log": log,
         "samples": samples,
         "router": asdict(study),
@@ -189,7 +188,7 @@ def demo(data: str, out: Path, minutes: float, seed: int = 0) -> Path:
     }
     write_text(out / RECORD, json.dumps(facts, indent=2) + "\n")
     timings = [timing.caution(), timing.conditions(), timing.table(), timing.stage_table()]
-    write_text(out / REPORT, _report(facts, "\n\n".join(filter(None, timings))))
+    write_text(out / REPORT, _report(facts, too_few, "\n\n".join(filter(None, timings))))
     return out / REPORT
 
 
@@ -257,7 +256,7 @@ def _boundary_maps(model: DCDiT, x0: Tensor, y: Tensor, objective: Objective) ->
     return maps
 
 
-def _report(facts: dict[str, Any], timings: str) -> str:
+def _report(facts: dict[str, Any], too_few: str, timings: str) -> str:
     from dcdit.utils.tables import markdown_table
 
     study, log, data = facts["router"], facts["training_log"], DATA[facts["data"]]
@@ -284,7 +283,7 @@ def _report(facts: dict[str, Any], timings: str) -> str:
     detailed, others = study["kept_share_inside"][0], study["kept_share_outside"][0]
     optim, timed = facts["config"]["optim"], facts["profile"]
     target, size = facts["config"]["router"]["target"], facts["config"]["data"]["size"]
-    caution = f"{facts['too_few']}\n\n" if facts["too_few"] else ""
+    caution = f"{too_few}\n\n" if too_few else ""
     return f"""# DC-DiT demo
 
 {caution}A DC-DiT with {facts["parameters"]:,} parameters, trained from scratch for {facts["steps"]} steps of

@@ -84,7 +84,8 @@ def test_the_wider_one_decides(
     assert {out.dtype for out in outputs} == {result}
     leaves = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
     assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
-    terms = attention_terms(outputs[0], args) if op is ops.varlen_attention else {}
+    # In float64 the definition is no more exact than the operation, and has no error of its own to compare with.
+    terms = attention_terms(outputs[0], args) if op is ops.varlen_attention and result == FP64 else {}
     check_against_reference(op, *args, backend=backend, terms=terms)
 
 

@@ -65,12 +65,12 @@ class _GroupNormSiLU(torch.autograd.Function):
         weight, bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
         offset = offset_to_zero_mean(x, num_groups, None if shift is None else shift.to(dtype), dtype)
         images, length, channels = x.shape
+        if length == 0:  # native_group_norm refuses it from PyTorch 2.14 on
+            return torch.empty_like(x), offset, offset.new_ones(images, num_groups)
         centred = (x + offset).contiguous()
         image = _as_image(centred)
         if not image.is_cpu:  # the kernels of other devices take no channels-last image
             image = image.contiguous()
-        if length == 0:  # an error from PyTorch 2.14 on
-            return x.new_empty(x.shape), offset, offset.new_ones(images, num_groups)
         normed, _, rstd = torch.native_group_norm(image, weight, bias, images, channels, length, num_groups, eps)
         # Into memory that is at hand. A view of another tensor could not be changed in place later.
         y = torch.ops.aten.silu.out(normed.squeeze(2).mT, out=centred)
